@@ -1,0 +1,279 @@
+"""Multi-scale residual VQ tokenizer: images <-> a pyramid of token maps, coarse to fine.
+
+    images (B, 3, H, W) in [-1, 1] -> features (B, code_dim, h, w) -> tokens (B, L) int64 -> f_hat (B, code_dim, h, w) -> images
+
+`scales` is ((h_0, w_0), ..., (h, w)), coarse to fine, the last one being the latent's size. The tokens of all scales stand in one row of
+L = sum h_k w_k, row-major inside a scale. Each scale quantises what the coarser ones left over (the residual), and its codes are added to the
+running reconstruction f_hat. A model is a tree of tensors whose keys are the argument names of the functions below; its shapes are its
+configuration. `quantise`, `contribution` and `next_scale_inputs` are the method; after them come the convnet, training and published weights.
+
+    >>> params = init(codes=64, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
+    >>> scales = ((1, 1), (2, 2), (4, 4))
+    >>> tokens = encode(params, torch.zeros(2, 3, 8, 8), scales)
+    >>> tokens.shape, decode(params, tokens, scales).shape, next_scale_inputs(params, tokens, scales).shape
+    (torch.Size([2, 21]), torch.Size([2, 3, 8, 8]), torch.Size([2, 20, 8]))
+
+Sources: VAR (Tian et al. 2024, section 3.2 and algorithms 1, 2); HMAR (Kumbong et al. 2025); the convnet is VQGAN's (Esser et al. 2021).
+"""
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+
+def encode(params, images, scales):
+    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1]. ValueError on a wrong shape, dtype, range, or scales that do not fit the latent."""
+    _check_images(params, images, scales)
+    with torch.no_grad():
+        pyramid = quantise(params["codebook"], params["phi"], features(params, images), scales)
+        return torch.cat([tokens for _, tokens, _ in pyramid], 1)
+
+
+def decode(params, tokens, scales):
+    """Images (B, 3, H, W) in [-1, 1], fp32, of tokens (B, L) int64. ValueError on tokens that do not fit the scales or the codebook."""
+    return decode_features(params, accumulate(params, tokens, scales))
+
+
+def accumulate(params, tokens, scales):
+    """f_hat (B, code_dim, h, w): the sum of all scales' contributions. tokens (B, L) int64 (VAR, algorithm 2)."""
+    return _running_f_hat(params, tokens, scales)[-1]
+
+
+def next_scale_inputs(params, tokens, scales):
+    """What the transformer sees of scales 1, 2, ...: tokens (B, L) -> (B, L - len_0, code_dim).
+
+    For each scale it is f_hat of all coarser scales, area-resized to the scale's size. This is the Markov property of HMAR: whatever scale k + 1
+    knows of scales 0 to k is in this one map.
+    """
+    inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(_running_f_hat(params, tokens, scales), scales[1:])]
+    return torch.cat(inputs or [_no_inputs(params, tokens)], 1)
+
+
+def masked_inputs(params, tokens, scales, mask=None):
+    """What the masked branch sees of scales 1, 2, ... themselves: tokens (B, L) -> (B, L - len_0, code_dim).
+
+    For each scale it is the scale's own contribution, not accumulated, area-resized to its size. mask (B, L - len_0) bool, True = hidden:
+    hidden codes are zeroed before they are resized, so that nothing of them leaks into their neighbours; None is the published way, where it does.
+    """
+    _check_tokens(params, tokens, scales)
+    first, *finer = tokens.split(lengths(scales), 1)
+    if mask is not None and (mask.shape != (len(tokens), tokens.shape[1] - first.shape[1]) or mask.dtype != torch.bool):
+        raise ValueError(f"mask: got {tuple(mask.shape)} {mask.dtype}, expected bool {(len(tokens), tokens.shape[1] - first.shape[1])}")
+    hidden = [None] * len(finer) if mask is None else mask.split(lengths(scales)[1:], 1)
+    inputs = [masked_scale_input(params, own, k, scales, hide) for k, (own, hide) in enumerate(zip(finer, hidden), 1)]
+    return torch.cat(inputs or [_no_inputs(params, tokens)], 1)
+
+
+def masked_scale_input(params, tokens, k, scales, hidden=None):
+    """`masked_inputs` of scale k alone: tokens (B, n_k), hidden (B, n_k) bool or None -> (B, n_k, code_dim)."""
+    codes = F.embedding(tokens, params["codebook"])
+    if hidden is not None:
+        codes = codes.masked_fill(hidden[..., None], 0)
+    return resize_to_scale(contribution(params["phi"], codes, k, scales), scales[k])
+
+
+def quantise(codebook, phi, features, scales):
+    """The residual pyramid (VAR, algorithm 1): for each scale yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat (B, code_dim, h, w)).
+
+    features (B, code_dim, h, w). `residual` is what the scale's tokens were chosen for, f_hat the map accumulated up to and with this scale.
+    In fp32 always (fp64 if the features are); gradients reach codebook and phi through f_hat, none passes the choice of a token.
+    """
+    features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+    f_hat = torch.zeros_like(features)
+    for k, size in enumerate(scales):
+        residual = resize_to_scale(features - f_hat.detach(), size)  # (B, n_k, code_dim)
+        tokens = nearest(codebook, residual)
+        f_hat = f_hat + contribution(phi, F.embedding(tokens, codebook), k, scales)
+        yield residual, tokens, f_hat
+
+
+def nearest(codebook, vectors):
+    """Index (...) of the code in codebook (V, code_dim) nearest to each of vectors (..., code_dim), by squared L2 distance."""
+    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
+        codebook = codebook.to(vectors.dtype)
+        return torch.argmin(codebook.square().sum(1) - 2 * vectors @ codebook.T, -1)  # the vector's own square moves no minimum
+
+
+def contribution(phi, codes, k, scales):
+    """What scale k adds to f_hat: its codes (B, n_k, code_dim), resized bicubically to the full map, through its phi. (B, code_dim, h, w)."""
+    codes = codes.to(torch.promote_types(codes.dtype, torch.float32)).transpose(1, 2).unflatten(2, scales[k])
+    if k < len(scales) - 1:
+        codes = F.interpolate(codes, scales[-1], mode="bicubic")
+    with torch.autocast(codes.device.type, enabled=False):
+        return 0.5 * codes + 0.5 * convolution(codes, **phi[phi_index(k, len(scales), len(phi))])
+
+
+def phi_index(k, scale_count, phi_count=4):
+    """Which phi serves scale k: the nearest of evenly spread ticks, in float64, whose rounding decided the published ties at ten scales."""
+    edge = 1 / 3 / phi_count
+    ticks = torch.linspace(edge, 1 - edge, phi_count, dtype=torch.float64, device="cpu")
+    return int((ticks - k / max(scale_count - 1, 1)).abs().argmin())
+
+
+def resize_to_scale(f_hat, size):
+    """f_hat (B, code_dim, h, w), area-resized to a scale's size (h_k, w_k), as a row of features (B, h_k w_k, code_dim)."""
+    if size != tuple(f_hat.shape[2:]):
+        f_hat = F.interpolate(f_hat, size, mode="area")
+    return f_hat.flatten(2).transpose(1, 2)
+
+
+def lengths(scales):
+    """Tokens of each scale, [h_k w_k, ...]."""
+    return [h * w for h, w in scales]
+
+
+def features(params, images):
+    """The encoder's output (B, code_dim, h, w), before quantisation, of images (B, 3, H, W) in [-1, 1]."""
+    return convolution(encoder(images, **params["encoder"]), **params["quant_conv"])
+
+
+def decode_features(params, f_hat):
+    """Images (B, 3, H, W) in [-1, 1], fp32, of an accumulated map f_hat (B, code_dim, h, w)."""
+    return decoder(convolution(f_hat, **params["post_quant_conv"]), **params["decoder"]).float().clamp(-1, 1)
+
+
+def encoder(x, conv_in, down, middle, norm_out, conv_out):
+    x = convolution(x, **conv_in)
+    for level in down:
+        x = residual_blocks(x, level["blocks"], level["attentions"])
+        if "downsample" in level:
+            x = F.conv2d(F.pad(x, (0, 1, 0, 1)), **level["downsample"], stride=2)
+    x = residual_blocks(x, **middle)
+    return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
+
+
+def decoder(x, conv_in, middle, up, norm_out, conv_out):
+    x = residual_blocks(convolution(x, **conv_in), **middle)
+    for level in up:  # deepest first
+        x = residual_blocks(x, level["blocks"], level["attentions"])
+        if "upsample" in level:
+            x = convolution(F.interpolate(x, scale_factor=2, mode="nearest"), **level["upsample"])
+    return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
+
+
+def residual_blocks(x, blocks, attentions):
+    """Residual blocks, an attention after each while there are attentions."""
+    for i, block in enumerate(blocks):
+        x = residual_block(x, **block)
+        if i < len(attentions):
+            x = self_attention(x, **attentions[i])
+    return x
+
+
+def residual_block(x, norm1, conv1, norm2, conv2, shortcut=None):
+    h = convolution(F.silu(group_norm(x, **norm1)), **conv1)
+    h = convolution(F.silu(group_norm(h, **norm2)), **conv2)
+    return h + (x if shortcut is None else convolution(x, **shortcut))
+
+
+def self_attention(x, norm, qkv, project):
+    """Single-head attention over all positions, scale channels^-0.5."""
+    h, w = x.shape[2:]
+    q, k, v = convolution(group_norm(x, **norm), **qkv).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B, 1, h w, channels)
+    return x + convolution(F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, (h, w)), **project)
+
+
+def convolution(x, weight, bias):
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def group_norm(x, weight, bias):
+    return F.group_norm(x, 32, weight, bias, eps=1e-6)
+
+
+def init(*, codes=4096, code_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), residual_blocks=2, attention=True, phis=4, seed=0):
+    """A new tokenizer tree, fp32; the defaults are the published sizes, with 108,948,355 parameters.
+
+    Channels a level are channels * multiplier and must divide by 32 (group norm). Downsampling is 2 ** (len(multipliers) - 1). The decoder
+    has one residual block a level more than the encoder; with attention, one follows each of the deepest level. Under torch.device("meta")
+    nothing is allocated.
+    """
+    widths = [channels * multiplier for multiplier in multipliers]
+    if not widths or any(width <= 0 or width % 32 for width in widths):
+        raise ValueError(f"channels, multipliers: got {channels}, {multipliers}, expected products that are positive multiples of 32")
+    if min(codes, code_dim, residual_blocks, phis) < 1:
+        raise ValueError(f"codes, code_dim, residual_blocks, phis: got {codes}, {code_dim}, {residual_blocks}, {phis}, expected at least 1 each")
+    generator = torch.Generator().manual_seed(seed)
+    generator = None if torch.empty(0).is_meta else generator
+
+    def conv(inputs, outputs, size=3):
+        bound = (inputs * size * size) ** -0.5
+        return dict(weight=torch.empty(outputs, inputs, size, size).uniform_(-bound, bound, generator=generator), bias=torch.zeros(outputs))
+
+    def norm(width):
+        return dict(weight=torch.ones(width), bias=torch.zeros(width))
+
+    def block(inputs, outputs):
+        tree = dict(norm1=norm(inputs), conv1=conv(inputs, outputs), norm2=norm(outputs), conv2=conv(outputs, outputs))
+        return tree if inputs == outputs else tree | dict(shortcut=conv(inputs, outputs, 1))
+
+    def attend(width):
+        return dict(norm=norm(width), qkv=conv(width, 3 * width, 1), project=conv(width, width, 1))
+
+    def level(inputs, outputs, count, deepest):
+        blocks = [block(inputs if i == 0 else outputs, outputs) for i in range(count)]
+        return dict(blocks=blocks, attentions=[attend(outputs) for _ in blocks] if deepest and attention else [])
+
+    def middle():
+        return dict(blocks=[block(widths[-1], widths[-1]) for _ in range(2)], attentions=[attend(widths[-1])] if attention else [])
+
+    last, inner = len(widths) - 1, [channels, *widths]  # level i of the encoder reads inner[i] channels
+    down = [level(inner[i], widths[i], residual_blocks, i == last) | (dict(downsample=conv(widths[i], widths[i])) if i < last else {})
+            for i in range(last + 1)]
+    up = [level(widths[min(i + 1, last)], widths[i], residual_blocks + 1, i == last) | (dict(upsample=conv(widths[i], widths[i])) if i else {})
+          for i in reversed(range(last + 1))]
+    return dict(
+        encoder=dict(conv_in=conv(3, channels), down=down, middle=middle(), norm_out=norm(widths[-1]), conv_out=conv(widths[-1], code_dim)),
+        quant_conv=conv(code_dim, code_dim),
+        codebook=torch.empty(codes, code_dim).normal_(generator=generator),
+        phi=[conv(code_dim, code_dim) for _ in range(phis)],
+        post_quant_conv=conv(code_dim, code_dim),
+        decoder=dict(conv_in=conv(code_dim, widths[-1]), middle=middle(), up=up, norm_out=norm(widths[0]), conv_out=conv(widths[0], 3)))
+
+
+def downsampling(params):
+    """Image pixels per side of a latent position, 2 ** (levels - 1)."""
+    return 2 ** (len(params["encoder"]["down"]) - 1)
+
+
+def _running_f_hat(params, tokens, scales):
+    """f_hat after each scale, [(B, code_dim, h, w), ...]."""
+    _check_tokens(params, tokens, scales)
+    f_hats = [0]
+    for k, own in enumerate(tokens.split(lengths(scales), 1)):
+        f_hats.append(f_hats[-1] + contribution(params["phi"], F.embedding(own, params["codebook"]), k, scales))
+    return f_hats[1:]
+
+
+def _no_inputs(params, tokens):
+    return params["codebook"].new_zeros(len(tokens), 0, params["codebook"].shape[1])
+
+
+def check_scales(scales):
+    """ValueError unless scales is a sequence of (height, width) pairs, none smaller than the one before."""
+    pairs = isinstance(scales, (tuple, list)) and len(scales) > 0 and all(
+        isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size) for size in scales)
+    if not pairs or any(h < before_h or w < before_w for (before_h, before_w), (h, w) in itertools.pairwise(scales)):
+        raise ValueError(f"scales: got {scales}, expected (height, width) pairs of positive integers, coarse to fine")
+
+
+def _check_images(params, images, scales):
+    check_scales(scales)
+    step = downsampling(params)
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, expected a float tensor (B, 3, H, W)")
+    if images.shape[2] % step or images.shape[3] % step or 0 in images.shape:
+        raise ValueError(f"images: got {images.shape[2]}x{images.shape[3]} pixels, expected sides that divide by the downsampling, {step}")
+    if tuple(scales[-1]) != (images.shape[2] // step, images.shape[3] // step):
+        raise ValueError(f"scales: the last is {tuple(scales[-1])}, expected the latent's size {(images.shape[2] // step, images.shape[3] // step)}")
+    if images.device.type == "cpu" and not images.abs().amax() <= 1.001:  # elsewhere the look would stall the queue
+        raise ValueError(f"images: got values from {images.min():.3g} to {images.max():.3g}, expected [-1, 1]")
+
+
+def _check_tokens(params, tokens, scales):
+    check_scales(scales)
+    total, codes = sum(lengths(scales)), len(params["codebook"])
+    if tokens.ndim != 2 or tokens.shape[1] != total or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected int64 (B, {total}) for scales {scales}")
+    if tokens.device.type == "cpu" and len(tokens) and not 0 <= tokens.min() <= tokens.max() < codes:
+        raise ValueError(f"tokens: got values from {tokens.min()} to {tokens.max()}, expected 0 to {codes - 1}")
