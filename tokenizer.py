@@ -181,6 +181,58 @@ def group_norm(x, weight, bias):
     return F.group_norm(x, 32, weight, bias, eps=1e-6)
 
 
+def training_pass(params, images, scales, beta=0.25, quantised=True):
+    """One differentiable pass: (reconstruction (B, 3, H, W), not clamped; quantisation loss; residuals a scale; tokens a scale).
+
+    The loss, averaged over scales on the accumulated map (VAR, equation 5): codebook term |f_hat_k - sg(f)|^2 plus beta times commitment term
+    |sg(f_hat_k) - f|^2. The decoder's gradient passes straight through to the encoder. quantised=False is a plain autoencoder, for a start.
+    """
+    f = features(params, images)
+    f = f.to(torch.promote_types(f.dtype, torch.float32))
+    loss, residuals, tokens, f_hat = f.new_zeros(()), [], [], f
+    if quantised:
+        for residual, own, f_hat in quantise(params["codebook"], params["phi"], f, scales):
+            loss = loss + (F.mse_loss(f_hat, f.detach()) + beta * F.mse_loss(f, f_hat.detach())) / len(scales)
+            residuals.append(residual)
+            tokens.append(own)
+        f_hat = f + (f_hat - f).detach()
+    return decoder(convolution(f_hat, **params["post_quant_conv"]), **params["decoder"]).to(f.dtype), loss, residuals, tokens
+
+
+def data_codebook(params, features, scales, generator, rounds=10):
+    """A codebook (V, code_dim) made of data: for each scale in turn an equal share of codes, by k-means over its residuals, given the shares before.
+
+    features (B, code_dim, h, w) of some hundred images. Where a scale has fewer vectors than codes, its share is drawn with repetition and jitter.
+    """
+    f, count, made = features.detach().float(), len(params["codebook"]), []
+    f_hat = torch.zeros_like(f)
+    for k, size in enumerate(scales):
+        vectors = resize_to_scale(f - f_hat, size).flatten(0, 1)
+        share = count * (k + 1) // len(scales) - count * k // len(scales)
+        if share == 0:
+            continue
+        order = torch.randperm(len(vectors), generator=generator)
+        centres = vectors[order.repeat(-(-share // len(order)))[:share]]
+        centres = centres + 1e-3 * vectors.std() * torch.randn(centres.shape, generator=generator)
+        for _ in range(rounds):
+            nearest_centre = nearest(centres, vectors)
+            sums = torch.zeros_like(centres).index_add_(0, nearest_centre, vectors)
+            sizes = torch.bincount(nearest_centre, minlength=share)[:, None]
+            centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+        made.append(centres)
+        codes = F.embedding(nearest(torch.cat(made), vectors), torch.cat(made)).view(len(f), -1, f.shape[1])
+        f_hat = f_hat + contribution(params["phi"], codes, k, scales).detach()
+    return torch.cat(made)
+
+
+def revive_codes(codebook, counts, residuals, generator):
+    """(codebook, dead (V,) bool): codes that were never chosen (counts (V,) == 0) replaced by random vectors of residuals [(B, n_k, code_dim), ...]."""
+    dead = counts == 0
+    vectors = torch.cat([residual.flatten(0, 1) for residual in residuals])
+    chosen = torch.randint(len(vectors), (len(codebook),), generator=generator)
+    return torch.where(dead[:, None], vectors[chosen.to(vectors.device)].to(codebook.dtype), codebook), dead
+
+
 def init(*, codes=4096, code_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), residual_blocks=2, attention=True, phis=4, seed=0):
     """A new tokenizer tree, fp32; the defaults are the published sizes, with 108,948,355 parameters.
 

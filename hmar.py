@@ -1,0 +1,309 @@
+"""The HMAR transformer: a pyramid of token maps -> logits of every token, from features of the coarser scales alone.
+
+    labels (B,), features (B, L - len_0, code_dim) -> sequence (B, L, C) -> blocks -> logits (B, L, codes)
+
+A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and the class, each later scale of `inputs`, the accumulated
+reconstruction of the scales before it. Attention stays inside a scale (block-diagonal), so no scale needs another's keys: that is the Markov
+property, and why sampling keeps no cache. With is_causal=True the same functions are VAR, where a scale attends to the coarser ones too. The
+masked branch shares the first blocks (the trunk) and sees, besides, the tokens of the scale itself, some of them hidden.
+
+A model is a tree of tensors whose keys are the argument names of the functions that use them, and its shapes are its configuration.
+
+    >>> params = add_masked_branch(init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2))), blocks=1)
+    >>> labels, inputs, hidden = torch.tensor([3, 7]), torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)
+    >>> next_scale_logits(params, labels, inputs).shape, masked_logits(params, labels, inputs, inputs, hidden).shape
+    (torch.Size([2, 5, 64]), torch.Size([2, 5, 64]))
+
+Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024); conditioning by adaptive layer norm as in DiT (Peebles and Xie 2023).
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from attention_kernels import block_sparse_attention
+
+LOSS_SLICE = 1 << 25  # logits that the loss holds at once, in elements: 128 MiB of fp32
+
+
+def _square(*sides):
+    return tuple((side, side) for side in sides)
+
+
+SCALES = {256: _square(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: _square(1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+          1024: _square(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)}  # published, for a downsampling of 16
+
+
+def scales(params):
+    """((h_0, w_0), ...): the scales that a tree is made for, read off its positions."""
+    return tuple(tuple(position.shape[:2]) for position in params["positions"])
+
+
+def next_scale_logits(params, labels, inputs, is_causal=False, *, only=None, cache=None):
+    """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR, next-scale prediction; is_causal=True: VAR).
+
+    labels (B,) int64, 0 to the number of classes, which is the null class; inputs (B, L - len_0, code_dim) from tokenizer.next_scale_inputs.
+    only=k computes scale k alone, (B, n_k, codes), from its own inputs (B, n_k, code_dim), None for scale 0. There a `cache` from new_cache makes
+    it VAR: the scale's keys and values are added to it. ValueError on shapes, dtypes or labels that do not fit the tree.
+    """
+    _check(params, labels, inputs, only)
+    x = next_scale_features(params, labels, inputs, is_causal, only=only, cache=cache)
+    return logits(x, **params["next_scale"]["head"])
+
+
+def masked_logits(params, labels, inputs, own_inputs, mask, *, only=None):
+    """Logits (B, L, codes), fp32, of every token given the coarser scales and the tokens of its own that are not hidden (HMAR, masked prediction).
+
+    own_inputs (B, L - len_0, code_dim) from tokenizer.masked_inputs; mask (B, L - len_0) bool, True = hidden; scale 0 is never masked.
+    only=k, from 1, computes scale k alone from its own part of each. ValueError where the tree has no masked branch, or as above.
+    """
+    if "masked" not in params:
+        raise ValueError("params: this tree has no masked branch; add_masked_branch makes one and `train.py masked` trains it")
+    _check(params, labels, inputs, only)
+    if own_inputs.shape != inputs.shape or mask.shape != inputs.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(f"own_inputs, mask: got {tuple(own_inputs.shape)} and {mask.dtype} {tuple(mask.shape)}, expected "
+                         f"{tuple(inputs.shape)} and bool {tuple(inputs.shape[:2])}")
+    return logits(masked_features(params, labels, inputs, own_inputs, mask, only=only), **params["masked"]["head"])
+
+
+def next_scale_losses(params, labels, tokens, inputs, is_causal=False, *, keep=None, checkpointing=False):
+    """Cross entropy (B, L), fp32, of tokens (B, L) under `next_scale_logits`, whose whole table of logits it never holds.
+
+    keep: from stochastic_depth. checkpointing: keep only each block's input for the backward pass and compute the rest again.
+    """
+    x = next_scale_features(params, labels, inputs, is_causal, keep=keep, checkpointing=checkpointing)
+    return token_losses(x.flatten(0, 1), tokens.flatten(), **params["next_scale"]["head"]).view(tokens.shape)
+
+
+def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, keep=None, checkpointing=False):
+    """Cross entropy (M,), fp32, of the M hidden tokens, in the order of mask (B, L - len_0); the head runs on these alone."""
+    x = masked_features(params, labels, inputs, own_inputs, mask, keep=keep, checkpointing=checkpointing)
+    first = tokens.shape[1] - mask.shape[1]
+    return token_losses(x[:, first:][mask], tokens[:, first:][mask], **params["masked"]["head"])
+
+
+def token_losses(x, targets, weight, bias):
+    """Cross entropy (N,) of targets (N,) under the logits of x (N, C), slice by slice, each computed again in the backward pass if there are several."""
+    def loss(x, targets):
+        return F.cross_entropy(logits(x, weight, bias), targets, reduction="none")
+    size = max(1, LOSS_SLICE // len(weight))
+    if len(x) <= size:
+        return loss(x, targets)
+    return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in zip(x.split(size), targets.split(size))])
+
+
+def scale_weights(scales, kind):
+    """Weight of each token in the loss, (L,) fp32, summing to 1. ValueError on another kind.
+
+    "token": all alike (VAR). "scale": all scales alike. "lognormal": scale k in proportion to the standard normal density at z_k, where z are the
+    relative sides, reversed and standardised (HMAR); a scale's mass is shared equally by its tokens.
+    """
+    counts = torch.tensor([h * w for h, w in scales], dtype=torch.float64)
+    if kind == "token":
+        mass = counts
+    elif kind == "scale":
+        mass = torch.ones_like(counts)
+    elif kind == "lognormal":
+        relative = (counts / counts[-1]).sqrt().flip(0)
+        mass = torch.exp(-0.5 * ((relative - relative.mean()) / relative.std()).square()) if len(counts) > 1 else counts
+    else:
+        raise ValueError(f'kind: got {kind!r}, expected "token", "scale" or "lognormal"')
+    return (mass / mass.sum() / counts).repeat_interleave(counts.long()).float()
+
+
+def stochastic_depth(uniform, rate):
+    """Factors (depth, 2, B) for the two branches of every block: 0 where dropped, else 1 / kept share; the rate rises linearly to `rate`.
+
+    uniform (depth, 2, B) in [0, 1).
+    """
+    kept = 1 - torch.linspace(0, rate, len(uniform), device=uniform.device)[:, None, None]
+    return (uniform < kept) / kept
+
+
+def next_scale_features(params, labels, inputs, is_causal=False, *, only=None, cache=None, keep=None, checkpointing=False):
+    """What the next-scale head's last product reads, (B, L, C) fp32."""
+    condition = F.embedding(labels, params["classes"])
+    x = embed(params, condition, linear(inputs, **params["input"]) if only != 0 else None, only)
+    first, lengths = _span(params, only)
+    if cache is not None:
+        cache = [layer[:, :, :, :first + lengths[0]] for layer in cache]
+    blocks = params["trunk"] + params["next_scale"]["blocks"]
+    x = run_blocks(x, condition, blocks, lengths, is_causal, cache, keep, checkpointing)
+    return modulate(wide(x), *head_modulation(condition, **params["next_scale"]["modulation"]))
+
+
+def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep=None, checkpointing=False):
+    """What the masked head's last product reads, (B, L, C) fp32: this is where the mask goes.
+
+    A hidden token's own features give way to the mask embedding; a tree without `own_input` is a published one, which shares the input weight.
+    """
+    branch = params["masked"]
+    own = F.linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
+    own = torch.where(mask[..., None], branch["mask_embedding"].to(own.dtype), own)
+    condition = F.embedding(labels, params["classes"])
+    x = embed(params, condition, linear(inputs, **params["input"]) + own, only)
+    x = run_blocks(x, condition, params["trunk"] + branch["blocks"], _span(params, only)[1], keep=keep, checkpointing=checkpointing)
+    return modulate(wide(x), *head_modulation(condition, **branch["modulation"]))
+
+
+def embed(params, condition, later, only=None):
+    """The sequence (B, L, C): start tokens for scale 0, `later` (B, L - len_0, C) for the others, plus level and position; or scale `only` of it."""
+    counts = [h * w for h, w in scales(params)]
+    start = condition[:, None] + params["start"]  # (B, len_0, C)
+    if only is None:
+        places = torch.cat([p.flatten(0, 1) for p in params["positions"]]) + params["levels"].repeat_interleave(torch.tensor(counts), 0)
+        return torch.cat([start, later], 1) + places
+    return (start if only == 0 else later) + params["positions"][only].flatten(0, 1) + params["levels"][only]
+
+
+def run_blocks(x, condition, blocks, lengths, is_causal=False, cache=None, keep=None, checkpointing=False):
+    """x (B, L, C) through all blocks, with what belongs to each: its part of the cache, its factors from stochastic_depth."""
+    for i, params in enumerate(blocks):
+        arguments = (condition, lengths, is_causal, None if cache is None else cache[i], None if keep is None else keep[i])
+        if checkpointing:
+            x = checkpoint(lambda x, arguments=arguments, params=params: block(x, *arguments, **params), x, use_reentrant=False)
+        else:
+            x = block(x, *arguments, **params)
+    return x
+
+
+def block(x, condition, lengths, is_causal, cache, keep, modulation, attention, mlp):
+    """x (B, L, C), condition (B, C) -> (B, L, C): attention and MLP, each modulated by the class."""
+    six = linear(F.silu(condition), **modulation).unsqueeze(1).chunk(6, -1)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = six  # (B, 1, C) each, in the published order
+    if keep is not None:  # (2, B)
+        gamma1, gamma2 = gamma1 * keep[0, :, None, None], gamma2 * keep[1, :, None, None]
+    x = x + gamma1 * self_attention(modulate(x, scale1, shift1), lengths, is_causal, cache, **attention)
+    return x + gamma2 * feed_forward(modulate(x, scale2, shift2), **mlp)
+
+
+def self_attention(x, lengths, is_causal, cache, qkv, q_bias, v_bias, scale, project):
+    """Multi-head attention with unit-length queries and keys; scale (heads,) is the log of each head's temperature, at most log 100.
+
+    cache: None, or this block's keys and values (2, B, heads, tokens up to here, head_dim), whose end this scale fills in.
+    """
+    bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+    q, k, v = F.linear(x, qkv, bias).unflatten(-1, (3, len(scale), -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
+    q = (F.normalize(wide(q), dim=-1) * scale.clamp(max=math.log(100)).exp()[:, None, None]).to(v.dtype)
+    k = F.normalize(wide(k), dim=-1).to(v.dtype)
+    if cache is None:
+        out = block_sparse_attention(q, k, v, lengths, is_causal, scale=1.0)
+    else:
+        cache[0, :, :, -k.shape[2]:], cache[1, :, :, -v.shape[2]:] = k, v
+        out = F.scaled_dot_product_attention(q, cache[0], cache[1], scale=1.0)
+    return linear(out.transpose(1, 2).flatten(2), **project)
+
+
+def feed_forward(x, expand, contract):
+    return linear(F.gelu(linear(x, **expand), approximate="tanh"), **contract)
+
+
+def linear(x, weight, bias=None):
+    return F.linear(x, weight, bias)
+
+
+def modulate(x, scale, shift):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def head_modulation(condition, weight, bias):
+    """(scale, shift), (B, 1, C) each, fp32: what the class does to the last layer norm."""
+    with torch.autocast(condition.device.type, enabled=False):
+        return F.linear(F.silu(wide(condition)), weight, bias).unsqueeze(1).chunk(2, -1)
+
+
+def logits(x, weight, bias):
+    """The head's last product, in fp32 whatever surrounds it."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(wide(x), weight, bias)
+
+
+def wide(x):
+    """x in fp32, or fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def new_cache(params, batch, dtype=torch.float32):
+    """Room for keys and values of the whole pyramid, one (2, batch, heads, L, head_dim) a block: what VAR needs to sample and HMAR does not."""
+    blocks, total = params["trunk"] + params["next_scale"]["blocks"], sum(h * w for h, w in scales(params))
+    width, device = params["classes"].shape[1], params["classes"].device
+    return [torch.empty(2, batch, heads, total, width // heads, dtype=dtype, device=device)
+            for heads in (len(block["attention"]["scale"]) for block in blocks)]
+
+
+def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256], width=None, heads=None, gamma=None, seed=0):
+    """A new tree for next-scale prediction, fp32, initialised as published; the sizes of VAR-d and HMAR-d follow from depth alone.
+
+    width defaults to 64 * depth, heads to width / 64. gamma scales the branches' gates: 1e-3, at depth 24 1e-4, at depth 30 1e-5 by default.
+    Under torch.device("meta") nothing is allocated. ValueError on sizes below 1 or a width that the heads do not divide.
+    """
+    width = 64 * depth if width is None else width
+    heads = max(1, width // 64) if heads is None else heads
+    if min(depth, classes, codes, code_dim, width, heads) < 1 or width % heads:
+        raise ValueError(f"depth, classes, codes, code_dim, width, heads: got {(depth, classes, codes, code_dim, width, heads)}, "
+                         "expected positive sizes and a width that the heads divide")
+    gamma = (1e-5 if depth >= 30 else 1e-4 if depth >= 24 else 1e-3) if gamma is None else gamma
+    generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
+    std = math.sqrt(1 / (3 * width))
+
+    def normal(*shape, gain=1.0):
+        return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, generator=generator).mul_(gain)
+
+    def affine(inputs, outputs, gain=1.0):
+        return dict(weight=normal(outputs, inputs, gain=gain), bias=torch.zeros(outputs))
+
+    def block():
+        modulation = affine(width, 6 * width)
+        modulation["weight"][:2 * width] *= gamma
+        modulation["weight"][2 * width:] *= 0.5
+        attention = dict(qkv=normal(3 * width, width), q_bias=torch.zeros(width), v_bias=torch.zeros(width),
+                         scale=torch.full((heads,), math.log(4)), project=affine(width, width, 1 / math.sqrt(2 * depth)))
+        return dict(modulation=modulation, attention=attention,
+                    mlp=dict(expand=affine(width, 4 * width), contract=affine(4 * width, width, 1 / math.sqrt(2 * depth))))
+
+    return dict(classes=normal(classes + 1, width), start=normal(scales[0][0] * scales[0][1], width), levels=normal(len(scales), width),
+                positions=[normal(h, w, width) for h, w in scales], input=affine(code_dim, width), trunk=[block() for _ in range(depth)],
+                next_scale=dict(blocks=[], modulation=affine(width, 2 * width, 0.5), head=affine(width, codes, 0.02)))
+
+
+def add_masked_branch(params, blocks=8, own_input=True, seed=0):
+    """The same tree with a masked branch: its last `blocks` blocks and head start as copies of the next-scale branch's, the rest is the shared trunk.
+
+    own_input gives the branch an input weight of its own for a scale's own tokens, started from the shared one; the published model has none.
+    ValueError if there is a branch already or the depth is less than `blocks`.
+    """
+    all_blocks = params["trunk"] + params["next_scale"]["blocks"]
+    if "masked" in params or not 1 <= blocks <= len(all_blocks):
+        raise ValueError(f"blocks: got {blocks}, expected 1 to {len(all_blocks)}, for a tree that has no masked branch yet")
+    copied = all_blocks[-blocks:]
+    generator = None if params["classes"].is_meta else torch.Generator().manual_seed(seed)
+    embedding = torch.empty(params["classes"].shape[1], device="meta" if params["classes"].is_meta else "cpu")
+    embedding = torch.nn.init.trunc_normal_(embedding, std=math.sqrt(1 / (3 * len(embedding))), generator=generator).to(params["classes"])
+    branch = dict(blocks=copied, modulation=params["next_scale"]["modulation"], head=params["next_scale"]["head"])
+    branch = torch.utils._pytree.tree_map(torch.clone, branch) | dict(mask_embedding=embedding)
+    if own_input:
+        branch["own_input"] = params["input"]["weight"].clone()
+    return params | dict(trunk=all_blocks[:-blocks], next_scale=params["next_scale"] | dict(blocks=copied), masked=branch)
+
+
+def _span(params, only):
+    """(first token, lengths) of the scales that a call computes: all, or scale `only`."""
+    counts = [h * w for h, w in scales(params)]
+    return (0, counts) if only is None else (sum(counts[:only]), counts[only:only + 1])
+
+
+def _check(params, labels, inputs, only):
+    null, code_dim, count = len(params["classes"]) - 1, params["input"]["weight"].shape[1], len(params["positions"])
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 (B,)")
+    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() <= null:  # elsewhere the look would stall the queue
+        raise ValueError(f"labels: got values from {labels.min()} to {labels.max()}, expected 0 to {null}, the null class")
+    if only is not None and not 0 <= only < count:
+        raise ValueError(f"only: got {only}, expected None or a scale from 0 to {count - 1}")
+    if only == 0:
+        return
+    counts = _span(params, only)[1]
+    expected = (len(labels), sum(counts) - (counts[0] if only is None else 0), code_dim)
+    if inputs is None or tuple(inputs.shape) != expected or not inputs.is_floating_point():
+        raise ValueError(f"inputs: got {None if inputs is None else (inputs.dtype, tuple(inputs.shape))}, expected floats {expected}")
