@@ -49,7 +49,7 @@ def roughen(images, generator):
 
 
 def train_judge(seed=0, cache=None, count=16_000, epochs=4, batch=64):
-    """The trained network in eval mode; cache: a file to keep it in, used again while the drawings, the seed and the sizes stay the same."""
+    """The trained network in eval mode; cache: a file to keep it in, used again while drawings, seed and sizes stay the same."""
     same = [zlib.crc32(drawings(TRAINING, 20)[0].numpy().tobytes()), seed, count, epochs, batch]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
