@@ -17,9 +17,11 @@ A model is a tree of tensors whose keys are the argument names of the functions 
 Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024); conditioning by adaptive layer norm as in DiT (Peebles and Xie 2023).
 """
 import math
+import re
 
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from attention_kernels import block_sparse_attention
@@ -139,7 +141,7 @@ def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep
     A hidden token's own features give way to the mask embedding; a tree without `own_input` is a published one, which shares the input weight.
     """
     branch = params["masked"]
-    own = F.linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
+    own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
     own = torch.where(mask[..., None], branch["mask_embedding"].to(own.dtype), own)
     condition = F.embedding(labels, params["classes"])
     x = embed(params, condition, linear(inputs, **params["input"]) + own, only)
@@ -184,7 +186,7 @@ def self_attention(x, lengths, is_causal, cache, qkv, q_bias, v_bias, scale, pro
     cache: None, or this block's keys and values (2, B, heads, tokens up to here, head_dim), whose end this scale fills in.
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-    q, k, v = F.linear(x, qkv, bias).unflatten(-1, (3, len(scale), -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
+    q, k, v = linear(x, qkv, bias).unflatten(-1, (3, len(scale), -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
     q = (F.normalize(wide(q), dim=-1) * scale.clamp(max=math.log(100)).exp()[:, None, None]).to(v.dtype)
     k = F.normalize(wide(k), dim=-1).to(v.dtype)
     if cache is None:
@@ -200,7 +202,8 @@ def feed_forward(x, expand, contract):
 
 
 def linear(x, weight, bias=None):
-    return F.linear(x, weight, bias)
+    """In the weight's dtype, so that a tree from `cast` computes in bf16 with norms, softmax, residual stream and head in fp32."""
+    return F.linear(x.to(weight.dtype), weight, bias)
 
 
 def modulate(x, scale, shift):
@@ -210,18 +213,28 @@ def modulate(x, scale, shift):
 def head_modulation(condition, weight, bias):
     """(scale, shift), (B, 1, C) each, fp32: what the class does to the last layer norm."""
     with torch.autocast(condition.device.type, enabled=False):
-        return F.linear(F.silu(wide(condition)), weight, bias).unsqueeze(1).chunk(2, -1)
+        return linear(F.silu(wide(condition)), weight, bias).unsqueeze(1).chunk(2, -1)
 
 
 def logits(x, weight, bias):
     """The head's last product, in fp32 whatever surrounds it."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(wide(x), weight, bias)
+        return linear(wide(x), weight, bias)
 
 
 def wide(x):
     """x in fp32, or fp64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cast(params, dtype):
+    """The same tree with its blocks' weights in dtype; embeddings, head and the attention temperatures stay as they are. Gradients pass through."""
+    def cast_block(block):
+        half = pytree.tree_map(lambda tensor: tensor.to(dtype), block)
+        half["attention"]["scale"] = block["attention"]["scale"]
+        return half
+    branches = {name: params[name] | dict(blocks=[cast_block(block) for block in params[name]["blocks"]]) for name in ("next_scale", "masked") if name in params}
+    return params | dict(trunk=[cast_block(block) for block in params["trunk"]]) | branches
 
 
 def new_cache(params, batch, dtype=torch.float32):
@@ -281,10 +294,118 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     embedding = torch.empty(params["classes"].shape[1], device="meta" if params["classes"].is_meta else "cpu")
     embedding = torch.nn.init.trunc_normal_(embedding, std=math.sqrt(1 / (3 * len(embedding))), generator=generator).to(params["classes"])
     branch = dict(blocks=copied, modulation=params["next_scale"]["modulation"], head=params["next_scale"]["head"])
-    branch = torch.utils._pytree.tree_map(torch.clone, branch) | dict(mask_embedding=embedding)
+    branch = pytree.tree_map(torch.clone, branch) | dict(mask_embedding=embedding)
     if own_input:
         branch["own_input"] = params["input"]["weight"].clone()
     return params | dict(trunk=all_blocks[:-blocks], next_scale=params["next_scale"] | dict(blocks=copied), masked=branch)
+
+
+def resize_positions(params, scales):
+    """The same weights for other scales, as a start for fine-tuning at another resolution or shape; sampling without fine-tuning is poor.
+
+    Each new scale takes after the old one of the nearest relative size: its positions, resampled bicubically, and its level embedding. The start
+    tokens of scale 0 are resampled alike. ValueError unless scales are (height, width) pairs.
+    """
+    if not scales or any(len(size) != 2 or min(size) < 1 for size in scales):
+        raise ValueError(f"scales: got {scales}, expected (height, width) pairs of positive integers")
+
+    def resample(grid, size):  # (h, w, C) -> (*size, C)
+        return F.interpolate(grid.permute(2, 0, 1)[None].float(), size, mode="bicubic")[0].permute(1, 2, 0).to(grid.dtype).contiguous()
+    old = [position.shape[:2] for position in params["positions"]]
+    relative = torch.tensor([h * w / (old[-1][0] * old[-1][1]) for h, w in old]).sqrt()
+    source = [int((relative - math.sqrt(h * w / (scales[-1][0] * scales[-1][1]))).abs().argmin()) for h, w in scales]
+    return params | dict(positions=[resample(params["positions"][k], tuple(size)) for k, size in zip(source, scales)],
+                         levels=params["levels"][source], start=resample(params["start"].unflatten(0, old[0]), tuple(scales[0])).flatten(0, 1))
+
+
+PUBLISHED_NAMES = (
+    (r"^classes$", "class_emb.weight"), (r"^start$", "pos_start"), (r"^positions$", "pos_1LC"), (r"^levels$", "lvl_embed.weight"),
+    (r"^input\.bias$", "word_embed_bias"), (r"^input\.", "word_embed."), (r"^trunk\.", "base_blocks."), (r"^masked\.mask_embedding$", "mask_embed.weight"),
+    (r"^next_scale\.modulation\.", "ns_head_nm.ada_lin.1."), (r"^masked\.modulation\.", "mask_head_nm.ada_lin.1."), (r"^next_scale\.", "ns_"),
+    (r"^masked\.", "mask_"), (r"\.modulation\.", ".ada_lin.1."), (r"mlp\.expand", "ffn.fc1"), (r"mlp\.contract", "ffn.fc2"),
+    (r"attention\.project", "attn.proj"), (r"attention\.qkv$", "attn.mat_qkv.weight"), (r"attention\.scale$", "attn.scale_mul_1H11"),
+    (r"attention\.", "attn."))
+ONE_BRANCH_NAMES = ((r"^base_blocks", "blocks"), (r"^ns_head", "head"), (r"^word_embed_bias", "word_embed.bias"))  # VAR, and HMAR after stage one
+
+
+def from_published(state_dict, scales=None, *, dtype=torch.float32):
+    """A tree from the state dict of VAR, of HMAR after stage one, or of the combined HMAR with its masked branch; or a VAR trainer's checkpoint.
+
+    scales may be left out for the published lengths of 680, 2240 and 9451 tokens. Persistent buffers are checked and dropped. ValueError lists what
+    is missing, unexpected or of another shape, or says why scales do not fit.
+    """
+    state = state_dict.get("trainer", state_dict) if isinstance(state_dict, dict) else {}
+    state = dict(state.get("var_wo_ddp", state))
+    sized = [state.get(name) for name in ("class_emb.weight", "word_embed.weight", "pos_1LC", "pos_start")]
+    if not all(torch.is_tensor(tensor) for tensor in sized) or "mask_embed.weight" in state and "base_blocks.0.attn.mat_qkv.weight" not in state:
+        raise ValueError("state_dict: expected VAR, HMAR after stage one or the combined HMAR, with class_emb., word_embed., pos_1LC and blocks. keys, "
+                         f"got {_few(state or state_dict)}")
+    (classes, width), code_dim, total, first = sized[0].shape, sized[1].shape[1], sized[2].shape[1], sized[3].shape[1]
+    scales = _published_scales(scales, total, first)
+    combined = any(name.startswith("base_blocks.") for name in state)
+
+    def count(blocks):
+        return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
+    head = state.get("ns_head.weight" if combined else "head.weight")
+    heads = state.get("base_blocks.0.attn.scale_mul_1H11" if combined else "blocks.0.attn.scale_mul_1H11")
+    with torch.device("meta"):
+        template = init(depth=max(1, count("base_blocks") + count("ns_blocks") + count("blocks")), classes=classes - 1, code_dim=code_dim, scales=scales,
+                        codes=1 if head is None else len(head), width=width, heads=1 if heads is None else heads.numel())
+        template = add_masked_branch(template, count("mask_blocks"), own_input=False) if combined else template
+        template["positions"] = torch.empty(1, total, width)
+    names = {}  # published name -> the template's tensor
+    for path, tensor in pytree.tree_flatten_with_path(template)[0]:
+        name = ".".join(re.findall(r"\w+", pytree.keystr(path)))
+        for pattern, published in PUBLISHED_NAMES + (() if combined else ONE_BRANCH_NAMES):
+            name = re.sub(pattern, published, name)
+        names[name] = tensor
+    state = _without_buffers(state, scales)
+    problems = [f"{name} is missing" for name in names if name not in state] + [f"{name} is unexpected" for name in state if name not in names]
+    problems += [f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}" for name, tensor in names.items()
+                 if name in state and state[name].squeeze().shape != tensor.squeeze().shape]
+    if problems:
+        raise ValueError(f"state_dict: does not fit the published transformer: {_few(problems)}")
+    params = pytree.tree_unflatten([state[name].to(dtype).reshape(tensor.shape) for name, tensor in names.items()], pytree.tree_structure(template))
+    positions = params["positions"][0].split([h * w for h, w in scales])
+    return params | dict(positions=[position.reshape(*size, width) for position, size in zip(positions, scales)])
+
+
+def published_is_causal(state_dict):
+    """Whether a published state dict carries the block-causal mask of VAR: True, False (HMAR's block-diagonal one), or None where it has no mask."""
+    state = state_dict.get("trainer", state_dict)
+    mask = state.get("var_wo_ddp", state).get("attn_bias_for_masking")
+    return None if mask is None else bool(mask[0, 0, -1, 0] == 0)  # may the last token see the first one
+
+
+def _published_scales(scales, total, first):
+    known = {sum(h * w for h, w in published): published for published in SCALES.values()}
+    scales = known.get(total) if scales is None else tuple(tuple(size) for size in scales)
+    if scales is None:
+        raise ValueError(f"scales: must be given for {total} tokens; known are the published lengths, {', '.join(map(str, known))}")
+    if sum(h * w for h, w in scales) != total or scales[0][0] * scales[0][1] != first:
+        raise ValueError(f"scales: {scales} hold {sum(h * w for h, w in scales)} tokens, the first {scales[0][0] * scales[0][1]}; "
+                         f"these weights have {total} and {first}")
+    return scales
+
+
+def _without_buffers(state, scales):
+    """The state without its persistent buffers, which say nothing that the scales do not; ValueError where they say something else."""
+    levels = torch.arange(len(scales)).repeat_interleave(torch.tensor([h * w for h, w in scales]))
+    buffers = {name for name in state if name in ("lvl_1L", "attn_bias_for_masking") or name.endswith(".attn.zero_k_bias")}
+    if "lvl_1L" in state and not torch.equal(state["lvl_1L"].flatten().cpu(), levels):
+        raise ValueError(f"scales: {scales} do not match the levels stored with these weights (lvl_1L)")
+    if "attn_bias_for_masking" in state:
+        visible, own = state["attn_bias_for_masking"][0, 0].cpu() == 0, levels[:, None] == levels
+        if not (torch.equal(visible, own) or torch.equal(visible, levels[:, None] >= levels)):
+            raise ValueError("state_dict: attn_bias_for_masking is neither block-diagonal nor block-causal over the scales")
+    if any(state[name].any() for name in buffers if name.endswith(".zero_k_bias")):
+        raise ValueError("state_dict: attn.zero_k_bias is not zero")
+    return {name: tensor for name, tensor in state.items() if name not in buffers}
+
+
+def _few(items):
+    items = [str(item) for item in items]
+    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "") if items else "nothing"
 
 
 def _span(params, only):

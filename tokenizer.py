@@ -16,9 +16,11 @@ configuration. `quantise`, `contribution` and `next_scale_inputs` are the method
 Sources: VAR (Tian et al. 2024, section 3.2 and algorithms 1, 2); HMAR (Kumbong et al. 2025); the convnet is VQGAN's (Esser et al. 2021).
 """
 import itertools
+import re
 
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
 
 def encode(params, images, scales):
@@ -129,7 +131,8 @@ def features(params, images):
 
 def decode_features(params, f_hat):
     """Images (B, 3, H, W) in [-1, 1], fp32, of an accumulated map f_hat (B, code_dim, h, w)."""
-    return decoder(convolution(f_hat, **params["post_quant_conv"]), **params["decoder"]).float().clamp(-1, 1)
+    images = decoder(convolution(f_hat, **params["post_quant_conv"]), **params["decoder"])
+    return images.to(torch.promote_types(images.dtype, torch.float32)).clamp(-1, 1)
 
 
 def encoder(x, conv_in, down, middle, norm_out, conv_out):
@@ -137,7 +140,7 @@ def encoder(x, conv_in, down, middle, norm_out, conv_out):
     for level in down:
         x = residual_blocks(x, level["blocks"], level["attentions"])
         if "downsample" in level:
-            x = F.conv2d(F.pad(x, (0, 1, 0, 1)), **level["downsample"], stride=2)
+            x = convolution(F.pad(x, (0, 1, 0, 1)), **level["downsample"], stride=2, padding=0)
     x = residual_blocks(x, **middle)
     return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
 
@@ -173,12 +176,13 @@ def self_attention(x, norm, qkv, project):
     return x + convolution(F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, (h, w)), **project)
 
 
-def convolution(x, weight, bias):
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+def convolution(x, weight, bias, stride=1, padding=None):
+    """In the weight's dtype, so that a tree from `cast` computes in bf16 with norms and quantiser in fp32."""
+    return F.conv2d(x.to(weight.dtype), weight, bias.to(weight.dtype), stride, weight.shape[-1] // 2 if padding is None else padding)
 
 
 def group_norm(x, weight, bias):
-    return F.group_norm(x, 32, weight, bias, eps=1e-6)
+    return F.group_norm(x.to(weight.dtype), 32, weight, bias, eps=1e-6)
 
 
 def training_pass(params, images, scales, beta=0.25, quantised=True):
@@ -283,6 +287,12 @@ def init(*, codes=4096, code_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), 
         decoder=dict(conv_in=conv(code_dim, widths[-1]), middle=middle(), up=up, norm_out=norm(widths[0]), conv_out=conv(widths[0], 3)))
 
 
+def cast(params, dtype):
+    """The same tree with the encoder's and decoder's convolutions in dtype; norms, codebook and phi stay as they are. Gradients pass through."""
+    convnets = {name: pytree.tree_map(lambda tensor: tensor.to(dtype) if tensor.ndim == 4 else tensor, params[name]) for name in ("encoder", "decoder")}
+    return params | convnets
+
+
 def downsampling(params):
     """Image pixels per side of a latent position, 2 ** (levels - 1)."""
     return 2 ** (len(params["encoder"]["down"]) - 1)
@@ -329,3 +339,48 @@ def _check_tokens(params, tokens, scales):
         raise ValueError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected int64 (B, {total}) for scales {scales}")
     if tokens.device.type == "cpu" and len(tokens) and not 0 <= tokens.min() <= tokens.max() < codes:
         raise ValueError(f"tokens: got values from {tokens.min()} to {tokens.max()}, expected 0 to {codes - 1}")
+
+
+PUBLISHED_NAMES = ((r"^codebook$", "quantize.embedding.weight"), (r"^phi\.", "quantize.quant_resi.qresi_ls."), (r"middle\.blocks\.0", "mid.block_1"),
+                   (r"middle\.blocks\.1", "mid.block_2"), (r"middle\.attentions\.0", "mid.attn_1"), (r"\.blocks\.", ".block."),
+                   (r"\.attentions\.", ".attn."), (r"shortcut", "nin_shortcut"), (r"project", "proj_out"), (r"(down|up)sample", r"\1sample.conv"))
+
+
+def from_published(state_dict, *, dtype=torch.float32):
+    """A tree from the state dict of a published VAR or HMAR tokenizer of any size, or from a VAR trainer's checkpoint that holds one.
+
+    ValueError lists what is missing, unexpected or of another shape.
+    """
+    state = state_dict.get("trainer", state_dict) if isinstance(state_dict, dict) else {}
+    state = {name: tensor for name, tensor in state.get("vae_local", state).items() if name != "quantize.ema_vocab_hit_SV"}  # statistics
+    if not all(torch.is_tensor(state.get(name)) for name in ("encoder.conv_in.weight", "quantize.embedding.weight")):
+        raise ValueError(f"state_dict: expected a published tokenizer, with encoder., decoder. and quantize. keys, got {_few(state or state_dict)}")
+
+    def count(pattern):
+        return next(i for i in itertools.count() if pattern.format(i) not in state)
+    channels, (codes, code_dim) = len(state["encoder.conv_in.weight"]), state["quantize.embedding.weight"].shape
+    widths = [len(state[f"encoder.down.{level}.block.0.conv1.weight"]) for level in range(count("encoder.down.{}.block.0.conv1.weight"))]
+    with torch.device("meta"):
+        template = init(codes=codes, code_dim=code_dim, channels=channels, multipliers=[width // channels for width in widths],
+                        residual_blocks=count("encoder.down.0.block.{}.conv1.weight"), attention="encoder.mid.attn_1.qkv.weight" in state,
+                        phis=count("quantize.quant_resi.qresi_ls.{}.weight"))
+    template["decoder"]["up"].reverse()  # published by level, ours in the order they run
+    names = {}  # published name -> the template's tensor
+    for path, tensor in pytree.tree_flatten_with_path(template)[0]:
+        name = ".".join(re.findall(r"\w+", pytree.keystr(path)))
+        for pattern, published in PUBLISHED_NAMES:
+            name = re.sub(pattern, published, name)
+        names[name] = tensor
+    problems = [f"{name} is missing" for name in names if name not in state] + [f"{name} is unexpected" for name in state if name not in names]
+    problems += [f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}" for name, tensor in names.items()
+                 if name in state and state[name].shape != tensor.shape]
+    if problems:
+        raise ValueError(f"state_dict: does not fit the published tokenizer: {_few(problems)}")
+    params = pytree.tree_unflatten([state[name].to(dtype) for name in names], pytree.tree_structure(template))
+    params["decoder"]["up"].reverse()
+    return params
+
+
+def _few(items):
+    items = [str(item) for item in items]
+    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "") if items else "nothing"
