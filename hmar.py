@@ -115,11 +115,11 @@ def scale_weights(scales, kind):
 
 
 def stochastic_depth(uniform, rate):
-    """Factors (depth, 2, B) for the two branches of every block: 0 where dropped, else 1 / kept share; the rate rises linearly to `rate`.
+    """Factors (B, depth, 2) for the two branches of every block: 0 where dropped, else 1 / kept share; the rate rises linearly over blocks to `rate`.
 
-    uniform (depth, 2, B) in [0, 1).
+    uniform (B, depth, 2) in [0, 1).
     """
-    kept = 1 - torch.linspace(0, rate, len(uniform), device=uniform.device)[:, None, None]
+    kept = 1 - torch.linspace(0, rate, uniform.shape[1], device=uniform.device)[:, None]
     return (uniform < kept) / kept
 
 
@@ -162,7 +162,7 @@ def embed(params, condition, later, only=None):
 def run_blocks(x, condition, blocks, lengths, is_causal=False, cache=None, keep=None, checkpointing=False):
     """x (B, L, C) through all blocks, with what belongs to each: its part of the cache, its factors from stochastic_depth."""
     for i, params in enumerate(blocks):
-        arguments = (condition, lengths, is_causal, None if cache is None else cache[i], None if keep is None else keep[i])
+        arguments = (condition, lengths, is_causal, None if cache is None else cache[i], None if keep is None else keep[:, i])
         if checkpointing:
             x = checkpoint(lambda x, arguments=arguments, params=params: block(x, *arguments, **params), x, use_reentrant=False)
         else:
@@ -174,8 +174,8 @@ def block(x, condition, lengths, is_causal, cache, keep, modulation, attention, 
     """x (B, L, C), condition (B, C) -> (B, L, C): attention and MLP, each modulated by the class."""
     six = linear(F.silu(condition), **modulation).unsqueeze(1).chunk(6, -1)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six  # (B, 1, C) each, in the published order
-    if keep is not None:  # (2, B)
-        gamma1, gamma2 = gamma1 * keep[0, :, None, None], gamma2 * keep[1, :, None, None]
+    if keep is not None:  # (B, 2)
+        gamma1, gamma2 = gamma1 * keep[:, 0, None, None], gamma2 * keep[:, 1, None, None]
     x = x + gamma1 * self_attention(modulate(x, scale1, shift1), lengths, is_causal, cache, **attention)
     return x + gamma2 * feed_forward(modulate(x, scale2, shift2), **mlp)
 

@@ -9,6 +9,8 @@ Every image has a stream of random numbers of its own, so it comes out the same 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024); classifier-free guidance (Ho and Salimans 2021);
 the Halton scheduler (Besnier et al. 2025).
 """
+import argparse
+import difflib
 import functools
 import itertools
 import math
@@ -16,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 import hmar
 import tokenizer
@@ -271,3 +274,27 @@ def _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, 
                                         ("order", order, order in ("confidence", "halton", "random"), '"confidence", "halton" or "random"')):
         if not fits:
             raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the nearest flag for a mistyped one."""
+    def error(self, message):
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")] if message.startswith("unrecognized") else []
+        near = [match for word in wrong for match in difflib.get_close_matches(word, flags, 1)]
+        self.exit(2, f"{self.prog}: {message}{'; did you mean ' + ', '.join(near) + '?' if near else ''}\n")
+
+
+def sheet(rows, names):
+    """A PIL image: a row of images (n, 3, H, W) in [-1, 1] each, its name at the left."""
+    font = ImageFont.load_default(12)
+    scale = max(1, 64 // rows[0].shape[-1])  # small images are enlarged, by whole pixels
+    left = 12 + max(int(font.getlength(name)) for name in names)
+    pixels = [((row.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy() for row in rows]
+    height, width = pixels[0].shape[1] * scale + 2, pixels[0].shape[2] * scale + 2
+    page = Image.new("RGB", (left + width * max(len(row) for row in pixels), height * len(rows)), "white")
+    for y, (row, name) in enumerate(zip(pixels, names)):
+        ImageDraw.Draw(page).text((6, y * height + height // 2), name, "black", font, anchor="lm")
+        for x, picture in enumerate(row):
+            page.paste(Image.fromarray(picture).resize((width - 2, height - 2), Image.Resampling.NEAREST), (left + x * width, y * height))
+    return page

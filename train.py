@@ -1,17 +1,31 @@
 """Data and training: drawn shapes or folders of images, then the tokenizer, next-scale and masked stages."""
+import argparse
 import colorsys
+import contextlib
 import functools
 import hashlib
 import itertools
+import json
+import math
 import os
+import re
+import signal
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch.utils import _pytree as pytree
 
+import hmar
+import sample
+import tokenizer
+
+STAGES = ("tokenizer", "next-scale", "masked")
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart")
 
 
@@ -219,3 +233,785 @@ class Images(torch.utils.data.Dataset):
             path, label = item
             image = crop(read_image(path, shortest=2 * self.size), self.size, seed, self.flip)
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), label
+
+
+def data_sets(args):
+    """(training Images, held-out Images, class names) of --data, or of drawings."""
+    if args.data is None:
+        return Images(range(20_000), args.size), Images(range(20_000, 20_500), args.size), SHAPES
+    files, names = list_images(args.data)
+    train, held_out = split_held_out(check_images(files), args.data, args.val)
+    return Images(train, args.size, args.flip), Images(held_out, args.size, args.flip), names
+
+
+def generator_of(*key):
+    """Randomness as a function of where it is used (seed, stage, step, ...), so that none of it has to be saved to continue a run."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
+
+
+@functools.lru_cache(2)
+def epoch_order(seed, epoch, count):
+    return torch.randperm(count, generator=generator_of(seed, "epoch", epoch)).tolist()
+
+
+def step_items(args, step, count):
+    """[(index, draw), ...]: the items of a step, every item once an epoch in a new order; draw numbers them over the whole run."""
+    draws = range(step * args.batch, (step + 1) * args.batch)
+    return [(epoch_order(args.seed, draw // count, count)[draw % count], draw) for draw in draws]
+
+
+def image_batches(images, args, start):
+    """This process's part of the images of each step from `start`, uint8 (B, 3, size, size), decoded in workers."""
+    keys = ([(index, (args.seed, draw)) for index, draw in part(step_items(args, step, len(images)))] for step in range(start, args.steps))
+    loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=args.workers)
+    return (batch for batch, _ in loader)
+
+
+def rank():
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def part(batch, index=None, count=None):
+    """One of `count` equal, consecutive parts of a batch; by default this process's, so that all processes together see what one alone would."""
+    index, count = (rank(), world()) if count is None else (index, count)
+    size = len(batch) // count
+    return batch[index * size:(index + 1) * size]
+
+
+def to_unit(images, device):
+    """uint8 (B, 3, H, W) -> float in [-1, 1]."""
+    return images.to(device).float() / 127.5 - 1
+
+
+def token_cache(name, images, tokenizer_params, args):
+    """Tokens of all images, a memory-mapped (N, views, L) array in the run folder, encoded once by the finished tokenizer.
+
+    Keyed by the tokenizer's weights and the list of images; continued where it was interrupted; made anew, and said so, when either changed. The views
+    are the centre crop and its mirror image, or --views random crops; drawings have one.
+    """
+    crops = [(args.seed, view) for view in range(args.views)] if args.data is not None and args.views else [None]
+    mirrored, chunk, path = args.data is not None and args.flip and not args.views, 256, os.path.join(args.out, f"tokens-{name}")
+    digest = hashlib.sha256(repr((args.scales, args.size, crops, mirrored)).encode())
+    for tensor in pytree.tree_leaves(tokenizer_params):
+        digest.update(tensor.cpu().numpy().tobytes())
+    for item in images.items:
+        digest.update(repr(item if args.data is None else (item, os.path.getsize(item[0]), os.path.getmtime(item[0]))).encode())
+    key = digest.hexdigest()
+    if rank() == 0 and read_json(f"{path}.json").get("key") != key:
+        if os.path.exists(f"{path}.json"):
+            print(f"{path}.npy: the tokenizer or the images changed, so the images are encoded again")
+        shape = (len(images), len(crops) + mirrored, sum(tokenizer.lengths(args.scales)))
+        for suffix, dtype, shape in ((".npy", np.int32, shape), (".done.npy", bool, (-(-len(images) // chunk),))):
+            np.lib.format.open_memmap(path + suffix, "w+", dtype, shape).flush()
+        write_json(f"{path}.json", dict(key=key))
+    barrier()
+    tokens, done = (np.lib.format.open_memmap(path + suffix, "r+") for suffix in (".npy", ".done.npy"))
+    chunks = [range(first, min(first + chunk, len(images))) for first in range(0, len(images), chunk)]
+    waiting = [i for i in range(len(chunks)) if not done[i] and i % world() == rank()]
+    keys = [[(index, crop) for index in chunks[i]] for i in waiting for crop in crops]
+    loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=args.workers)
+    progress, fast = Progress(f"encoding {name}", len(keys)), tokenizer.cast(tokenizer_params, args.dtype)
+    for number, ((i, view), (batch, _)) in enumerate(zip(itertools.product(waiting, range(len(crops))), loader), 1):
+        rows = slice(chunks[i].start, chunks[i].stop)
+        tokens[rows, view] = tokenizer.encode(fast, to_unit(batch, args.device), args.scales).cpu().numpy()
+        if mirrored:
+            tokens[rows, 1] = tokenizer.encode(fast, to_unit(batch.flip(-1), args.device), args.scales).cpu().numpy()
+        if view == len(crops) - 1:
+            tokens.flush()
+            done[i] = True
+        progress.show(number, len(batch))
+    done.flush()
+    barrier()
+    return tokens
+
+
+class Progress:
+    """One updating line on a terminal, a plain line every ten seconds elsewhere; rank 0 alone speaks."""
+    def __init__(self, what, total, done=0):
+        self.what, self.total, self.start, self.done, self.seen = what, total, time.monotonic(), done, 0
+        self.first, self.last, self.terminal = done, -math.inf, sys.stdout.isatty()
+
+    def show(self, done, images, note=""):
+        self.seen += images
+        now = time.monotonic()
+        if rank() or (now - self.last < (0.2 if self.terminal else 10) and done < self.total):
+            return
+        self.last, spent = now, now - self.start
+        left = spent / max(1, done - self.first) * (self.total - done)
+        line = f"{self.what} {done}/{self.total}  {note}  {self.seen / max(spent, 1e-9):.0f} images/s  {int(left) // 60}:{int(left) % 60:02d} left"
+        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal and done < self.total else "\n", flush=True)
+
+
+class Trained(torch.nn.Module):
+    """The thinnest module that DDP and torch.compile take: the trainable leaves of a tree as parameters, a loss as forward."""
+    def __init__(self, params, loss):
+        super().__init__()
+        self.leaves = torch.nn.ParameterList(leaf for leaf in pytree.tree_leaves(params) if isinstance(leaf, torch.nn.Parameter))
+        self.params, self.loss = params, loss
+
+    def forward(self, *batch):
+        return self.loss(self.params, *batch)
+
+
+def trainable(params, is_trained=None):
+    """The tree with its leaves as parameters, all or those where is_trained("path.to.leaf")."""
+    def leaf(path, tensor):
+        return torch.nn.Parameter(tensor.clone()) if is_trained is None or is_trained(path_name(path)) else tensor
+    return pytree.tree_map_with_path(leaf, params)
+
+
+def with_leaves(params, leaves):
+    """The tree with its trainable leaves replaced, in order, and detached."""
+    leaves = iter(leaves)
+    return pytree.tree_map(lambda leaf: next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf, params)
+
+
+def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()):
+    """Trains the parameters in the tree `params` for args.steps and returns the tree with their moving averages.
+
+    loss(params, *batch) -> (loss, {name: tensor}); batches(start) yields for each step one batch for each of the --accumulate parts.
+    after_step(step, outputs of the parts, optimizer) may change parameters; evaluate(averaged tree) -> numbers to report; extra: tensors of state that
+    after_step keeps. Everything is a function of the step and of what the checkpoint holds, so that a run that was killed continues bit for bit.
+    """
+    model, resume, step = Trained(params, loss), os.path.join(args.out, f"{args.stage}.resume.pt"), 0
+    leaves, optimizer = list(model.leaves), adamw(params, args)
+    average = [leaf.detach().clone() for leaf in leaves]
+    state = [leaf.data for leaf in leaves] + average + list(extra)
+    if os.path.exists(resume):
+        saved = load(resume)
+        step = saved["step"]
+        optimizer.load_state_dict(saved["optimizer"])
+        torch._foreach_copy_(state, saved["state"])
+        say(f"{args.stage}: continues at step {step} of {args.steps}")
+    call = torch.compile(model) if args.compile else model
+    if world() > 1:
+        call = torch.nn.parallel.DistributedDataParallel(call, device_ids=[args.device] if args.device.type == "cuda" else None)
+    progress, window, note, stop = Progress(args.stage, args.steps, step), {}, "", Stop(args.device)
+    metrics = Metrics(os.path.join(args.out, "metrics.jsonl"), args.stage, step)
+    for step, micro_batches in enumerate(batches(step), step + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, args)
+        outputs = []
+        for i, batch in enumerate(micro_batches, 1):
+            with call.no_sync() if world() > 1 and i < len(micro_batches) else contextlib.nullcontext():
+                value, output = call(*batch)
+                (value / len(micro_batches)).backward()
+            outputs.append(output)
+        norm = torch.nn.utils.clip_grad_norm_(leaves, args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - min(args.ema, step / (step + 10)))
+        numbers = after_step and after_step(step, outputs, optimizer) or {}
+        for name, tensor in [(name, output[name]) for output in outputs for name in output if name in args.reported] + [("gradient", norm)]:
+            window.setdefault(name, []).append(tensor.detach())
+        if step % args.log_every == 0 or step == args.steps:
+            means = {name: torch.stack(tensors).mean(0).tolist() for name, tensors in window.items()}
+            window.clear()
+            metrics.write(step, lr=learning_rate(step - 1, args), **means, **numbers)
+            note = f"loss {means['loss']:.4f}"
+        progress.show(step, args.batch, note)
+        stopped = stop.agreed(step)
+        if step % args.save_every == 0 or stopped or step == args.steps:
+            save(resume, dict(step=step, state=state, optimizer=optimizer.state_dict()))
+        if stopped:
+            raise KeyboardInterrupt(f"{args.stage}: stopped at step {step} of {args.steps} and saved; the same command continues there")
+        if evaluate is not None and (step % args.eval_every == 0 or step == args.steps):
+            numbers = evaluate(with_leaves(params, average))
+            metrics.write(step, **numbers)
+            say(f"{args.stage} {step}/{args.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float)))
+    stop.restore()
+    return with_leaves(params, average)
+
+
+def adamw(params, args):
+    """AdamW (0.9, 0.95) whose decay spares biases, norms, embeddings, positions, temperatures and the codebook."""
+    spared = re.compile(r"classes|start|levels|positions|scale$|codebook|mask_embedding|bias|norm")
+    groups = {True: [], False: []}
+    for path, leaf in pytree.tree_flatten_with_path(params)[0]:
+        if isinstance(leaf, torch.nn.Parameter):
+            groups[not spared.search(path_name(path))].append(leaf)
+    return torch.optim.AdamW([dict(params=leaves, weight_decay=args.weight_decay * decays) for decays, leaves in groups.items()],
+                             lr=args.lr, betas=(0.9, 0.95), fused=args.device.type in ("cpu", "cuda"))
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then cosine or linear decay to zero."""
+    progress = step / args.steps
+    decay = 0.5 * (1 + math.cos(math.pi * progress)) if args.decay == "cosine" else 1 - progress
+    return args.lr * min(1, (step + 1) / max(1, args.warmup)) * decay
+
+
+def train_tokenizer(args, data, held_out):
+    """Stage one, images -> tokenizer.pt: a plain autoencoder first, then the codebook is made of data, and dead codes are replaced as it trains."""
+    tree = dict(tokenizer=trainable(initial_tokenizer(args)))
+    codebook, scales = tree["tokenizer"]["codebook"], args.scales
+    warm = 0 if args.init else min(200, args.steps // 10)
+    unseen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # times each code was chosen since dead ones were last replaced
+    window = torch.zeros(len(scales), len(codebook), dtype=torch.int64, device=args.device)  # the same a scale, since the last report
+    reserved = whole(held_out, 256, args)
+
+    def loss(tree, images, quantised):
+        fast = tokenizer.cast(tree["tokenizer"], args.dtype)
+        made, vq, residuals, tokens = tokenizer.training_pass(fast, images, scales, args.beta, quantised)
+        edges = sum(F.l1_loss(made.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
+        total = F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges + vq
+        return total, dict(loss=total.detach(), vq=vq.detach(), residuals=residuals, tokens=tokens)
+
+    def batches(start):
+        for step, images in enumerate(image_batches(data, args, start), start):
+            yield [(to_unit(part(images, i, args.accumulate), args.device), step >= warm) for i in range(args.accumulate)]
+
+    def after_step(step, outputs, optimizer):
+        if step == warm:
+            with torch.no_grad():
+                features = tokenizer.features(tree["tokenizer"], whole(data, 512, args))
+            replace(codebook, tokenizer.data_codebook(tree["tokenizer"], features, scales, generator_of(args.seed, "codebook")))
+        for k, tokens in [(k, tokens) for output in outputs for k, tokens in enumerate(output["tokens"])]:
+            window[k].index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
+            unseen.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
+        if args.revive_every and step > warm and step % args.revive_every == 0 and step <= 0.8 * args.steps:
+            counts = summed(unseen)
+            new, dead = tokenizer.revive_codes(codebook.detach(), counts, outputs[-1]["residuals"], generator_of(args.seed, "revive", step))
+            replace(codebook, new)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[codebook][moment][dead] = 0
+            unseen.zero_()
+        if args.unit_codes:
+            replace(codebook, F.normalize(codebook.detach(), dim=1))
+        if step % args.log_every == 0 and step > warm:
+            counts = summed(window)
+            window.zero_()
+            return dict(codes_used=int((counts.sum(0) > 0).sum()), usage=code_usage(counts))
+
+    def evaluate(average):
+        return judge_tokenizer(average["tokenizer"], reserved, args)
+
+    average = fit(args, tree, loss, batches, after_step=after_step, evaluate=evaluate, extra=[unseen, window])
+    return average["tokenizer"]
+
+
+def code_usage(counts):
+    """For each row of counts (S, V): distinct codes, their perplexity, and the most that could have been used, min(V, tokens seen)."""
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    perplexity = torch.exp(-torch.xlogy(share, share).sum(1))
+    return [dict(distinct=int((row > 0).sum()), perplexity=round(float(p), 1), most=min(len(row), int(row.sum()))) for row, p in zip(counts, perplexity)]
+
+
+def judge_tokenizer(params, images, args):
+    """{"psnr": dB on held-out images}; draws the reconstruction sheet: original, reconstruction, and the image after each scale."""
+    with torch.no_grad():
+        tokens = torch.cat([tokenizer.encode(params, batch, args.scales) for batch in images.split(32)])
+        made = torch.cat([tokenizer.decode(params, batch, args.scales) for batch in tokens.split(32)])
+        pyramid = [f_hat for _, _, f_hat in tokenizer.quantise(params["codebook"], params["phi"], tokenizer.features(params, images[:8]), args.scales)]
+        rows = [images[:8], made[:8], *(tokenizer.decode_features(params, f_hat) for f_hat in pyramid)]
+    names = ["original", "reconstruction", *(f"after {h}x{w}" for h, w in args.scales)]
+    write_sheet(os.path.join(args.out, "samples", "reconstructions.png"), rows, names)
+    mse = (made - images).square().mean((1, 2, 3))
+    return dict(psnr=float((10 * torch.log10(4 / mse)).mean()))
+
+
+def train_next_scale(args, data, held_out):
+    """Stage two, tokens -> hmar.pt: every token from the coarser scales."""
+    tokenizer_params = finished(args, "tokenizer")
+    params = trainable(initial_transformer(args, tokenizer_params), (lambda name: not name.startswith("trunk")) if args.freeze_trunk else None)
+    tokens, reserved = (token_cache(name, images, tokenizer_params, args) for name, images in (("train", data), ("held-out", held_out)))
+    labels, null, depth = labels_of(data), len(params["classes"]) - 1, len(params["trunk"])
+    weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)
+
+    def loss(params, labels, tokens, keep):
+        with torch.no_grad():
+            inputs = tokenizer.next_scale_inputs(tokenizer_params, tokens, args.scales)
+        losses = hmar.next_scale_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, args.causal, keep=keep, checkpointing=args.checkpointing)
+        total = (losses * weights).sum(1).mean()
+        return total, dict(loss=total.detach(), scale_losses=by_scale(losses.detach().mean(0), args.scales))
+
+    def batches(start):
+        for step in range(start, args.steps):
+            chosen, own, generator = *token_batch(args, step, labels, tokens), generator_of(args.seed, args.stage, step)
+            chosen = torch.where(torch.rand(args.batch, generator=generator) < args.label_drop, null, chosen)
+            keep = hmar.stochastic_depth(torch.rand(args.batch, depth, 2, generator=generator), args.depth_drop * depth / 24)
+            yield micro_batches(args, chosen, own, keep)
+
+    def evaluate(average):
+        return judge_next_scale(average, tokenizer_params, labels_of(held_out), reserved, args)
+
+    return fit(args, params, loss, batches, evaluate=evaluate)
+
+
+def train_masked(args, data, held_out):
+    """Stage three, hmar.pt -> hmar.pt with its masked branch: hidden tokens from the others of their scale. The trunk and the rest stay as they are."""
+    tokenizer_params, params = finished(args, "tokenizer"), finished(args, "next-scale")
+    params = {name: tree for name, tree in params.items() if name != "masked"}  # trained before: start over
+    params = hmar.add_masked_branch(params, min(args.masked_blocks, len(params["trunk"]) + len(params["next_scale"]["blocks"])), seed=args.seed)
+    params, trunk = trainable(params, lambda name: name.startswith("masked")), len(params["trunk"])
+    tokens, reserved = (token_cache(name, images, tokenizer_params, args) for name, images in (("train", data), ("held-out", held_out)))
+    labels, null, own_depth = labels_of(data), len(params["classes"]) - 1, len(params["masked"]["blocks"])
+    maskable = tokens.shape[2] - tokenizer.lengths(args.scales)[0]
+
+    def loss(params, labels, tokens, keep, mask, share):
+        with torch.no_grad():
+            inputs = tokenizer.next_scale_inputs(tokenizer_params, tokens, args.scales)
+            own_inputs = tokenizer.masked_inputs(tokenizer_params, tokens, args.scales, mask)
+        losses = hmar.masked_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, own_inputs, mask, keep=keep, checkpointing=args.checkpointing)
+        total = (losses * share[:1]).sum()  # the mean over the whole step's hidden tokens, in however many parts it runs
+        return total, dict(loss=total.detach())
+
+    def batches(start):
+        for step in range(start, args.steps):
+            chosen, own, generator = *token_batch(args, step, labels, tokens), generator_of(args.seed, args.stage, step)
+            chosen = torch.where(torch.rand(args.batch, generator=generator) < args.label_drop, null, chosen)
+            keep = hmar.stochastic_depth(torch.rand(args.batch, own_depth, 2, generator=generator), args.depth_drop * (trunk + own_depth) / 24)
+            keep = torch.cat([torch.ones(args.batch, trunk, 2), keep], 1)
+            mask = torch.rand(args.batch, maskable, generator=generator) < torch.rand(args.batch, 1, generator=generator)  # ratio ~ U(0, 1) a sample
+            share = torch.full((args.batch,), world() * args.accumulate / max(1, int(mask.sum())))
+            yield micro_batches(args, chosen, own, keep, mask, share)
+
+    def evaluate(average):
+        return judge_masked(average, tokenizer_params, labels_of(held_out), reserved, args)
+
+    return fit(args, params, loss, batches, evaluate=evaluate)
+
+
+def token_batch(args, step, labels, tokens):
+    """(labels (B,), tokens (B, L)) of a step's whole batch, a random view of each image."""
+    indices = [index for index, _ in step_items(args, step, len(labels))]
+    views = torch.randint(tokens.shape[1], (len(indices),), generator=generator_of(args.seed, "views", step)).numpy()
+    return labels[indices], torch.from_numpy(tokens[indices, views].astype(np.int64))
+
+
+def micro_batches(args, *tensors):
+    """This process's part of a whole batch, on the device, in --accumulate parts."""
+    return [[part(part(tensor), i, args.accumulate).to(args.device) for tensor in tensors] for i in range(args.accumulate)]
+
+
+def by_scale(values, scales):
+    """Means (S,) of values (L,) over each scale."""
+    return torch.stack([own.mean() for own in values.split(tokenizer.lengths(scales))])
+
+
+def judge_next_scale(params, tokenizer_params, labels, tokens, args):
+    """Held-out loss (nats) and token accuracy, over all tokens and a scale; draws the sample sheet."""
+    losses, hits = [], []
+    with torch.no_grad():
+        for first in range(0, min(len(labels), 512), 32):
+            own = torch.from_numpy(tokens[first:first + 32, 0].astype(np.int64)).to(args.device)
+            inputs = tokenizer.next_scale_inputs(tokenizer_params, own, args.scales)
+            logits = hmar.next_scale_logits(params, labels[first:first + 32].to(args.device), inputs, args.causal)
+            losses.append(F.cross_entropy(logits.transpose(1, 2), own, reduction="none"))
+            hits.append((logits.argmax(-1) == own).float())
+    losses, hits = torch.cat(losses).mean(0), torch.cat(hits).mean(0)  # (L,)
+    draw_samples(params, tokenizer_params, args)
+    return dict(held_out_loss=float(losses.mean()), held_out_scale_losses=by_scale(losses, args.scales).tolist(), accuracy=float(hits.mean()),
+                scale_accuracies=by_scale(hits, args.scales).tolist(), ln_codes=math.log(len(tokenizer_params["codebook"])))
+
+
+def judge_masked(params, tokenizer_params, labels, tokens, args):
+    """Held-out loss (nats) of tokens with half of them hidden; draws the sample sheet, refined."""
+    losses = []
+    with torch.no_grad():
+        for first in range(0, min(len(labels), 512), 32):
+            own = torch.from_numpy(tokens[first:first + 32, 0].astype(np.int64)).to(args.device)
+            mask = torch.rand(len(own), own.shape[1] - tokenizer.lengths(args.scales)[0], generator=generator_of("held-out mask", first)) < 0.5
+            mask = mask.to(args.device)
+            inputs = tokenizer.next_scale_inputs(tokenizer_params, own, args.scales)
+            own_inputs = tokenizer.masked_inputs(tokenizer_params, own, args.scales, mask)
+            losses.append(hmar.masked_losses(params, labels[first:first + 32].to(args.device), own, inputs, own_inputs, mask))
+    draw_samples(params, tokenizer_params, args)
+    return dict(held_out_loss=float(torch.cat(losses).mean()), ln_codes=math.log(len(tokenizer_params["codebook"])))
+
+
+def draw_samples(params, tokenizer_params, args):
+    """samples/<stage>.png: a row a class, eight samples each, of the first ten classes."""
+    names = args.class_names[:10]
+    labels = torch.arange(len(names), device=args.device).repeat_interleave(8)
+    images, _ = sample.generate(params, tokenizer_params, labels, is_causal=args.causal)
+    write_sheet(os.path.join(args.out, "samples", f"{args.stage}.png"), images.split(8), names)
+
+
+def initial_tokenizer(args):
+    """A new tokenizer of the flags' sizes, or --init's: a tree of ours or a published state dict."""
+    if args.init is None:
+        return to_device(tokenizer.init(codes=args.codes, code_dim=args.code_dim, channels=args.channels, multipliers=args.multipliers,
+                                        residual_blocks=args.residual_blocks, attention=args.attention, seed=args.seed), args.device)
+    state = load(args.init)
+    return to_device(state if "codebook" in state else tokenizer.from_published(state), args.device)
+
+
+def initial_transformer(args, tokenizer_params):
+    """A new transformer of the flags' sizes, or --init's, with positions resampled for other scales and a new class embedding for other classes."""
+    codes, code_dim = tokenizer_params["codebook"].shape
+    new = dict(classes=len(args.class_names), codes=codes, code_dim=code_dim, scales=args.scales, gamma=args.gamma, seed=args.seed)
+    if args.init is None:
+        return to_device(hmar.init(depth=args.depth, width=args.width, **new), args.device)
+    state = load(args.init)
+    params = state if "trunk" in state else hmar.from_published(state, args.init_scales)
+    if "masked" in params:
+        params = {name: tree for name, tree in params.items() if name != "masked"}
+    params = params | dict(trunk=params["trunk"] + params["next_scale"]["blocks"], next_scale=params["next_scale"] | dict(blocks=[]))
+    if hmar.scales(params) != args.scales:
+        say(f"--init: positions resampled from {sides(hmar.scales(params))} to {sides(args.scales)}")
+        params = hmar.resize_positions(params, args.scales)
+    if len(params["classes"]) != len(args.class_names) + 1:
+        say(f"--init: a new class embedding for {len(args.class_names)} classes in place of {len(params['classes']) - 1}")
+        params = params | dict(classes=hmar.init(depth=1, width=params["classes"].shape[1], **new)["classes"])
+    if (len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]) != (codes, code_dim):
+        raise ValueError(f"init: {args.init} was trained with another codebook than tokenizer.pt, which has {codes} codes of {code_dim} dimensions")
+    return to_device(params, args.device)
+
+
+def finished(args, stage):
+    """The weights that an earlier stage left in the run folder; ValueError that says which command makes them."""
+    path = os.path.join(args.out, "tokenizer.pt" if stage == "tokenizer" else "hmar.pt")
+    if not os.path.exists(path):
+        raise ValueError(f"{args.stage}: {path} is missing; the {stage} stage makes it: python train.py {stage} --out {args.out} ...")
+    return to_device(load(path), args.device)
+
+
+def whole(images, count, args):
+    """The first `count` images, centre crops, (B, 3, size, size) in [-1, 1]."""
+    return to_unit(torch.stack([images[index, None][0] for index in range(min(len(images), count))]), args.device)
+
+
+def labels_of(images):
+    return torch.tensor([item % len(SHAPES) if isinstance(item, int) else item[1] for item in images.items])
+
+
+def replace(parameter, value):
+    """parameter = value, the same on every process."""
+    with torch.no_grad():
+        parameter.copy_(value)
+        if world() > 1:
+            torch.distributed.broadcast(parameter.data, 0)
+
+
+def summed(counts):
+    """counts, added up over the processes."""
+    counts = counts.clone()
+    if world() > 1:
+        torch.distributed.all_reduce(counts)
+    return counts
+
+
+def barrier():
+    if world() > 1:
+        torch.distributed.barrier()
+
+
+def path_name(path):
+    return ".".join(re.findall(r"\w+", pytree.keystr(path)))
+
+
+def to_device(params, device):
+    return pytree.tree_map(lambda tensor: tensor.to(device), params)
+
+
+def say(line):
+    if rank() == 0:
+        print(line, flush=True)
+
+
+def load(path):
+    """What `save` wrote, on the CPU; ValueError for anything else, code in a pickle among it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a file of weights: {str(error).splitlines()[0]}") from error
+
+
+def save(path, tree):
+    """Writes a tree of tensors so that either the old file or the whole new one is there, whatever happens. OSError if it cannot."""
+    if rank() == 0:
+        write_atomically(path, lambda file: torch.save(pytree.tree_map(lambda leaf: leaf.detach() if torch.is_tensor(leaf) else leaf, tree), file))
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it. OSError if it cannot; the old file stays."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise OSError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from error
+
+
+def write_json(path, value):
+    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def read_json(path):
+    """The object in a JSON file, {} where there is none."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def write_sheet(path, rows, names):
+    if rank() == 0:
+        write_atomically(path, lambda file: sample.sheet(rows, names).save(file, "PNG"))
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line with stage, step and numbers; lines past the step that a run continues from are dropped."""
+    def __init__(self, path, stage, step):
+        self.path, self.stage = path, stage
+        if rank() == 0 and os.path.exists(path):
+            with open(path) as file:
+                lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one
+            kept = [line for line in lines if json.loads(line)["stage"] != stage or json.loads(line)["step"] <= step]
+            write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+    def write(self, step, **numbers):
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(stage=self.stage, step=step, **numbers)) + "\n")
+
+
+class Stop:
+    """Whether the run was asked to end by Ctrl-C or SIGTERM; a second signal ends it at once."""
+    def __init__(self, device):
+        self.asked, self.device = False, device
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame):
+        self.asked = True
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, step):
+        """The same answer on every process, asked every tenth step where there are several."""
+        if world() == 1:
+            return self.asked
+        return step % 10 == 0 and bool(summed(torch.tensor(int(self.asked), device=self.device)) > 0)
+
+
+PRESETS = {  # by the largest image side they serve: a model for two CPU cores, and the published one
+    64: dict(channels=32, multipliers=(1, 1, 2), residual_blocks=1, attention=False, codes=256, code_dim=16, depth=3, width=192, gamma=0.1, loss_weights="token",
+             masked_blocks=2, batch=16, ema=0.998, warmup=100, steps={"tokenizer": 4000, "next-scale": 3500, "masked": 500},
+             lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3}),
+    math.inf: dict(channels=160, multipliers=(1, 1, 2, 2, 4), residual_blocks=2, attention=True, codes=4096, code_dim=32, depth=16, width=None, gamma=None, loss_weights="lognormal",
+                   masked_blocks=8, batch=64, ema=0.9999, warmup=1000, steps={"tokenizer": 200_000, "next-scale": 400_000, "masked": 80_000},
+                   lr={"tokenizer": 1e-4, "next-scale": 1e-4, "masked": 1e-4})}
+
+
+def default_scales(latent):
+    """Scales for a latent of latent x latent: the published ones for 16, 32 and 64, else sides that grow by about a half."""
+    published = {scales[-1][0]: scales for scales in hmar.SCALES.values()}
+    made = [latent]
+    while made[0] > 1:
+        made.insert(0, max(1, min(made[0] - 1, round(made[0] / 1.5))))
+    return published.get(latent, tuple((side, side) for side in made))
+
+
+def sides(scales):
+    return " ".join(str(h) if h == w else f"{h}x{w}" for h, w in scales)
+
+
+def scale_pair(text):
+    """ "4" or "2x3" -> (height, width), for the parser."""
+    h, _, w = text.partition("x")
+    return int(h), int(w or h)
+
+
+def parser():
+    top = sample.Parser(description="Train HMAR from nothing: tokenizer, then next-scale, then masked stage. Sentinel: 'auto' follows --size.")
+    top.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES), help="what to train; default all three")
+    data = top.add_argument_group("data").add_argument
+    data("--data", metavar="FOLDER", help="images, one sub-folder a class or all in one; default: drawn shapes")
+    data("--size", type=int, default=None, metavar="PIXELS", help="side of the square images; 32 for drawings, else 256")
+    data("--val", type=float, default=0.05, metavar="SHARE", help="held out by a hash of the file name (0.05)")
+    data("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random (on)")
+    data("--views", type=int, default=0, metavar="N", help="random crops encoded an image; 0: centre crop and mirror image")
+    data("--workers", type=int, default=min(4, os.cpu_count() - 1), help="processes that decode images (cores - 1, at most 4)")
+    run = top.add_argument_group("run").add_argument
+    run("--out", metavar="RUN", help="run folder (runs/shapes, or runs/<name of the data folder>)")
+    run("--init", metavar="FILE", help="start the stage from these weights, ours or published (a single stage only)")
+    run("--tokenizer", metavar="FILE", help="use this finished tokenizer, ours or published, instead of training one")
+    run("--freeze-trunk", action="store_true", help="next-scale: train embeddings and head only")
+    run("--restart", action="store_true", help="begin the stages anew, whatever the run folder holds")
+    run("--seed", type=int, default=0)
+    run("--save-every", type=int, default=500, metavar="STEPS")
+    run("--log-every", type=int, default=50, metavar="STEPS")
+    run("--eval-every", type=int, metavar="STEPS", help="held-out numbers and sample sheets (a quarter of the steps)")
+    run("--device", help="cuda, mps or cpu (the first there is)")
+    run("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of matrix products; auto: bf16 where this machine is faster at it")
+    run("--compile", action="store_true", help="torch.compile the training step")
+    loop = top.add_argument_group("optimisation (auto follows --size)").add_argument
+    loop("--steps", type=int, help="of each stage (auto)")
+    loop("--batch", type=int, help="images a step, over all processes (auto)")
+    loop("--accumulate", type=int, default=1, metavar="N", help="parts that a step's batch is cut into, to save memory")
+    loop("--lr", type=float, help="peak learning rate (auto)")
+    loop("--warmup", type=int, metavar="STEPS", help="(auto)")
+    loop("--decay", choices=("cosine", "linear"), default="cosine")
+    loop("--weight-decay", type=float, default=0.05)
+    loop("--clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm")
+    loop("--ema", type=float, help="decay of the moving average of weights, which is what is saved (auto)")
+    loop("--checkpointing", action="store_true", help="compute activations twice to save memory")
+    tok = top.add_argument_group("tokenizer").add_argument
+    tok("--scales", nargs="+", type=scale_pair, metavar="SIDE", help="coarse to fine, 4 or 2x3 each (auto)")
+    tok("--codes", type=int, help="codebook size V (auto)")
+    tok("--code-dim", type=int, help="(auto)")
+    tok("--channels", type=int, help="a multiple of 32 (auto)")
+    tok("--multipliers", nargs="+", type=int, metavar="M", help="of channels, a level each; n levels downsample by 2^(n-1) (auto)")
+    tok("--residual-blocks", type=int, metavar="N", help="a level (auto)")
+    tok("--beta", type=float, default=0.1, help="weight of the commitment loss")
+    tok("--revive-every", type=int, default=20, metavar="STEPS", help="dead codes are replaced, until 80 %% of the run; 0: never")
+    tok("--unit-codes", action="store_true", help="keep codes at length one")
+    model = top.add_argument_group("transformer").add_argument
+    model("--depth", type=int, help="blocks (auto)")
+    model("--width", type=int, help="(auto; 64 * depth where published)")
+    model("--masked-blocks", type=int, metavar="N", help="the masked branch's own (auto)")
+    model("--loss-weights", choices=("token", "scale", "lognormal"), help="of scales in the next-scale loss (auto)")
+    model("--label-drop", type=float, default=0.1, metavar="P", help="labels made null in training, for guidance")
+    model("--depth-drop", type=float, default=0.1, metavar="P", help="stochastic depth of the last block at depth 24")
+    model("--causal", action="store_true", help="VAR: attend to coarser scales too (no masked stage)")
+    return top
+
+
+def resolved(args, tokenizer_params=None):
+    """The flags with every 'auto' filled in. ValueError that names the flag for whatever does not fit."""
+    if args.size is None:
+        args.size = 32 if args.data is None else 256
+    preset = PRESETS[min(limit for limit in PRESETS if args.size <= limit)]
+    for name, value in preset.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    for name in ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "save_every", "log_every", "masked_blocks"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+    for name in ("steps", "lr"):
+        values = getattr(args, name)
+        setattr(args, name, values if isinstance(values, dict) else dict.fromkeys(STAGES, values))
+        if min(getattr(args, name).values()) <= 0:
+            raise ValueError(f"--{name}: got {values}, expected more than 0")
+    step = 2 ** (len(args.multipliers) - 1) if tokenizer_params is None else tokenizer.downsampling(tokenizer_params)
+    if args.size % step:
+        raise ValueError(f"--size: {args.size} does not divide by the downsampling, {step}")
+    args.scales = tuple(args.scales or default_scales(args.size // step))
+    tokenizer.check_scales(args.scales)
+    if args.scales[-1] != (args.size // step, args.size // step):
+        raise ValueError(f"--scales: end at {sides(args.scales[-1:])}, expected the latent's side, {args.size} / {step} = {args.size // step}")
+    if args.batch % (args.accumulate * world()):
+        raise ValueError(f"--batch: {args.batch} does not divide into {args.accumulate} parts on {world()} processes")
+    if args.init and args.stage not in ("tokenizer", "next-scale"):
+        raise ValueError("--init: needs the stage that it starts, tokenizer or next-scale")
+    if args.causal and args.stage == "masked":
+        raise ValueError("--causal: VAR has no masked stage")
+    args.out = args.out or os.path.join("runs", "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data)))
+    args.reported, args.init_scales = ("loss", "vq", "scale_losses"), None
+    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"))
+    return args
+
+
+def fast_dtype(device):
+    """bf16 where a product of 1024 x 1024 takes at most 0.8 of its fp32 time on this machine."""
+    spent = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(1024, 1024, device=device).to(dtype)
+        for _ in range(3):
+            clock = time.perf_counter()
+            (a @ a)[0, 0].item()
+            spent[dtype] = min(spent.get(dtype, math.inf), time.perf_counter() - clock)
+    return torch.bfloat16 if spent[torch.bfloat16] < 0.8 * spent[torch.float32] else torch.float32
+
+
+NOT_SETTINGS = ("stage", "out", "restart", "save_every", "log_every", "eval_every", "workers", "device", "tokenizer", "init_scales", "reported")
+
+
+def stage_settings(args, stage):
+    """What decides a stage's result, as JSON holds it: the flags, with the stage's own steps and learning rate."""
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= dict(steps=args.steps[stage], lr=args.lr[stage], dtype=str(args.dtype).removeprefix("torch."), data=args.data and os.path.abspath(args.data))
+    return json.loads(json.dumps(settings))
+
+
+def run_stage(args, stage, data, held_out):
+    """Trains one stage, unless the run folder says that it is finished; refuses other settings than those it was started with."""
+    path, weights = os.path.join(args.out, "args.json"), os.path.join(args.out, "tokenizer.pt" if stage == "tokenizer" else "hmar.pt")
+    saved, settings, resume = read_json(path), stage_settings(args, stage), os.path.join(args.out, f"{stage}.resume.pt")
+    before = saved.get(stage, {}) if os.path.exists(resume) and not args.restart else {}
+    changed = [f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in settings if before and before.get(name) != settings[name]]
+    if changed:
+        raise ValueError(f"{args.out}: the {stage} stage was started with other settings ({', '.join(changed)}); --restart begins it anew")
+    made_for = saved.get("tokenizer", settings)
+    if stage != "tokenizer" and any(made_for[name] != settings[name] for name in ("size", "scales")):
+        raise ValueError(f"{args.out}: tokenizer.pt was made for --size {made_for['size']} --scales {sides(made_for['scales'])}, "
+                         f"not for {settings['size']} and {sides(settings['scales'])}")
+    if before.get("finished") and os.path.exists(weights):
+        return say(f"{stage}: finished before, {weights}")
+    if rank() == 0:
+        if args.restart and os.path.exists(resume):
+            os.remove(resume)
+        write_json(path, saved | {stage: settings})
+    barrier()
+    own = argparse.Namespace(**vars(args) | dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage], init=args.init if stage == args.stage else None))
+    own.eval_every = args.eval_every or max(1, own.steps // 4)
+    train = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}[stage]
+    save(weights, train(own, data, held_out))
+    if rank() == 0:
+        write_json(path, read_json(path) | {stage: settings | dict(finished=True)})
+    barrier()
+
+
+def train(args):
+    """The stages that the flags ask for, in order."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() and args.device in (None, "cuda") else "gloo")
+    given = None
+    if args.tokenizer:
+        state = load(args.tokenizer)
+        given = state if "codebook" in state else tokenizer.from_published(state)
+    args = resolved(args, given)
+    data, held_out, args.class_names = data_sets(args)
+    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    if args.dtype == "auto":  # decided once a run, so that it continues as it began
+        earlier = [read_json(os.path.join(args.out, "args.json")).get(stage, {}).get("dtype") for stage in STAGES]
+        args.dtype = next((getattr(torch, dtype) for dtype in earlier if dtype), None) or fast_dtype(args.device)
+    else:
+        args.dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[args.dtype]
+    say(f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, {len(args.class_names)} classes; {args.device}, "
+        f"{str(args.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, {world()} process{'es' if world() > 1 else ''}")
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    if given is not None:
+        save(os.path.join(args.out, "tokenizer.pt"), given)
+    for stage in stages:
+        if not (stage == "tokenizer" and given is not None or stage == "masked" and args.causal):
+            run_stage(args, stage, data, held_out)
+    say(f"finished: weights, args.json, metrics.jsonl and samples/ are in {args.out}; next: "
+        + (f"python sample.py {args.out} --out samples.png" if stages[-1] != "tokenizer" else f"python train.py next-scale --out {args.out}, same data flags"))
+
+
+def main(argv=None):
+    """The command: 0, or 2 with one line on stderr, or 130 where it was stopped and can go on."""
+    args = parser().parse_args(argv)
+    try:
+        train(args)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
