@@ -207,7 +207,7 @@ def crop(image, size, seed=None, flip=True):
         zoom, x, y, coin = np.random.default_rng(seed).random(4).tolist()
         reach /= 1 + zoom / 8
         left, top, mirror = x * (width - reach), y * (height - reach), flip and coin < 0.5
-    box = (left, top, min(left + reach, width), min(top + reach, height))
+    box = (left, top, left + reach, top + reach)
     image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=2.0)
     return ImageOps.mirror(image) if mirror else image
 

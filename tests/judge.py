@@ -97,7 +97,7 @@ def accuracy(judge, images, labels):
 def frechet(features_a, features_b):
     """Frechet distance |m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2) of Gaussians fitted to (N, D) and (M, D) (Heusel et al. 2017, section 2)."""
     a, b = features_a.double(), features_b.double()
-    covariance_a, covariance_b = a.T.cov(), b.T.cov()
+    covariance_a, covariance_b = ((x - x.mean(0)).T @ (x - x.mean(0)) / (len(x) - 1) for x in (a, b))
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     middle = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()  # the trace of (A B)^1/2
