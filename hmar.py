@@ -3,9 +3,9 @@
     labels (B,), features (B, L - len_0, code_dim) -> sequence (B, L, C) -> blocks -> logits (B, L, codes)
 
 A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and the class, each later scale of `inputs`, the accumulated
-reconstruction of the scales before it. Attention stays inside a scale (block-diagonal), so no scale needs another's keys: that is the Markov
-property, and why sampling keeps no cache. With is_causal=True the same functions are VAR, where a scale attends to the coarser ones too. The
-masked branch shares the first blocks (the trunk) and sees, besides, the tokens of the scale itself, some of them hidden.
+reconstruction of the scales before it. Attention stays inside a scale (block-diagonal), so no scale needs another's keys: that is the
+Markov property, and why sampling keeps no cache. With is_causal=True the same functions are VAR, where a scale attends to the coarser ones
+too. The masked branch shares the first blocks (the trunk) and sees, besides, the tokens of the scale itself, some of them hidden.
 
 A model is a tree of tensors whose keys are the argument names of the functions that use them, and its shapes are its configuration.
 
@@ -45,9 +45,10 @@ def scales(params):
 def next_scale_logits(params, labels, inputs, is_causal=False, *, only=None, cache=None):
     """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR, next-scale prediction; is_causal=True: VAR).
 
-    labels (B,) int64, 0 to the number of classes, which is the null class; inputs (B, L - len_0, code_dim) from tokenizer.next_scale_inputs.
-    only=k computes scale k alone, (B, n_k, codes), from its own inputs (B, n_k, code_dim), None for scale 0. There a `cache` from new_cache makes
-    it VAR: the scale's keys and values are added to it. ValueError on shapes, dtypes or labels that do not fit the tree.
+    labels (B,) int64, 0 to the number of classes, which is the null class; inputs (B, L - len_0, code_dim) from
+    tokenizer.next_scale_inputs. only=k computes scale k alone, (B, n_k, codes), from its own inputs (B, n_k, code_dim), None for scale 0.
+    There a `cache` from new_cache makes it VAR: the scale's keys and values are added to it. ValueError on shapes, dtypes or labels that do
+    not fit the tree.
     """
     _check(params, labels, inputs, only)
     x = next_scale_features(params, labels, inputs, is_causal, only=only, cache=cache)
@@ -55,7 +56,8 @@ def next_scale_logits(params, labels, inputs, is_causal=False, *, only=None, cac
 
 
 def masked_logits(params, labels, inputs, own_inputs, mask, *, only=None):
-    """Logits (B, L, codes), fp32, of every token given the coarser scales and the tokens of its own that are not hidden (HMAR, masked prediction).
+    """Logits (B, L, codes), fp32, of every token given the coarser scales and the tokens of its own that are not hidden (HMAR, masked
+    prediction).
 
     own_inputs (B, L - len_0, code_dim) from tokenizer.masked_inputs; mask (B, L - len_0) bool, True = hidden; scale 0 is never masked.
     only=k, from 1, computes scale k alone from its own part of each. ValueError where the tree has no masked branch, or as above.
@@ -86,7 +88,9 @@ def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, keep=None
 
 
 def token_losses(x, targets, weight, bias):
-    """Cross entropy (N,) of targets (N,) under the logits of x (N, C), slice by slice, each computed again in the backward pass if there are several."""
+    """Cross entropy (N,) of targets (N,) under the logits of x (N, C), slice by slice, each computed again in the backward pass if there
+    are several.
+    """
     def loss(x, targets):
         return F.cross_entropy(logits(x, weight, bias), targets, reduction="none")
     size = max(1, LOSS_SLICE // len(weight))
@@ -98,8 +102,8 @@ def token_losses(x, targets, weight, bias):
 def scale_weights(scales, kind):
     """Weight of each token in the loss, (L,) fp32, summing to 1. ValueError on another kind.
 
-    "token": all alike (VAR). "scale": all scales alike. "lognormal": scale k in proportion to the standard normal density at z_k, where z are the
-    relative sides, reversed and standardised (HMAR); a scale's mass is shared equally by its tokens.
+    "token": all alike (VAR). "scale": all scales alike. "lognormal": scale k in proportion to the standard normal density at z_k, where z
+    are the relative sides, reversed and standardised (HMAR); a scale's mass is shared equally by its tokens.
     """
     counts = torch.tensor([h * w for h, w in scales], dtype=torch.float64)
     if kind == "token":
@@ -115,7 +119,8 @@ def scale_weights(scales, kind):
 
 
 def stochastic_depth(uniform, rate):
-    """Factors (B, depth, 2) for the two branches of every block: 0 where dropped, else 1 / kept share; the rate rises linearly over blocks to `rate`.
+    """Factors (B, depth, 2) for the two branches of every block: 0 where dropped, else 1 / kept share; the rate rises linearly over blocks
+    to `rate`.
 
     uniform (B, depth, 2) in [0, 1).
     """
@@ -138,7 +143,8 @@ def next_scale_features(params, labels, inputs, is_causal=False, *, only=None, c
 def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep=None, checkpointing=False):
     """What the masked head's last product reads, (B, L, C) fp32: this is where the mask goes.
 
-    A hidden token's own features give way to the mask embedding; a tree without `own_input` is a published one, which shares the input weight.
+    A hidden token's own features give way to the mask embedding; a tree without `own_input` is a published one, which shares the input
+    weight.
     """
     branch = params["masked"]
     own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
@@ -150,7 +156,9 @@ def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep
 
 
 def embed(params, condition, later, only=None):
-    """The sequence (B, L, C): start tokens for scale 0, `later` (B, L - len_0, C) for the others, plus level and position; or scale `only` of it."""
+    """The sequence (B, L, C): start tokens for scale 0, `later` (B, L - len_0, C) for the others, plus level and position; or scale `only`
+    of it.
+    """
     counts = [h * w for h, w in scales(params)]
     start = condition[:, None] + params["start"]  # (B, len_0, C)
     if only is None:
@@ -228,17 +236,24 @@ def wide(x):
 
 
 def cast(params, dtype):
-    """The same tree with its blocks' weights in dtype; embeddings, head and the attention temperatures stay as they are. Gradients pass through."""
+    """The same tree with its blocks' weights in dtype; embeddings, head and the attention temperatures stay as they are. Gradients pass
+    through.
+    """
     def cast_block(block):
         half = pytree.tree_map(lambda tensor: tensor.to(dtype), block)
         half["attention"]["scale"] = block["attention"]["scale"]
         return half
-    branches = {name: params[name] | dict(blocks=[cast_block(block) for block in params[name]["blocks"]]) for name in ("next_scale", "masked") if name in params}
+
+    def cast_blocks(tree):
+        return tree | dict(blocks=[cast_block(block) for block in tree["blocks"]])
+    branches = {name: cast_blocks(params[name]) for name in ("next_scale", "masked") if name in params}
     return params | dict(trunk=[cast_block(block) for block in params["trunk"]]) | branches
 
 
 def new_cache(params, batch, dtype=torch.float32):
-    """Room for keys and values of the whole pyramid, one (2, batch, heads, L, head_dim) a block: what VAR needs to sample and HMAR does not."""
+    """Room for keys and values of the whole pyramid, one (2, batch, heads, L, head_dim) a block: what VAR needs to sample and HMAR does
+    not.
+    """
     blocks, total = params["trunk"] + params["next_scale"]["blocks"], sum(h * w for h, w in scales(params))
     width, device = params["classes"].shape[1], params["classes"].device
     return [torch.empty(2, batch, heads, total, width // heads, dtype=dtype, device=device)
@@ -248,8 +263,8 @@ def new_cache(params, batch, dtype=torch.float32):
 def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256], width=None, heads=None, gamma=None, seed=0):
     """A new tree for next-scale prediction, fp32, initialised as published; the sizes of VAR-d and HMAR-d follow from depth alone.
 
-    width defaults to 64 * depth, heads to width / 64. gamma scales the branches' gates: 1e-3, at depth 24 1e-4, at depth 30 1e-5 by default.
-    Under torch.device("meta") nothing is allocated. ValueError on sizes below 1 or a width that the heads do not divide.
+    width defaults to 64 * depth, heads to width / 64. gamma scales the branches' gates: 1e-3, at depth 24 1e-4, at depth 30 1e-5 by
+    default. Under torch.device("meta") nothing is allocated. ValueError on sizes below 1 or a width that the heads do not divide.
     """
     width = 64 * depth if width is None else width
     heads = max(1, width // 64) if heads is None else heads
@@ -281,10 +296,11 @@ def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256],
 
 
 def add_masked_branch(params, blocks=8, own_input=True, seed=0):
-    """The same tree with a masked branch: its last `blocks` blocks and head start as copies of the next-scale branch's, the rest is the shared trunk.
+    """The same tree with a masked branch: its last `blocks` blocks and head start as copies of the next-scale branch's, the rest is the
+    shared trunk.
 
-    own_input gives the branch an input weight of its own for a scale's own tokens, started from the shared one; the published model has none.
-    ValueError if there is a branch already or the depth is less than `blocks`.
+    own_input gives the branch an input weight of its own for a scale's own tokens, started from the shared one; the published model has
+    none. ValueError if there is a branch already or the depth is less than `blocks`.
     """
     all_blocks = params["trunk"] + params["next_scale"]["blocks"]
     if "masked" in params or not 1 <= blocks <= len(all_blocks):
@@ -303,8 +319,8 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
 def resize_positions(params, scales):
     """The same weights for other scales, as a start for fine-tuning at another resolution or shape; sampling without fine-tuning is poor.
 
-    Each new scale takes after the old one of the nearest relative size: its positions, resampled bicubically, and its level embedding. The start
-    tokens of scale 0 are resampled alike. ValueError unless scales are (height, width) pairs.
+    Each new scale takes after the old one of the nearest relative size: its positions, resampled bicubically, and its level embedding. The
+    start tokens of scale 0 are resampled alike. ValueError unless scales are (height, width) pairs.
     """
     if not scales or any(len(size) != 2 or min(size) < 1 for size in scales):
         raise ValueError(f"scales: got {scales}, expected (height, width) pairs of positive integers")
@@ -314,64 +330,75 @@ def resize_positions(params, scales):
     old = [position.shape[:2] for position in params["positions"]]
     relative = torch.tensor([h * w / (old[-1][0] * old[-1][1]) for h, w in old]).sqrt()
     source = [int((relative - math.sqrt(h * w / (scales[-1][0] * scales[-1][1]))).abs().argmin()) for h, w in scales]
-    return params | dict(positions=[resample(params["positions"][k], tuple(size)) for k, size in zip(source, scales)],
-                         levels=params["levels"][source], start=resample(params["start"].unflatten(0, old[0]), tuple(scales[0])).flatten(0, 1))
+    start = resample(params["start"].unflatten(0, old[0]), tuple(scales[0])).flatten(0, 1)
+    positions = [resample(params["positions"][k], tuple(size)) for k, size in zip(source, scales)]
+    return params | dict(start=start, levels=params["levels"][source], positions=positions)
 
 
-PUBLISHED_NAMES = (
+PUBLISHED_NAMES = (  # patterns of our names, applied in order
     (r"^classes$", "class_emb.weight"), (r"^start$", "pos_start"), (r"^positions$", "pos_1LC"), (r"^levels$", "lvl_embed.weight"),
-    (r"^input\.bias$", "word_embed_bias"), (r"^input\.", "word_embed."), (r"^trunk\.", "base_blocks."), (r"^masked\.mask_embedding$", "mask_embed.weight"),
-    (r"^next_scale\.modulation\.", "ns_head_nm.ada_lin.1."), (r"^masked\.modulation\.", "mask_head_nm.ada_lin.1."), (r"^next_scale\.", "ns_"),
-    (r"^masked\.", "mask_"), (r"\.modulation\.", ".ada_lin.1."), (r"mlp\.expand", "ffn.fc1"), (r"mlp\.contract", "ffn.fc2"),
-    (r"attention\.project", "attn.proj"), (r"attention\.qkv$", "attn.mat_qkv.weight"), (r"attention\.scale$", "attn.scale_mul_1H11"),
-    (r"attention\.", "attn."))
-ONE_BRANCH_NAMES = ((r"^base_blocks", "blocks"), (r"^ns_head", "head"), (r"^word_embed_bias", "word_embed.bias"))  # VAR, and HMAR after stage one
+    (r"^input\.bias$", "word_embed_bias"), (r"^input\.", "word_embed."), (r"^trunk\.", "base_blocks."),
+    (r"^masked\.mask_embedding$", "mask_embed.weight"), (r"^next_scale\.modulation\.", "ns_head_nm.ada_lin.1."),
+    (r"^masked\.modulation\.", "mask_head_nm.ada_lin.1."), (r"^next_scale\.", "ns_"), (r"^masked\.", "mask_"),
+    (r"\.modulation\.", ".ada_lin.1."), (r"mlp\.expand", "ffn.fc1"), (r"mlp\.contract", "ffn.fc2"), (r"attention\.project", "attn.proj"),
+    (r"attention\.qkv$", "attn.mat_qkv.weight"), (r"attention\.scale$", "attn.scale_mul_1H11"), (r"attention\.", "attn."))
+ONE_BRANCH_NAMES = ((r"^base_blocks", "blocks"), (r"^ns_head", "head"), (r"^word_embed_bias", "word_embed.bias"))
 
 
 def from_published(state_dict, scales=None, *, dtype=torch.float32):
-    """A tree from the state dict of VAR, of HMAR after stage one, or of the combined HMAR with its masked branch; or a VAR trainer's checkpoint.
+    """A tree from the state dict of VAR, of HMAR after stage one, or of the combined HMAR with its masked branch; or a VAR trainer's file.
 
-    scales may be left out for the published lengths of 680, 2240 and 9451 tokens. Persistent buffers are checked and dropped. ValueError lists what
-    is missing, unexpected or of another shape, or says why scales do not fit.
+    scales may be left out for the published lengths of 680, 2240 and 9451 tokens. Persistent buffers are checked and dropped. ValueError
+    lists what is missing, unexpected or of another shape, or says why scales do not fit.
     """
     state = state_dict.get("trainer", state_dict) if isinstance(state_dict, dict) else {}
     state = dict(state.get("var_wo_ddp", state))
+    combined = "ns_head.weight" in state
     sized = [state.get(name) for name in ("class_emb.weight", "word_embed.weight", "pos_1LC", "pos_start")]
-    if not all(torch.is_tensor(tensor) for tensor in sized) or "mask_embed.weight" in state and "base_blocks.0.attn.mat_qkv.weight" not in state:
-        raise ValueError("state_dict: expected VAR, HMAR after stage one or the combined HMAR, with class_emb., word_embed., pos_1LC and blocks. keys, "
+    if not all(torch.is_tensor(tensor) for tensor in sized) or ("mask_embed.weight" in state and not combined):
+        raise ValueError("state_dict: expected VAR, HMAR after stage one or the combined HMAR, with class_emb., pos_1LC and head. keys, "
                          f"got {_few(state or state_dict)}")
-    (classes, width), code_dim, total, first = sized[0].shape, sized[1].shape[1], sized[2].shape[1], sized[3].shape[1]
-    scales = _published_scales(scales, total, first)
-    combined = any(name.startswith("base_blocks.") for name in state)
-
-    def count(blocks):
-        return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
-    head = state.get("ns_head.weight" if combined else "head.weight")
-    heads = state.get("base_blocks.0.attn.scale_mul_1H11" if combined else "blocks.0.attn.scale_mul_1H11")
-    with torch.device("meta"):
-        template = init(depth=max(1, count("base_blocks") + count("ns_blocks") + count("blocks")), classes=classes - 1, code_dim=code_dim, scales=scales,
-                        codes=1 if head is None else len(head), width=width, heads=1 if heads is None else heads.numel())
-        template = add_masked_branch(template, count("mask_blocks"), own_input=False) if combined else template
-        template["positions"] = torch.empty(1, total, width)
-    names = {}  # published name -> the template's tensor
+    scales = _published_scales(scales, sized[2].shape[1], sized[3].shape[1])
+    state, names = _without_buffers(state, scales), {}  # published name -> the template's tensor
+    template = _published_template(state, combined, scales)
     for path, tensor in pytree.tree_flatten_with_path(template)[0]:
         name = ".".join(re.findall(r"\w+", pytree.keystr(path)))
         for pattern, published in PUBLISHED_NAMES + (() if combined else ONE_BRANCH_NAMES):
             name = re.sub(pattern, published, name)
         names[name] = tensor
-    state = _without_buffers(state, scales)
-    problems = [f"{name} is missing" for name in names if name not in state] + [f"{name} is unexpected" for name in state if name not in names]
+    problems = [f"{name} is missing" for name in names if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in names]
     problems += [f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}" for name, tensor in names.items()
                  if name in state and state[name].squeeze().shape != tensor.squeeze().shape]
     if problems:
         raise ValueError(f"state_dict: does not fit the published transformer: {_few(problems)}")
-    params = pytree.tree_unflatten([state[name].to(dtype).reshape(tensor.shape) for name, tensor in names.items()], pytree.tree_structure(template))
-    positions = params["positions"][0].split([h * w for h, w in scales])
-    return params | dict(positions=[position.reshape(*size, width) for position, size in zip(positions, scales)])
+    leaves = [state[name].to(dtype).reshape(tensor.shape) for name, tensor in names.items()]
+    params = pytree.tree_unflatten(leaves, pytree.tree_structure(template))
+    positions = params["positions"].split([h * w for h, w in scales])
+    return params | dict(positions=[position.unflatten(0, size) for position, size in zip(positions, scales)])
+
+
+def _published_template(state, combined, scales):
+    """A tree of the sizes that a published state dict seems to have, without data, its positions in one row."""
+    def count(blocks):
+        return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
+
+    def size(name, default=1):  # of a tensor that may be missing, which is told later
+        return state[name].numel() if name in state else default
+    (classes, width), code_dim = state["class_emb.weight"].shape, state["word_embed.weight"].shape[1]
+    depth = count("base_blocks") + count("ns_blocks") if combined else count("blocks")
+    with torch.device("meta"):
+        template = init(depth=max(1, depth), classes=classes - 1, codes=size("ns_head.bias" if combined else "head.bias"),
+                        code_dim=code_dim, scales=scales, width=width,
+                        heads=size(f"{'base_' if combined else ''}blocks.0.attn.scale_mul_1H11"))
+        template = add_masked_branch(template, max(1, count("mask_blocks")), own_input=False) if combined else template
+        return template | dict(positions=torch.empty(sum(h * w for h, w in scales), width))
 
 
 def published_is_causal(state_dict):
-    """Whether a published state dict carries the block-causal mask of VAR: True, False (HMAR's block-diagonal one), or None where it has no mask."""
+    """Whether a published state dict carries the block-causal mask of VAR: True, False (HMAR's block-diagonal one), or None where it has no
+    mask.
+    """
     state = state_dict.get("trainer", state_dict)
     mask = state.get("var_wo_ddp", state).get("attn_bias_for_masking")
     return None if mask is None else bool(mask[0, 0, -1, 0] == 0)  # may the last token see the first one
@@ -418,7 +445,8 @@ def _check(params, labels, inputs, only):
     null, code_dim, count = len(params["classes"]) - 1, params["input"]["weight"].shape[1], len(params["positions"])
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 (B,)")
-    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() <= null:  # elsewhere the look would stall the queue
+    # on an accelerator a look at the values would stall its queue
+    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() <= null:
         raise ValueError(f"labels: got values from {labels.min()} to {labels.max()}, expected 0 to {null}, the null class")
     if only is not None and not 0 <= only < count:
         raise ValueError(f"only: got {only}, expected None or a scale from 0 to {count - 1}")

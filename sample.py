@@ -2,28 +2,37 @@
 
     labels (B,) -> for each scale: logits -> guidance -> filter -> draw -> masked refinement -> f_hat -> images (B, 3, H, W)
 
-`steps` is the whole method as a Python generator, one item a pass, so that a caller can watch, stop or choose; `generate` and `edit` consume it.
-`guided` is where guidance is applied, `filtered` and `draw` make tokens of logits, `schedule` and `still_masked` say what is drawn again and when.
-Every image has a stream of random numbers of its own, so it comes out the same whatever batch it is drawn in.
+`steps` is the whole method as a Python generator, one item a pass, so that a caller can watch, stop or choose; `generate` and `edit`
+consume it. `guided` is where guidance is applied, `filtered` and `draw` make tokens of logits, `schedule` and `still_masked` say what is
+drawn again and when. Every image has a stream of random numbers of its own, so it comes out the same whatever batch it is drawn in.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024); classifier-free guidance (Ho and Salimans 2021);
 the Halton scheduler (Besnier et al. 2025).
 """
 import argparse
+import contextlib
 import difflib
 import functools
 import itertools
+import json
 import math
+import os
+import sys
+import time
+import zipfile
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils import _pytree as pytree
 
 import hmar
 import tokenizer
 
 PUBLISHED_PASSES = {4: (1, 3), 9: (1, 1, 2, 5)}  # tokens of a scale -> tokens kept at each pass; every other scale takes one pass
+ORDERS = ("confidence", "halton", "random")
 
 
 class Step(NamedTuple):
@@ -49,24 +58,26 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
           is_causal=False, order="confidence", smooth=False, known=None):
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; within a scale MaskGIT).
 
-    labels (B,) int64. schedule: for each scale the tokens kept at each pass, as `schedule` makes it; None is the published one where the tree has a
-    masked branch, else one pass a scale. guidance, mask_guidance: a number g >= 0, rising over scales as g k / (S - 1), or one value a scale; scales
-    with 0 skip the unconditional half. temperature >= 0, 0 = arg max; top_k >= 0 codes stay, 0 = all; top_p in (0, 1] of the probability stays.
-    Image i draws from the stream of seed + i, or of seed[i]. is_causal: VAR, with a key/value cache. order: "confidence" (published), "halton" or
-    "random": which drawn tokens a pass keeps. smooth: feed on soft codes, for looks (VAR). known: (tokens (B, L), given (B, L) bool), for `edit`.
+    labels (B,) int64. schedule: for each scale the tokens kept at each pass, as `schedule` makes it; None is the published one where the
+    tree has a masked branch, else one pass a scale. guidance, mask_guidance: a number g >= 0, rising over scales as g k / (S - 1), or one
+    value a scale; scales with 0 skip the unconditional half. temperature >= 0, 0 = arg max; top_k >= 0 codes stay, 0 = all; top_p in (0, 1]
+    of the probability stays. Image i draws from the stream of seed + i, or of seed[i]. is_causal: VAR, with a key/value cache. order:
+    "confidence" (published), "halton" or "random": which drawn tokens a pass keeps. smooth: feed on soft codes, for looks (VAR). known:
+    (tokens (B, L), given (B, L) bool), for `edit`.
     """
     scales, codebook = hmar.scales(params), tokenizer_params["codebook"]
     _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, order)
     schedule = check_schedule(schedule, scales, "masked" in params)
     guidance, mask_guidance = _per_scale("guidance", guidance, scales), _per_scale("mask_guidance", mask_guidance, scales)
     streams = _streams(seed, len(labels))
-    cache = hmar.new_cache(params, len(labels) * (2 if any(guidance) else 1), params["next_scale"]["head"]["weight"].dtype) if is_causal else None
+    both = is_causal and any(guidance)  # a cache takes in both halves from the first scale on
+    cache = hmar.new_cache(params, len(labels) * (1 + both)) if is_causal else None
     f_hat = torch.zeros(len(labels), codebook.shape[1], *scales[-1], device=labels.device)
     given = None if known is None else [part.split(tokenizer.lengths(scales), 1) for part in known]
     for k, (h, w) in enumerate(scales):
         inputs = tokenizer.resize_to_scale(f_hat, (h, w)) if k else None
         predict = functools.partial(hmar.next_scale_logits, params, only=k, cache=cache)
-        scores = filtered(guided(predict, params, labels, guidance[k], inputs, always=is_causal and any(guidance)), top_k, top_p)
+        scores = filtered(guided(predict, params, labels, guidance[k], inputs, always=both), top_k, top_p)
         tokens, confidence = draw(scores, temperature, uniforms(streams, (h * w,), labels.device))
         masked = torch.ones_like(tokens, dtype=torch.bool) if known is None else ~given[1][k]
         tokens = tokens if known is None else torch.where(masked, tokens, given[0][k])
@@ -111,9 +122,11 @@ def filtered(logits, top_k=0, top_p=1.0):
 
 
 def draw(logits, temperature, uniform):
-    """(tokens (...) int64, confidence (...) fp64) from filtered logits (..., V) by inverting their cumulative sum in fp64 at uniform (...) in [0, 1).
+    """(tokens (...) int64, confidence (...) fp64) from filtered logits (..., V) by inverting their cumulative sum in fp64 at uniform (...)
+    in [0, 1).
 
-    temperature divides the logits, 0 = arg max. Confidence is the token's probability at temperature 1, by which a pass chooses what it keeps.
+    temperature divides the logits, 0 = arg max. Confidence is the token's probability at temperature 1, by which a pass chooses what it
+    keeps.
     """
     probability = logits.double().softmax(-1)
     if temperature == 0:
@@ -121,7 +134,8 @@ def draw(logits, temperature, uniform):
     else:
         sums = (probability if temperature == 1 else (logits.double() / temperature).softmax(-1)).cumsum(-1)
         total = sums[..., -1:]  # a draw below the total never falls on a code that was ruled out
-        tokens = torch.searchsorted(sums, torch.minimum(uniform[..., None] * total, total.nextafter(torch.zeros_like(total))), right=True)[..., 0]
+        at = torch.minimum(uniform[..., None] * total, total.nextafter(torch.zeros_like(total)))
+        tokens = torch.searchsorted(sums, at, right=True)[..., 0]
     return tokens, probability.gather(-1, tokens[..., None])[..., 0]
 
 
@@ -138,9 +152,11 @@ def soft_codes(logits, codebook, progress, streams):
 
 
 def schedule(scales, steps, curve="cosine"):
-    """For each scale the tokens kept at each pass, ((1,), (1, 3), ...): one next-scale draw and `steps` passes of refinement, a number or one a scale.
+    """For each scale the tokens kept at each pass, ((1,), (1, 3), ...): one next-scale draw and `steps` passes of refinement, a number or
+    one a scale.
 
-    curve: "cosine" keeps few tokens first and most last (MaskGIT), "linear" alike. A scale takes no more passes than it has tokens, the first scale one.
+    curve: "cosine" keeps few tokens first and most last (MaskGIT), "linear" alike. A scale takes no more passes than it has tokens, the
+    first scale one.
     """
     counts = tokenizer.lengths(scales)
     steps = [steps] * len(counts) if isinstance(steps, int) else list(steps)
@@ -160,7 +176,9 @@ def schedule(scales, steps, curve="cosine"):
 
 
 def published_schedule(scales):
-    """The published schedule, (1) (1, 3) (1, 1, 2, 5) and then one pass a scale, 14 passes at 256 pixels, for any scales: it belongs to a scale's size."""
+    """The published schedule, (1) (1, 3) (1, 1, 2, 5) and then one pass a scale, 14 passes at 256 pixels, for any scales: it belongs to a
+    scale's size.
+    """
     return tuple(PUBLISHED_PASSES.get(count, (count,)) if k else (count,) for k, count in enumerate(tokenizer.lengths(scales)))
 
 
@@ -210,7 +228,9 @@ def still_masked(masked, priority, keep):
 
 @functools.cache
 def halton_order(h, w):
-    """The cells (h w,) int64 of an h x w grid in the order in which a Halton sequence of bases 2 and 3 first visits them (Besnier et al. 2025)."""
+    """The cells (h w,) int64 of an h x w grid in the order in which a Halton sequence of bases 2 and 3 first visits them (Besnier et al.
+    2025).
+    """
     def radical_inverse(i, base):
         value, unit = 0.0, 1.0
         while i:
@@ -226,11 +246,12 @@ def halton_order(h, w):
 
 
 def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options):
-    """images (B, 3, H, W) in [-1, 1] with what is under mask (B, 1, H, W) bool, True = repaint, drawn anew as labels (B,) int64 (HMAR, editing).
+    """images (B, 3, H, W) in [-1, 1] with what is under mask (B, 1, H, W) bool, True = repaint, drawn anew as labels (B,) int64 (HMAR,
+    editing).
 
-    At each scale the tokens whose cells lie outside the mask are those of the image; the others are drawn by the next-scale branch, then by the
-    masked branch, which sees the given ones. Pixels outside the mask are the original ones; inside, the edge blends over `feather` pixels. Keyword
-    arguments are those of `steps`. ValueError on a mask of another shape or type, or as encode and steps.
+    At each scale the tokens whose cells lie outside the mask are those of the image; the others are drawn by the next-scale branch, then by
+    the masked branch, which sees the given ones. Pixels outside the mask are the original ones; inside, the edge blends over `feather`
+    pixels. Keyword arguments are those of `steps`. ValueError on a mask of another shape or type, or as encode and steps.
     """
     scales = hmar.scales(params)
     if mask.dtype != torch.bool or mask.shape != (len(images), 1, *images.shape[2:]):
@@ -258,7 +279,8 @@ def _streams(seed, count):
 
 def _per_scale(name, value, scales):
     """One number a scale: a number rises over scales as value k / (S - 1)."""
-    values = [value * k / max(1, len(scales) - 1) for k in range(len(scales))] if isinstance(value, (int, float)) else [float(v) for v in value]
+    rise = isinstance(value, (int, float))
+    values = [value * k / max(1, len(scales) - 1) for k in range(len(scales))] if rise else [float(v) for v in value]
     if len(values) != len(scales) or any(not 0 <= v < math.inf for v in values):
         raise ValueError(f"{name}: got {value}, expected a number, 0 or more, or one for each of the {len(scales)} scales")
     return values
@@ -268,12 +290,148 @@ def _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, 
     codes, code_dim = tokenizer_params["codebook"].shape
     ours = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
     if (codes, code_dim) != ours:
-        raise ValueError(f"tokenizer_params: has {codes} codes of {code_dim} dimensions, these weights were made for {ours[0]} of {ours[1]}")
-    for name, value, fits, expected in (("temperature", temperature, 0 <= temperature < math.inf, "0 or more"), ("top_k", top_k, top_k >= 0, "0 or more"),
-                                        ("top_p", top_p, 0 < top_p <= 1, "a share in (0, 1]"),
-                                        ("order", order, order in ("confidence", "halton", "random"), '"confidence", "halton" or "random"')):
+        raise ValueError(f"tokenizer_params: has {codes} codes of {code_dim} dimensions, the transformer expects {ours[0]} of {ours[1]}")
+    checks = (("temperature", temperature, 0 <= temperature < math.inf, "0 or more"), ("top_k", top_k, top_k >= 0, "0 or more"),
+              ("top_p", top_p, 0 < top_p <= 1, "a share in (0, 1]"), ("order", order, order in ORDERS, f"one of {', '.join(ORDERS)}"))
+    for name, value, fits, expected in checks:
         if not fits:
             raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def steps_sheet(params, tokenizer_params, labels, names, **options):
+    """A sheet (PIL image) with a row an image and a column a scale: how each grows. Keyword arguments are those of `steps`."""
+    columns = {}
+    for step in steps(params, tokenizer_params, labels, **options):
+        columns[step.scale] = tokenizer.decode_features(tokenizer_params, step.f_hat)
+    return sheet(torch.stack(list(columns.values()), 1), names)
+
+
+def animation(params, tokenizer_params, labels, columns, names, **options):
+    """Frames (PIL images), one a pass, of a sheet with `columns` images a row: the images growing scale by scale, pass by pass."""
+    return [sheet(tokenizer.decode_features(tokenizer_params, step.f_hat).split(columns), names)
+            for step in steps(params, tokenizer_params, labels, **options)]
+
+
+def sheet(rows, names):
+    """A PIL image of rows of images (n, 3, H, W) in [-1, 1], each row's name at its left."""
+    font = ImageFont.load_default(12)
+    zoom, left = max(1, 64 // rows[0].shape[-1]), 12 + max(int(font.getlength(name)) for name in names)  # small images grow by whole pixels
+    pixels = [to_bytes(row) for row in rows]
+    height, width = pixels[0].shape[1] * zoom + 2, pixels[0].shape[2] * zoom + 2
+    page = Image.new("RGB", (left + width * max(len(row) for row in pixels), height * len(rows)), "white")
+    for y, (row, name) in enumerate(zip(pixels, names)):
+        ImageDraw.Draw(page).text((6, y * height + height // 2), name, "black", font, anchor="lm")
+        for x, picture in enumerate(row):
+            page.paste(Image.fromarray(picture).resize((width - 2, height - 2), Image.Resampling.NEAREST), (left + x * width, y * height))
+    return page
+
+
+def to_bytes(images):
+    """Images (B, 3, H, W) in [-1, 1] -> numpy uint8 (B, H, W, 3)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def rank():
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def start_processes(device):
+    """Joins the processes that torchrun started, if it did, and returns the device that is this one's."""
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: got {device!r}, expected cuda, mps or cpu, as this machine has them") from error
+
+
+def fast_dtype(device):
+    """bf16 where a product of 1024 x 1024 takes at most 0.8 of its fp32 time on this machine, else fp32."""
+    spent = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(1024, 1024, device=device).to(dtype)
+        for _ in range(4):
+            clock = time.perf_counter()
+            (a @ a)[0, 0].item()
+            spent[dtype] = min(spent.get(dtype, math.inf), time.perf_counter() - clock)
+    return torch.bfloat16 if spent[torch.bfloat16] < 0.8 * spent[torch.float32] else torch.float32
+
+
+def load(path):
+    """A tree or state dict on the CPU; ValueError for anything else, a pickle with code in it among them."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: not a file of weights that can be read safely: {str(error).splitlines()[0]}") from error
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it. OSError if it cannot; the old file stays
+    whole.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise OSError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from error
+
+
+def write_json(path, value):
+    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def read_json(path):
+    """The object in a JSON file, {} where there is no file."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def fill_array(path, settings, shape, dtype, chunk, make):
+    """A memory-mapped array (N, ...) in path.npy whose rows come from make(range of rows), a chunk at a time, split over the processes.
+
+    What is done is noted beside it: interrupted, it goes on there; with other settings (JSON) it begins anew, and says so.
+    """
+    if rank() == 0 and read_json(f"{path}.json") != settings:
+        if os.path.exists(f"{path}.json"):
+            print(f"{path}.npy: made anew, since its settings changed")
+        np.lib.format.open_memmap(f"{path}.npy", "w+", dtype, shape).flush()
+        np.lib.format.open_memmap(f"{path}.done.npy", "w+", bool, (-(-shape[0] // chunk),)).flush()
+        write_json(f"{path}.json", settings)
+    barrier()
+    rows, done = (np.lib.format.open_memmap(f"{path}{suffix}.npy", "r+") for suffix in ("", ".done"))
+    for i in range(rank(), len(done), world()):
+        if not done[i]:
+            part = range(i * chunk, min((i + 1) * chunk, shape[0]))
+            rows[part.start:part.stop] = make(part)
+            rows.flush()
+            done[i] = True
+    done.flush()
+    barrier()
+    return rows
+
+
+def barrier():
+    if world() > 1:
+        torch.distributed.barrier()
 
 
 class Parser(argparse.ArgumentParser):
@@ -285,16 +443,206 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{'; did you mean ' + ', '.join(near) + '?' if near else ''}\n")
 
 
-def sheet(rows, names):
-    """A PIL image: a row of images (n, 3, H, W) in [-1, 1] each, its name at the left."""
-    font = ImageFont.load_default(12)
-    scale = max(1, 64 // rows[0].shape[-1])  # small images are enlarged, by whole pixels
-    left = 12 + max(int(font.getlength(name)) for name in names)
-    pixels = [((row.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy() for row in rows]
-    height, width = pixels[0].shape[1] * scale + 2, pixels[0].shape[2] * scale + 2
-    page = Image.new("RGB", (left + width * max(len(row) for row in pixels), height * len(rows)), "white")
-    for y, (row, name) in enumerate(zip(pixels, names)):
-        ImageDraw.Draw(page).text((6, y * height + height // 2), name, "black", font, anchor="lm")
-        for x, picture in enumerate(row):
-            page.paste(Image.fromarray(picture).resize((width - 2, height - 2), Image.Resampling.NEAREST), (left + x * width, y * height))
-    return page
+def parser():
+    top = Parser(description="Draw images from a run folder of train.py, or from published weights; or repaint a part of a photograph.")
+    what = top.add_argument_group("what").add_argument
+    what("run", nargs="?", metavar="RUN", help="run folder of train.py")
+    what("--weights", metavar="FILE", help="transformer, ours or published, in place of a run folder")
+    what("--tokenizer", metavar="FILE", help="its tokenizer, ours or published")
+    what("--causal", action="store_true", help="the weights are VAR's")
+    what("--scales", nargs="+", type=scale_pair, metavar="SIDE", help="of published weights at unpublished lengths, 4 or 2x3 each")
+    what("--labels", nargs="+", default=["all"], metavar="LABEL", help="class names or numbers, or all (all; the first ten in a sheet)")
+    what("--count", type=int, default=8, metavar="N", help="images a label (8)")
+    what("--seed", type=int, default=0, help="of the first image; image i has seed + i (0)")
+    what("--out", default="samples.png", metavar="FILE", help=".png sheet, .gif of it growing, .npz for FID, or a folder (samples.png)")
+    what("--growth", action="store_true", help="sheet with a row an image, a column a scale")
+    how = top.add_argument_group("sampling").add_argument
+    how("--guidance", nargs="+", type=float, default=[1.5], metavar="G", help="one number, rising over scales, or one a scale (1.5)")
+    how("--mask-guidance", nargs="+", type=float, default=[0.0], metavar="G", help="the same for masked passes (0)")
+    how("--temperature", type=float, default=1.0, help="0: arg max (1)")
+    how("--top-k", type=int, default=0, metavar="K", help="codes that may be drawn; 0: all (0)")
+    how("--top-p", type=float, default=1.0, metavar="P", help="share of the probability that may be drawn (1)")
+    how("--mask-steps", nargs="+", type=int, metavar="M", help="masked passes, one number for all scales or one a scale (as published)")
+    how("--schedule", metavar="S", help="tokens kept at each pass of each scale: '1 / 1,3 / 1,1,2,5 / 16'")
+    how("--order", default="confidence", choices=ORDERS, help="which tokens a pass keeps (confidence)")
+    how("--smooth", action="store_true", help="feed on soft codes, for looks")
+    edit = top.add_argument_group("editing").add_argument
+    edit("--edit", metavar="PHOTO", help="image to repaint, with --count versions for each label")
+    edit("--mask", metavar="IMAGE", help="white: repaint; any size")
+    edit("--pad", type=float, metavar="SHARE", help="outpaint: shrink the photo and draw a border of this share of the side around it")
+    edit("--feather", type=int, default=0, metavar="PIXELS", help="blend the edge inside the mask (0)")
+    machine = top.add_argument_group("machine").add_argument
+    machine("--batch", type=int, default=50, metavar="N", help="images at a time (50)")
+    machine("--device", help="cuda, mps or cpu (the first there is)")
+    machine("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where this machine multiplies faster in it")
+    return top
+
+
+def scale_pair(text):
+    """Of the parser: "4" or "2x3" -> (height, width)."""
+    h, _, w = text.partition("x")
+    return int(h), int(w or h)
+
+
+def load_models(args):
+    """(params, tokenizer_params, class names) of a run folder or of files, checked."""
+    if args.run is None and not (args.weights and args.tokenizer):
+        raise ValueError("expected a run folder, or both --weights and --tokenizer")
+    weights, tokens = (path or os.path.join(args.run, name) for path, name in ((args.weights, "hmar.pt"), (args.tokenizer, "tokenizer.pt")))
+    if not os.path.exists(weights) and not args.weights:
+        raise ValueError(f"{weights} is missing: python train.py makes it")
+    settings = {} if args.weights else read_json(os.path.join(args.run, "args.json")).get("next-scale", {})
+    state, tokenizer_params = load(weights), load(tokens)
+    args.causal = args.causal or settings.get("causal", False)
+    if "trunk" not in state:
+        causal = hmar.published_is_causal(state) if isinstance(state, dict) else None
+        params = hmar.from_published(state, args.scales)
+        if causal is not None and causal != args.causal:
+            raise ValueError(f"{weights} holds weights of {'VAR: add' if causal else 'HMAR: leave out'} --causal")
+    else:
+        params = state
+    tokenizer_params = tokenizer_params if "codebook" in tokenizer_params else tokenizer.from_published(tokenizer_params)
+    return params, tokenizer_params, settings.get("class_names") or [str(label) for label in range(len(params["classes"]) - 1)]
+
+
+def chosen_labels(texts, names):
+    """Class indices of names or numbers, "all" for all; ValueError with the nearest names for an unknown one."""
+    if texts == ["all"]:
+        return list(range(len(names)))
+    labels = []
+    for text in texts:
+        if text not in names and not (text.isdigit() and int(text) < len(names)):
+            near = difflib.get_close_matches(text, names, 3) or names[:3]
+            raise ValueError(f"--labels: got {text!r}, expected 0 to {len(names) - 1} or a name such as {', '.join(near)}")
+        labels.append(names.index(text) if text in names else int(text))
+    return labels
+
+
+def sampling_options(args, scales):
+    """The keyword arguments of `steps` that the flags ask for."""
+    chosen = None
+    if args.schedule:
+        try:
+            chosen = tuple(tuple(int(kept) for kept in entry.split(",")) for entry in args.schedule.split("/"))
+        except ValueError:
+            raise ValueError(f"--schedule: got {args.schedule!r}, expected numbers such as '1 / 1,3 / 1,1,2,5'") from None
+    elif args.mask_steps:
+        chosen = schedule(scales, args.mask_steps[0] if len(args.mask_steps) == 1 else args.mask_steps)
+    guidance, mask_guidance = (value[0] if len(value) == 1 else value for value in (args.guidance, args.mask_guidance))
+    return dict(schedule=chosen, guidance=guidance, mask_guidance=mask_guidance, temperature=args.temperature, top_k=args.top_k,
+                top_p=args.top_p, is_causal=args.causal, order=args.order, smooth=args.smooth)
+
+
+def read_photo(path, size, mode="RGB", resample=Image.Resampling.LANCZOS):
+    """An image file, upright, cut to the aspect of size (width, height) and resized to it. ValueError that names the file."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.fit(ImageOps.exif_transpose(image).convert(mode), size, resample)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not an image that can be read: {error}") from error
+
+
+def photo_and_mask(args, size):
+    """(image (1, 3, H, W) in [-1, 1], mask (1, 1, H, W) bool, True = repaint) of --edit and --mask or --pad; size is (width, height)."""
+    if (args.mask is None) == (args.pad is None):
+        raise ValueError("--edit: expected either --mask IMAGE or --pad SHARE")
+    photo = read_photo(args.edit, size)
+    if args.mask:
+        mask = read_photo(args.mask, size, "L", Image.Resampling.NEAREST)
+    else:
+        border = [round(side * args.pad) for side in size]
+        if not 0 < args.pad < 0.5 or min(side - 2 * edge for side, edge in zip(size, border)) < 1:
+            raise ValueError(f"--pad: got {args.pad}, expected a share of the side between 0 and 0.5")
+        inner = photo.resize([side - 2 * edge for side, edge in zip(size, border)], Image.Resampling.LANCZOS)
+        photo, mask = Image.new("RGB", size, "grey"), Image.new("L", size, 255)
+        photo.paste(inner, tuple(border))
+        mask.paste(0, (*border, border[0] + inner.width, border[1] + inner.height))
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return pixels, torch.from_numpy(np.array(mask))[None, None] > 127
+
+
+def run(args):
+    """What the command does once its flags are read."""
+    device = start_processes(args.device)
+    params, tokenizer_params, names = load_models(args)
+    suffix = os.path.splitext(args.out)[1].lower()
+    if args.count < 1 or args.batch < 1:
+        raise ValueError(f"--count, --batch: got {args.count}, {args.batch}, expected at least 1")
+    kinds = chosen_labels(args.labels, names)
+    kinds = kinds[:10] if args.labels == ["all"] and suffix in (".png", ".gif") else kinds
+    options = sampling_options(args, hmar.scales(params))
+    dtype = dict(bf16=torch.bfloat16, fp32=torch.float32).get(args.dtype) or fast_dtype(device)
+    settings = dict(weights=args.weights or args.run, labels=kinds, count=args.count, seed=args.seed, dtype=str(dtype)[6:], **options)
+    settings = json.loads(json.dumps(settings))  # as they come back from a file
+    if rank() == 0:
+        print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "labels"))
+    params, tokenizer_params = (pytree.tree_map(lambda tensor: tensor.to(device), tree) for tree in (params, tokenizer_params))
+    models = hmar.cast(params, dtype), tokenizer.cast(tokenizer_params, dtype)
+    labels = torch.tensor(kinds, device=device).repeat_interleave(args.count)
+    side, names = tokenizer.downsampling(tokenizer_params), [names[kind] for kind in kinds]
+    height, width = (side * latent for latent in hmar.scales(params)[-1])
+    photo, mask = photo_and_mask(args, (width, height)) if args.edit else (None, None)
+
+    def make(rows):
+        """Images (n, 3, H, W) of a range of the images asked for."""
+        own, seed = labels[rows.start:rows.stop], args.seed + rows.start
+        if args.edit is None:
+            return generate(*models, own, seed=seed, **options)[0]
+        shape = (len(own), -1, -1, -1)
+        return edit(*models, photo.to(device).expand(shape), mask.to(device).expand(shape), own, feather=args.feather, seed=seed, **options)
+
+    if suffix == ".npz":
+        part = args.out.removesuffix(".npz") + ".part"
+        fill_array(part, settings, (len(labels), height, width, 3), np.uint8, args.batch, lambda rows: to_bytes(make(rows)))
+        if rank() == 0:
+            write_atomically(args.out, lambda file: zip_arrays(file, f"{part}.npy", labels.cpu().numpy()))
+            write_json(f"{args.out}.json", settings)
+            for ending in (".npy", ".done.npy", ".json"):
+                os.remove(part + ending)
+    elif suffix == ".gif":
+        frames = animation(*models, labels, args.count, names, seed=args.seed, **options)
+        duration = [400] * (len(frames) - 1) + [2000]  # milliseconds
+        gif = dict(format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+        write_atomically(args.out, lambda file: frames[0].save(file, **gif))
+    elif suffix == ".png" and args.growth:
+        page = steps_sheet(*models, labels, [name for name in names for _ in range(args.count)], seed=args.seed, **options)
+        write_atomically(args.out, lambda file: page.save(file, "PNG"))
+    elif suffix == ".png":
+        made = torch.cat([make(range(first, min(first + args.batch, len(labels)))).cpu() for first in range(0, len(labels), args.batch)])
+        rows = [torch.cat([photo, row]) for row in made.split(args.count)] if args.edit else made.split(args.count)
+        write_atomically(args.out, lambda file: sheet(rows, names).save(file, "PNG"))
+    else:
+        os.makedirs(args.out, exist_ok=True)
+        write_json(os.path.join(args.out, "settings.json"), settings)
+        for first in range(rank() * args.batch, len(labels), args.batch * world()):
+            for i, pixels in enumerate(to_bytes(make(range(first, min(first + args.batch, len(labels))))), first):
+                path = os.path.join(args.out, f"{i:06d}-{int(labels[i])}.png")
+                write_atomically(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, "PNG"))
+
+
+def zip_arrays(file, images_path, labels):
+    """Writes an .npz with the images of a .npy file as arr_0, as the standard FID evaluator reads it, and labels; memory does not grow with
+    them.
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.write(images_path, "arr_0.npy")
+        with archive.open("labels.npy", "w") as part:
+            np.lib.format.write_array(part, labels)
+
+
+def main(argv=None):
+    """The command: exit status 0, or 2 with one line on stderr."""
+    args = parser().parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,10 +2,11 @@
 
     images (B, 3, H, W) in [-1, 1] -> features (B, code_dim, h, w) -> tokens (B, L) int64 -> f_hat (B, code_dim, h, w) -> images
 
-`scales` is ((h_0, w_0), ..., (h, w)), coarse to fine, the last one being the latent's size. The tokens of all scales stand in one row of
-L = sum h_k w_k, row-major inside a scale. Each scale quantises what the coarser ones left over (the residual), and its codes are added to the
+`scales` is ((h_0, w_0), ..., (h, w)), coarse to fine, the last one being the latent's size. The tokens of all scales stand in one row of L
+= sum h_k w_k, row-major inside a scale. Each scale quantises what the coarser ones left over (the residual), and its codes are added to the
 running reconstruction f_hat. A model is a tree of tensors whose keys are the argument names of the functions below; its shapes are its
-configuration. `quantise`, `contribution` and `next_scale_inputs` are the method; after them come the convnet, training and published weights.
+configuration. `quantise`, `contribution` and `next_scale_inputs` are the method; after them come the convnet, training and published
+weights.
 
     >>> params = init(codes=64, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
     >>> scales = ((1, 1), (2, 2), (4, 4))
@@ -24,7 +25,9 @@ from torch.utils import _pytree as pytree
 
 
 def encode(params, images, scales):
-    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1]. ValueError on a wrong shape, dtype, range, or scales that do not fit the latent."""
+    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1]. ValueError on a wrong shape, dtype, range, or scales that do not fit the
+    latent.
+    """
     _check_images(params, images, scales)
     with torch.no_grad():
         pyramid = quantise(params["codebook"], params["phi"], features(params, images), scales)
@@ -44,8 +47,8 @@ def accumulate(params, tokens, scales):
 def next_scale_inputs(params, tokens, scales):
     """What the transformer sees of scales 1, 2, ...: tokens (B, L) -> (B, L - len_0, code_dim).
 
-    For each scale it is f_hat of all coarser scales, area-resized to the scale's size. This is the Markov property of HMAR: whatever scale k + 1
-    knows of scales 0 to k is in this one map.
+    For each scale it is f_hat of all coarser scales, area-resized to the scale's size. This is the Markov property of HMAR: whatever scale
+    k + 1 knows of scales 0 to k is in this one map.
     """
     inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(_running_f_hat(params, tokens, scales), scales[1:])]
     return torch.cat(inputs or [_no_inputs(params, tokens)], 1)
@@ -55,7 +58,8 @@ def masked_inputs(params, tokens, scales, mask=None):
     """What the masked branch sees of scales 1, 2, ... themselves: tokens (B, L) -> (B, L - len_0, code_dim).
 
     For each scale it is the scale's own contribution, not accumulated, area-resized to its size. mask (B, L - len_0) bool, True = hidden:
-    hidden codes are zeroed before they are resized, so that nothing of them leaks into their neighbours; None is the published way, where it does.
+    hidden codes are zeroed before they are resized, so that nothing of them leaks into their neighbours; None is the published way, where
+    it does.
     """
     _check_tokens(params, tokens, scales)
     first, *finer = tokens.split(lengths(scales), 1)
@@ -75,10 +79,11 @@ def masked_scale_input(params, tokens, k, scales, hidden=None):
 
 
 def quantise(codebook, phi, features, scales):
-    """The residual pyramid (VAR, algorithm 1): for each scale yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat (B, code_dim, h, w)).
+    """The residual pyramid (VAR, algorithm 1): for each scale yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat (B, code_dim, h,
+    w)).
 
-    features (B, code_dim, h, w). `residual` is what the scale's tokens were chosen for, f_hat the map accumulated up to and with this scale.
-    In fp32 always (fp64 if the features are); gradients reach codebook and phi through f_hat, none passes the choice of a token.
+    features (B, code_dim, h, w). `residual` is what the scale's tokens were chosen for, f_hat the map accumulated up to and with this
+    scale. In fp32 always (fp64 if the features are); gradients reach codebook and phi through f_hat, none passes the choice of a token.
     """
     features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
     f_hat = torch.zeros_like(features)
@@ -97,7 +102,9 @@ def nearest(codebook, vectors):
 
 
 def contribution(phi, codes, k, scales):
-    """What scale k adds to f_hat: its codes (B, n_k, code_dim), resized bicubically to the full map, through its phi. (B, code_dim, h, w)."""
+    """What scale k adds to f_hat: its codes (B, n_k, code_dim), resized bicubically to the full map, through its phi. (B, code_dim, h,
+    w).
+    """
     codes = codes.to(torch.promote_types(codes.dtype, torch.float32)).transpose(1, 2).unflatten(2, scales[k])
     if k < len(scales) - 1:
         codes = F.interpolate(codes, scales[-1], mode="bicubic")
@@ -188,8 +195,9 @@ def group_norm(x, weight, bias):
 def training_pass(params, images, scales, beta=0.25, quantised=True):
     """One differentiable pass: (reconstruction (B, 3, H, W), not clamped; quantisation loss; residuals a scale; tokens a scale).
 
-    The loss, averaged over scales on the accumulated map (VAR, equation 5): codebook term |f_hat_k - sg(f)|^2 plus beta times commitment term
-    |sg(f_hat_k) - f|^2. The decoder's gradient passes straight through to the encoder. quantised=False is a plain autoencoder, for a start.
+    The loss, averaged over scales on the accumulated map (VAR, equation 5): codebook term |f_hat_k - sg(f)|^2 plus beta times commitment
+    term |sg(f_hat_k) - f|^2. The decoder's gradient passes straight through to the encoder. quantised=False is a plain autoencoder, for a
+    start.
     """
     f = features(params, images)
     f = f.to(torch.promote_types(f.dtype, torch.float32))
@@ -204,9 +212,11 @@ def training_pass(params, images, scales, beta=0.25, quantised=True):
 
 
 def data_codebook(params, features, scales, generator, rounds=10):
-    """A codebook (V, code_dim) made of data: for each scale in turn an equal share of codes, by k-means over its residuals, given the shares before.
+    """A codebook (V, code_dim) made of data: for each scale in turn an equal share of codes, by k-means over its residuals, given the
+    shares before.
 
-    features (B, code_dim, h, w) of some hundred images. Where a scale has fewer vectors than codes, its share is drawn with repetition and jitter.
+    features (B, code_dim, h, w) of some hundred images. Where a scale has fewer vectors than codes, its share is drawn with repetition and
+    jitter.
     """
     f, count, made = features.detach().float(), len(params["codebook"]), []
     f_hat = torch.zeros_like(f)
@@ -230,7 +240,9 @@ def data_codebook(params, features, scales, generator, rounds=10):
 
 
 def revive_codes(codebook, counts, residuals, generator):
-    """(codebook, dead (V,) bool): codes that were never chosen (counts (V,) == 0) replaced by random vectors of residuals [(B, n_k, code_dim), ...]."""
+    """(codebook, dead (V,) bool): codes that were never chosen (counts (V,) == 0) replaced by random vectors of residuals [(B, n_k,
+    code_dim), ...].
+    """
     dead = counts == 0
     vectors = torch.cat([residual.flatten(0, 1) for residual in residuals])
     chosen = torch.randint(len(vectors), (len(codebook),), generator=generator)
@@ -248,7 +260,7 @@ def init(*, codes=4096, code_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), 
     if not widths or any(width <= 0 or width % 32 for width in widths):
         raise ValueError(f"channels, multipliers: got {channels}, {multipliers}, expected products that are positive multiples of 32")
     if min(codes, code_dim, residual_blocks, phis) < 1:
-        raise ValueError(f"codes, code_dim, residual_blocks, phis: got {codes}, {code_dim}, {residual_blocks}, {phis}, expected at least 1 each")
+        raise ValueError(f"codes, code_dim, residual_blocks, phis: got {(codes, code_dim, residual_blocks, phis)}, expected 1 or more")
     generator = torch.Generator().manual_seed(seed)
     generator = None if torch.empty(0).is_meta else generator
 
@@ -273,11 +285,11 @@ def init(*, codes=4096, code_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), 
     def middle():
         return dict(blocks=[block(widths[-1], widths[-1]) for _ in range(2)], attentions=[attend(widths[-1])] if attention else [])
 
-    last, inner = len(widths) - 1, [channels, *widths]  # level i of the encoder reads inner[i] channels
-    down = [level(inner[i], widths[i], residual_blocks, i == last) | (dict(downsample=conv(widths[i], widths[i])) if i < last else {})
-            for i in range(last + 1)]
-    up = [level(widths[min(i + 1, last)], widths[i], residual_blocks + 1, i == last) | (dict(upsample=conv(widths[i], widths[i])) if i else {})
-          for i in reversed(range(last + 1))]
+    last, inputs, down, up = len(widths) - 1, [channels, *widths], [], []  # level i of the encoder reads inputs[i] channels
+    for i, width in enumerate(widths):
+        down.append(level(inputs[i], width, residual_blocks, i == last) | (dict(downsample=conv(width, width)) if i < last else {}))
+    for i, width in reversed(list(enumerate(widths))):
+        up.append(level(widths[min(i + 1, last)], width, residual_blocks + 1, i == last) | (dict(upsample=conv(width, width)) if i else {}))
     return dict(
         encoder=dict(conv_in=conv(3, channels), down=down, middle=middle(), norm_out=norm(widths[-1]), conv_out=conv(widths[-1], code_dim)),
         quant_conv=conv(code_dim, code_dim),
@@ -288,9 +300,12 @@ def init(*, codes=4096, code_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), 
 
 
 def cast(params, dtype):
-    """The same tree with the encoder's and decoder's convolutions in dtype; norms, codebook and phi stay as they are. Gradients pass through."""
-    convnets = {name: pytree.tree_map(lambda tensor: tensor.to(dtype) if tensor.ndim == 4 else tensor, params[name]) for name in ("encoder", "decoder")}
-    return params | convnets
+    """The same tree with the encoder's and decoder's convolutions in dtype; norms, codebook and phi stay as they are. Gradients pass
+    through.
+    """
+    def to(tree):
+        return pytree.tree_map(lambda tensor: tensor.to(dtype) if tensor.ndim == 4 else tensor, tree)
+    return params | dict(encoder=to(params["encoder"]), decoder=to(params["decoder"]))
 
 
 def downsampling(params):
@@ -322,12 +337,13 @@ def check_scales(scales):
 def _check_images(params, images, scales):
     check_scales(scales)
     step = downsampling(params)
+    latent = tuple(side // step for side in images.shape[2:])
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, expected a float tensor (B, 3, H, W)")
     if images.shape[2] % step or images.shape[3] % step or 0 in images.shape:
         raise ValueError(f"images: got {images.shape[2]}x{images.shape[3]} pixels, expected sides that divide by the downsampling, {step}")
-    if tuple(scales[-1]) != (images.shape[2] // step, images.shape[3] // step):
-        raise ValueError(f"scales: the last is {tuple(scales[-1])}, expected the latent's size {(images.shape[2] // step, images.shape[3] // step)}")
+    if tuple(scales[-1]) != latent:
+        raise ValueError(f"scales: the last is {tuple(scales[-1])}, expected the latent's size {latent}")
     if images.device.type == "cpu" and not images.abs().amax() <= 1.001:  # elsewhere the look would stall the queue
         raise ValueError(f"images: got values from {images.min():.3g} to {images.max():.3g}, expected [-1, 1]")
 
@@ -341,9 +357,10 @@ def _check_tokens(params, tokens, scales):
         raise ValueError(f"tokens: got values from {tokens.min()} to {tokens.max()}, expected 0 to {codes - 1}")
 
 
-PUBLISHED_NAMES = ((r"^codebook$", "quantize.embedding.weight"), (r"^phi\.", "quantize.quant_resi.qresi_ls."), (r"middle\.blocks\.0", "mid.block_1"),
-                   (r"middle\.blocks\.1", "mid.block_2"), (r"middle\.attentions\.0", "mid.attn_1"), (r"\.blocks\.", ".block."),
-                   (r"\.attentions\.", ".attn."), (r"shortcut", "nin_shortcut"), (r"project", "proj_out"), (r"(down|up)sample", r"\1sample.conv"))
+PUBLISHED_NAMES = (  # patterns of our names, applied in order
+    (r"^codebook$", "quantize.embedding.weight"), (r"^phi\.", "quantize.quant_resi.qresi_ls."), (r"middle\.blocks\.0", "mid.block_1"),
+    (r"middle\.blocks\.1", "mid.block_2"), (r"middle\.attentions\.0", "mid.attn_1"), (r"\.blocks\.", ".block."),
+    (r"\.attentions\.", ".attn."), (r"shortcut", "nin_shortcut"), (r"project", "proj_out"), (r"(down|up)sample", r"\1sample.conv"))
 
 
 def from_published(state_dict, *, dtype=torch.float32):
@@ -354,7 +371,8 @@ def from_published(state_dict, *, dtype=torch.float32):
     state = state_dict.get("trainer", state_dict) if isinstance(state_dict, dict) else {}
     state = {name: tensor for name, tensor in state.get("vae_local", state).items() if name != "quantize.ema_vocab_hit_SV"}  # statistics
     if not all(torch.is_tensor(state.get(name)) for name in ("encoder.conv_in.weight", "quantize.embedding.weight")):
-        raise ValueError(f"state_dict: expected a published tokenizer, with encoder., decoder. and quantize. keys, got {_few(state or state_dict)}")
+        raise ValueError("state_dict: expected a published tokenizer, with encoder., decoder. and quantize. keys, "
+                         f"got {_few(state or state_dict)}")
 
     def count(pattern):
         return next(i for i in itertools.count() if pattern.format(i) not in state)
@@ -371,7 +389,8 @@ def from_published(state_dict, *, dtype=torch.float32):
         for pattern, published in PUBLISHED_NAMES:
             name = re.sub(pattern, published, name)
         names[name] = tensor
-    problems = [f"{name} is missing" for name in names if name not in state] + [f"{name} is unexpected" for name in state if name not in names]
+    problems = [f"{name} is missing" for name in names if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in names]
     problems += [f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}" for name, tensor in names.items()
                  if name in state and state[name].shape != tensor.shape]
     if problems:

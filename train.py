@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
+from sample import barrier, fast_dtype, fill_array, load, rank, read_json, scale_pair, start_processes, world, write_atomically, write_json
 
 STAGES = ("tokenizer", "next-scale", "masked")
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart")
@@ -267,16 +268,10 @@ def image_batches(images, args, start):
     return (batch for batch, _ in loader)
 
 
-def rank():
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world():
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
 def part(batch, index=None, count=None):
-    """One of `count` equal, consecutive parts of a batch; by default this process's, so that all processes together see what one alone would."""
+    """One of `count` equal, consecutive parts of a batch; by default this process's, so that all processes together see what one alone
+    would.
+    """
     index, count = (rank(), world()) if count is None else (index, count)
     size = len(batch) // count
     return batch[index * size:(index + 1) * size]
@@ -290,43 +285,31 @@ def to_unit(images, device):
 def token_cache(name, images, tokenizer_params, args):
     """Tokens of all images, a memory-mapped (N, views, L) array in the run folder, encoded once by the finished tokenizer.
 
-    Keyed by the tokenizer's weights and the list of images; continued where it was interrupted; made anew, and said so, when either changed. The views
-    are the centre crop and its mirror image, or --views random crops; drawings have one.
+    Keyed by the tokenizer's weights and the list of images; continued where it was interrupted; made anew, and said so, when either
+    changed. The views are the centre crop and its mirror image, or --views random crops; drawings have one.
     """
     crops = [(args.seed, view) for view in range(args.views)] if args.data is not None and args.views else [None]
-    mirrored, chunk, path = args.data is not None and args.flip and not args.views, 256, os.path.join(args.out, f"tokens-{name}")
-    digest = hashlib.sha256(repr((args.scales, args.size, crops, mirrored)).encode())
+    mirrored = args.data is not None and args.flip and not args.views
+    digest = hashlib.sha256(repr((args.scales, args.size, crops, mirrored, args.dtype)).encode())
     for tensor in pytree.tree_leaves(tokenizer_params):
         digest.update(tensor.cpu().numpy().tobytes())
     for item in images.items:
         digest.update(repr(item if args.data is None else (item, os.path.getsize(item[0]), os.path.getmtime(item[0]))).encode())
-    key = digest.hexdigest()
-    if rank() == 0 and read_json(f"{path}.json").get("key") != key:
-        if os.path.exists(f"{path}.json"):
-            print(f"{path}.npy: the tokenizer or the images changed, so the images are encoded again")
-        shape = (len(images), len(crops) + mirrored, sum(tokenizer.lengths(args.scales)))
-        for suffix, dtype, shape in ((".npy", np.int32, shape), (".done.npy", bool, (-(-len(images) // chunk),))):
-            np.lib.format.open_memmap(path + suffix, "w+", dtype, shape).flush()
-        write_json(f"{path}.json", dict(key=key))
-    barrier()
-    tokens, done = (np.lib.format.open_memmap(path + suffix, "r+") for suffix in (".npy", ".done.npy"))
-    chunks = [range(first, min(first + chunk, len(images))) for first in range(0, len(images), chunk)]
-    waiting = [i for i in range(len(chunks)) if not done[i] and i % world() == rank()]
-    keys = [[(index, crop) for index in chunks[i]] for i in waiting for crop in crops]
-    loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=args.workers)
-    progress, fast = Progress(f"encoding {name}", len(keys)), tokenizer.cast(tokenizer_params, args.dtype)
-    for number, ((i, view), (batch, _)) in enumerate(zip(itertools.product(waiting, range(len(crops))), loader), 1):
-        rows = slice(chunks[i].start, chunks[i].stop)
-        tokens[rows, view] = tokenizer.encode(fast, to_unit(batch, args.device), args.scales).cpu().numpy()
-        if mirrored:
-            tokens[rows, 1] = tokenizer.encode(fast, to_unit(batch.flip(-1), args.device), args.scales).cpu().numpy()
-        if view == len(crops) - 1:
-            tokens.flush()
-            done[i] = True
-        progress.show(number, len(batch))
-    done.flush()
-    barrier()
-    return tokens
+    fast = tokenizer.cast(tokenizer_params, args.dtype)
+    progress = Progress(f"encoding {name}", len(images))
+
+    def encode(rows):
+        views = []
+        for crop_seed in crops:
+            pixels = to_unit(torch.stack(list(readers.map(lambda i: images[i, crop_seed][0], rows))), args.device)  # noqa: B023
+            views += [pixels, pixels.flip(-1)] if mirrored else [pixels]
+        tokens = torch.stack([tokenizer.encode(fast, pixels, args.scales) for pixels in views], 1)
+        progress.show(rows.stop, len(rows))
+        return tokens.cpu().numpy()
+
+    shape = (len(images), len(crops) + mirrored, sum(tokenizer.lengths(args.scales)))
+    with ThreadPoolExecutor(max(1, args.workers)) as readers:
+        return fill_array(os.path.join(args.out, f"tokens-{name}"), dict(key=digest.hexdigest()), shape, np.int32, 64, encode)
 
 
 class Progress:
@@ -342,7 +325,8 @@ class Progress:
             return
         self.last, spent = now, now - self.start
         left = spent / max(1, done - self.first) * (self.total - done)
-        line = f"{self.what} {done}/{self.total}  {note}  {self.seen / max(spent, 1e-9):.0f} images/s  {int(left) // 60}:{int(left) % 60:02d} left"
+        speed = self.seen / max(spent, 1e-9)
+        line = f"{self.what} {done}/{self.total}  {note}  {speed:.0f} images/s  {int(left) // 60}:{int(left) % 60:02d} left"
         print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal and done < self.total else "\n", flush=True)
 
 
@@ -370,29 +354,33 @@ def with_leaves(params, leaves):
     return pytree.tree_map(lambda leaf: next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf, params)
 
 
+REPORTED = ("loss", "vq", "scale_losses")  # what losses return for metrics.jsonl
+
+
 def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()):
     """Trains the parameters in the tree `params` for args.steps and returns the tree with their moving averages.
 
     loss(params, *batch) -> (loss, {name: tensor}); batches(start) yields for each step one batch for each of the --accumulate parts.
-    after_step(step, outputs of the parts, optimizer) may change parameters; evaluate(averaged tree) -> numbers to report; extra: tensors of state that
-    after_step keeps. Everything is a function of the step and of what the checkpoint holds, so that a run that was killed continues bit for bit.
+    after_step(step, outputs of the parts, optimizer) may change parameters; evaluate(averaged tree) -> numbers to report; extra: tensors of
+    state that after_step keeps. Everything is a function of the step and of what the checkpoint holds, so that a run that was killed
+    continues bit for bit.
     """
-    model, resume, step = Trained(params, loss), os.path.join(args.out, f"{args.stage}.resume.pt"), 0
+    model, resume, start = Trained(params, loss), os.path.join(args.out, f"{args.stage}.resume.pt"), 0
     leaves, optimizer = list(model.leaves), adamw(params, args)
     average = [leaf.detach().clone() for leaf in leaves]
     state = [leaf.data for leaf in leaves] + average + list(extra)
     if os.path.exists(resume):
         saved = load(resume)
-        step = saved["step"]
+        start = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
         torch._foreach_copy_(state, saved["state"])
-        say(f"{args.stage}: continues at step {step} of {args.steps}")
+        say(f"{args.stage}: continues at step {start} of {args.steps}")
     call = torch.compile(model) if args.compile else model
     if world() > 1:
         call = torch.nn.parallel.DistributedDataParallel(call, device_ids=[args.device] if args.device.type == "cuda" else None)
-    progress, window, note, stop = Progress(args.stage, args.steps, step), {}, "", Stop(args.device)
-    metrics = Metrics(os.path.join(args.out, "metrics.jsonl"), args.stage, step)
-    for step, micro_batches in enumerate(batches(step), step + 1):
+    progress, window, note, stop = Progress(args.stage, args.steps, start), {}, "", Stop(args.device)
+    metrics = Metrics(os.path.join(args.out, "metrics.jsonl"), args.stage, start)
+    for step, micro_batches in enumerate(batches(start), start + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, args)
         outputs = []
@@ -406,7 +394,7 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
         optimizer.zero_grad()
         torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - min(args.ema, step / (step + 10)))
         numbers = after_step and after_step(step, outputs, optimizer) or {}
-        for name, tensor in [(name, output[name]) for output in outputs for name in output if name in args.reported] + [("gradient", norm)]:
+        for name, tensor in [(name, output[name]) for output in outputs for name in output if name in REPORTED] + [("gradient", norm)]:
             window.setdefault(name, []).append(tensor.detach())
         if step % args.log_every == 0 or step == args.steps:
             means = {name: torch.stack(tensors).mean(0).tolist() for name, tensors in window.items()}
@@ -422,7 +410,8 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
         if evaluate is not None and (step % args.eval_every == 0 or step == args.steps):
             numbers = evaluate(with_leaves(params, average))
             metrics.write(step, **numbers)
-            say(f"{args.stage} {step}/{args.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float)))
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float))
+            say(f"{args.stage} {step}/{args.steps}  {shown}")
     stop.restore()
     return with_leaves(params, average)
 
@@ -446,11 +435,13 @@ def learning_rate(step, args):
 
 
 def train_tokenizer(args, data, held_out):
-    """Stage one, images -> tokenizer.pt: a plain autoencoder first, then the codebook is made of data, and dead codes are replaced as it trains."""
+    """Stage one, images -> tokenizer.pt: a plain autoencoder first, then the codebook is made of data, and dead codes are replaced as it
+    trains.
+    """
     tree = dict(tokenizer=trainable(initial_tokenizer(args)))
     codebook, scales = tree["tokenizer"]["codebook"], args.scales
     warm = 0 if args.init else min(200, args.steps // 10)
-    unseen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # times each code was chosen since dead ones were last replaced
+    chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # how often, since dead codes were last replaced
     window = torch.zeros(len(scales), len(codebook), dtype=torch.int64, device=args.device)  # the same a scale, since the last report
     reserved = whole(held_out, 256, args)
 
@@ -472,14 +463,14 @@ def train_tokenizer(args, data, held_out):
             replace(codebook, tokenizer.data_codebook(tree["tokenizer"], features, scales, generator_of(args.seed, "codebook")))
         for k, tokens in [(k, tokens) for output in outputs for k, tokens in enumerate(output["tokens"])]:
             window[k].index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
-            unseen.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
+            chosen.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
         if args.revive_every and step > warm and step % args.revive_every == 0 and step <= 0.8 * args.steps:
-            counts = summed(unseen)
+            counts = summed(chosen)
             new, dead = tokenizer.revive_codes(codebook.detach(), counts, outputs[-1]["residuals"], generator_of(args.seed, "revive", step))
             replace(codebook, new)
             for moment in ("exp_avg", "exp_avg_sq"):
                 optimizer.state[codebook][moment][dead] = 0
-            unseen.zero_()
+            chosen.zero_()
         if args.unit_codes:
             replace(codebook, F.normalize(codebook.detach(), dim=1))
         if step % args.log_every == 0 and step > warm:
@@ -490,7 +481,7 @@ def train_tokenizer(args, data, held_out):
     def evaluate(average):
         return judge_tokenizer(average["tokenizer"], reserved, args)
 
-    average = fit(args, tree, loss, batches, after_step=after_step, evaluate=evaluate, extra=[unseen, window])
+    average = fit(args, tree, loss, batches, after_step=after_step, evaluate=evaluate, extra=[chosen, window])
     return average["tokenizer"]
 
 
@@ -498,7 +489,8 @@ def code_usage(counts):
     """For each row of counts (S, V): distinct codes, their perplexity, and the most that could have been used, min(V, tokens seen)."""
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     perplexity = torch.exp(-torch.xlogy(share, share).sum(1))
-    return [dict(distinct=int((row > 0).sum()), perplexity=round(float(p), 1), most=min(len(row), int(row.sum()))) for row, p in zip(counts, perplexity)]
+    return [dict(distinct=int((row > 0).sum()), perplexity=round(float(p), 1), most=min(len(row), int(row.sum())))
+            for row, p in zip(counts, perplexity)]
 
 
 def judge_tokenizer(params, images, args):
@@ -506,8 +498,8 @@ def judge_tokenizer(params, images, args):
     with torch.no_grad():
         tokens = torch.cat([tokenizer.encode(params, batch, args.scales) for batch in images.split(32)])
         made = torch.cat([tokenizer.decode(params, batch, args.scales) for batch in tokens.split(32)])
-        pyramid = [f_hat for _, _, f_hat in tokenizer.quantise(params["codebook"], params["phi"], tokenizer.features(params, images[:8]), args.scales)]
-        rows = [images[:8], made[:8], *(tokenizer.decode_features(params, f_hat) for f_hat in pyramid)]
+        pyramid = tokenizer.quantise(params["codebook"], params["phi"], tokenizer.features(params, images[:8]), args.scales)
+        rows = [images[:8], made[:8], *(tokenizer.decode_features(params, f_hat) for _, _, f_hat in pyramid)]
     names = ["original", "reconstruction", *(f"after {h}x{w}" for h, w in args.scales)]
     write_sheet(os.path.join(args.out, "samples", "reconstructions.png"), rows, names)
     mse = (made - images).square().mean((1, 2, 3))
@@ -517,7 +509,7 @@ def judge_tokenizer(params, images, args):
 def train_next_scale(args, data, held_out):
     """Stage two, tokens -> hmar.pt: every token from the coarser scales."""
     tokenizer_params = finished(args, "tokenizer")
-    params = trainable(initial_transformer(args, tokenizer_params), (lambda name: not name.startswith("trunk")) if args.freeze_trunk else None)
+    params = trainable(initial_transformer(args, tokenizer_params), lambda name: not (args.freeze_trunk and name.startswith("trunk")))
     tokens, reserved = (token_cache(name, images, tokenizer_params, args) for name, images in (("train", data), ("held-out", held_out)))
     labels, null, depth = labels_of(data), len(params["classes"]) - 1, len(params["trunk"])
     weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)
@@ -525,7 +517,8 @@ def train_next_scale(args, data, held_out):
     def loss(params, labels, tokens, keep):
         with torch.no_grad():
             inputs = tokenizer.next_scale_inputs(tokenizer_params, tokens, args.scales)
-        losses = hmar.next_scale_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, args.causal, keep=keep, checkpointing=args.checkpointing)
+        losses = hmar.next_scale_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, args.causal, keep=keep,
+                                        checkpointing=args.checkpointing)
         total = (losses * weights).sum(1).mean()
         return total, dict(loss=total.detach(), scale_losses=by_scale(losses.detach().mean(0), args.scales))
 
@@ -543,10 +536,13 @@ def train_next_scale(args, data, held_out):
 
 
 def train_masked(args, data, held_out):
-    """Stage three, hmar.pt -> hmar.pt with its masked branch: hidden tokens from the others of their scale. The trunk and the rest stay as they are."""
+    """Stage three, hmar.pt -> hmar.pt with its masked branch: hidden tokens from the others of their scale. The trunk and the rest stay as
+    they are.
+    """
     tokenizer_params, params = finished(args, "tokenizer"), finished(args, "next-scale")
     params = {name: tree for name, tree in params.items() if name != "masked"}  # trained before: start over
-    params = hmar.add_masked_branch(params, min(args.masked_blocks, len(params["trunk"]) + len(params["next_scale"]["blocks"])), seed=args.seed)
+    depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
+    params = hmar.add_masked_branch(params, min(args.masked_blocks, depth), seed=args.seed)
     params, trunk = trainable(params, lambda name: name.startswith("masked")), len(params["trunk"])
     tokens, reserved = (token_cache(name, images, tokenizer_params, args) for name, images in (("train", data), ("held-out", held_out)))
     labels, null, own_depth = labels_of(data), len(params["classes"]) - 1, len(params["masked"]["blocks"])
@@ -556,7 +552,8 @@ def train_masked(args, data, held_out):
         with torch.no_grad():
             inputs = tokenizer.next_scale_inputs(tokenizer_params, tokens, args.scales)
             own_inputs = tokenizer.masked_inputs(tokenizer_params, tokens, args.scales, mask)
-        losses = hmar.masked_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, own_inputs, mask, keep=keep, checkpointing=args.checkpointing)
+        losses = hmar.masked_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, own_inputs, mask, keep=keep,
+                                    checkpointing=args.checkpointing)
         total = (losses * share[:1]).sum()  # the mean over the whole step's hidden tokens, in however many parts it runs
         return total, dict(loss=total.detach())
 
@@ -564,9 +561,10 @@ def train_masked(args, data, held_out):
         for step in range(start, args.steps):
             chosen, own, generator = *token_batch(args, step, labels, tokens), generator_of(args.seed, args.stage, step)
             chosen = torch.where(torch.rand(args.batch, generator=generator) < args.label_drop, null, chosen)
-            keep = hmar.stochastic_depth(torch.rand(args.batch, own_depth, 2, generator=generator), args.depth_drop * (trunk + own_depth) / 24)
-            keep = torch.cat([torch.ones(args.batch, trunk, 2), keep], 1)
-            mask = torch.rand(args.batch, maskable, generator=generator) < torch.rand(args.batch, 1, generator=generator)  # ratio ~ U(0, 1) a sample
+            keep = hmar.stochastic_depth(torch.rand(args.batch, own_depth, 2, generator=generator), args.depth_drop * depth / 24)
+            keep = torch.cat([torch.ones(args.batch, trunk, 2), keep], 1)  # the frozen blocks drop nothing
+            ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens, for each sample
+            mask = torch.rand(args.batch, maskable, generator=generator) < ratio
             share = torch.full((args.batch,), world() * args.accumulate / max(1, int(mask.sum())))
             yield micro_batches(args, chosen, own, keep, mask, share)
 
@@ -605,8 +603,8 @@ def judge_next_scale(params, tokenizer_params, labels, tokens, args):
             hits.append((logits.argmax(-1) == own).float())
     losses, hits = torch.cat(losses).mean(0), torch.cat(hits).mean(0)  # (L,)
     draw_samples(params, tokenizer_params, args)
-    return dict(held_out_loss=float(losses.mean()), held_out_scale_losses=by_scale(losses, args.scales).tolist(), accuracy=float(hits.mean()),
-                scale_accuracies=by_scale(hits, args.scales).tolist(), ln_codes=math.log(len(tokenizer_params["codebook"])))
+    return dict(held_out_loss=float(losses.mean()), ln_codes=math.log(len(tokenizer_params["codebook"])), accuracy=float(hits.mean()),
+                held_out_scale_losses=by_scale(losses, args.scales).tolist(), scale_accuracies=by_scale(hits, args.scales).tolist())
 
 
 def judge_masked(params, tokenizer_params, labels, tokens, args):
@@ -615,8 +613,8 @@ def judge_masked(params, tokenizer_params, labels, tokens, args):
     with torch.no_grad():
         for first in range(0, min(len(labels), 512), 32):
             own = torch.from_numpy(tokens[first:first + 32, 0].astype(np.int64)).to(args.device)
-            mask = torch.rand(len(own), own.shape[1] - tokenizer.lengths(args.scales)[0], generator=generator_of("held-out mask", first)) < 0.5
-            mask = mask.to(args.device)
+            maskable = own.shape[1] - tokenizer.lengths(args.scales)[0]
+            mask = (torch.rand(len(own), maskable, generator=generator_of("held-out mask", first)) < 0.5).to(args.device)
             inputs = tokenizer.next_scale_inputs(tokenizer_params, own, args.scales)
             own_inputs = tokenizer.masked_inputs(tokenizer_params, own, args.scales, mask)
             losses.append(hmar.masked_losses(params, labels[first:first + 32].to(args.device), own, inputs, own_inputs, mask))
@@ -642,13 +640,15 @@ def initial_tokenizer(args):
 
 
 def initial_transformer(args, tokenizer_params):
-    """A new transformer of the flags' sizes, or --init's, with positions resampled for other scales and a new class embedding for other classes."""
+    """A new transformer of the flags' sizes, or --init's, with positions resampled for other scales and a new class embedding for other
+    classes.
+    """
     codes, code_dim = tokenizer_params["codebook"].shape
     new = dict(classes=len(args.class_names), codes=codes, code_dim=code_dim, scales=args.scales, gamma=args.gamma, seed=args.seed)
     if args.init is None:
         return to_device(hmar.init(depth=args.depth, width=args.width, **new), args.device)
     state = load(args.init)
-    params = state if "trunk" in state else hmar.from_published(state, args.init_scales)
+    params = state if "trunk" in state else hmar.from_published(state, None)
     if "masked" in params:
         params = {name: tree for name, tree in params.items() if name != "masked"}
     params = params | dict(trunk=params["trunk"] + params["next_scale"]["blocks"], next_scale=params["next_scale"] | dict(blocks=[]))
@@ -659,7 +659,7 @@ def initial_transformer(args, tokenizer_params):
         say(f"--init: a new class embedding for {len(args.class_names)} classes in place of {len(params['classes']) - 1}")
         params = params | dict(classes=hmar.init(depth=1, width=params["classes"].shape[1], **new)["classes"])
     if (len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]) != (codes, code_dim):
-        raise ValueError(f"init: {args.init} was trained with another codebook than tokenizer.pt, which has {codes} codes of {code_dim} dimensions")
+        raise ValueError(f"--init: {args.init} does not fit tokenizer.pt's {codes} codes of {code_dim} dimensions")
     return to_device(params, args.device)
 
 
@@ -696,11 +696,6 @@ def summed(counts):
     return counts
 
 
-def barrier():
-    if world() > 1:
-        torch.distributed.barrier()
-
-
 def path_name(path):
     return ".".join(re.findall(r"\w+", pytree.keystr(path)))
 
@@ -714,48 +709,11 @@ def say(line):
         print(line, flush=True)
 
 
-def load(path):
-    """What `save` wrote, on the CPU; ValueError for anything else, code in a pickle among it."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a file of weights: {str(error).splitlines()[0]}") from error
-
-
 def save(path, tree):
     """Writes a tree of tensors so that either the old file or the whole new one is there, whatever happens. OSError if it cannot."""
     if rank() == 0:
-        write_atomically(path, lambda file: torch.save(pytree.tree_map(lambda leaf: leaf.detach() if torch.is_tensor(leaf) else leaf, tree), file))
-
-
-def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it. OSError if it cannot; the old file stays."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise OSError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from error
-
-
-def write_json(path, value):
-    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
-
-
-def read_json(path):
-    """The object in a JSON file, {} where there is none."""
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        plain = pytree.tree_map(lambda leaf: leaf.detach() if torch.is_tensor(leaf) else leaf, tree)
+        write_atomically(path, lambda file: torch.save(plain, file))
 
 
 def write_sheet(path, rows, names):
@@ -800,13 +758,13 @@ class Stop:
         return step % 10 == 0 and bool(summed(torch.tensor(int(self.asked), device=self.device)) > 0)
 
 
-PRESETS = {  # by the largest image side they serve: a model for two CPU cores, and the published one
-    64: dict(channels=32, multipliers=(1, 1, 2), residual_blocks=1, attention=False, codes=256, code_dim=16, depth=3, width=192, gamma=0.1, loss_weights="token",
-             masked_blocks=2, batch=16, ema=0.998, warmup=100, steps={"tokenizer": 4000, "next-scale": 3500, "masked": 500},
-             lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3}),
-    math.inf: dict(channels=160, multipliers=(1, 1, 2, 2, 4), residual_blocks=2, attention=True, codes=4096, code_dim=32, depth=16, width=None, gamma=None, loss_weights="lognormal",
-                   masked_blocks=8, batch=64, ema=0.9999, warmup=1000, steps={"tokenizer": 200_000, "next-scale": 400_000, "masked": 80_000},
-                   lr={"tokenizer": 1e-4, "next-scale": 1e-4, "masked": 1e-4})}
+PRESETS = {  # by the largest side of images they are meant for: a model for two CPU cores, and the published one
+    64: dict(channels=32, multipliers=(1, 1, 2), residual_blocks=1, attention=False, codes=256, code_dim=16, depth=3, width=192, gamma=0.1,
+             masked_blocks=2, loss_weights="token", batch=16, ema=0.998, warmup=100,
+             steps={"tokenizer": 3000, "next-scale": 2800, "masked": 400}, lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3}),
+    math.inf: dict(channels=160, multipliers=(1, 1, 2, 2, 4), residual_blocks=2, attention=True, codes=4096, code_dim=32, depth=16,
+                   width=None, gamma=None, masked_blocks=8, loss_weights="lognormal", batch=64, ema=0.9999, warmup=1000,
+                   steps={"tokenizer": 200_000, "next-scale": 400_000, "masked": 80_000}, lr=dict.fromkeys(STAGES, 1e-4))}
 
 
 def default_scales(latent):
@@ -822,14 +780,8 @@ def sides(scales):
     return " ".join(str(h) if h == w else f"{h}x{w}" for h, w in scales)
 
 
-def scale_pair(text):
-    """ "4" or "2x3" -> (height, width), for the parser."""
-    h, _, w = text.partition("x")
-    return int(h), int(w or h)
-
-
 def parser():
-    top = sample.Parser(description="Train HMAR from nothing: tokenizer, then next-scale, then masked stage. Sentinel: 'auto' follows --size.")
+    top = sample.Parser(description="Train HMAR from nothing: the tokenizer, the next-scale and the masked stage. (auto) follows --size.")
     top.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES), help="what to train; default all three")
     data = top.add_argument_group("data").add_argument
     data("--data", metavar="FOLDER", help="images, one sub-folder a class or all in one; default: drawn shapes")
@@ -837,7 +789,7 @@ def parser():
     data("--val", type=float, default=0.05, metavar="SHARE", help="held out by a hash of the file name (0.05)")
     data("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random (on)")
     data("--views", type=int, default=0, metavar="N", help="random crops encoded an image; 0: centre crop and mirror image")
-    data("--workers", type=int, default=min(4, os.cpu_count() - 1), help="processes that decode images (cores - 1, at most 4)")
+    data("--workers", type=int, default=min(4, max(0, os.cpu_count() // 2 - 1)), help="that decode images (half the cores less one)")
     run = top.add_argument_group("run").add_argument
     run("--out", metavar="RUN", help="run folder (runs/shapes, or runs/<name of the data folder>)")
     run("--init", metavar="FILE", help="start the stage from these weights, ours or published (a single stage only)")
@@ -849,7 +801,7 @@ def parser():
     run("--log-every", type=int, default=50, metavar="STEPS")
     run("--eval-every", type=int, metavar="STEPS", help="held-out numbers and sample sheets (a quarter of the steps)")
     run("--device", help="cuda, mps or cpu (the first there is)")
-    run("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of matrix products; auto: bf16 where this machine is faster at it")
+    run("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where this machine multiplies faster in it")
     run("--compile", action="store_true", help="torch.compile the training step")
     loop = top.add_argument_group("optimisation (auto follows --size)").add_argument
     loop("--steps", type=int, help="of each stage (auto)")
@@ -891,7 +843,8 @@ def resolved(args, tokenizer_params=None):
     for name, value in preset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    for name in ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "save_every", "log_every", "masked_blocks"):
+    for name in ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "masked_blocks", "save_every",
+                 "log_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
     for name in ("steps", "lr"):
@@ -905,7 +858,7 @@ def resolved(args, tokenizer_params=None):
     args.scales = tuple(args.scales or default_scales(args.size // step))
     tokenizer.check_scales(args.scales)
     if args.scales[-1] != (args.size // step, args.size // step):
-        raise ValueError(f"--scales: end at {sides(args.scales[-1:])}, expected the latent's side, {args.size} / {step} = {args.size // step}")
+        raise ValueError(f"--scales: end at {sides(args.scales[-1:])}, expected the latent's side, {args.size} / {step}")
     if args.batch % (args.accumulate * world()):
         raise ValueError(f"--batch: {args.batch} does not divide into {args.accumulate} parts on {world()} processes")
     if args.init and args.stage not in ("tokenizer", "next-scale"):
@@ -913,30 +866,16 @@ def resolved(args, tokenizer_params=None):
     if args.causal and args.stage == "masked":
         raise ValueError("--causal: VAR has no masked stage")
     args.out = args.out or os.path.join("runs", "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data)))
-    args.reported, args.init_scales = ("loss", "vq", "scale_losses"), None
-    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"))
     return args
 
 
-def fast_dtype(device):
-    """bf16 where a product of 1024 x 1024 takes at most 0.8 of its fp32 time on this machine."""
-    spent = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(1024, 1024, device=device).to(dtype)
-        for _ in range(3):
-            clock = time.perf_counter()
-            (a @ a)[0, 0].item()
-            spent[dtype] = min(spent.get(dtype, math.inf), time.perf_counter() - clock)
-    return torch.bfloat16 if spent[torch.bfloat16] < 0.8 * spent[torch.float32] else torch.float32
-
-
-NOT_SETTINGS = ("stage", "out", "restart", "save_every", "log_every", "eval_every", "workers", "device", "tokenizer", "init_scales", "reported")
+NOT_SETTINGS = ("stage", "out", "restart", "save_every", "log_every", "eval_every", "workers", "device", "tokenizer")
 
 
 def stage_settings(args, stage):
     """What decides a stage's result, as JSON holds it: the flags, with the stage's own steps and learning rate."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= dict(steps=args.steps[stage], lr=args.lr[stage], dtype=str(args.dtype).removeprefix("torch."), data=args.data and os.path.abspath(args.data))
+    settings |= dict(steps=args.steps[stage], lr=args.lr[stage], dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
     return json.loads(json.dumps(settings))
 
 
@@ -959,7 +898,7 @@ def run_stage(args, stage, data, held_out):
             os.remove(resume)
         write_json(path, saved | {stage: settings})
     barrier()
-    own = argparse.Namespace(**vars(args) | dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage], init=args.init if stage == args.stage else None))
+    own = argparse.Namespace(**vars(args) | dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage]))
     own.eval_every = args.eval_every or max(1, own.steps // 4)
     train = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}[stage]
     save(weights, train(own, data, held_out))
@@ -970,9 +909,7 @@ def run_stage(args, stage, data, held_out):
 
 def train(args):
     """The stages that the flags ask for, in order."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() and args.device in (None, "cuda") else "gloo")
-    given = None
+    args.device, given = start_processes(args.device), None
     if args.tokenizer:
         state = load(args.tokenizer)
         given = state if "codebook" in state else tokenizer.from_published(state)
@@ -992,8 +929,8 @@ def train(args):
     for stage in stages:
         if not (stage == "tokenizer" and given is not None or stage == "masked" and args.causal):
             run_stage(args, stage, data, held_out)
-    say(f"finished: weights, args.json, metrics.jsonl and samples/ are in {args.out}; next: "
-        + (f"python sample.py {args.out} --out samples.png" if stages[-1] != "tokenizer" else f"python train.py next-scale --out {args.out}, same data flags"))
+    following = "python train.py next-scale, with the same flags" if stages[-1] == "tokenizer" else f"python sample.py {args.out}"
+    say(f"finished: weights, args.json, metrics.jsonl and samples/ are in {args.out}; next: {following}")
 
 
 def main(argv=None):
