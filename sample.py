@@ -436,11 +436,17 @@ def barrier():
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the nearest flag for a mistyped one."""
-    def error(self, message):
+    def parse_args(self, args=None):
         flags = [flag for action in self._actions for flag in action.option_strings]
-        wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")] if message.startswith("unrecognized") else []
-        near = [match for word in wrong for match in difflib.get_close_matches(word, flags, 1)]
-        self.exit(2, f"{self.prog}: {message}{'; did you mean ' + ', '.join(near) + '?' if near else ''}\n")
+        for word in sys.argv[1:] if args is None else args:
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+                near = difflib.get_close_matches(name, flags, 1)
+                self.error(f"no flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+        return super().parse_args(args)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser():

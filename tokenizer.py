@@ -192,19 +192,19 @@ def group_norm(x, weight, bias):
     return F.group_norm(x.to(weight.dtype), 32, weight, bias, eps=1e-6)
 
 
-def training_pass(params, images, scales, beta=0.25, quantised=True):
+def training_pass(params, images, scales, beta=0.25, quantised=True, stop=None):
     """One differentiable pass: (reconstruction (B, 3, H, W), not clamped; quantisation loss; residuals a scale; tokens a scale).
 
     The loss, averaged over scales on the accumulated map (VAR, equation 5): codebook term |f_hat_k - sg(f)|^2 plus beta times commitment
-    term |sg(f_hat_k) - f|^2. The decoder's gradient passes straight through to the encoder. quantised=False is a plain autoencoder, for a
-    start.
+    term |sg(f_hat_k) - f|^2. The decoder's gradient passes straight through to the encoder. quantised=False is a plain autoencoder;
+    with stop the image is decoded from the first `stop` scales only.
     """
     f = features(params, images)
     f = f.to(torch.promote_types(f.dtype, torch.float32))
     loss, residuals, tokens, f_hat = f.new_zeros(()), [], [], f
     if quantised:
-        for residual, own, f_hat in quantise(params["codebook"], params["phi"], f, scales):
-            loss = loss + (F.mse_loss(f_hat, f.detach()) + beta * F.mse_loss(f, f_hat.detach())) / len(scales)
+        for residual, own, f_hat in itertools.islice(quantise(params["codebook"], params["phi"], f, scales), stop):
+            loss = loss + (F.mse_loss(f_hat, f.detach()) + beta * F.mse_loss(f, f_hat.detach())) / (stop or len(scales))
             residuals.append(residual)
             tokens.append(own)
         f_hat = f + (f_hat - f).detach()
@@ -237,6 +237,47 @@ def data_codebook(params, features, scales, generator, rounds=10):
         codes = F.embedding(nearest(torch.cat(made), vectors), torch.cat(made)).view(len(f), -1, f.shape[1])
         f_hat = f_hat + contribution(params["phi"], codes, k, scales).detach()
     return torch.cat(made)
+
+
+def discriminator(images, layers):
+    """Realness (B, h, w) of overlapping patches of images (B, 3, H, W): a small PatchGAN (Isola et al. 2017) under spectral norm."""
+    x = images
+    for i, layer in enumerate(layers):
+        x = F.conv2d(x, spectrally_normalised(layer["weight"]), layer["bias"], stride=2 if i < len(layers) - 1 else 1, padding=1)
+        x = F.leaky_relu(x, 0.2) if i < len(layers) - 1 else x
+    return x.squeeze(1)
+
+
+def spectrally_normalised(weight):
+    """A weight over its largest singular value, by power iteration from a fixed start, so that no state is kept (Miyato et al. 2018)."""
+    matrix = weight.flatten(1)
+    with torch.no_grad():
+        v = torch.ones_like(matrix[0])
+        for _ in range(8):
+            u = F.normalize(matrix @ v, dim=0)
+            v = F.normalize(matrix.T @ u, dim=0)
+    return weight / (u @ matrix @ v)
+
+
+def init_discriminator(channels=64, seed=0):
+    """Layers for `discriminator`: three that halve the image, one that judges."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def layer(inputs, outputs):
+        return dict(weight=torch.empty(outputs, inputs, 4, 4).normal_(0, 0.02, generator=generator), bias=torch.zeros(outputs))
+    return [layer(3, channels), layer(channels, 2 * channels), layer(2 * channels, 4 * channels), layer(4 * channels, 1)]
+
+
+def augmented(images, uniform):
+    """Images (B, 3, H, W) mirrored, moved by up to an eighth and changed in brightness, as uniform (B, 4) in [0, 1) says: for the
+    discriminator.
+    """
+    mirror, x, y, light = uniform.to(images.dtype).T
+    move = torch.zeros(len(images), 2, 3, dtype=images.dtype, device=images.device)
+    move[:, 0, 0], move[:, 1, 1] = torch.where(mirror < 0.5, -1.0, 1.0), 1
+    move[:, 0, 2], move[:, 1, 2] = (x - 0.5) / 2, (y - 0.5) / 2
+    grid = F.affine_grid(move, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False) + (light[:, None, None, None] - 0.5) / 2
 
 
 def revive_codes(codebook, counts, residuals, generator):

@@ -354,7 +354,7 @@ def with_leaves(params, leaves):
     return pytree.tree_map(lambda leaf: next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf, params)
 
 
-REPORTED = ("loss", "vq", "scale_losses")  # what losses return for metrics.jsonl
+REPORTED = ("loss", "vq", "critic", "scale_losses")  # what losses return for metrics.jsonl
 
 
 def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()):
@@ -377,7 +377,8 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
         say(f"{args.stage}: continues at step {start} of {args.steps}")
     call = torch.compile(model) if args.compile else model
     if world() > 1:
-        call = torch.nn.parallel.DistributedDataParallel(call, device_ids=[args.device] if args.device.type == "cuda" else None)
+        call = torch.nn.parallel.DistributedDataParallel(call, device_ids=[args.device] if args.device.type == "cuda" else None,
+                                                         find_unused_parameters=args.stage == "tokenizer")
     progress, window, note, stop = Progress(args.stage, args.steps, start), {}, "", Stop(args.device)
     metrics = Metrics(os.path.join(args.out, "metrics.jsonl"), args.stage, start)
     for step, micro_batches in enumerate(batches(start), start + 1):
@@ -439,22 +440,35 @@ def train_tokenizer(args, data, held_out):
     trains.
     """
     tree = dict(tokenizer=trainable(initial_tokenizer(args)))
+    if args.gan:
+        tree["discriminator"] = trainable(to_device(tokenizer.init_discriminator(seed=args.seed), args.device))
     codebook, scales = tree["tokenizer"]["codebook"], args.scales
     warm = 0 if args.init else min(200, args.steps // 10)
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # how often, since dead codes were last replaced
     window = torch.zeros(len(scales), len(codebook), dtype=torch.int64, device=args.device)  # the same a scale, since the last report
     reserved = whole(held_out, 256, args)
 
-    def loss(tree, images, quantised):
+    def loss(tree, images, quantised, stop, gan, uniform):
         fast = tokenizer.cast(tree["tokenizer"], args.dtype)
-        made, vq, residuals, tokens = tokenizer.training_pass(fast, images, scales, args.beta, quantised)
+        made, vq, residuals, tokens = tokenizer.training_pass(fast, images, scales, args.beta, quantised, stop)
         edges = sum(F.l1_loss(made.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
-        total = F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges + vq
-        return total, dict(loss=total.detach(), vq=vq.detach(), residuals=residuals, tokens=tokens)
+        reconstruction = F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges
+        total, output = reconstruction + vq, dict(loss=(reconstruction + vq).detach(), vq=vq.detach(), residuals=residuals, tokens=tokens)
+        if gan:
+            last = fast["decoder"]["conv_out"]["weight"]
+            fooled, critic = adversarial_losses(tree["discriminator"], images, made, reconstruction, last, uniform)
+            total, output = total + gan * fooled + critic, output | dict(critic=critic.detach())
+        return total, output
 
     def batches(start):
         for step, images in enumerate(image_batches(data, args, start), start):
-            yield [(to_unit(part(images, i, args.accumulate), args.device), step >= warm) for i in range(args.accumulate)]
+            generator = generator_of(args.seed, "tokenizer", step)
+            coin, depth = torch.rand(2, generator=generator).tolist()
+            stop = int(depth * len(scales)) + 1 if coin < args.truncate else None
+            gan = args.gan * min(1, max(0, 5 * step / args.steps - 1))  # from a fifth of the steps on, in full from two fifths
+            images, uniform = to_unit(images, args.device), part(torch.rand(args.batch, 4, generator=generator)).to(args.device)
+            yield [(part(images, i, args.accumulate), step >= warm, stop, gan, part(uniform, i, args.accumulate))
+                   for i in range(args.accumulate)]
 
     def after_step(step, outputs, optimizer):
         if step == warm:
@@ -483,6 +497,15 @@ def train_tokenizer(args, data, held_out):
 
     average = fit(args, tree, loss, batches, after_step=after_step, evaluate=evaluate, extra=[chosen, window])
     return average["tokenizer"]
+
+
+def adversarial_losses(layers, images, made, reconstruction, last, uniform):
+    """(the tokenizer's loss, the discriminator's hinge loss); the first balanced by gradient norms at the decoder's last weight (VQGAN)."""
+    frozen = pytree.tree_map(torch.Tensor.detach, layers)
+    fooled = -tokenizer.discriminator(tokenizer.augmented(made, uniform), frozen).mean()
+    ours, theirs = (torch.autograd.grad(value, last, retain_graph=True)[0].float().norm() for value in (reconstruction, fooled))
+    real, fake = (tokenizer.discriminator(tokenizer.augmented(batch, uniform), layers) for batch in (images, made.detach()))
+    return fooled * (ours / (theirs + 1e-6)).clamp(max=1e4).detach(), F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def code_usage(counts):
@@ -823,6 +846,8 @@ def parser():
     tok("--residual-blocks", type=int, metavar="N", help="a level (auto)")
     tok("--beta", type=float, default=0.1, help="weight of the commitment loss")
     tok("--revive-every", type=int, default=20, metavar="STEPS", help="dead codes are replaced, until 80 %% of the run; 0: never")
+    tok("--truncate", type=float, default=0.0, metavar="P", help="chance that a step decodes from a random number of coarse scales (0)")
+    tok("--gan", type=float, default=0.0, metavar="WEIGHT", help="adversarial loss, from a fifth of the steps on (0)")
     tok("--unit-codes", action="store_true", help="keep codes at length one")
     model = top.add_argument_group("transformer").add_argument
     model("--depth", type=int, help="blocks (auto)")
