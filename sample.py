@@ -63,7 +63,7 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
     value a scale; scales with 0 skip the unconditional half. temperature >= 0, 0 = arg max; top_k >= 0 codes stay, 0 = all; top_p in (0, 1]
     of the probability stays. Image i draws from the stream of seed + i, or of seed[i]. is_causal: VAR, with a key/value cache. order:
     "confidence" (published), "halton" or "random": which drawn tokens a pass keeps. smooth: feed on soft codes, for looks (VAR). known:
-    (tokens (B, L), given (B, L) bool), for `edit`.
+    (tokens (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`.
     """
     scales, codebook = hmar.scales(params), tokenizer_params["codebook"]
     _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, order)
@@ -73,28 +73,35 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
     both = is_causal and any(guidance)  # a cache takes in both halves from the first scale on
     cache = hmar.new_cache(params, len(labels) * (1 + both)) if is_causal else None
     f_hat = torch.zeros(len(labels), codebook.shape[1], *scales[-1], device=labels.device)
-    given = None if known is None else [part.split(tokenizer.lengths(scales), 1) for part in known]
+    if known is not None:
+        given_tokens, given = (part.split(tokenizer.lengths(scales), 1) for part in known[:2])
+        stays, given_f_hat = given[-1].unflatten(1, scales[-1]).unsqueeze(1), torch.zeros_like(f_hat)  # (B, 1, h, w) bool
     for k, (h, w) in enumerate(scales):
         inputs = tokenizer.resize_to_scale(f_hat, (h, w)) if k else None
         predict = functools.partial(hmar.next_scale_logits, params, only=k, cache=cache)
-        scores = filtered(guided(predict, params, labels, guidance[k], inputs, always=both), top_k, top_p)
+        bias = 0.0 if known is None else evidence(codebook, known[2] - f_hat, stays, (h, w))
+        scores = filtered(guided(predict, params, labels, guidance[k], inputs, always=both) + bias, top_k, top_p)
         tokens, confidence = draw(scores, temperature, uniforms(streams, (h * w,), labels.device))
-        masked = torch.ones_like(tokens, dtype=torch.bool) if known is None else ~given[1][k]
-        tokens = tokens if known is None else torch.where(masked, tokens, given[0][k])
+        masked = torch.ones_like(tokens, dtype=torch.bool) if known is None else ~given[k]
+        tokens = tokens if known is None else torch.where(masked, tokens, given_tokens[k])
         codes = soft_codes(scores, codebook, k / max(1, len(scales) - 1), streams) if smooth else None
         for number, keep in enumerate(keep_counts(schedule[k], masked, "masked" in params)):
             if number:
                 hidden = masked if "own_input" in params["masked"] else None  # published trees saw the draft leak through
                 own = tokenizer.masked_scale_input(tokenizer_params, tokens, k, scales, hidden)
                 predict = functools.partial(hmar.masked_logits, params, only=k)
-                scores = filtered(guided(predict, params, labels, mask_guidance[k], inputs, own, masked), top_k, top_p)
+                scores = filtered(guided(predict, params, labels, mask_guidance[k], inputs, own, masked) + bias, top_k, top_p)
                 drawn, confidence = draw(scores, temperature, uniforms(streams, (h * w,), labels.device))
                 tokens = torch.where(masked, drawn, tokens)
             masked = still_masked(masked, priority(order, confidence, h, w, streams), keep)
             now = F.embedding(tokens, codebook) if codes is None else codes
             now = f_hat + tokenizer.contribution(tokenizer_params["phi"], now, k, scales)
+            if known is not None:  # where the image stays, its own map goes on
+                own_codes = F.embedding(given_tokens[k], codebook)
+                own_map = given_f_hat + tokenizer.contribution(tokenizer_params["phi"], own_codes, k, scales)
+                now = torch.where(stays, own_map, now)
             yield Step(k, number, tokens, masked, now)
-        f_hat = now
+        f_hat, given_f_hat = now, None if known is None else own_map
 
 
 def guided(predict, params, labels, t, *features, always=False):
@@ -226,6 +233,20 @@ def still_masked(masked, priority, keep):
     return masked & (rank >= keep[:, None])
 
 
+def evidence(codebook, residual, stays, size):
+    """Logits (B, n, V) that draw the cells which the edge of a mask cuts through towards the part of them that stays.
+
+    residual (B, code_dim, h, w) is what is left to quantise, stays (B, 1, h, w) bool where it is known, size the scale's. A cell's own
+    residual is taken for Gaussian around the mean of its known part, with the variance seen there; a cell with no known part gets 0.
+    """
+    weight = stays.to(residual.dtype)
+    share = tokenizer.resize_to_scale(weight, size)  # (B, n, 1), known of each cell
+    mean, square = (tokenizer.resize_to_scale(x * weight, size) / share.clamp(min=1e-6) for x in (residual, residual.square()))
+    variance = (square - mean.square()).mean(-1, keepdim=True).clamp(min=1e-4)
+    precision = stays[0].numel() / (size[0] * size[1]) * share / (1 - share).clamp(min=1e-2) / variance
+    return torch.where(share > 0, -0.5 * precision * torch.cdist(mean, codebook.to(mean.dtype)).square(), 0.0)
+
+
 @functools.cache
 def halton_order(h, w):
     """The cells (h w,) int64 of an h x w grid in the order in which a Halton sequence of bases 2 and 3 first visits them (Besnier et al.
@@ -260,9 +281,10 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
         raise ValueError(f"feather: got {feather!r}, expected pixels, 0 or more")
     tokens = tokenizer.encode(tokenizer_params, images, scales)
     repaint = torch.cat([F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales], 1) > 0  # (B, L)
-    for step in steps(params, tokenizer_params, labels, known=(tokens, ~repaint), **options):
-        pass
     with torch.no_grad():
+        known = (tokens, ~repaint, tokenizer.features(tokenizer_params, images))
+        for step in steps(params, tokenizer_params, labels, known=known, **options):
+            pass
         painted = tokenizer.decode_features(tokenizer_params, step.f_hat)
     outside = (~mask).float()
     grown = [F.max_pool2d(outside, 2 * pixels + 1, 1, pixels) for pixels in range(feather + 1)]
