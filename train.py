@@ -448,18 +448,6 @@ def train_tokenizer(args, data, held_out):
     window = torch.zeros(len(scales), len(codebook), dtype=torch.int64, device=args.device)  # the same a scale, since the last report
     reserved = whole(held_out, 256, args)
 
-    def loss(tree, images, quantised, stop, gan, uniform):
-        fast = tokenizer.cast(tree["tokenizer"], args.dtype)
-        made, vq, residuals, tokens = tokenizer.training_pass(fast, images, scales, args.beta, quantised, stop)
-        edges = sum(F.l1_loss(made.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
-        reconstruction = F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges
-        total, output = reconstruction + vq, dict(loss=(reconstruction + vq).detach(), vq=vq.detach(), residuals=residuals, tokens=tokens)
-        if gan:
-            last = fast["decoder"]["conv_out"]["weight"]
-            fooled, critic = adversarial_losses(tree["discriminator"], images, made, reconstruction, last, uniform)
-            total, output = total + gan * fooled + critic, output | dict(critic=critic.detach())
-        return total, output
-
     def batches(start):
         for step, images in enumerate(image_batches(data, args, start), start):
             generator = generator_of(args.seed, "tokenizer", step)
@@ -495,8 +483,25 @@ def train_tokenizer(args, data, held_out):
     def evaluate(average):
         return judge_tokenizer(average["tokenizer"], reserved, args)
 
-    average = fit(args, tree, loss, batches, after_step=after_step, evaluate=evaluate, extra=[chosen, window])
-    return average["tokenizer"]
+    loss = functools.partial(tokenizer_loss, args)
+    return fit(args, tree, loss, batches, after_step=after_step, evaluate=evaluate, extra=[chosen, window])["tokenizer"]
+
+
+def tokenizer_loss(args, tree, images, quantised, stop, gan, uniform):
+    """(loss, what is reported) of images (B, 3, H, W): squared, absolute and edge errors, quantisation, and with gan the adversarial
+    losses.
+    """
+    fast = tokenizer.cast(tree["tokenizer"], args.dtype)
+    made, vq, residuals, tokens = tokenizer.training_pass(fast, images, args.scales, args.beta, quantised, stop)
+    edges = sum(F.l1_loss(made.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
+    reconstruction = F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges
+    total = reconstruction + vq
+    output = dict(loss=total.detach(), vq=vq.detach(), residuals=residuals, tokens=tokens)
+    if gan:
+        last = fast["decoder"]["conv_out"]["weight"]
+        fooled, critic = adversarial_losses(tree["discriminator"], images, made, reconstruction, last, uniform)
+        total, output = total + gan * fooled + critic, output | dict(critic=critic.detach())
+    return total, output
 
 
 def adversarial_losses(layers, images, made, reconstruction, last, uniform):
