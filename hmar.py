@@ -250,14 +250,13 @@ def cast(params, dtype):
     return params | dict(trunk=[cast_block(block) for block in params["trunk"]]) | branches
 
 
-def new_cache(params, batch, dtype=torch.float32):
-    """Room for keys and values of the whole pyramid, one (2, batch, heads, L, head_dim) a block: what VAR needs to sample and HMAR does
-    not.
-    """
-    blocks, total = params["trunk"] + params["next_scale"]["blocks"], sum(h * w for h, w in scales(params))
-    width, device = params["classes"].shape[1], params["classes"].device
-    return [torch.empty(2, batch, heads, total, width // heads, dtype=dtype, device=device)
-            for heads in (len(block["attention"]["scale"]) for block in blocks)]
+def new_cache(params, batch):
+    """Room for keys and values of the whole pyramid, (2, batch, heads, L, head_dim) a block: what VAR needs to sample and HMAR does not."""
+    total = sum(h * w for h, w in scales(params))
+
+    def room(qkv, scale, **_):
+        return qkv.new_empty(2, batch, len(scale), total, qkv.shape[1] // len(scale))
+    return [room(**block["attention"]) for block in params["trunk"] + params["next_scale"]["blocks"]]
 
 
 def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256], width=None, heads=None, gamma=None, seed=0):
