@@ -30,7 +30,7 @@ LIBRARY = __name__.replace(".", "_")  # of the operators: copies of this file in
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # (major architecture, bytes of an element): {up to this head_dim: (rows of a tile, columns of a full step, warps, stages) for forward, dQ
-# and dK/dV}, chosen by what they compile to: no spills; shared memory within 99 KiB for 8, which serves consumer cards too, 227 for 9 and 10.
+# and dK/dV}. Chosen by what they compile to: no spills in 2 bytes; shared memory within 99 KiB for 8, for consumer cards have no more.
 TILES = {
     (8, 2): {64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
              128: ((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2)),
@@ -41,7 +41,9 @@ TILES = {
     (10, 2): {64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
               128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
               256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2))},
-    (8, 4): {64: ((32, 32, 4, 2),) * 3, 128: ((32, 32, 8, 2),) * 3, 256: ((32, 32, 8, 1),) * 3},
+    (8, 4): {64: ((32, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
+             128: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+             256: ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2))},
 }
 
 
@@ -59,11 +61,17 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
         return _forward(query, key, value, block_lengths, bool(is_causal), scale)[0]
     outputs, start = [], 0
     for length in block_lengths:
-        rows, seen = slice(start, start + length), slice(0 if is_causal else start, start + length)
-        output = F.scaled_dot_product_attention(query[:, :, rows], key[:, :, seen], value[:, :, seen], scale=scale)
-        outputs.append(output.transpose(1, 2))
-        start += length
+        stop, first = start + length, 0 if is_causal else start
+        outputs.append(_attention(query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], scale).transpose(1, 2))
+        start = stop
     return torch.cat(outputs, dim=1).transpose(1, 2)
+
+
+def _attention(query, key, value, scale):
+    if query.device.type == "cpu" and query.element_size() == 2 and key.shape[2] <= 256:  # the backward is then two to four times as fast
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=scale).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
 def dense_masked_attention(query, key, value, block_lengths, is_causal=False, scale=None):
@@ -79,7 +87,7 @@ def dense_masked_attention(query, key, value, block_lengths, is_causal=False, sc
 def _autocast(*tensors):
     # q and k are normalised in float32 while v comes out of a bfloat16 product: like every matmul under autocast, cast what is not float64
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
@@ -100,15 +108,14 @@ def _check_arguments(query, key, value, block_lengths, scale):
             raise ValueError(f"{name} is {tensor.dtype}, expected the dtype of query, {query.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, expected the device of query, {query.device}")
-    block_lengths = tuple(block_lengths)
-    if not all(isinstance(length, int) and length > 0 for length in block_lengths):
-        raise ValueError(f"block_lengths is {block_lengths}, expected positive ints")
+    if not isinstance(block_lengths, Sequence) or not all(isinstance(length, int) and length > 0 for length in block_lengths):
+        raise ValueError(f"block_lengths is {block_lengths!r}, expected a sequence of positive ints")
     if sum(block_lengths) != tokens:
-        raise ValueError(f"block_lengths {block_lengths} sum to {sum(block_lengths)}, expected the {tokens} tokens of query")
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale is {scale}, expected a positive number")
-    return block_lengths, scale
+        raise ValueError(f"block_lengths is {block_lengths!r}, which sums to {sum(block_lengths)}, expected the {tokens} tokens of query")
+    scale = head_dim**-0.5 if scale is None else scale
+    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale!r}, expected a positive number")
+    return tuple(block_lengths), float(scale)
 
 @functools.lru_cache(maxsize=256)
 def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"):
@@ -148,7 +155,8 @@ def _program(tiles, bounds, tile_count, heads, tokens, ROWS: tl.constexpr):
 
 @jit
 def _pointers(tensor, strides, batch, head, tokens, features):
-    return tensor + batch * strides[0] + head * strides[1] + tokens.to(tl.int64)[:, None] * strides[2] + features[None, :] * strides[3]
+    base = tensor + batch * strides[0] + head * strides[1]
+    return base + tokens.to(tl.int64)[:, None] * strides[2] + features.to(tl.int64)[None, :] * strides[3]
 
 
 @jit
@@ -198,7 +206,7 @@ def _forward_kernel(query, key, value, output, logsumexp, tiles, bounds, query_s
             column, offset = start + columns, tl.cast(start, tl.int64)
             k = _load(k_pointers + offset * key_strides[2], column < stop, features, HEAD_DIM, DOT, masked)
             v = _load(v_pointers + offset * value_strides[2], column < stop, features, HEAD_DIM, DOT, masked)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (rows, columns)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # (rows, columns)
             if masked:
                 visible = _visible(low, high, column, stop)
                 scores = tl.where(visible, scores, -1e30)
@@ -208,7 +216,7 @@ def _forward_kernel(query, key, value, output, logsumexp, tiles, bounds, query_s
                 p, v = _probabilities(p, visible, v), _finite(v)
             shrink = tl.exp2(highest - higher)
             highest, total = higher, total * shrink + tl.sum(p, 1)
-            out = tl.dot(p.to(value.dtype.element_ty).to(DOT), v, out * shrink[:, None], input_precision=PRECISION)
+            out = tl.dot(p.to(value.dtype.element_ty).to(DOT), v, out * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
     total = tl.where(total == 0, 1, total)  # rows beyond the tile
     mask = inside[:, None] & (features < HEAD_DIM)[None, :]
     tl.store(_pointers(output, output_strides, batch, head, rows, features), out / total[:, None], mask)
@@ -237,12 +245,12 @@ def _query_gradient_kernel(query, key, value, output, logsumexp, output_gradient
             column, offset = start + columns, tl.cast(start, tl.int64)
             k = _load(k_pointers + offset * key_strides[2], column < stop, features, HEAD_DIM, DOT, masked)
             v = _load(v_pointers + offset * value_strides[2], column < stop, features, HEAD_DIM, DOT, masked)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (rows, columns)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # (rows, columns)
             p = tl.exp2(scores * (scale * 1.4426950408889634) - row_logsumexp[:, None])
-            ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - row_delta[:, None])
+            ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC) - row_delta[:, None])
             if masked:
                 ds, k = tl.where(_visible(low, high, column, stop), ds, 0), _finite(k)
-            dq = tl.dot(ds.to(key.dtype.element_ty).to(DOT), k, dq, input_precision=PRECISION)
+            dq = tl.dot(ds.to(key.dtype.element_ty).to(DOT), k, dq, input_precision=PRECISION, out_dtype=ACC)
     mask = inside[:, None] & (features < HEAD_DIM)[None, :]
     tl.store(_pointers(query_gradient, output_strides, batch, head, rows, features), dq * scale, mask)
 
@@ -268,14 +276,14 @@ def _key_value_gradient_kernel(query, key, value, logsumexp, output_gradient, de
             do = _load(do_pointers + offset * output_gradient_strides[2], column < stop, features, HEAD_DIM, DOT, masked)
             column_logsumexp = tl.load(logsumexp + (batch * heads + head) * tokens + column, column < stop, 0)
             column_delta = tl.load(delta + (batch * heads + head) * tokens + column, column < stop, 0)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (rows, columns)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # (rows, columns)
             p = tl.exp2(scores * (scale * 1.4426950408889634) - column_logsumexp[None, :])
-            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - column_delta[None, :])
+            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=ACC) - column_delta[None, :])
             if masked:
                 visible = _visible(low, high, column, stop)
                 p, ds, q, do = _probabilities(p, visible, do), tl.where(visible, ds, 0), _finite(q), _finite(do)
-            dv = tl.dot(p.to(query.dtype.element_ty).to(DOT), do, dv, input_precision=PRECISION)
-            dk = tl.dot(ds.to(query.dtype.element_ty).to(DOT), q, dk, input_precision=PRECISION)
+            dv = tl.dot(p.to(query.dtype.element_ty).to(DOT), do, dv, input_precision=PRECISION, out_dtype=ACC)
+            dk = tl.dot(ds.to(query.dtype.element_ty).to(DOT), q, dk, input_precision=PRECISION, out_dtype=ACC)
     mask = inside[:, None] & (features < HEAD_DIM)[None, :]
     tl.store(_pointers(key_gradient, output_strides, batch, head, rows, features), dk * scale, mask)
     tl.store(_pointers(value_gradient, output_strides, batch, head, rows, features), dv, mask)
