@@ -64,6 +64,8 @@ def masked_logits(params, labels, inputs, own_inputs, mask, *, only=None):
     """
     if "masked" not in params:
         raise ValueError("params: this tree has no masked branch; add_masked_branch makes one and `train.py masked` trains it")
+    if only == 0:
+        raise ValueError("only: got 0, which is never masked, expected None or a later scale")
     _check(params, labels, inputs, only)
     if own_inputs.shape != inputs.shape or mask.shape != inputs.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(f"own_inputs, mask: got {tuple(own_inputs.shape)} and {mask.dtype} {tuple(mask.shape)}, expected "
@@ -112,7 +114,8 @@ def scale_weights(scales, kind):
         mass = torch.ones_like(counts)
     elif kind == "lognormal":
         relative = (counts / counts[-1]).sqrt().flip(0)
-        mass = torch.exp(-0.5 * ((relative - relative.mean()) / relative.std()).square()) if len(counts) > 1 else counts
+        distance = relative - relative.mean()
+        mass = torch.exp(-0.5 * (distance / relative.std()).square()) if distance.any() else torch.ones_like(counts)
     else:
         raise ValueError(f'kind: got {kind!r}, expected "token", "scale" or "lognormal"')
     return (mass / mass.sum() / counts).repeat_interleave(counts.long()).float()
@@ -270,6 +273,7 @@ def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256],
     if min(depth, classes, codes, code_dim, width, heads) < 1 or width % heads:
         raise ValueError(f"depth, classes, codes, code_dim, width, heads: got {(depth, classes, codes, code_dim, width, heads)}, "
                          "expected positive sizes and a width that the heads divide")
+    _check_sizes(scales)
     gamma = (1e-5 if depth >= 30 else 1e-4 if depth >= 24 else 1e-3) if gamma is None else gamma
     generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
     std = math.sqrt(1 / (3 * width))
@@ -321,8 +325,7 @@ def resize_positions(params, scales):
     Each new scale takes after the old one of the nearest relative size: its positions, resampled bicubically, and its level embedding. The
     start tokens of scale 0 are resampled alike. ValueError unless scales are (height, width) pairs.
     """
-    if not scales or any(len(size) != 2 or min(size) < 1 for size in scales):
-        raise ValueError(f"scales: got {scales}, expected (height, width) pairs of positive integers")
+    _check_sizes(scales)
 
     def resample(grid, size):  # (h, w, C) -> (*size, C)
         return F.interpolate(grid.permute(2, 0, 1)[None].float(), size, mode="bicubic")[0].permute(1, 2, 0).to(grid.dtype).contiguous()
@@ -350,13 +353,12 @@ def from_published(state_dict, scales=None, *, dtype=torch.float32):
     scales may be left out for the published lengths of 680, 2240 and 9451 tokens. Persistent buffers are checked and dropped. ValueError
     lists what is missing, unexpected or of another shape, or says why scales do not fit.
     """
-    state = state_dict.get("trainer", state_dict) if isinstance(state_dict, dict) else {}
-    state = dict(state.get("var_wo_ddp", state))
+    state = _transformer_state(state_dict)
     combined = "ns_head.weight" in state
     sized = [state.get(name) for name in ("class_emb.weight", "word_embed.weight", "pos_1LC", "pos_start")]
     if not all(torch.is_tensor(tensor) for tensor in sized) or ("mask_embed.weight" in state and not combined):
         raise ValueError("state_dict: expected VAR, HMAR after stage one or the combined HMAR, with class_emb., pos_1LC and head. keys, "
-                         f"got {_few(state or state_dict)}")
+                         f"got {_few(state) if state else type(state_dict).__name__}")
     scales = _published_scales(scales, sized[2].shape[1], sized[3].shape[1])
     state, names = _without_buffers(state, scales), {}  # published name -> the template's tensor
     template = _published_template(state, combined, scales)
@@ -384,30 +386,38 @@ def _published_template(state, combined, scales):
 
     def size(name, default=1):  # of a tensor that may be missing, which is told later
         return state[name].numel() if name in state else default
-    (classes, width), code_dim = state["class_emb.weight"].shape, state["word_embed.weight"].shape[1]
+    classes, width, code_dim = len(state["class_emb.weight"]), state["pos_1LC"].shape[-1], state["word_embed.weight"].shape[1]
     depth = count("base_blocks") + count("ns_blocks") if combined else count("blocks")
+    heads = max((tensor.numel() for name, tensor in state.items() if name.endswith(".attn.scale_mul_1H11")), default=1)
     with torch.device("meta"):
         template = init(depth=max(1, depth), classes=classes - 1, codes=size("ns_head.bias" if combined else "head.bias"),
-                        code_dim=code_dim, scales=scales, width=width,
-                        heads=size(f"{'base_' if combined else ''}blocks.0.attn.scale_mul_1H11"))
+                        code_dim=code_dim, scales=scales, width=width, heads=heads if width % heads == 0 else 1)
         template = add_masked_branch(template, max(1, count("mask_blocks")), own_input=False) if combined else template
         return template | dict(positions=torch.empty(sum(h * w for h, w in scales), width))
+
+
+def _transformer_state(state_dict):
+    """The state dict itself, or the transformer's in a VAR trainer's file; {} for anything else."""
+    for name in ("trainer", "var_wo_ddp"):
+        state_dict = state_dict.get(name, state_dict) if isinstance(state_dict, dict) else {}
+    return state_dict if isinstance(state_dict, dict) and all(isinstance(name, str) for name in state_dict) else {}
 
 
 def published_is_causal(state_dict):
     """Whether a published state dict carries the block-causal mask of VAR: True, False (HMAR's block-diagonal one), or None where it has no
     mask.
     """
-    state = state_dict.get("trainer", state_dict)
-    mask = state.get("var_wo_ddp", state).get("attn_bias_for_masking")
+    mask = _transformer_state(state_dict).get("attn_bias_for_masking")
     return None if mask is None else bool(mask[0, 0, -1, 0] == 0)  # may the last token see the first one
 
 
 def _published_scales(scales, total, first):
     known = {sum(h * w for h, w in published): published for published in SCALES.values()}
-    scales = known.get(total) if scales is None else tuple(tuple(size) for size in scales)
-    if scales is None:
+    if scales is None and total not in known:
         raise ValueError(f"scales: must be given for {total} tokens; known are the published lengths, {', '.join(map(str, known))}")
+    scales = known[total] if scales is None else scales
+    _check_sizes(scales)
+    scales = tuple(tuple(size) for size in scales)
     if sum(h * w for h, w in scales) != total or scales[0][0] * scales[0][1] != first:
         raise ValueError(f"scales: {scales} hold {sum(h * w for h, w in scales)} tokens, the first {scales[0][0] * scales[0][1]}; "
                          f"these weights have {total} and {first}")
@@ -434,6 +444,12 @@ def _few(items):
     return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "") if items else "nothing"
 
 
+def _check_sizes(scales):
+    pairs = isinstance(scales, (tuple, list)) and all(isinstance(size, (tuple, list)) and len(size) == 2 for size in scales)
+    if not pairs or not scales or any(not isinstance(side, int) or side < 1 for size in scales for side in size):
+        raise ValueError(f"scales: got {scales}, expected (height, width) pairs of positive integers")
+
+
 def _span(params, only):
     """(first token, lengths) of the scales that a call computes: all, or scale `only`."""
     counts = [h * w for h, w in scales(params)]
@@ -442,6 +458,8 @@ def _span(params, only):
 
 def _check(params, labels, inputs, only):
     null, code_dim, count = len(params["classes"]) - 1, params["input"]["weight"].shape[1], len(params["positions"])
+    if not torch.is_tensor(inputs) and only != 0:
+        raise ValueError(f"inputs: got {inputs!r}, expected a float tensor (B, tokens, {code_dim})")
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 (B,)")
     # on an accelerator a look at the values would stall its queue
@@ -453,5 +471,5 @@ def _check(params, labels, inputs, only):
         return
     counts = _span(params, only)[1]
     expected = (len(labels), sum(counts) - (counts[0] if only is None else 0), code_dim)
-    if inputs is None or tuple(inputs.shape) != expected or not inputs.is_floating_point():
-        raise ValueError(f"inputs: got {None if inputs is None else (inputs.dtype, tuple(inputs.shape))}, expected floats {expected}")
+    if tuple(inputs.shape) != expected or not inputs.is_floating_point():
+        raise ValueError(f"inputs: got {(inputs.dtype, tuple(inputs.shape))}, expected floats {expected}")

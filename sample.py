@@ -81,21 +81,28 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
         predict = functools.partial(hmar.next_scale_logits, params, only=k, cache=cache)
         bias = 0.0 if known is None else evidence(codebook, known[2] - f_hat, stays, (h, w))
         scores = filtered(guided(predict, params, labels, guidance[k], inputs, always=both) + bias, top_k, top_p)
-        tokens, confidence = draw(scores, temperature, uniforms(streams, (h * w,), labels.device))
-        masked = torch.ones_like(tokens, dtype=torch.bool) if known is None else ~given[k]
+        masked = torch.ones(len(labels), h * w, dtype=torch.bool, device=labels.device) if known is None else ~given[k]
+        tokens, confidence = draw(scores, temperature, uniforms(streams, masked.any(1), (h * w,)))
         tokens = tokens if known is None else torch.where(masked, tokens, given_tokens[k])
-        codes = soft_codes(scores, codebook, k / max(1, len(scales) - 1), streams) if smooth else None
-        for number, keep in enumerate(keep_counts(schedule[k], masked, "masked" in params)):
+        codes = F.embedding(tokens, codebook)
+        for number, keep in enumerate(keep_counts(schedule[k], masked, k > 0 and "masked" in params)):
             if number:
                 hidden = masked if "own_input" in params["masked"] else None  # published trees saw the draft leak through
                 own = tokenizer.masked_scale_input(tokenizer_params, tokens, k, scales, hidden)
                 predict = functools.partial(hmar.masked_logits, params, only=k)
                 scores = filtered(guided(predict, params, labels, mask_guidance[k], inputs, own, masked) + bias, top_k, top_p)
-                drawn, confidence = draw(scores, temperature, uniforms(streams, (h * w,), labels.device))
+                drawn, confidence = draw(scores, temperature, uniforms(streams, masked.any(1), (h * w,)))
                 tokens = torch.where(masked, drawn, tokens)
-            masked = still_masked(masked, priority(order, confidence, h, w, streams), keep)
-            now = F.embedding(tokens, codebook) if codes is None else codes
-            now = f_hat + tokenizer.contribution(tokenizer_params["phi"], now, k, scales)
+                codes = torch.where(masked[..., None], F.embedding(tokens, codebook), codes)
+            if smooth:
+                soft = soft_codes(scores, codebook, k / max(1, len(scales) - 1), uniforms(streams, masked.any(1), scores.shape[1:]))
+                codes = torch.where(masked[..., None], soft, codes)
+            if order == "random":
+                confidence = uniforms(streams, masked.any(1), (h * w,))
+            elif order == "halton":
+                confidence = -halton_order(h, w).argsort().to(confidence).expand_as(confidence)
+            masked = still_masked(masked, confidence, keep)
+            now = f_hat + tokenizer.contribution(tokenizer_params["phi"], codes, k, scales)
             if known is not None:  # where the image stays, its own map goes on
                 own_codes = F.embedding(given_tokens[k], codebook)
                 own_map = given_f_hat + tokenizer.contribution(tokenizer_params["phi"], own_codes, k, scales)
@@ -146,14 +153,23 @@ def draw(logits, temperature, uniform):
     return tokens, probability.gather(-1, tokens[..., None])[..., 0]
 
 
-def uniforms(streams, shape, device):
-    """One number in [0, 1) a token from each image's own stream, (B, *shape) fp64; drawn on the CPU, so that every device sees the same."""
-    return torch.stack([torch.rand(shape, generator=stream, dtype=torch.float64) for stream in streams]).to(device)
+def uniforms(streams, active, shape):
+    """Numbers in [0, 1), (B, *shape) fp64, from the stream of each image that is active (B,) bool, which takes part in a pass.
+
+    The others' streams stand still, so that an image does not depend on its neighbours; drawn on the CPU, so that every device sees the
+    same.
+    """
+    numbers = torch.zeros(len(streams), *shape, dtype=torch.float64)
+    for i in active.nonzero()[:, 0].tolist():
+        numbers[i] = torch.rand(shape, generator=streams[i], dtype=torch.float64)
+    return numbers.to(active.device)
 
 
-def soft_codes(logits, codebook, progress, streams):
-    """Gumbel-softmax mixtures of codes (B, n, code_dim) that sharpen over the scales; progress in [0, 1] (VAR's smooth sampling)."""
-    noise = -torch.log(-torch.log(uniforms(streams, logits.shape[1:], logits.device).clamp(1e-300)))
+def soft_codes(logits, codebook, progress, uniform):
+    """Gumbel-softmax mixtures of codes (B, n, code_dim) that sharpen over the scales; progress in [0, 1], uniform (B, n, V) (VAR's smooth
+    sampling).
+    """
+    noise = -torch.log(-torch.log(uniform.clamp(1e-300)))
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     return ((logits * (1 + progress) + noise) / temperature).softmax(-1).to(codebook.dtype) @ codebook
 
@@ -166,8 +182,9 @@ def schedule(scales, steps, curve="cosine"):
     first scale one.
     """
     counts = tokenizer.lengths(scales)
-    steps = [steps] * len(counts) if isinstance(steps, int) else list(steps)
-    if len(steps) != len(counts) or any(not isinstance(step, int) or step < 0 for step in steps):
+    steps = [steps] * len(counts) if isinstance(steps, int) else steps
+    sized = isinstance(steps, (list, tuple)) and len(steps) == len(counts)
+    if not sized or any(not isinstance(step, int) or step < 0 for step in steps):
         raise ValueError(f"steps: got {steps}, expected a number, 0 or more, or one for each of the {len(counts)} scales")
     if curve not in ("cosine", "linear"):
         raise ValueError(f'curve: got {curve!r}, expected "cosine" or "linear"')
@@ -194,11 +211,14 @@ def check_schedule(schedule, scales, has_masked_branch):
     counts = tokenizer.lengths(scales)
     if schedule is None:
         return published_schedule(scales) if has_masked_branch else tuple((count,) for count in counts)
+    if not isinstance(schedule, (list, tuple)):
+        raise ValueError(f"schedule: got {schedule!r}, expected the tokens kept at each pass, a tuple a scale")
     schedule = tuple((passes,) if isinstance(passes, int) else tuple(passes) for passes in schedule)
     if len(schedule) != len(counts):
         raise ValueError(f"schedule: has {len(schedule)} entries, expected one for each of the {len(counts)} scales")
     for k, (passes, count) in enumerate(zip(schedule, counts)):
-        if sum(passes) != count or min(passes) < 0 or not all(isinstance(kept, int) for kept in passes) or (k == 0 and len(passes) > 1):
+        whole = all(isinstance(kept, int) and kept >= 0 for kept in passes)
+        if not whole or sum(passes) != count or (k == 0 and len(passes) > 1):
             raise ValueError(f"schedule: entry {k} is {passes}, expected {'one number, ' if k == 0 else 'numbers that sum to '}{count}")
     if not has_masked_branch and any(len(passes) > 1 for passes in schedule):
         raise ValueError("schedule: asks for masked refinement, but these weights have no masked branch")
@@ -218,18 +238,9 @@ def keep_counts(passes, masked, has_masked_branch):
     return [after - before for before, after in itertools.pairwise(kept)]
 
 
-def priority(order, confidence, h, w, streams):
-    """A number (B, n) a token, the highest kept first: its confidence, its place in Halton order, or a random one."""
-    if order == "confidence":
-        return confidence
-    if order == "random":
-        return uniforms(streams, confidence.shape[1:], confidence.device)
-    return -halton_order(h, w).argsort().to(confidence).expand_as(confidence)
-
-
-def still_masked(masked, priority, keep):
-    """masked (B, n) without the keep (B,) tokens of the highest priority among them; ties go by position."""
-    rank = priority.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+def still_masked(masked, confidence, keep):
+    """masked (B, n) without the keep (B,) most confident tokens among them; ties go by position."""
+    rank = confidence.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
     return masked & (rank >= keep[:, None])
 
 
@@ -275,8 +286,11 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
     pixels. Keyword arguments are those of `steps`. ValueError on a mask of another shape or type, or as encode and steps.
     """
     scales = hmar.scales(params)
-    if mask.dtype != torch.bool or mask.shape != (len(images), 1, *images.shape[2:]):
-        raise ValueError(f"mask: got {mask.dtype} {tuple(mask.shape)}, expected bool {(len(images), 1, *images.shape[2:])}")
+    expected = (len(images), 1, *images.shape[2:])
+    if not torch.is_tensor(mask) or mask.dtype != torch.bool or mask.shape != expected:
+        raise ValueError(f"mask: got {getattr(mask, 'dtype', type(mask))} {tuple(mask.shape)}, expected bool {expected}")
+    if len(labels) != len(images):
+        raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(images)} images")
     if not isinstance(feather, int) or feather < 0:
         raise ValueError(f"feather: got {feather!r}, expected pixels, 0 or more")
     tokens = tokenizer.encode(tokenizer_params, images, scales)
@@ -289,31 +303,37 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
     outside = (~mask).float()
     grown = [F.max_pool2d(outside, 2 * pixels + 1, 1, pixels) for pixels in range(feather + 1)]
     share = 1 - sum(grown) / len(grown)  # 0 outside the mask, 1 from `feather` pixels inside it
-    return torch.where(mask, torch.lerp(images, painted, share), images)
+    return torch.where(mask, torch.lerp(images.to(painted.dtype), painted, share).to(images.dtype), images)
 
 
 def _streams(seed, count):
-    seeds = range(seed, seed + count) if isinstance(seed, int) else list(seed)
+    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else seed
+    if not isinstance(seeds, (list, tuple, range)) or not all(isinstance(s, int) and -2**63 <= s < 2**63 for s in seeds):
+        raise ValueError(f"seed: got {seed!r}, expected an integer of 64 bits, or one for each of the {count} images")
     if len(seeds) != count:
         raise ValueError(f"seed: got {len(seeds)} seeds, expected a number or one for each of the {count} images")
-    return [torch.Generator().manual_seed(int(s)) for s in seeds]
+    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 def _per_scale(name, value, scales):
     """One number a scale: a number rises over scales as value k / (S - 1)."""
-    rise = isinstance(value, (int, float))
-    values = [value * k / max(1, len(scales) - 1) for k in range(len(scales))] if rise else [float(v) for v in value]
-    if len(values) != len(scales) or any(not 0 <= v < math.inf for v in values):
+    values = [value * k / max(1, len(scales) - 1) for k in range(len(scales))] if isinstance(value, (int, float)) else value
+    sized = isinstance(values, (list, tuple)) and len(values) == len(scales)
+    if not sized or any(not isinstance(v, (int, float)) or not 0 <= v < math.inf for v in values):
         raise ValueError(f"{name}: got {value}, expected a number, 0 or more, or one for each of the {len(scales)} scales")
     return values
 
 
 def _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, order):
+    if not torch.is_tensor(labels) or labels.ndim != 1:
+        given = f"{labels.dtype} {tuple(labels.shape)}" if torch.is_tensor(labels) else labels
+        raise ValueError(f"labels: got {given}, expected int64 (B,)")
     codes, code_dim = tokenizer_params["codebook"].shape
     ours = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
     if (codes, code_dim) != ours:
         raise ValueError(f"tokenizer_params: has {codes} codes of {code_dim} dimensions, the transformer expects {ours[0]} of {ours[1]}")
-    checks = (("temperature", temperature, 0 <= temperature < math.inf, "0 or more"), ("top_k", top_k, top_k >= 0, "0 or more"),
+    checks = (("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+              ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "an integer, 0 or more"),
               ("top_p", top_p, 0 < top_p <= 1, "a share in (0, 1]"), ("order", order, order in ORDERS, f"one of {', '.join(ORDERS)}"))
     for name, value, fits, expected in checks:
         if not fits:
@@ -522,14 +542,15 @@ def load_models(args):
     settings = {} if args.weights else read_json(os.path.join(args.run, "args.json")).get("next-scale", {})
     state, tokenizer_params = load(weights), load(tokens)
     args.causal = args.causal or settings.get("causal", False)
-    if "trunk" not in state:
-        causal = hmar.published_is_causal(state) if isinstance(state, dict) else None
+    if not (isinstance(state, dict) and "trunk" in state):
+        causal = hmar.published_is_causal(state)
         params = hmar.from_published(state, args.scales)
         if causal is not None and causal != args.causal:
             raise ValueError(f"{weights} holds weights of {'VAR: add' if causal else 'HMAR: leave out'} --causal")
     else:
         params = state
-    tokenizer_params = tokenizer_params if "codebook" in tokenizer_params else tokenizer.from_published(tokenizer_params)
+    if not (isinstance(tokenizer_params, dict) and "codebook" in tokenizer_params):
+        tokenizer_params = tokenizer.from_published(tokenizer_params)
     return params, tokenizer_params, settings.get("class_names") or [str(label) for label in range(len(params["classes"]) - 1)]
 
 

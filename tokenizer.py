@@ -409,20 +409,23 @@ def from_published(state_dict, *, dtype=torch.float32):
 
     ValueError lists what is missing, unexpected or of another shape.
     """
-    state = state_dict.get("trainer", state_dict) if isinstance(state_dict, dict) else {}
-    state = {name: tensor for name, tensor in state.get("vae_local", state).items() if name != "quantize.ema_vocab_hit_SV"}  # statistics
-    if not all(torch.is_tensor(state.get(name)) for name in ("encoder.conv_in.weight", "quantize.embedding.weight")):
+    state = _tokenizer_state(state_dict)
+    if not all(torch.is_tensor(state.get(name)) for name in ("encoder.conv_in.bias", "quantize.embedding.weight")):
         raise ValueError("state_dict: expected a published tokenizer, with encoder., decoder. and quantize. keys, "
-                         f"got {_few(state or state_dict)}")
+                         f"got {_few(state) if state else type(state_dict).__name__}")
 
     def count(pattern):
-        return next(i for i in itertools.count() if pattern.format(i) not in state)
-    channels, (codes, code_dim) = len(state["encoder.conv_in.weight"]), state["quantize.embedding.weight"].shape
-    widths = [len(state[f"encoder.down.{level}.block.0.conv1.weight"]) for level in range(count("encoder.down.{}.block.0.conv1.weight"))]
+        return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=0)
+    channels = max(32, len(state["encoder.conv_in.bias"]) // 32 * 32)  # what does not divide is told below
+    codes, code_dim = state["quantize.embedding.weight"].shape
+    multipliers = []
+    for level in range(count(r"encoder\.down\.(\d+)\.")):
+        names = [f"encoder.down.{level}.block.0.{part}.bias" for part in ("conv1", "conv2", "norm2")]  # one of them may be missing
+        multipliers.append(max(1, next((len(state[name]) for name in names if name in state), channels) // channels))
     with torch.device("meta"):
-        template = init(codes=codes, code_dim=code_dim, channels=channels, multipliers=[width // channels for width in widths],
-                        residual_blocks=count("encoder.down.0.block.{}.conv1.weight"), attention="encoder.mid.attn_1.qkv.weight" in state,
-                        phis=count("quantize.quant_resi.qresi_ls.{}.weight"))
+        template = init(codes=codes, code_dim=code_dim, channels=channels, multipliers=multipliers,
+                        residual_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), attention=any(".attn" in name for name in state),
+                        phis=count(r"quantize\.quant_resi\.qresi_ls\.(\d+)"))
     template["decoder"]["up"].reverse()  # published by level, ours in the order they run
     names = {}  # published name -> the template's tensor
     for path, tensor in pytree.tree_flatten_with_path(template)[0]:
@@ -439,6 +442,15 @@ def from_published(state_dict, *, dtype=torch.float32):
     params = pytree.tree_unflatten([state[name].to(dtype) for name in names], pytree.tree_structure(template))
     params["decoder"]["up"].reverse()
     return params
+
+
+def _tokenizer_state(state_dict):
+    """The state dict itself, or the tokenizer's in a VAR trainer's file, without its usage statistics; {} for anything else."""
+    for name in ("trainer", "vae_local"):
+        state_dict = state_dict.get(name, state_dict) if isinstance(state_dict, dict) else {}
+    if not isinstance(state_dict, dict) or not all(isinstance(name, str) for name in state_dict):
+        return {}
+    return {name: tensor for name, tensor in state_dict.items() if name != "quantize.ema_vocab_hit_SV"}
 
 
 def _few(items):
