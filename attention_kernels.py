@@ -59,12 +59,20 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     block_lengths, scale = _check_arguments(query, key, value, block_lengths, scale)
     if INTERPRETED or triton and query.is_cuda and query.dtype != torch.float64:
         return _forward(query, key, value, block_lengths, bool(is_causal), scale)[0]
-    outputs, start = [], 0
-    for length in block_lengths:
-        stop, first = start + length, 0 if is_causal else start
-        outputs.append(_attention(query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], scale).transpose(1, 2))
-        start = stop
-    return torch.cat(outputs, dim=1).transpose(1, 2)
+    keys, values = _seen(key, block_lengths, is_causal), _seen(value, block_lengths, is_causal)
+    blocks = zip(query.split(block_lengths, dim=2), keys, values, strict=True)
+    return torch.cat([_attention(q, k, v, scale).transpose(1, 2) for q, k, v in blocks], dim=1).transpose(1, 2)
+
+
+def _seen(x, block_lengths, is_causal):
+    """The part of keys or values that each block sees."""
+    if not is_causal:
+        return x.split(block_lengths, dim=2)
+    views = []
+    for length in reversed(block_lengths):  # each cut from the last: the gradient of a slice is as large as what it was cut from
+        views.append(x)
+        x = x[:, :, : x.shape[2] - length]
+    return views[::-1]
 
 
 def _attention(query, key, value, scale):
@@ -172,8 +180,8 @@ def _load(pointers, inside, features, HEAD_DIM: tl.constexpr, DOT: tl.constexpr,
 
 
 @jit
-def _visible(low, high, column, stop):
-    return (low[:, None] <= column[None, :]) & (column[None, :] < tl.minimum(high, stop)[:, None])  # (rows, columns)
+def _visible(low, high, column):
+    return (low[:, None] <= column[None, :]) & (column[None, :] < high[:, None])  # (rows, columns)
 
 
 @jit
@@ -208,7 +216,7 @@ def _forward_kernel(query, key, value, output, logsumexp, tiles, bounds, query_s
             v = _load(v_pointers + offset * value_strides[2], column < stop, features, HEAD_DIM, DOT, masked)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # (rows, columns)
             if masked:
-                visible = _visible(low, high, column, stop)
+                visible = _visible(low, high, column)
                 scores = tl.where(visible, scores, -1e30)
             higher = tl.maximum(highest, tl.max(scores, 1) * scale)
             p = tl.exp2(scores * scale - higher[:, None])
@@ -249,7 +257,7 @@ def _query_gradient_kernel(query, key, value, output, logsumexp, output_gradient
             p = tl.exp2(scores * (scale * 1.4426950408889634) - row_logsumexp[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC) - row_delta[:, None])
             if masked:
-                ds, k = tl.where(_visible(low, high, column, stop), ds, 0), _finite(k)
+                ds, k = tl.where(_visible(low, high, column), ds, 0), _finite(k)
             dq = tl.dot(ds.to(key.dtype.element_ty).to(DOT), k, dq, input_precision=PRECISION, out_dtype=ACC)
     mask = inside[:, None] & (features < HEAD_DIM)[None, :]
     tl.store(_pointers(query_gradient, output_strides, batch, head, rows, features), dq * scale, mask)
@@ -280,7 +288,7 @@ def _key_value_gradient_kernel(query, key, value, logsumexp, output_gradient, de
             p = tl.exp2(scores * (scale * 1.4426950408889634) - column_logsumexp[None, :])
             ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=ACC) - column_delta[None, :])
             if masked:
-                visible = _visible(low, high, column, stop)
+                visible = _visible(low, high, column)
                 p, ds, q, do = _probabilities(p, visible, do), tl.where(visible, ds, 0), _finite(q), _finite(do)
             dv = tl.dot(p.to(query.dtype.element_ty).to(DOT), do, dv, input_precision=PRECISION, out_dtype=ACC)
             dk = tl.dot(ds.to(query.dtype.element_ty).to(DOT), q, dk, input_precision=PRECISION, out_dtype=ACC)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,6 +172,14 @@ def test_the_table_covers_every_pair_once(some, giant, is_causal, transposed, ro
         assert first != last or masked_stop - masked_begin < columns  # no more of a single block than a tail is masked
         work.append(full_stop - full_begin + masked_stop - masked_begin)
     assert sorted(owned) == list(range(tokens)) and work == sorted(work, reverse=True)
+
+
+def test_little_more_than_the_exact_work_is_done():
+    for block_lengths, most in zip(benchmark.scale_lengths(), (1.35, 1.06, 1.02), strict=True):
+        exact = benchmark.exact_elements(block_lengths, False)
+        for sizes in itertools.chain(*(entry.values() for entry in attention_kernels.TILES.values())):
+            for which, (rows, columns, *_) in enumerate(sizes):
+                assert exact <= benchmark.kernel_count(block_lengths, False, which, rows, columns, 64, 2)[0] <= most * exact
 
 
 @needs_kernels
