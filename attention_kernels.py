@@ -33,7 +33,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # and dK/dV}. Chosen by what they compile to: no spills in 2 bytes; shared memory within 99 KiB for 8, for consumer cards have no more.
 TILES = {
     (8, 2): {64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
-             128: ((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2)),
+             128: ((64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 8, 2)),
              256: ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))},
     (9, 2): {64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
              128: ((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 3)),

@@ -422,39 +422,54 @@ def test_importing_needs_no_triton():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(attention_kernels.__file__).parent)
 
 
-def compiled(job):
-    """Registers, spills, shared memory and tensor-core instructions of a kernel as the launcher would have it compiled."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Device:
+    """What Triton asks of a driver in order to compile for an architecture."""
 
-    architecture, dtype, head_dim, which = job
-    kernel = getattr(attention_kernels, KERNELS[which])
-    options = attention_kernels._constants(which, head_dim, getattr(torch, dtype), architecture // 10)
-    constants, signature, aligned = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in options:
-            signature[name], constants[(i,)] = "constexpr", options.pop(name)
-        elif name.endswith("strides"):  # contiguous features, and other strides that are multiples of 16
-            signature[name], constants[(i, 3)] = ("i32", "i32", "i32", "constexpr"), 1
-            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
-        else:
-            others = dict(tiles="*i32", bounds="*i32", logsumexp="*fp32", delta="*fp32", scale="fp32")
-            others |= dict.fromkeys(("tile_count", "heads", "tokens"), "i32")
-            signature[name] = others.get(name, dict(bfloat16="*bf16", float16="*fp16", float32="*fp32")[dtype])
-            if signature[name].startswith("*"):
-                aligned[(i,)] = [["tt.divisibility", 16]]
-    built = triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", architecture, 32), options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(built.asm["cubin"])
-        cubin.flush()
-        cuobjdump = triton.knobs.nvidia.cuobjdump.path
-        usage, sass = (subprocess.run([cuobjdump, flag, cubin.name], check=True, capture_output=True, text=True).stdout
-                       for flag in ("--dump-resource-usage", "-sass"))
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    ptx = built.asm["ptx"]
-    return dict(architecture=architecture, dtype=dtype, head_dim=head_dim, kernel=("forward", "dQ", "dK/dV")[which], registers=registers,
-                stack=stack, spills=len(re.findall(r"\s(?:STL|LDL)[. ]", sass)), shared=built.metadata.shared,
-                mma=ptx.count("mma.sync"), wgmma=ptx.count("wgmma.mma_async"), tcgen05=ptx.count("tcgen05.mma"))
+    def __init__(self, architecture):
+        self.architecture = architecture
+
+    def get_current_device(self):
+        return self.architecture
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", self.architecture, 32)
+
+
+class Compiled:
+    """A kernel that is compiled for its launch, but not launched."""
+
+    def __init__(self, kernel, results):
+        self.kernel, self.results = kernel, results
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.results.append(self.kernel.warmup(*args, grid=grid, **constants))
+
+
+def compile_kernels(architecture, dtype, head_dim):
+    """Registers, spills, shared memory and tensor-core instructions of the three kernels, as the operators launch them for a qkv."""
+    results, block_lengths = [], (1, 4, 9, 16)
+    triton.runtime.driver.set_active(Device(architecture))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(architecture, 10))
+        for kernel in KERNELS:
+            patch.setattr(attention_kernels, kernel, Compiled(getattr(attention_kernels, kernel), results))
+        query, key, value, output_gradient = inputs(block_lengths, 2, 4, head_dim, getattr(torch, dtype), "qkv")
+        output, logsumexp = attention_kernels._forward(query, key, value, block_lengths, False, 1.0)
+        attention_kernels._backward(output_gradient, query, key, value, output, logsumexp, block_lengths, False, 1.0)
+    for name, built in zip(KERNELS, results, strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(built.asm["cubin"])
+            cubin.flush()
+            cuobjdump = triton.knobs.nvidia.cuobjdump.path
+            usage, sass = (subprocess.run([cuobjdump, flag, cubin.name], check=True, capture_output=True, text=True).stdout
+                           for flag in ("--dump-resource-usage", "-sass"))
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        tensor_cores = {instruction: built.asm["ptx"].count(instruction) for instruction in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")}
+        yield dict(architecture=architecture, dtype=dtype, head_dim=head_dim, kernel=name, registers=registers, stack=stack,
+                   spills=len(re.findall(r"\s(?:STL|LDL)[. ]", sass)), shared=built.metadata.shared, **tensor_cores)
 
 
 @needs_kernels
@@ -470,17 +485,19 @@ def test_compiled_ahead_of_time():
     for kernel in kernels:
         assert kernel["spills"] == kernel["stack"] == 0, kernel
         assert kernel["shared"] <= {80: 99, 90: 227, 100: 227}[kernel["architecture"]] * 1024, kernel
-        assert kernel[{80: "mma", 90: "wgmma", 100: "tcgen05"}[kernel["architecture"]]] > 0, kernel
+        assert kernel[{80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[kernel["architecture"]]] > 0, kernel
+
+
+def compile_and_print(job):
+    for result in compile_kernels(*job):
+        print(json.dumps(result), flush=True)
 
 
 def main():
     tools = triton.knobs.nvidia
-    if not all(Path(tool.path).exists() for tool in (tools.ptxas, tools.cuobjdump)):
-        return
-    jobs = itertools.product((80, 90, 100), ("bfloat16", "float16"), (64, 128), range(3))
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        for result in pool.map(compiled, jobs):
-            print(json.dumps(result))
+    if all(Path(tool.path).exists() for tool in (tools.ptxas, tools.cuobjdump)):
+        with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_and_print, itertools.product((80, 90, 100), ("bfloat16", "float16"), (64, 128))))
 
 
 if __name__ == "__main__":
