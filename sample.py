@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -415,6 +416,43 @@ def load(path):
         raise ValueError(f"{path}: not a file of weights that can be read safely: {str(error).splitlines()[0]}") from error
 
 
+def load_tokenizer(path):
+    """A tokenizer's tree from a file of ours or a published one; ValueError that names the file."""
+    state = load(path)
+    try:
+        ours = isinstance(state, dict) and "codebook" in state
+        if ours and state.keys() != {"encoder", "quant_conv", "codebook", "phi", "post_quant_conv", "decoder"}:
+            raise ValueError(f"expected a whole tokenizer, got one with {', '.join(state)}")
+        return state if ours else tokenizer.from_published(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_transformer(path, scales=None, is_causal=None):
+    """A transformer's tree from a file of ours or a published one; ValueError that names the file. is_causal: what a published one must be,
+    or None.
+    """
+    state = load(path)
+    try:
+        if isinstance(state, dict) and "trunk" in state:
+            return state
+        found = hmar.published_is_causal(state)
+        params = hmar.from_published(state, scales)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if None not in (found, is_causal) and found != is_causal:
+        raise ValueError(f"{path}: holds weights of {'VAR: add' if found else 'HMAR: leave out'} --causal")
+    return params
+
+
+def digest(*trees):
+    """A fingerprint of all tensors in some trees."""
+    total = hashlib.sha256()
+    for tensor in pytree.tree_leaves(trees):
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
 def write_atomically(path, write):
     """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it. OSError if it cannot; the old file stays
     whole.
@@ -455,7 +493,11 @@ def fill_array(path, settings, shape, dtype, chunk, make):
     if rank() == 0 and read_json(f"{path}.json") != settings:
         if os.path.exists(f"{path}.json"):
             print(f"{path}.npy: made anew, since its settings changed")
+            os.remove(f"{path}.json")  # first, so that what is half made is never taken for whole
         np.lib.format.open_memmap(f"{path}.npy", "w+", dtype, shape).flush()
+        if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a signal when a page is written
+            with open(f"{path}.npy", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
         np.lib.format.open_memmap(f"{path}.done.npy", "w+", bool, (-(-shape[0] // chunk),)).flush()
         write_json(f"{path}.json", settings)
     barrier()
@@ -540,17 +582,8 @@ def load_models(args):
     if not os.path.exists(weights) and not args.weights:
         raise ValueError(f"{weights} is missing: python train.py makes it")
     settings = {} if args.weights else read_json(os.path.join(args.run, "args.json")).get("next-scale", {})
-    state, tokenizer_params = load(weights), load(tokens)
     args.causal = args.causal or settings.get("causal", False)
-    if not (isinstance(state, dict) and "trunk" in state):
-        causal = hmar.published_is_causal(state)
-        params = hmar.from_published(state, args.scales)
-        if causal is not None and causal != args.causal:
-            raise ValueError(f"{weights} holds weights of {'VAR: add' if causal else 'HMAR: leave out'} --causal")
-    else:
-        params = state
-    if not (isinstance(tokenizer_params, dict) and "codebook" in tokenizer_params):
-        tokenizer_params = tokenizer.from_published(tokenizer_params)
+    params, tokenizer_params = load_transformer(weights, args.scales, args.causal), load_tokenizer(tokens)
     return params, tokenizer_params, settings.get("class_names") or [str(label) for label in range(len(params["classes"]) - 1)]
 
 
@@ -642,7 +675,8 @@ def run(args):
 
     if suffix == ".npz":
         part = args.out.removesuffix(".npz") + ".part"
-        fill_array(part, settings, (len(labels), height, width, 3), np.uint8, args.batch, lambda rows: to_bytes(make(rows)))
+        made_of = settings | dict(batch=args.batch, digest=digest(models, [photo, mask] if args.edit else []))
+        fill_array(part, made_of, (len(labels), height, width, 3), np.uint8, args.batch, lambda rows: to_bytes(make(rows)))
         if rank() == 0:
             write_atomically(args.out, lambda file: zip_arrays(file, f"{part}.npy", labels.cpu().numpy()))
             write_json(f"{args.out}.json", settings)
@@ -680,13 +714,16 @@ def zip_arrays(file, images_path, labels):
 
 
 def main(argv=None):
-    """The command: exit status 0, or 2 with one line on stderr."""
+    """The command: exit status 0, or with one line on stderr 2, or 130 where it was stopped."""
     args = parser().parse_args(argv)
     try:
         run(args)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sample.py: stopped; with --out FILE.npz the same command goes on", file=sys.stderr)
+        return 130
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -4,6 +4,7 @@ import colorsys
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -24,7 +25,22 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
-from sample import barrier, fast_dtype, fill_array, load, rank, read_json, scale_pair, start_processes, world, write_atomically, write_json
+from sample import (
+    barrier,
+    digest,
+    fast_dtype,
+    fill_array,
+    load,
+    load_tokenizer,
+    load_transformer,
+    rank,
+    read_json,
+    scale_pair,
+    start_processes,
+    world,
+    write_atomically,
+    write_json,
+)
 
 STAGES = ("tokenizer", "next-scale", "masked")
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart")
@@ -240,8 +256,9 @@ def data_sets(args):
     """(training Images, held-out Images, class names) of --data, or of drawings."""
     if args.data is None:
         return Images(range(20_000), args.size), Images(range(20_000, 20_500), args.size), SHAPES
-    files, names = list_images(args.data)
-    train, held_out = split_held_out(check_images(files), args.data, args.val)
+    with contextlib.redirect_stderr(sys.stderr if rank() == 0 else io.StringIO()):  # each process looks, one speaks
+        files, names = list_images(args.data)
+        train, held_out = split_held_out(check_images(files), args.data, args.val)
     return Images(train, args.size, args.flip), Images(held_out, args.size, args.flip), names
 
 
@@ -288,28 +305,26 @@ def token_cache(name, images, tokenizer_params, args):
     Keyed by the tokenizer's weights and the list of images; continued where it was interrupted; made anew, and said so, when either
     changed. The views are the centre crop and its mirror image, or --views random crops; drawings have one.
     """
-    crops = [(args.seed, view) for view in range(args.views)] if args.data is not None and args.views else [None]
-    mirrored = args.data is not None and args.flip and not args.views
-    digest = hashlib.sha256(repr((args.scales, args.size, crops, mirrored, args.dtype)).encode())
-    for tensor in pytree.tree_leaves(tokenizer_params):
-        digest.update(tensor.cpu().numpy().tobytes())
+    views = args.views if args.data is not None else 0
+    mirrored = args.data is not None and args.flip and not views
+    settings = (args.scales, args.size, views, mirrored, args.dtype, args.seed if views else None)
+    key = hashlib.sha256(repr((digest(tokenizer_params), settings)).encode())
     for item in images.items:
-        digest.update(repr(item if args.data is None else (item, os.path.getsize(item[0]), os.path.getmtime(item[0]))).encode())
+        key.update(repr(item if args.data is None else (item, os.path.getsize(item[0]), os.path.getmtime(item[0]))).encode())
     fast = tokenizer.cast(tokenizer_params, args.dtype)
     progress = Progress(f"encoding {name}", len(images))
 
     def encode(rows):
-        views = []
-        for crop_seed in crops:
-            pixels = to_unit(torch.stack(list(readers.map(lambda i: images[i, crop_seed][0], rows))), args.device)  # noqa: B023
-            views += [pixels, pixels.flip(-1)] if mirrored else [pixels]
-        tokens = torch.stack([tokenizer.encode(fast, pixels, args.scales) for pixels in views], 1)
+        keys = [[(i, (args.seed, view, i)) for i in rows] for view in range(views)] or [[(i, None) for i in rows]]
+        batches = [to_unit(torch.stack([image for image, _ in readers.map(images.__getitem__, own)]), args.device) for own in keys]
+        batches += [batches[0].flip(-1)] if mirrored else []
+        tokens = torch.stack([tokenizer.encode(fast, pixels, args.scales) for pixels in batches], 1)
         progress.show(rows.stop, len(rows))
         return tokens.cpu().numpy()
 
-    shape = (len(images), len(crops) + mirrored, sum(tokenizer.lengths(args.scales)))
+    shape = (len(images), max(1, views) + mirrored, sum(tokenizer.lengths(args.scales)))
     with ThreadPoolExecutor(max(1, args.workers)) as readers:
-        return fill_array(os.path.join(args.out, f"tokens-{name}"), dict(key=digest.hexdigest()), shape, np.int32, 64, encode)
+        return fill_array(os.path.join(args.out, f"tokens-{name}"), dict(key=key.hexdigest()), shape, np.int32, 64, encode)
 
 
 class Progress:
@@ -368,18 +383,19 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
     model, resume, start = Trained(params, loss), os.path.join(args.out, f"{args.stage}.resume.pt"), 0
     leaves, optimizer = list(model.leaves), adamw(params, args)
     average = [leaf.detach().clone() for leaf in leaves]
-    state = [leaf.data for leaf in leaves] + average + list(extra)
+    state, window = [leaf.data for leaf in leaves] + average + list(extra), {}  # window: what was measured since the last report
     if os.path.exists(resume):
         saved = load(resume)
         start = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
         torch._foreach_copy_(state, saved["state"])
+        window = saved["window"]
         say(f"{args.stage}: continues at step {start} of {args.steps}")
     call = torch.compile(model) if args.compile else model
     if world() > 1:
         call = torch.nn.parallel.DistributedDataParallel(call, device_ids=[args.device] if args.device.type == "cuda" else None,
                                                          find_unused_parameters=args.stage == "tokenizer")
-    progress, window, note, stop = Progress(args.stage, args.steps, start), {}, "", Stop(args.device)
+    progress, note, stop = Progress(args.stage, args.steps, start), "", Stop(args.device)
     metrics = Metrics(os.path.join(args.out, "metrics.jsonl"), args.stage, start)
     for step, micro_batches in enumerate(batches(start), start + 1):
         for group in optimizer.param_groups:
@@ -403,16 +419,16 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
             metrics.write(step, lr=learning_rate(step - 1, args), **means, **numbers)
             note = f"loss {means['loss']:.4f}"
         progress.show(step, args.batch, note)
-        stopped = stop.agreed(step)
-        if step % args.save_every == 0 or stopped or step == args.steps:
-            save(resume, dict(step=step, state=state, optimizer=optimizer.state_dict()))
-        if stopped:
-            raise KeyboardInterrupt(f"{args.stage}: stopped at step {step} of {args.steps} and saved; the same command continues there")
         if evaluate is not None and (step % args.eval_every == 0 or step == args.steps):
             numbers = evaluate(with_leaves(params, average))
             metrics.write(step, **numbers)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float))
             say(f"{args.stage} {step}/{args.steps}  {shown}")
+        stopped = stop.agreed(step)
+        if step % args.save_every == 0 or stopped or step == args.steps:
+            save(resume, dict(step=step, state=state, optimizer=optimizer.state_dict(), window=window))
+        if stopped:
+            raise KeyboardInterrupt(f"{args.stage}: stopped at step {step} of {args.steps} and saved; the same command continues there")
     stop.restore()
     return with_leaves(params, average)
 
@@ -484,7 +500,8 @@ def train_tokenizer(args, data, held_out):
         return judge_tokenizer(average["tokenizer"], reserved, args)
 
     loss = functools.partial(tokenizer_loss, args)
-    return fit(args, tree, loss, batches, after_step=after_step, evaluate=evaluate, extra=[chosen, window])["tokenizer"]
+    params = fit(args, tree, loss, batches, after_step=after_step, evaluate=evaluate, extra=[chosen, window])["tokenizer"]
+    return params | dict(codebook=F.normalize(params["codebook"], dim=1)) if args.unit_codes else params  # an average is shorter
 
 
 def tokenizer_loss(args, tree, images, quantised, stop, gan, uniform):
@@ -663,8 +680,7 @@ def initial_tokenizer(args):
     if args.init is None:
         return to_device(tokenizer.init(codes=args.codes, code_dim=args.code_dim, channels=args.channels, multipliers=args.multipliers,
                                         residual_blocks=args.residual_blocks, attention=args.attention, seed=args.seed), args.device)
-    state = load(args.init)
-    return to_device(state if "codebook" in state else tokenizer.from_published(state), args.device)
+    return to_device(load_tokenizer(args.init), args.device)
 
 
 def initial_transformer(args, tokenizer_params):
@@ -675,8 +691,7 @@ def initial_transformer(args, tokenizer_params):
     new = dict(classes=len(args.class_names), codes=codes, code_dim=code_dim, scales=args.scales, gamma=args.gamma, seed=args.seed)
     if args.init is None:
         return to_device(hmar.init(depth=args.depth, width=args.width, **new), args.device)
-    state = load(args.init)
-    params = state if "trunk" in state else hmar.from_published(state, None)
+    params = load_transformer(args.init)
     if "masked" in params:
         params = {name: tree for name, tree in params.items() if name != "masked"}
     params = params | dict(trunk=params["trunk"] + params["next_scale"]["blocks"], next_scale=params["next_scale"] | dict(blocks=[]))
@@ -696,7 +711,7 @@ def finished(args, stage):
     path = os.path.join(args.out, "tokenizer.pt" if stage == "tokenizer" else "hmar.pt")
     if not os.path.exists(path):
         raise ValueError(f"{args.stage}: {path} is missing; the {stage} stage makes it: python train.py {stage} --out {args.out} ...")
-    return to_device(load(path), args.device)
+    return to_device(load_tokenizer(path) if stage == "tokenizer" else load_transformer(path), args.device)
 
 
 def whole(images, count, args):
@@ -895,6 +910,8 @@ def resolved(args, tokenizer_params=None):
         raise ValueError("--init: needs the stage that it starts, tokenizer or next-scale")
     if args.causal and args.stage == "masked":
         raise ValueError("--causal: VAR has no masked stage")
+    if args.views < 0:
+        raise ValueError(f"--views: got {args.views}, expected 0 or more")
     args.out = args.out or os.path.join("runs", "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data)))
     return args
 
@@ -913,6 +930,10 @@ def run_stage(args, stage, data, held_out):
     """Trains one stage, unless the run folder says that it is finished; refuses other settings than those it was started with."""
     path, weights = os.path.join(args.out, "args.json"), os.path.join(args.out, "tokenizer.pt" if stage == "tokenizer" else "hmar.pt")
     saved, settings, resume = read_json(path), stage_settings(args, stage), os.path.join(args.out, f"{stage}.resume.pt")
+    for i, earlier in enumerate(STAGES[:STAGES.index(stage)]):  # what the stage is built on: other weights there are other settings
+        settings[earlier] = saved.get(earlier, {}).get("made")
+        if i and saved.get(earlier, {}).get(STAGES[i - 1]) != saved.get(STAGES[i - 1], {}).get("made"):
+            raise ValueError(f"{args.out}: hmar.pt was trained for another tokenizer.pt; train.py {earlier} --restart trains it anew")
     before = saved.get(stage, {}) if os.path.exists(resume) and not args.restart else {}
     changed = [f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in settings if before and before.get(name) != settings[name]]
     if changed:
@@ -931,21 +952,24 @@ def run_stage(args, stage, data, held_out):
     own = argparse.Namespace(**vars(args) | dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage]))
     own.eval_every = args.eval_every or max(1, own.steps // 4)
     train = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}[stage]
-    save(weights, train(own, data, held_out))
+    params = train(own, data, held_out)
+    save(weights, params)
     if rank() == 0:
-        write_json(path, read_json(path) | {stage: settings | dict(finished=True)})
+        write_json(path, read_json(path) | {stage: settings | dict(finished=True, made=digest(params))})
     barrier()
 
 
 def train(args):
     """The stages that the flags ask for, in order."""
-    args.device, given = start_processes(args.device), None
-    if args.tokenizer:
-        state = load(args.tokenizer)
-        given = state if "codebook" in state else tokenizer.from_published(state)
-    args = resolved(args, given)
+    args.device = start_processes(args.device)
+    given = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    args = resolved(args, load_tokenizer(args.init) if args.init and args.stage == "tokenizer" else given)
     data, held_out, args.class_names = data_sets(args)
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    if rank() == 0:
+        for name in os.listdir(args.out):
+            if name.endswith(".tmp"):  # what a kill left half written
+                os.remove(os.path.join(args.out, name))
     if args.dtype == "auto":  # decided once a run, so that it continues as it began
         earlier = [read_json(os.path.join(args.out, "args.json")).get(stage, {}).get("dtype") for stage in STAGES]
         args.dtype = next((getattr(torch, dtype) for dtype in earlier if dtype), None) or fast_dtype(args.device)
@@ -956,6 +980,10 @@ def train(args):
     stages = STAGES if args.stage == "all" else (args.stage,)
     if given is not None:
         save(os.path.join(args.out, "tokenizer.pt"), given)
+        path = os.path.join(args.out, "args.json")
+        if rank() == 0:
+            write_json(path, read_json(path) | dict(tokenizer=stage_settings(args, "tokenizer") | dict(finished=True, made=digest(given))))
+        barrier()
     for stage in stages:
         if not (stage == "tokenizer" and given is not None or stage == "masked" and args.causal):
             run_stage(args, stage, data, held_out)
@@ -969,10 +997,12 @@ def main(argv=None):
     try:
         train(args)
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        text = str(error).strip()
+        text = text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text  # as a DataLoader's worker wraps it
+        print(f"train.py: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(stopped, file=sys.stderr)
+        print(str(stopped) or "stopped; the same command goes on", file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():
