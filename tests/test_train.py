@@ -449,6 +449,20 @@ def test_decay_spares_what_is_no_matrix_of_weights():
     assert len(decays) == len(pytree.tree_leaves(tree))
 
 
+def test_every_item_comes_once_an_epoch_in_a_new_order_and_in_all_its_views():
+    args, count = argparse.Namespace(seed=3, batch=4), 10
+    drawn = [item for step in range(20) for item in train.step_items(args, step, count)]  # eight epochs
+    assert [draw for _, draw in drawn] == list(range(80))
+    epochs = [[index for index, _ in drawn[first:first + count]] for first in range(0, 80, count)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 8
+    tokens = np.arange(2 * count).reshape(count, 2, 1)
+    batches = [train.token_batch(args, step, torch.arange(count), tokens) for step in range(20)]
+    assert all(torch.equal(own[:, 0] // 2, labels) for labels, own in batches)
+    assert len(torch.cat([own for _, own in batches]).unique()) == 2 * count
+    args.seed = 4
+    assert [index for index, _ in train.step_items(args, 0, count)] != epochs[0][:4]
+
+
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_the_schedule_warms_up_and_ends_at_zero(decay):
     args = toy_flags("", steps=100, warmup=10, decay=decay)
@@ -584,6 +598,16 @@ def test_usage_in_the_metrics_is_that_of_the_window(monkeypatch, folder, tmp_pat
             counts = torch.stack([torch.bincount(tokens, minlength=32) for tokens in taken])
             assert line["usage"] == train.code_usage(counts) and line["codes_used"] == len(torch.cat(taken).unique())
     assert windows == [3, 6, 9] and passes[0] == []  # the first step quantises nothing
+
+
+def test_usage_is_counted_on_across_a_kill(monkeypatch, folder, tmp_path):
+    flags = ["tokenizer", "--data", folder, "--steps", 12, "--log-every", 4, "--save-every", 3, "--out"]
+    run_main(*flags, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Metrics, "write", killed)  # at step 4, after the checkpoint of step 3
+        run_main(*flags, tmp_path / "cut")
+    run_main(*flags, tmp_path / "cut")
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole") and len(lines_of(tmp_path / "cut")[0]["usage"]) == len(SCALES)
 
 
 def test_dead_codes_alone_are_replaced_and_their_moments_forgotten(monkeypatch, folder, tmp_path):
