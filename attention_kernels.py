@@ -63,27 +63,32 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     block_lengths, scale = _check_arguments(query, key, value, block_lengths, scale)
     if INTERPRETED or triton and query.is_cuda and query.dtype != torch.float64:
         return _forward(query, key, value, block_lengths, bool(is_causal), scale)[0]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # tokens first: gradients of cuts join by plain copies
     keys, values = _seen(key, block_lengths, is_causal), _seen(value, block_lengths, is_causal)
-    blocks = zip(query.split(block_lengths, dim=2), keys, values, strict=True)
-    return torch.cat([_attention(q, k, v, scale).transpose(1, 2) for q, k, v in blocks], dim=1).transpose(1, 2)
+    blocks = zip(query.split(block_lengths, dim=1), keys, values, strict=True)
+    return torch.cat([_attention(q, k, v, scale) for q, k, v in blocks], dim=1).transpose(1, 2)
 
 
 def _seen(x, block_lengths, is_causal):
-    """The part of keys or values that each block sees."""
+    """The part of the keys or values (batch, tokens, heads, head_dim) that each block sees."""
     if not is_causal:
-        return x.split(block_lengths, dim=2)
+        return x.split(block_lengths, dim=1)
     views = []
-    for length in reversed(block_lengths):  # each cut from the last: the gradient of a slice is as large as what it was cut from
+    for length in reversed(block_lengths):  # each cut from the last: the gradient of a cut is as large as what it was cut from
         views.append(x)
-        x = x[:, :, : x.shape[2] - length]
+        x = x[:, : x.shape[1] - length]
     return views[::-1]
 
 
 def _attention(query, key, value, scale):
-    if query.device.type == "cpu" and query.element_size() == 2 and key.shape[2] <= 256:  # the backward is then two to four times as fast
+    """Attention of (batch, tokens, heads, head_dim) without a mask."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if query.device.type == "cpu" and query.element_size() == 2 and key.shape[1] <= 256:  # the backward is then two to four times as fast
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=scale).to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+            output = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(query.dtype)
+    else:
+        output = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return output.transpose(1, 2)
 
 
 def dense_masked_attention(query, key, value, block_lengths, is_causal=False, scale=None):
