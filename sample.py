@@ -289,7 +289,8 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
     scales = hmar.scales(params)
     expected = (len(images), 1, *images.shape[2:])
     if not torch.is_tensor(mask) or mask.dtype != torch.bool or mask.shape != expected:
-        raise ValueError(f"mask: got {getattr(mask, 'dtype', type(mask))} {tuple(mask.shape)}, expected bool {expected}")
+        given = f"{mask.dtype} {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
+        raise ValueError(f"mask: got {given}, expected bool {expected}")
     if len(labels) != len(images):
         raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(images)} images")
     if not isinstance(feather, int) or feather < 0:

@@ -1194,6 +1194,8 @@ def test_an_npz_holds_images_and_labels_and_a_folder_the_same(base, commands, tm
 
 
 COUNTED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
 def counted(*given, make=sample.generate, calls=[], **options):
     calls.append(given)
     print("made", flush=True)
