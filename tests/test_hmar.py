@@ -156,13 +156,13 @@ def test_one_scale_alone_is_a_part_of_the_whole(scales, own_input, k, seed):
 @quick
 @given(pyramids(), st.integers(1, 3), st.integers(0, 999))
 def test_cached_scales_are_the_block_causal_whole(scales, batch, seed):
-    params = pytree.tree_map(torch.Tensor.float, tree(scales, seed=seed))
+    params = tree(scales, seed=seed)
     labels, inputs, _, _ = arguments(params, batch, seed)
     counts, cache = [h * w for h, w in scales], hmar.new_cache(params, batch)
     parts = [None, *inputs.split(counts[1:], 1)]
     alone = [hmar.next_scale_logits(params, labels, part, only=k, cache=cache) for k, part in enumerate(parts[:len(scales)])]
     whole = hmar.next_scale_logits(params, labels, inputs, is_causal=True)
-    torch.testing.assert_close(torch.cat(alone, 1), whole, rtol=0, atol=1e-5 * max(1, float(whole.abs().max())))
+    close(torch.cat(alone, 1), whole)
 
 
 @quick
