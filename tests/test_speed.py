@@ -1,0 +1,121 @@
+"""What makes it fast changes no result, and is really done: rounding, slices, checkpoints, halves and heads that are left out."""
+import argparse
+from unittest import mock
+
+import benchmark
+import pytest
+import torch
+import torch.nn.functional as F
+from test_hmar import arguments, tree
+from test_sample import LABELS, PARAMS, SCALES, TOKENIZER
+from torch.utils import _pytree as pytree
+
+import hmar
+import sample
+
+PYRAMID = hmar.SCALES[256][:5]
+MODEL = benchmark.model(4, PYRAMID, "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():  # two on a busy machine wait for each other more than they work
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def batch_of(params, batch=2, seed=0):
+    """labels, tokens, inputs, own inputs, mask that fit the tree."""
+    labels, inputs, own, mask = arguments(params, batch, seed)
+    total = sum(h * w for h, w in hmar.scales(params))
+    return labels, torch.randint(len(params["next_scale"]["head"]["bias"]), (batch, total)), inputs, own, mask
+
+
+def test_bf16_logits_are_those_of_fp32_within_two_percent():
+    labels, _, inputs, own, mask = batch_of(MODEL)
+    half = hmar.cast(MODEL, torch.bfloat16)
+    with torch.no_grad():
+        for predict in (lambda p: hmar.next_scale_logits(p, labels, inputs), lambda p: hmar.next_scale_logits(p, labels, inputs, True),
+                        lambda p: hmar.masked_logits(p, labels, inputs, own, mask)):
+            ours, truth = predict(half), predict(MODEL)
+            assert 1e-4 < (ours - truth).norm() / truth.norm() < 0.02  # not zero: the cast is felt
+
+
+def test_the_benchmark_refuses_to_time_what_disagrees(capsys, monkeypatch):
+    assert benchmark.disagreement(MODEL, "cpu") < 1e-5
+    monkeypatch.setitem(hmar.SCALES, 256, PYRAMID)
+    whole = hmar.self_attention  # the reference has its own
+    monkeypatch.setattr(hmar, "self_attention", lambda x, *args, **kwargs: 1.01 * whole(x, *args, **kwargs))
+    with pytest.raises(SystemExit, match="disagree"):
+        benchmark.start(argparse.Namespace(size=256, depth=2, batch=1), "cpu")
+    assert "seconds" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_slice_of_logits_exceeds_its_limit(masked, monkeypatch):
+    params = tree()
+    labels, tokens, inputs, own, mask = batch_of(params, 8)
+    rows, whole = [], hmar.logits
+
+    def losses():
+        if masked:
+            return hmar.masked_losses(params, labels, tokens, inputs, own, mask)
+        return hmar.next_scale_losses(params, labels, tokens, inputs)
+
+    expected = losses()
+    monkeypatch.setattr(hmar, "LOSS_SLICE", 7 * 5)  # seven tokens of five codes
+    monkeypatch.setattr(hmar, "logits", lambda x, *head: rows.append(len(x)) or whole(x, *head))
+    torch.testing.assert_close(losses(), expected, rtol=0, atol=1e-12)
+    assert max(rows) == 7 and sum(rows) == (mask.sum() if masked else tokens.numel())  # the masked head sees hidden tokens alone
+
+
+def test_checkpointing_keeps_less_and_changes_no_bit():
+    params = pytree.tree_map(torch.Tensor.requires_grad_, benchmark.model(4, PYRAMID, "cpu"))
+    labels, tokens, inputs, *_ = batch_of(params)
+    leaves = pytree.tree_leaves(params)
+    results, kept = [], []
+    for checkpointing in (False, True):
+        saved = []  # what the backward pass waits for
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
+            losses = hmar.next_scale_losses(params, labels, tokens, inputs, checkpointing=checkpointing)
+        results.append([losses, *torch.autograd.grad(losses.mean(), leaves, allow_unused=True, materialize_grads=True)])
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+        kept.append(sum(storages.values()) - sum(storages.get(leaf.untyped_storage().data_ptr(), 0) for leaf in leaves))
+    assert all(map(torch.equal, *results)) and any(gradient.any() for gradient in results[0][1:])
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_masked_losses_send_no_gradient_into_frozen_weights():
+    """The trunk is passed backwards on the way to the mask embedding, but no product is spent on its weights."""
+    params = tree()
+    branch = pytree.tree_map(torch.Tensor.requires_grad_, params["masked"])
+    labels, tokens, inputs, own, mask = batch_of(params)
+    losses = hmar.masked_losses(params, labels, tokens, inputs, own, mask)
+    with mock.patch.object(F, "linear", side_effect=AssertionError):  # nothing is computed again
+        losses.sum().backward()
+    assert all(leaf.grad.any() for leaf in (branch["mask_embedding"], branch["own_input"]))
+    assert not any(leaf.requires_grad for name in ("trunk", "next_scale", "input") for leaf in pytree.tree_leaves(params[name]))
+
+
+@pytest.mark.parametrize("guidance, mask_guidance", [(0.0, 0.0), (1.5, 0.0), ([0, 3.0, 0], [0, 0, 2.0])])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_halves_left_out_change_no_token(guidance, mask_guidance, is_causal):
+    options = dict(guidance=guidance, mask_guidance=mask_guidance, schedule=((1,), (1, 3), (3, 4, 5)), is_causal=is_causal)
+    params = PARAMS
+    if is_causal:
+        params, options = {name: part for name, part in PARAMS.items() if name != "masked"}, dict(guidance=guidance, is_causal=True)
+    batches, single, logits = [], sample.guided, hmar.next_scale_logits
+
+    def counted(params, labels, *args, **kwargs):
+        batches.append(len(labels))
+        return logits(params, labels, *args, **kwargs)
+
+    with mock.patch.object(hmar, "next_scale_logits", counted):
+        ours = sample.generate(params, TOKENIZER, LABELS, **options)[1]
+    steps = [1.5 * k / (len(SCALES) - 1) for k in range(len(SCALES))] if guidance == 1.5 else guidance or [0] * len(SCALES)
+    both = is_causal and any(steps)  # a cache takes in both halves from the first scale on
+    assert batches == [len(LABELS) * (1 + (both or t > 0)) for t in steps]
+    if not is_causal:  # the cache's size follows from guidance, the rest does not
+        with mock.patch.object(sample, "guided", lambda *args, always=False: single(*args, always=True)):
+            assert torch.equal(sample.generate(params, TOKENIZER, LABELS, **options)[1], ours)
