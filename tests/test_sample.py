@@ -115,16 +115,9 @@ def schedules(draw, scales):
     return tuple(passes)
 
 
-@quick
-@given(pyramids(3, 3), st.data(), st.integers(1, 3), st.booleans(), st.integers(0, 99))
-def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, seed):
-    """And with it: an image's tokens do not depend on its batch, kept tokens stay, passes are the schedule's, every token is drawn."""
+def assert_passes_of_a_plain_loop(scales, batch, own_input, seed, options):
     params, quantise = double(tree(scales, own_input=own_input, random=False)), quantiser(5, 4, seed=seed)
     script, labels = Script(scales, 5, 4, seed), torch.arange(batch) * 2 % 4
-    options = dict(schedule=data.draw(schedules(scales)), guidance=data.draw(st.sampled_from([0, 1.5, 4])),
-                   mask_guidance=data.draw(st.sampled_from([0, 1.5])), temperature=data.draw(st.sampled_from([0, 0.5, 1.0, 3.0])),
-                   top_k=data.draw(st.integers(0, 6)), top_p=data.draw(st.sampled_from([1.0, 0.9, 0.4])),
-                   order=data.draw(st.sampled_from(["confidence", "halton"])))
     with script.play():
         steps = list(sample.steps(params, quantise, labels, seed=seed, **options))
     for i in range(batch):
@@ -134,6 +127,26 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, seed):
             assert step.masked[i].nonzero().flatten().tolist() == masked
     last = torch.cat([step.tokens for step, after in itertools.zip_longest(steps, steps[1:]) if after is None or after.number == 0], 1)
     close(steps[-1].f_hat, tokenizer.accumulate(quantise, last, scales))
+
+
+@quick
+@given(pyramids(3, 3), st.data(), st.integers(1, 3), st.booleans(), st.integers(0, 99))
+def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, seed):
+    """And with it: an image's tokens do not depend on its batch."""
+    assert_passes_of_a_plain_loop(scales, batch, own_input, seed, dict(
+        schedule=data.draw(schedules(scales)), guidance=data.draw(st.sampled_from([0, 1.5, 4])),
+        mask_guidance=data.draw(st.sampled_from([0, 1.5])), temperature=data.draw(st.sampled_from([0, 0.5, 1.0, 3.0])),
+        top_k=data.draw(st.integers(0, 6)), top_p=data.draw(st.sampled_from([1.0, 0.9, 0.4])),
+        order=data.draw(st.sampled_from(["confidence", "halton"]))))
+
+
+@pytest.mark.parametrize("own_input", [True, False])
+@pytest.mark.parametrize("options", [
+    dict(guidance=1.5, mask_guidance=0, temperature=1.0, top_k=0, top_p=1.0, order="confidence"),
+    dict(guidance=0, mask_guidance=1.5, temperature=0, top_k=0, top_p=1.0, order="confidence"),
+    dict(guidance=3, mask_guidance=0, temperature=0.7, top_k=4, top_p=0.9, order="halton")])
+def test_passes_of_a_long_schedule(own_input, options):
+    assert_passes_of_a_plain_loop(SCALES, 3, own_input, 5, options | dict(schedule=((1,), (1, 1, 2), (2, 3, 3, 4))))
 
 
 @quick
