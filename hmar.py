@@ -209,6 +209,7 @@ def self_attention(x, lengths, is_causal, cache, qkv, q_bias, v_bias, scale, pro
 
 
 def feed_forward(x, expand, contract):
+    """The MLP: four times the width, tanh-GELU."""
     return linear(F.gelu(linear(x, **expand), approximate="tanh"), **contract)
 
 
@@ -218,6 +219,7 @@ def linear(x, weight, bias=None):
 
 
 def modulate(x, scale, shift):
+    """Layer norm without weights of its own, scaled and shifted by the class."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 

@@ -376,10 +376,12 @@ def to_bytes(images):
 
 
 def rank():
+    """This process's number among those that torchrun started, else 0."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def world():
+    """How many processes torchrun started, else 1."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
@@ -472,6 +474,7 @@ def write_atomically(path, write):
 
 
 def write_json(path, value):
+    """A JSON file, whole or not at all."""
     write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
@@ -515,6 +518,7 @@ def fill_array(path, settings, shape, dtype, chunk, make):
 
 
 def barrier():
+    """Waits for the other processes."""
     if world() > 1:
         torch.distributed.barrier()
 
@@ -535,6 +539,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser():
+    """The flags of `python sample.py`."""
     top = Parser(description="Draw images from a run folder of train.py, or from published weights; or repaint a part of a photograph.")
     what = top.add_argument_group("what").add_argument
     what("run", nargs="?", metavar="RUN", help="run folder of train.py")

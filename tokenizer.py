@@ -143,6 +143,7 @@ def decode_features(params, f_hat):
 
 
 def encoder(x, conv_in, down, middle, norm_out, conv_out):
+    """Images (B, 3, H, W) -> (B, code_dim, h, w): levels that halve the sides, then the middle blocks (VQGAN)."""
     x = convolution(x, **conv_in)
     for level in down:
         x = residual_blocks(x, level["blocks"], level["attentions"])
@@ -153,6 +154,7 @@ def encoder(x, conv_in, down, middle, norm_out, conv_out):
 
 
 def decoder(x, conv_in, middle, up, norm_out, conv_out):
+    """(B, code_dim, h, w) -> images (B, 3, H, W), not clamped: the encoder's way back."""
     x = residual_blocks(convolution(x, **conv_in), **middle)
     for level in up:  # deepest first
         x = residual_blocks(x, level["blocks"], level["attentions"])
@@ -171,6 +173,7 @@ def residual_blocks(x, blocks, attentions):
 
 
 def residual_block(x, norm1, conv1, norm2, conv2, shortcut=None):
+    """x plus two convolutions of it; a 1x1 shortcut where the channels change."""
     h = convolution(F.silu(group_norm(x, **norm1)), **conv1)
     h = convolution(F.silu(group_norm(h, **norm2)), **conv2)
     return h + (x if shortcut is None else convolution(x, **shortcut))
@@ -189,6 +192,7 @@ def convolution(x, weight, bias, stride=1, padding=None):
 
 
 def group_norm(x, weight, bias):
+    """Over 32 groups, in the dtype of its weight."""
     return F.group_norm(x.to(weight.dtype), 32, weight, bias, eps=1e-6)
 
 

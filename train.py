@@ -269,6 +269,7 @@ def generator_of(*key):
 
 @functools.lru_cache(2)
 def epoch_order(seed, epoch, count):
+    """The order of an epoch's items, the same on every process and after a restart."""
     return torch.randperm(count, generator=generator_of(seed, "epoch", epoch)).tolist()
 
 
@@ -720,6 +721,7 @@ def whole(images, count, args):
 
 
 def labels_of(images):
+    """(N,) int64."""
     return torch.tensor([item % len(SHAPES) if isinstance(item, int) else item[1] for item in images.items])
 
 
@@ -740,10 +742,12 @@ def summed(counts):
 
 
 def path_name(path):
+    """ "trunk.0.mlp.expand.weight" of a leaf's path."""
     return ".".join(re.findall(r"\w+", pytree.keystr(path)))
 
 
 def to_device(params, device):
+    """The tree on a device."""
     return pytree.tree_map(lambda tensor: tensor.to(device), params)
 
 
@@ -824,6 +828,7 @@ def sides(scales):
 
 
 def parser():
+    """The flags of `python train.py`."""
     top = sample.Parser(description="Train HMAR from nothing: the tokenizer, the next-scale and the masked stage. (auto) follows --size.")
     top.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES), help="what to train; default all three")
     data = top.add_argument_group("data").add_argument
