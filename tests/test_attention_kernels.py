@@ -100,6 +100,7 @@ def check(query, key, value, output_gradient, block_lengths, is_causal, scale=No
     dense = run(dense_masked_attention, query, key, value, output_gradient, *args)
     q, k, v, do = exact_inputs
     scale = scale or query.shape[-1] ** -0.5
+    assert ours[0].transpose(1, 2).is_contiguous()  # the heads can be joined without a copy
     score, product = ((x.abs() @ y.abs().mT).max() * scale for x, y in ((q, k), (do, v)))
     cancelled = (0, product * k.abs().max(), product * q.abs().max(), 0)
     for name, got, truth, plain, terms in zip(("output", "dquery", "dkey", "dvalue"), ours, exact, dense, cancelled, strict=True):
@@ -171,6 +172,8 @@ def test_the_table_covers_every_pair_once(some, giant, is_causal, transposed, ro
         assert first != last or masked_stop - masked_begin < columns  # no more of a single block than a tail is masked
         work.append(full_stop - full_begin + masked_stop - masked_begin)
     assert sorted(owned) == list(range(tokens)) and work == sorted(work, reverse=True)
+    firsts = sorted({block[start] for start in table[:, 0].tolist()})  # the blocks that tiles begin in: one more would not have fitted
+    assert all(starts[second + 1] - starts[first] > rows for first, second in itertools.pairwise(firsts))
 
 
 def test_little_more_than_the_exact_work_is_done():

@@ -43,7 +43,8 @@ TINY = [
     *("--log-every", "1", "--save-every", "4", "--eval-every", "10")]
 STEPS = 24
 SERVER = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs lack
 import torch
 torch.set_num_threads(1)
 import sample, train
@@ -459,6 +460,7 @@ def test_every_item_comes_once_an_epoch_in_a_new_order_and_in_all_its_views():
     batches = [train.token_batch(args, step, torch.arange(count), tokens) for step in range(20)]
     assert all(torch.equal(own[:, 0] // 2, labels) for labels, own in batches)
     assert len(torch.cat([own for _, own in batches]).unique()) == 2 * count
+    assert len({tuple((own[:, 0] % 2).tolist()) for _, own in batches}) > 4  # of 16 choices of four views
     args.seed = 4
     assert [index for index, _ in train.step_items(args, 0, count)] != epochs[0][:4]
 
