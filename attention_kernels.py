@@ -134,6 +134,7 @@ def _check_arguments(query, key, value, block_lengths, scale):
         raise ValueError(f"scale is {scale!r}, expected a positive number")
     return tuple(block_lengths), float(scale)
 
+
 @functools.lru_cache(maxsize=256)
 def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"):
     """What the kernels walk over, for queries or (transposed) keys: tiles (count, 6) and bounds (2, tokens), int32 on device.
@@ -326,9 +327,10 @@ def _launch(which, block_lengths, is_causal, scale, tensors, strided):
     batch, heads, tokens, head_dim = query.shape
     constants = _constants(which, head_dim, query.dtype, None if INTERPRETED else torch.cuda.get_device_capability(query.device)[0])
     tiles, bounds = tile_table(tuple(block_lengths), is_causal, which == 2, constants["ROWS"], constants["COLUMNS"], query.device)
+    strides = (tensor.stride() for tensor in strided)
     if batch * heads:
-        strides = (tensor.stride() for tensor in strided)
-        kernel[(len(tiles) * batch * heads,)](*tensors, tiles, bounds, *strides, len(tiles), heads, tokens, scale, **constants)
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            kernel[(len(tiles) * batch * heads,)](*tensors, tiles, bounds, *strides, len(tiles), heads, tokens, scale, **constants)
 
 
 def _empty(query):

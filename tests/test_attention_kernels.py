@@ -377,6 +377,13 @@ def test_checkpoint_and_inputs_that_require_no_gradient():
             assert torch.equal(leaf.grad, gradient) if wanted else leaf.grad is None
 
 
+@needs_kernels
+def test_float32_is_exact_unless_torch_is_told_otherwise(monkeypatch):
+    for allowed, precision in ((False, "ieee"), (True, "tf32")):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        assert attention_kernels._constants(0, 64, torch.float32, 8)["PRECISION"] == precision
+
+
 def test_an_empty_batch():
     output = block_sparse_attention(*(torch.zeros(0, 2, 3, 16, device=DEVICE) for _ in range(3)), (1, 2))
     assert output.shape == (0, 2, 3, 16)
