@@ -261,6 +261,20 @@ def test_schedules_sum_to_their_scales(scales, data, curve):
     assert sample.check_schedule(None, scales, False) == tuple((count,) for count in counts) == sample.schedule(scales, 0)
 
 
+@quick
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), st.data(), st.booleans())
+def test_a_partly_given_scale_keeps_in_proportion(passes, data, has_masked_branch):
+    total = sum(passes)
+    counts = data.draw(st.lists(st.integers(0, total), min_size=1, max_size=3))
+    masked = torch.arange(total) < torch.tensor(counts)[:, None]
+    kept = torch.stack(sample.keep_counts(passes, masked, has_masked_branch), 1)
+    for count, own in zip(counts, kept.tolist()):
+        if len(passes) == 1 and has_masked_branch and any(0 < other < total for other in counts):
+            assert own == ([0, count] if 0 < count < total else [count, 0])
+        else:
+            assert list(itertools.accumulate(own)) == [math.ceil(count * done / total) for done in itertools.accumulate(passes)]
+
+
 def test_published_schedules():
     single = tuple((side * side,) for side in (4, 5, 6, 8, 10, 13, 16))
     assert sample.published_schedule(hmar.SCALES[256]) == ((1,), (1, 3), (1, 1, 2, 5), *single)
