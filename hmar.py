@@ -162,10 +162,9 @@ def embed(params, condition, later, only=None):
     """The sequence (B, L, C): start tokens for scale 0, `later` (B, L - len_0, C) for the others, plus level and position; or scale `only`
     of it.
     """
-    counts = [h * w for h, w in scales(params)]
     start = condition[:, None] + params["start"]  # (B, len_0, C)
     if only is None:
-        places = torch.cat([p.flatten(0, 1) for p in params["positions"]]) + params["levels"].repeat_interleave(torch.tensor(counts), 0)
+        places = torch.cat([position.flatten(0, 1) + level for position, level in zip(params["positions"], params["levels"])])
         return torch.cat([start, later], 1) + places
     return (start if only == 0 else later) + params["positions"][only].flatten(0, 1) + params["levels"][only]
 
