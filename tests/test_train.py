@@ -516,13 +516,20 @@ def test_two_processes_stop_together_and_go_on(commands, folder, tmp_path):
     """With everything switched on."""
     run = tmp_path / "run"
     flags = ["all", *TINY, "--data", folder, "--out", run, "--steps", 14, "--gan", 0.4, "--truncate", 0.5, "--accumulate", 2,
-             "--save-every", 100]
+             "--save-every", 100, "--codes", 128]
     told = f"if os.environ['RANK'] == '1':\n    exec({signalled(int(signal.SIGTERM), 'tokenizer', 3)!r}, globals())"
     jobs = start_two(commands, *flags, before=told)  # the second is told, both agree at the tenth step
     assert [job.wait().status for job in jobs] == [130, 130], jobs[0].err + jobs[1].err
     assert weights(run, "tokenizer.resume.pt")["step"] == 10
-    for job in start_two(commands, *flags):
-        job.done()
+    tell = ("fit = train.fit\n"
+            "def told(*given, **options):\n"
+            "    tree = fit(*given, **options)\n"
+            "    print('made', train.digest(tree))\n"
+            "    return tree\n"
+            "train.fit = told")
+    jobs = [job.done() for job in start_two(commands, *flags, before=tell)]
+    made, other = ([line for line in job.out.splitlines() if line.startswith("made")] for job in jobs)
+    assert made == other and len(set(made)) == 3  # the same weights on both, replaced codes among them
     assert [line["step"] for line in lines_of(run, "tokenizer") if "loss" in line] == list(range(1, 15))
     assert lines_of(run, "masked")[-1]["step"] == 14 and "masked" in weights(run, "hmar.pt")
 
@@ -657,15 +664,20 @@ def test_a_codebook_made_of_data_quantises_better_than_a_random_one(folder):
     assert made.shape == (32, 8) and torch.equal(made, tokenizer.data_codebook(params, features, SCALES, train.generator_of("a")))
     matched = features.std() * params["codebook"]  # random codes of the features' size, a fairer rival than the initial ones
     error, rival = (quantisation_error(params | dict(codebook=codebook), features) for codebook in (made, matched))
+    first = tokenizer.data_codebook(params, features, SCALES, train.generator_of("a"), rounds=0)  # k-means, not begun
+    assert error < quantisation_error(params | dict(codebook=first), features)
     assert error < 0.95 * rival and error < 0.2 * quantisation_error(params, features)
 
 
 def test_truncation_decodes_from_the_coarse_scales(monkeypatch, folder, tmp_path):
     params = tokenizer.init(codes=32, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1, attention=False)
     images = train.whole(train.Images(range(4), 16), 4, argparse.Namespace(device="cpu"))
-    pyramid = [f_hat for _, _, f_hat in tokenizer.quantise(params["codebook"], params["phi"], tokenizer.features(params, images), SCALES)]
+    features = tokenizer.features(params, images)
+    pyramid = [f_hat for _, _, f_hat in tokenizer.quantise(params["codebook"], params["phi"], features, SCALES)]
     for stop in (1, 3, None):
-        made, _, residuals, tokens = tokenizer.training_pass(params, images, SCALES, stop=stop)
+        made, loss, residuals, tokens = tokenizer.training_pass(params, images, SCALES, beta=0.3, stop=stop)
+        distances = [F.mse_loss(f_hat, features).item() for f_hat in pyramid[:stop]]
+        assert loss.item() == pytest.approx(1.3 * np.mean(distances), rel=1e-5)
         expected = tokenizer.decode_features(params, pyramid[(stop or 4) - 1])
         assert torch.allclose(made.clamp(-1, 1), expected, atol=1e-5) and len(residuals) == len(tokens) == (stop or 4)
     stops = []
@@ -1113,6 +1125,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(base, folder, tmp_path, ca
     run_main(*flags[len(TINY):])
     assert difference(weights(tmp_path / "run", "tokenizer.pt"), weights(base, "tokenizer.pt")) == 0
     assert lines_of(tmp_path / "run") == lines_of(base, "tokenizer")
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    """Whoever has the old file open goes on reading it, since the new one is another file."""
+    path = tmp_path / "a.json"
+    sample.write_json(path, dict(a=1))
+    with open(path) as old:
+        sample.write_json(path, dict(b=2))
+        assert json.load(old) == dict(a=1) and sample.read_json(path) == dict(b=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize("limit", [1_000, 100_000, 3_000_000])
