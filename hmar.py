@@ -50,7 +50,6 @@ def next_scale_logits(params, labels, inputs, is_causal=False, *, only=None, cac
     There a `cache` from new_cache makes it VAR: the scale's keys and values are added to it. ValueError on shapes, dtypes or labels that do
     not fit the tree.
     """
-    _check(params, labels, inputs, only)
     x = next_scale_features(params, labels, inputs, is_causal, only=only, cache=cache)
     return logits(x, **params["next_scale"]["head"])
 
@@ -62,14 +61,6 @@ def masked_logits(params, labels, inputs, own_inputs, mask, *, only=None):
     own_inputs (B, L - len_0, code_dim) from tokenizer.masked_inputs; mask (B, L - len_0) bool, True = hidden; scale 0 is never masked.
     only=k, from 1, computes scale k alone from its own part of each. ValueError where the tree has no masked branch, or as above.
     """
-    if "masked" not in params:
-        raise ValueError("params: this tree has no masked branch; add_masked_branch makes one and `train.py masked` trains it")
-    if only == 0:
-        raise ValueError("only: got 0, which is never masked, expected None or a later scale")
-    _check(params, labels, inputs, only)
-    if own_inputs.shape != inputs.shape or mask.shape != inputs.shape[:2] or mask.dtype != torch.bool:
-        raise ValueError(f"own_inputs, mask: got {tuple(own_inputs.shape)} and {mask.dtype} {tuple(mask.shape)}, expected "
-                         f"{tuple(inputs.shape)} and bool {tuple(inputs.shape[:2])}")
     return logits(masked_features(params, labels, inputs, own_inputs, mask, only=only), **params["masked"]["head"])
 
 
@@ -82,11 +73,16 @@ def next_scale_losses(params, labels, tokens, inputs, is_causal=False, *, keep=N
     return token_losses(x.flatten(0, 1), tokens.flatten(), **params["next_scale"]["head"]).view(tokens.shape)
 
 
-def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, keep=None, checkpointing=False):
-    """Cross entropy (M,), fp32, of the M hidden tokens, in the order of mask (B, L - len_0); the head runs on these alone."""
+def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=None, keep=None, checkpointing=False):
+    """Cross entropy (M,), fp32, of the M hidden tokens, in the order of mask (B, L - len_0); the head runs on these alone.
+
+    places (M,) int64: mask.flatten().nonzero() where the caller has it, since asking a GPU for it would stall its queue.
+    """
     x = masked_features(params, labels, inputs, own_inputs, mask, keep=keep, checkpointing=checkpointing)
+    places = mask.flatten().nonzero()[:, 0] if places is None else places
     first = tokens.shape[1] - mask.shape[1]
-    return token_losses(x[:, first:][mask], tokens[:, first:][mask], **params["masked"]["head"])
+    x, targets = (whole[:, first:].flatten(0, 1).index_select(0, places) for whole in (x, tokens))
+    return token_losses(x, targets, **params["masked"]["head"])
 
 
 def token_losses(x, targets, weight, bias):
@@ -132,7 +128,8 @@ def stochastic_depth(uniform, rate):
 
 
 def next_scale_features(params, labels, inputs, is_causal=False, *, only=None, cache=None, keep=None, checkpointing=False):
-    """What the next-scale head's last product reads, (B, L, C) fp32."""
+    """What the next-scale head's last product reads, (B, L, C) fp32. ValueError on shapes, dtypes or labels that do not fit the tree."""
+    _check(params, labels, inputs, only)
     condition = F.embedding(labels, params["classes"])
     x = embed(params, condition, linear(inputs, **params["input"]) if only != 0 else None, only)
     first, lengths = _span(params, only)
@@ -149,6 +146,14 @@ def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep
     A hidden token's own features give way to the mask embedding; a tree without `own_input` is a published one, which shares the input
     weight.
     """
+    if "masked" not in params:
+        raise ValueError("params: this tree has no masked branch; add_masked_branch makes one and `train.py masked` trains it")
+    if only == 0:
+        raise ValueError("only: got 0, which is never masked, expected None or a later scale")
+    _check(params, labels, inputs, only)
+    if own_inputs.shape != inputs.shape or mask.shape != inputs.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(f"own_inputs, mask: got {tuple(own_inputs.shape)} and {mask.dtype} {tuple(mask.shape)}, expected "
+                         f"{tuple(inputs.shape)} and bool {tuple(inputs.shape[:2])}")
     branch = params["masked"]
     own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
     own = torch.where(mask[..., None], branch["mask_embedding"].to(own.dtype), own)
@@ -464,7 +469,7 @@ def _check(params, labels, inputs, only):
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 (B,)")
     # on an accelerator a look at the values would stall its queue
-    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() <= null:
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(labels) and not 0 <= labels.min() <= labels.max() <= null:
         raise ValueError(f"labels: got values from {labels.min()} to {labels.max()}, expected 0 to {null}, the null class")
     if only is not None and not 0 <= only < count:
         raise ValueError(f"only: got {only}, expected None or a scale from 0 to {count - 1}")

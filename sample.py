@@ -79,9 +79,10 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
         stays, given_f_hat = given[-1].unflatten(1, scales[-1]).unsqueeze(1), torch.zeros_like(f_hat)  # (B, 1, h, w) bool
     for k, (h, w) in enumerate(scales):
         inputs = tokenizer.resize_to_scale(f_hat, (h, w)) if k else None
-        predict = functools.partial(hmar.next_scale_logits, params, only=k, cache=cache)
+        predict = functools.partial(hmar.next_scale_features, params, only=k, cache=cache)
         bias = 0.0 if known is None else evidence(codebook, known[2] - f_hat, stays, (h, w))
-        scores = filtered(guided(predict, params, labels, guidance[k], inputs, always=both) + bias, top_k, top_p)
+        x = guided(predict, params, labels, guidance[k], inputs, always=both)  # the head is affine, so it may follow: once, not twice
+        scores = filtered(hmar.logits(x, **params["next_scale"]["head"]) + bias, top_k, top_p)
         masked = torch.ones(len(labels), h * w, dtype=torch.bool, device=labels.device) if known is None else ~given[k]
         tokens, confidence = draw(scores, temperature, uniforms(streams, masked.any(1), (h * w,)))
         tokens = tokens if known is None else torch.where(masked, tokens, given_tokens[k])
@@ -90,8 +91,9 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
             if number:
                 hidden = masked if "own_input" in params["masked"] else None  # published trees saw the draft leak through
                 own = tokenizer.masked_scale_input(tokenizer_params, tokens, k, scales, hidden)
-                predict = functools.partial(hmar.masked_logits, params, only=k)
-                scores = filtered(guided(predict, params, labels, mask_guidance[k], inputs, own, masked) + bias, top_k, top_p)
+                predict = functools.partial(hmar.masked_features, params, only=k)
+                x = guided(predict, params, labels, mask_guidance[k], inputs, own, masked)
+                scores = filtered(hmar.logits(x, **params["masked"]["head"]) + bias, top_k, top_p)
                 drawn, confidence = draw(scores, temperature, uniforms(streams, masked.any(1), (h * w,)))
                 tokens = torch.where(masked, drawn, tokens)
                 codes = torch.where(masked[..., None], F.embedding(tokens, codebook), codes)

@@ -297,7 +297,7 @@ def part(batch, index=None, count=None):
 
 def to_unit(images, device):
     """uint8 (B, 3, H, W) -> float in [-1, 1]."""
-    return images.to(device).float() / 127.5 - 1
+    return to_device(images, device).float() / 127.5 - 1
 
 
 def token_cache(name, images, tokenizer_params, args):
@@ -471,7 +471,7 @@ def train_tokenizer(args, data, held_out):
             coin, depth = torch.rand(2, generator=generator).tolist()
             stop = int(depth * len(scales)) + 1 if coin < args.truncate else None
             gan = args.gan * min(1, max(0, 5 * step / args.steps - 1))  # from a fifth of the steps on, in full from two fifths
-            images, uniform = to_unit(images, args.device), part(torch.rand(args.batch, 4, generator=generator)).to(args.device)
+            images, uniform = to_unit(images, args.device), to_device(part(torch.rand(args.batch, 4, generator=generator)), args.device)
             yield [(part(images, i, args.accumulate), step >= warm, stop, gan, part(uniform, i, args.accumulate))
                    for i in range(args.accumulate)]
 
@@ -594,11 +594,11 @@ def train_masked(args, data, held_out):
     labels, null, own_depth = labels_of(data), len(params["classes"]) - 1, len(params["masked"]["blocks"])
     maskable = tokens.shape[2] - tokenizer.lengths(args.scales)[0]
 
-    def loss(params, labels, tokens, keep, mask, share):
+    def loss(params, labels, tokens, keep, mask, share, places):
         with torch.no_grad():
             inputs = tokenizer.next_scale_inputs(tokenizer_params, tokens, args.scales)
             own_inputs = tokenizer.masked_inputs(tokenizer_params, tokens, args.scales, mask)
-        losses = hmar.masked_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, own_inputs, mask, keep=keep,
+        losses = hmar.masked_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, own_inputs, mask, places=places, keep=keep,
                                     checkpointing=args.checkpointing)
         total = (losses * share[:1]).sum()  # the mean over the whole step's hidden tokens, in however many parts it runs
         return total, dict(loss=total.detach())
@@ -612,7 +612,9 @@ def train_masked(args, data, held_out):
             ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens, for each sample
             mask = torch.rand(args.batch, maskable, generator=generator) < ratio
             share = torch.full((args.batch,), world() * args.accumulate / max(1, int(mask.sum())))
-            yield micro_batches(args, chosen, own, keep, mask, share)
+            places = [part(part(mask), i, args.accumulate).flatten().nonzero()[:, 0] for i in range(args.accumulate)]
+            parts = micro_batches(args, chosen, own, keep, mask, share)
+            yield [(*batch, own) for batch, own in zip(parts, to_device(places, args.device))]
 
     def evaluate(average):
         return judge_masked(average, tokenizer_params, labels_of(held_out), reserved, args)
@@ -629,7 +631,7 @@ def token_batch(args, step, labels, tokens):
 
 def micro_batches(args, *tensors):
     """This process's part of a whole batch, on the device, in --accumulate parts."""
-    return [[part(part(tensor), i, args.accumulate).to(args.device) for tensor in tensors] for i in range(args.accumulate)]
+    return [to_device([part(part(tensor), i, args.accumulate) for tensor in tensors], args.device) for i in range(args.accumulate)]
 
 
 def by_scale(values, scales):
@@ -746,9 +748,11 @@ def path_name(path):
     return ".".join(re.findall(r"\w+", pytree.keystr(path)))
 
 
-def to_device(params, device):
-    """The tree on a device."""
-    return pytree.tree_map(lambda tensor: tensor.to(device), params)
+def to_device(tree, device):
+    """The tree on a device; from pinned memory to CUDA, so that nothing waits for the copy."""
+    def send(tensor):
+        return (tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
+    return pytree.tree_map(send, tree)
 
 
 def say(line):

@@ -74,7 +74,8 @@ class Script:
         return self.again[only][labels] + (inputs - 2 * own_inputs) @ self.read + mask[..., None] * self.shift
 
     def play(self):
-        return mock.patch.multiple(hmar, next_scale_logits=self.next_scale_logits, masked_logits=self.masked_logits)
+        return mock.patch.multiple(hmar, next_scale_features=self.next_scale_logits, masked_features=self.masked_logits,
+                                   logits=lambda x, weight, bias: x)
 
 
 def slow_steps(script, params, quantise, label, seed, schedule, guidance, mask_guidance, temperature, top_k, top_p, order):
@@ -375,10 +376,11 @@ def test_cached_sampling_is_the_block_causal_whole(guidance):
     seen = []
 
     def remember(*arguments, **options):
-        seen.append(original(*arguments, **options))
-        return seen[-1]
-    original = hmar.next_scale_logits
-    with mock.patch.object(hmar, "next_scale_logits", remember):
+        features = original(*arguments, **options)
+        seen.append(hmar.logits(features, **PLAIN["next_scale"]["head"]))
+        return features
+    original = hmar.next_scale_features
+    with mock.patch.object(hmar, "next_scale_features", remember):
         _, tokens = sample.generate(PLAIN, TOKENIZER, LABELS, guidance=guidance, is_causal=True)
     inputs = tokenizer.next_scale_inputs(TOKENIZER, tokens, SCALES)
     halves = [LABELS] if guidance == 0 else [LABELS, torch.full_like(LABELS, 3)]

@@ -1,5 +1,6 @@
 """What makes it fast changes no result, and is really done: rounding, slices, checkpoints, halves and heads that are left out."""
 import argparse
+import contextlib
 from unittest import mock
 
 import benchmark
@@ -12,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 import hmar
 import sample
+import tokenizer
+import train
 
 PYRAMID = hmar.SCALES[256][:5]
 MODEL = benchmark.model(4, PYRAMID, "cpu")
@@ -98,6 +101,36 @@ def test_masked_losses_send_no_gradient_into_frozen_weights():
     assert not any(leaf.requires_grad for name in ("trunk", "next_scale", "input") for leaf in pytree.tree_leaves(params[name]))
 
 
+def test_no_step_waits_for_the_device(monkeypatch):
+    """Tensors without values, on which item, nonzero and the like fail: each of them would stall a GPU's queue."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none for these tensors
+    meta = torch.device("meta")
+    params, codec, critic = (pytree.tree_map(lambda leaf: leaf.to(meta), t) for t in (PARAMS, TOKENIZER, tokenizer.init_discriminator(8)))
+    labels, tokens, mask, images, uniform, places = (x.to(meta) for x in (
+        LABELS, torch.empty(3, 17, dtype=torch.int64), torch.empty(3, 16, dtype=torch.bool), torch.empty(3, 3, 16, 16), torch.empty(3, 4),
+        torch.empty(5, dtype=torch.int64)))
+    inputs, own = tokenizer.next_scale_inputs(codec, tokens, SCALES), tokenizer.masked_inputs(codec, tokens, SCALES, mask)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        hmar.masked_losses(params, labels, tokens, inputs, own, mask)
+    args = argparse.Namespace(dtype=torch.bfloat16, scales=((1, 1), (8, 8)), beta=0.1, lr=0.1, weight_decay=0.1, device=meta)
+
+    def next_scale(params):
+        return hmar.next_scale_losses(hmar.cast(params, args.dtype), labels, tokens, inputs).mean()
+
+    def masked(params):
+        return hmar.masked_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, own, mask, places=places).sum()
+
+    def reconstruction(params):
+        return train.tokenizer_loss(args, params, images, True, None, 0.4, uniform)[0]
+
+    for start, loss in ((params, next_scale), (params, masked), (dict(tokenizer=codec, discriminator=critic), reconstruction)):
+        trained = train.trainable(start)
+        optimizer, leaves = train.adamw(trained, args), [x for x in pytree.tree_leaves(trained) if isinstance(x, torch.nn.Parameter)]
+        loss(trained).backward()
+        assert torch.nn.utils.clip_grad_norm_(leaves, 1.0).is_meta
+        optimizer.step()
+
+
 @pytest.mark.parametrize("guidance, mask_guidance", [(0.0, 0.0), (1.5, 0.0), ([0, 3.0, 0], [0, 0, 2.0])])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_halves_left_out_change_no_token(guidance, mask_guidance, is_causal):
@@ -105,13 +138,13 @@ def test_halves_left_out_change_no_token(guidance, mask_guidance, is_causal):
     params = PARAMS
     if is_causal:
         params, options = {name: part for name, part in PARAMS.items() if name != "masked"}, dict(guidance=guidance, is_causal=True)
-    batches, single, logits = [], sample.guided, hmar.next_scale_logits
+    batches, single, features = [], sample.guided, hmar.next_scale_features
 
     def counted(params, labels, *args, **kwargs):
         batches.append(len(labels))
-        return logits(params, labels, *args, **kwargs)
+        return features(params, labels, *args, **kwargs)
 
-    with mock.patch.object(hmar, "next_scale_logits", counted):
+    with mock.patch.object(hmar, "next_scale_features", counted):
         ours = sample.generate(params, TOKENIZER, LABELS, **options)[1]
     steps = [1.5 * k / (len(SCALES) - 1) for k in range(len(SCALES))] if guidance == 1.5 else guidance or [0] * len(SCALES)
     both = is_causal and any(steps)  # a cache takes in both halves from the first scale on
