@@ -285,8 +285,9 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
     editing).
 
     At each scale the tokens whose cells lie outside the mask are those of the image; the others are drawn by the next-scale branch, then by
-    the masked branch, which sees the given ones. Pixels outside the mask are the original ones; inside, the edge blends over `feather`
-    pixels. Keyword arguments are those of `steps`. ValueError on a mask of another shape or type, or as encode and steps.
+    the masked branch, which sees the given ones. Pixels outside the mask are the original ones; what decoding did to them at the mask's
+    edge is taken back inside too, fading over a latent cell, and there the edge blends over `feather` pixels. Keyword arguments are those
+    of `steps`. ValueError on a mask of another shape or type, or as encode and steps.
     """
     scales = hmar.scales(params)
     expected = (len(images), 1, *images.shape[2:])
@@ -304,10 +305,27 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
         for step in steps(params, tokenizer_params, labels, known=known, **options):
             pass
         painted = tokenizer.decode_features(tokenizer_params, step.f_hat)
-    outside = (~mask).float()
+    outside, original = (~mask).float(), images.to(painted.dtype)
+    repair = continued((original - painted) * outside, outside, tokenizer.downsampling(tokenizer_params))
+    painted = (painted + repair).clamp(-1, 1)
     grown = [F.max_pool2d(outside, 2 * pixels + 1, 1, pixels) for pixels in range(feather + 1)]
     share = 1 - sum(grown) / len(grown)  # 0 outside the mask, 1 from `feather` pixels inside it
-    return torch.where(mask, torch.lerp(images.to(painted.dtype), painted, share).to(images.dtype), images)
+    return torch.where(mask, torch.lerp(original, painted, share).to(images.dtype), images)
+
+
+def continued(error, known, reach):
+    """error (B, C, H, W) of the known pixels, 0 elsewhere, carried ring by ring into the others, fading to 0 over `reach` pixels.
+
+    known (B, 1, H, W) is 1 or 0. Returns (B, C, H, W), 0 where known. So no seam shows where a decoder mixes both sides of an edge.
+    """
+    carried = torch.zeros_like(error)
+    for ring in range(1, reach + 1):
+        near, share = (F.avg_pool2d(x, 3, stride=1, padding=1) for x in (error, known))
+        fresh = (known == 0) & (share > 0)
+        error = torch.where(fresh, near / share.clamp(min=0.1), error)
+        carried = torch.where(fresh, error * (1 - ring / (reach + 1)), carried)
+        known = known + fresh
+    return carried
 
 
 def _streams(seed, count):

@@ -1,8 +1,8 @@
 """Benchmarks. `python tests/benchmark.py attention` times the attention of a training step, with `--count` it counts the kernels' work.
 
 `train`, `sample` and `tokenizer` time the library against the published way, a dense fp32 reference below, and print no time where the two
-disagree; `curves` trains twice, in bf16 and fp32. Every run prints its conditions first. Times are medians of rounds in which the
-contestants take turns, so that a busy machine is fair.
+disagree; `curves` trains twice, in bf16 and fp32; `cost` computes what training takes and times nothing. Every other run prints its
+conditions first. Times are medians of rounds in which the contestants take turns, so that a busy machine is fair.
 """
 import argparse
 import ctypes
@@ -16,9 +16,11 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -226,6 +228,81 @@ def product_flops(function):
     return sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "bmm" not in str(op) and "attention" not in str(op))
 
 
+def step_flops(step, batch, width, depth, elements):
+    """FLOPs of a training step, forward and backward: its products of weights, and attention's six, two of them forward, of `elements`
+    scores a head.
+    """
+    return product_flops(step) + 12 * batch * width * elements * depth
+
+
+def saved_bytes(function, weights):
+    """Bytes that the backward pass of a call waits for, each storage once, without those of `weights`."""
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function()
+    for tensor in weights:
+        storages.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def stage_of(params):
+    """(is_trained(name) as the stage has it whose branch the tree ends in, that branch)."""
+    branch = "masked" if "masked" in params else "next_scale"
+    return (lambda name: branch == "next_scale" or name.startswith("masked")), branch
+
+
+def traced(params):
+    """(3,): FLOPs of one image's training step of a tree without data, and bytes that it keeps, plain and with checkpointing; on a GPU, in
+    bf16, half of the tokens being hidden where there is a masked branch.
+
+    It runs the library's own code on tensors that are shapes alone.
+    """
+    (is_trained, branch), lengths, code_dim = stage_of(params), tokenizer.lengths(hmar.scales(params)), params["input"]["weight"].shape[1]
+    later, width = sum(lengths[1:]), params["classes"].shape[1]
+    with FakeTensorMode(), mock.patch.object(attention_kernels, "INTERPRETED", True):  # the kernels' operators, not the CPU's path
+        params, leaves = trained(pytree.tree_map(lambda tensor: torch.empty(tensor.shape), params), is_trained)
+        fast, labels, inputs = hmar.cast(params, torch.bfloat16), torch.tensor([0]), torch.empty(1, later, code_dim)
+
+        def logits(checkpointing=False):  # the loss has no products, and keeps but a slice of them
+            if branch == "next_scale":
+                x = hmar.next_scale_features(fast, labels, inputs, checkpointing=checkpointing)
+            else:
+                mask, hidden = torch.ones(1, later, dtype=torch.bool), torch.arange(later // 2)
+                x = hmar.masked_features(fast, labels, inputs, inputs, mask, checkpointing=checkpointing)
+                x = x[:, lengths[0]:].flatten(0, 1).index_select(0, hidden)
+            return hmar.logits(x, **fast[branch]["head"])
+        blocks, weights = len(params["trunk"] + params[branch]["blocks"]), pytree.tree_leaves((params, fast))
+        flops = step_flops(lambda: torch.autograd.grad(logits().sum(), leaves), 1, width, blocks, exact_elements(lengths, False))
+        kept = [saved_bytes(functools.partial(logits, checkpointing), weights) for checkpointing in (False, True)]
+    return torch.tensor([flops, *kept], dtype=torch.float64)
+
+
+def cost(depth, scales, masked_blocks=0, **sizes):
+    """What a training step costs, computed and not measured: {name: number}. masked_blocks: 0, stage one; else the masked stage.
+
+    parameters; flops, of an image, forward and backward, without what is computed again; optimizer: bytes of the weights, and of gradients,
+    AdamW's moments and the moving average of those that are trained, in fp32; activations: bytes an image that the backward pass waits for,
+    as `traced` has it; checkpointed: the same with checkpointing, and a block that is computed again. sizes: as for hmar.init.
+    """
+    def tree(trunk, branch):
+        with torch.device("meta"):
+            params = hmar.init(depth=trunk + branch, scales=scales, **dict(width=64 * depth) | sizes)
+            return hmar.add_masked_branch(params, branch) if branch else params
+    branch, params = min(1, masked_blocks), tree(depth - masked_blocks, masked_blocks)
+    parameters, leaves = (sum(map(torch.numel, found)) for found in (pytree.tree_leaves(params), trained(params, stage_of(params)[0])[1]))
+    one = traced(tree(1, branch))
+    trunk_block = traced(tree(2, branch)) - one  # every block costs alike
+    branch_block = traced(tree(1, 2)) - one if branch else trunk_block
+    flops, plain, checkpointed = one + (depth - masked_blocks - 1) * trunk_block + (masked_blocks - branch) * branch_block
+    return dict(parameters=parameters, flops=int(flops), optimizer=4 * parameters + 16 * leaves, activations=int(plain),
+                checkpointed=int(checkpointed + branch_block[1] - branch_block[2]))
+
+
 def dense_logits(params, labels, inputs, mask=None, own=None, only=None, caches=None):
     """Logits (B, L, V) the published way: fp32, one additive mask (L, L), the head on every token; or scale `only`, with growing caches.
 
@@ -416,7 +493,7 @@ def training(arguments):
             predicted = hidden if stage == "masked" and name == "ours" else batch * total
             head = 6 * predicted * width * 4096
             elements = total**2 if name == "published" else exact_elements(lengths, False)
-            flops = product_flops(step) + 12 * batch * width * elements * arguments.depth
+            flops = step_flops(step, batch, width, arguments.depth, elements)
             rows.append(row(f"{stage}, {name}", seconds[name], seconds["published"], batch * total, flops, head if name == "ours" else 0,
                             peak_memory(step, device), best, dtype if name == "ours" else torch.float32))
     best_after = best_products({dtype, torch.float32}, device)
@@ -553,6 +630,19 @@ def curves(arguments):
     return 0 if abs(half - whole) < 0.02 * whole else "the curves end more than 2 % apart"
 
 
+def costs(arguments):
+    """Markdown: what training takes at the published sizes."""
+    print("Computed, not measured: stage one / masked stage (8 blocks, half of the tokens hidden); FLOPs of an image forward and backward, "
+          "without what is computed again; MB an image that the backward pass waits for on a GPU, in bf16, without the logits, which take "
+          "some slices of 128 MiB, and with --checkpointing; GB of weights, gradients, AdamW's moments and average, fp32.\n")
+    print("| depth | pixels | parameters, M | TFLOPs | MB | MB, --checkpointing | GB |\n|---|---|---|---|---|---|---|")
+    columns = dict(parameters=(1e6, 0), flops=(1e12, 2), activations=(1e6, 0), checkpointed=(1e6, 0), optimizer=(1e9, 1))
+    for depth, (size, scales) in itertools.product((16, 20, 24, 30), hmar.SCALES.items()):
+        stages = [cost(depth, scales, masked_blocks) for masked_blocks in (0, 8)]
+        cells = [" / ".join(f"{stage[name] / unit:,.{digits}f}" for stage in stages) for name, (unit, digits) in columns.items()]
+        print("| " + " | ".join([f"d{depth}", str(size), *cells]) + " |", flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -587,6 +677,7 @@ def main():
         command.add_argument("--batch", type=positive, default=4)
         command.add_argument("--rounds", type=positive, default=5, help="timings of each contestant, after one that does not count")
         command.set_defaults(run=run)
+    commands.add_parser("cost", help="what training takes at the published sizes, computed without a GPU").set_defaults(run=costs)
     commands.add_parser("curves", help="losses of 200 steps on drawings in bf16 and fp32").set_defaults(run=curves)
     arguments = parser.parse_args()
     try:

@@ -547,6 +547,27 @@ def test_feathering_blends_inside_the_mask(feather):
         close(soft[:, :, y, x], (1 - share) * images[:, :, y, x] + share * hard[:, :, y, x], 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["half", "random"])
+def test_what_decoding_does_at_the_edge_is_taken_back(kind):
+    """Here it makes everything lighter by 0.25, and the picture grey: as much is taken off next to the edge, and less with the distance."""
+    images, mask, reach = torch.zeros(3, 3, 6, 8), masks(kind, 3), tokenizer.downsampling(TOKENIZER)
+    with mock.patch.object(tokenizer, "decode_features", lambda params, f_hat: torch.full((3, 3, 6, 8), 0.25)):
+        edited = sample.edit(PARAMS, TOKENIZER, images, mask, LABELS)
+    for i, y, x in itertools.product(range(3), range(6), range(8)):
+        distance = min(max(abs(y - a), abs(x - b)) for a, b in itertools.product(range(6), range(8)) if not mask[i, 0, a, b])
+        close(edited[i, :, y, x], torch.full((3,), 0.25 * min(1, distance / (reach + 1))), 1e-6)
+
+
+def test_an_error_goes_on_into_the_pixels_beside_it():
+    error, known = torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 4, 6)
+    known[..., 0] = 1
+    error[..., 0] = torch.tensor([3.0, 6, 0, 0])
+    carried = sample.continued(error, known, 2)[0, 0]
+    close(carried[:, 1], 2 / 3 * torch.tensor([4.5, 3, 2, 0]), 1e-6)  # the mean of those that touch
+    close(carried[:, 2], 1 / 3 * torch.tensor([3.75, 19 / 6, 5 / 3, 1]), 1e-6)
+    assert not carried[:, 0].any() and not carried[:, 3:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_photographs_of_other_dtypes(dtype):
     images, mask = picture(3).to(dtype), masks("half", 3)
