@@ -751,7 +751,8 @@ def path_name(path):
 def to_device(tree, device):
     """The tree on a device; from pinned memory to CUDA, so that nothing waits for the copy."""
     def send(tensor):
-        return (tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
+        pinned = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+        return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
     return pytree.tree_map(send, tree)
 
 
