@@ -544,7 +544,10 @@ def barrier():
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the nearest flag for a mistyped one."""
+    """argparse whose help fits a screen and whose errors are one line, with the nearest flag for a mistyped one."""
+    def __init__(self, **options):
+        super().__init__(add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32), **options)
+
     def parse_args(self, args=None):
         flags = [flag for action in self._actions for flag in action.option_strings]
         for word in sys.argv[1:] if args is None else args:
@@ -560,9 +563,11 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """The flags of `python sample.py`."""
-    top = Parser(description="Draw images from a run folder of train.py, or from published weights; or repaint a part of a photograph.")
+    top = Parser(usage="python sample.py RUN [flags]",
+                 description="Draw images from a run folder of train.py, or from published weights; or repaint a part of a photograph.")
     what = top.add_argument_group("what").add_argument
     what("run", nargs="?", metavar="RUN", help="run folder of train.py")
+    what("-h", "--help", action="help", help="show this and exit")
     what("--weights", metavar="FILE", help="transformer, ours or published, in place of a run folder")
     what("--tokenizer", metavar="FILE", help="its tokenizer, ours or published")
     what("--causal", action="store_true", help="the weights are VAR's")
@@ -575,12 +580,12 @@ def parser():
     how = top.add_argument_group("sampling").add_argument
     how("--guidance", nargs="+", type=float, default=[1.5], metavar="G", help="one number, rising over scales, or one a scale (1.5)")
     how("--mask-guidance", nargs="+", type=float, default=[0.0], metavar="G", help="the same for masked passes (0)")
-    how("--temperature", type=float, default=1.0, help="0: arg max (1)")
+    how("--temperature", type=float, default=1.0, metavar="T", help="0: arg max (1)")
     how("--top-k", type=int, default=0, metavar="K", help="codes that may be drawn; 0: all (0)")
     how("--top-p", type=float, default=1.0, metavar="P", help="share of the probability that may be drawn (1)")
     how("--mask-steps", nargs="+", type=int, metavar="M", help="masked passes, one number for all scales or one a scale (as published)")
     how("--schedule", metavar="S", help="tokens kept at each pass of each scale: '1 / 1,3 / 1,1,2,5 / 16'")
-    how("--order", default="confidence", choices=ORDERS, help="which tokens a pass keeps (confidence)")
+    how("--order", default="confidence", choices=ORDERS, metavar="ORDER", help=f"what a pass keeps: {', '.join(ORDERS)} (confidence)")
     how("--smooth", action="store_true", help="feed on soft codes, for looks")
     edit = top.add_argument_group("editing").add_argument
     edit("--edit", metavar="PHOTO", help="image to repaint, with --count versions for each label")
@@ -590,7 +595,8 @@ def parser():
     machine = top.add_argument_group("machine").add_argument
     machine("--batch", type=int, default=50, metavar="N", help="images at a time (50)")
     machine("--device", help="cuda, mps or cpu (the first there is)")
-    machine("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where this machine multiplies faster in it")
+    machine("--dtype", choices=("auto", "bf16", "fp32"), default="auto", metavar="TYPE",
+            help="bf16, fp32 or auto: bf16 where this machine multiplies faster in it (auto)")
     return top
 
 

@@ -17,8 +17,8 @@ README = (ROOT / "README.md").read_text()
 def python(*arguments, cwd):
     """Runs Python in a folder that holds whatever it imports; returns what it printed."""
     plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=plain | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True,
-                          timeout=300, check=False)
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=plain | dict(OMP_NUM_THREADS="1", COLUMNS="120"), capture_output=True,
+                          text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -51,8 +51,9 @@ def test_imports_print_nothing():
     assert python("-c", "import hmar, tokenizer, sample, train", cwd=ROOT) == ""
 
 
-def test_flags_that_readme_names_exist():
+def test_flags_that_readme_names_exist_and_help_fits_a_screen():
     helps = {name: python(f"{name}.py", "--help", cwd=ROOT) for name in ("train", "sample")}
+    assert all(len(text.splitlines()) <= 62 for text in helps.values())
     for line in "\n".join(blocks("sh")).splitlines():
         for name, text in helps.items():
             if f"{name}.py" in line:
