@@ -250,10 +250,9 @@ def saved_bytes(function, weights):
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def stage_of(params):
-    """(is_trained(name) as the stage has it whose branch the tree ends in, that branch)."""
-    branch = "masked" if "masked" in params else "next_scale"
-    return (lambda name: branch == "next_scale" or name.startswith("masked")), branch
+def staged(params):
+    """`trained` as in the masked stage if the tree has a masked branch, else as in stage one."""
+    return trained(params, lambda name: name.startswith("masked") == ("masked" in params))
 
 
 def traced(params):
@@ -262,10 +261,10 @@ def traced(params):
 
     It runs the library's own code on tensors that are shapes alone.
     """
-    (is_trained, branch), lengths, code_dim = stage_of(params), tokenizer.lengths(hmar.scales(params)), params["input"]["weight"].shape[1]
-    later, width = sum(lengths[1:]), params["classes"].shape[1]
+    lengths, branch = tokenizer.lengths(hmar.scales(params)), "masked" if "masked" in params else "next_scale"
+    later, (width, code_dim) = sum(lengths[1:]), params["input"]["weight"].shape
     with FakeTensorMode(), mock.patch.object(attention_kernels, "INTERPRETED", True):  # the kernels' operators, not the CPU's path
-        params, leaves = trained(pytree.tree_map(lambda tensor: torch.empty(tensor.shape), params), is_trained)
+        params, leaves = staged(pytree.tree_map(lambda tensor: torch.empty(tensor.shape), params))
         fast, labels, inputs = hmar.cast(params, torch.bfloat16), torch.tensor([0]), torch.empty(1, later, code_dim)
 
         def logits(checkpointing=False):  # the loss has no products, and keeps but a slice of them
@@ -294,12 +293,12 @@ def cost(depth, scales, masked_blocks=0, **sizes):
             params = hmar.init(depth=trunk + branch, scales=scales, **dict(width=64 * depth) | sizes)
             return hmar.add_masked_branch(params, branch) if branch else params
     branch, params = min(1, masked_blocks), tree(depth - masked_blocks, masked_blocks)
-    parameters, leaves = (sum(map(torch.numel, found)) for found in (pytree.tree_leaves(params), trained(params, stage_of(params)[0])[1]))
+    parameters, trainable = (sum(map(torch.numel, leaves)) for leaves in (pytree.tree_leaves(params), staged(params)[1]))
     one = traced(tree(1, branch))
     trunk_block = traced(tree(2, branch)) - one  # every block costs alike
     branch_block = traced(tree(1, 2)) - one if branch else trunk_block
     flops, plain, checkpointed = one + (depth - masked_blocks - 1) * trunk_block + (masked_blocks - branch) * branch_block
-    return dict(parameters=parameters, flops=int(flops), optimizer=4 * parameters + 16 * leaves, activations=int(plain),
+    return dict(parameters=parameters, flops=int(flops), optimizer=4 * parameters + 16 * trainable, activations=int(plain),
                 checkpointed=int(checkpointed + branch_block[1] - branch_block[2]))
 
 
@@ -632,10 +631,11 @@ def curves(arguments):
 
 def costs(arguments):
     """Markdown: what training takes at the published sizes."""
-    print("Computed, not measured: stage one / masked stage (8 blocks, half of the tokens hidden); FLOPs of an image forward and backward, "
-          "without what is computed again; MB an image that the backward pass waits for on a GPU, in bf16, without the logits, which take "
-          "some slices of 128 MiB, and with --checkpointing; GB of weights, gradients, AdamW's moments and average, fp32.\n")
-    print("| depth | pixels | parameters, M | TFLOPs | MB | MB, --checkpointing | GB |\n|---|---|---|---|---|---|---|")
+    print("Computed, not measured: stage one / masked stage (its branch of 8 blocks trained, half of the tokens hidden); TFLOPs an image, "
+          "forward and backward, without what is computed again; MB an image that the backward pass waits for on a GPU, in bf16, plain and "
+          "with --checkpointing, but for the logits, of which slices of 128 MiB are held; GB of weights, gradients, AdamW's moments and "
+          "the average, fp32, but for a bf16 copy of the blocks.\n")
+    print("| model | pixels | parameters, M | TFLOPs | MB | MB, --checkpointing | GB |\n|---|---|---|---|---|---|---|")
     columns = dict(parameters=(1e6, 0), flops=(1e12, 2), activations=(1e6, 0), checkpointed=(1e6, 0), optimizer=(1e9, 1))
     for depth, (size, scales) in itertools.product((16, 20, 24, 30), hmar.SCALES.items()):
         stages = [cost(depth, scales, masked_blocks) for masked_blocks in (0, 8)]

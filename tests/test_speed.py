@@ -1,6 +1,7 @@
 """What makes it fast changes no result, and is really done: rounding, slices, checkpoints, halves and heads that are left out."""
 import argparse
 import contextlib
+import functools
 from unittest import mock
 
 import benchmark
@@ -9,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from test_hmar import arguments, tree
 from test_sample import LABELS, PARAMS, SCALES, TOKENIZER
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
+import attention_kernels
 import hmar
 import sample
 import tokenizer
 import train
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PYRAMID = hmar.SCALES[256][:5]
 MODEL = benchmark.model(4, PYRAMID, "cpu")
 
@@ -73,18 +78,25 @@ def test_no_slice_of_logits_exceeds_its_limit(masked, monkeypatch):
     assert max(rows) == 7 and sum(rows) == (mask.sum() if masked else tokens.numel())  # the masked head sees hidden tokens alone
 
 
+def kept_bytes(function, weights):
+    """(result, bytes of the storages that its backward pass waits for, weights excluded)."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        result = function()
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    return result, sum(storages[pointer] for pointer in storages.keys() - {leaf.untyped_storage().data_ptr() for leaf in weights})
+
+
 def test_checkpointing_keeps_less_and_changes_no_bit():
     params = pytree.tree_map(torch.Tensor.requires_grad_, benchmark.model(4, PYRAMID, "cpu"))
     labels, tokens, inputs, *_ = batch_of(params)
     leaves = pytree.tree_leaves(params)
     results, kept = [], []
     for checkpointing in (False, True):
-        saved = []  # what the backward pass waits for
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
-            losses = hmar.next_scale_losses(params, labels, tokens, inputs, checkpointing=checkpointing)
+        step = functools.partial(hmar.next_scale_losses, params, labels, tokens, inputs, checkpointing=checkpointing)
+        losses, size = kept_bytes(step, leaves)
         results.append([losses, *torch.autograd.grad(losses.mean(), leaves, allow_unused=True, materialize_grads=True)])
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
-        kept.append(sum(storages.values()) - sum(storages.get(leaf.untyped_storage().data_ptr(), 0) for leaf in leaves))
+        kept.append(size)
     assert all(map(torch.equal, *results)) and any(gradient.any() for gradient in results[0][1:])
     assert kept[1] < 0.5 * kept[0]
 
@@ -152,3 +164,53 @@ def test_halves_left_out_change_no_token(guidance, mask_guidance, is_causal):
     if not is_causal:  # the cache's size follows from guidance, the rest does not
         with mock.patch.object(sample, "guided", lambda *args, always=False: single(*args, always=True)):
             assert torch.equal(sample.generate(params, TOKENIZER, LABELS, **options)[1], ours)
+
+
+def small_step(masked_blocks, batch):
+    """What `benchmark.cost` computes, really made: (arguments of cost, tree, its trained leaves, tree in bf16, losses(checkpointing))."""
+    scales, depth, sizes = ((1, 2), (2, 3), (4, 4)), 4, dict(width=64, heads=2, classes=3, codes=40, code_dim=4)
+    params = hmar.init(depth=depth, scales=scales, **sizes)
+    params = hmar.add_masked_branch(params, masked_blocks) if masked_blocks else params
+    params = pytree.tree_map(lambda x: x.to(DEVICE), params)
+    params, leaves = benchmark.trained(params, lambda name: name.startswith("masked") or not masked_blocks)
+    labels, tokens, inputs, own, mask = (x.to(DEVICE) for x in batch_of(params, batch))
+    mask[:] = torch.arange(mask.shape[1], device=DEVICE) % 2 == 1
+    fast = hmar.cast(params, torch.bfloat16)
+
+    def losses(checkpointing=False):
+        if masked_blocks:
+            return hmar.masked_losses(fast, labels, tokens, inputs, own, mask, checkpointing=checkpointing)
+        return hmar.next_scale_losses(fast, labels, tokens, inputs, checkpointing=checkpointing)
+    return dict(depth=depth, scales=scales, masked_blocks=masked_blocks, **sizes), params, leaves, fast, losses
+
+
+@pytest.mark.parametrize("masked_blocks", [0, 2])
+def test_computed_parameters_optimizer_and_flops_are_those_of_a_real_step(masked_blocks):
+    sizes, params, leaves, _, losses = small_step(masked_blocks, 2)
+    optimizer, average = torch.optim.AdamW(leaves), [leaf.detach().clone() for leaf in leaves]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention in its six products, none made again
+        losses().mean().backward()
+    optimizer.step()
+    computed, weights = benchmark.cost(**sizes), pytree.tree_leaves(params)
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.ndim]  # all but the step counters
+    assert computed["parameters"] == sum(map(torch.numel, weights))
+    assert computed["optimizer"] == sum(x.nbytes for x in [*weights, *(leaf.grad for leaf in leaves), *moments, *average])
+    assert 2 * computed["flops"] == counter.get_total_flops()
+
+
+@pytest.mark.skipif(attention_kernels.triton is None, reason="no Triton")
+@pytest.mark.parametrize("masked_blocks", [0, 2])
+def test_computed_activations_are_what_a_real_step_keeps(masked_blocks, monkeypatch):
+    """To the byte, but for the loss's own: logarithms of the softmax, a target a token and a number, of which slices keep one at a time."""
+    if DEVICE == "cpu":  # attention keeps what it keeps on a GPU
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(attention_kernels, "INTERPRETED", True)
+    sizes, params, _, fast, losses = small_step(masked_blocks, 1)
+    computed, weights, lengths = benchmark.cost(**sizes), pytree.tree_leaves((params, fast)), tokenizer.lengths(sizes["scales"])
+    loss = (sum(lengths[1:]) // 2 if masked_blocks else sum(lengths)) * (4 * sizes["codes"] + 8) + 4
+    kept, checkpointed = (kept_bytes(functools.partial(losses, checkpointing), weights)[1] - loss for checkpointing in (False, True))
+    x = torch.randn(1, sum(lengths), sizes["width"], device=DEVICE, requires_grad=True)
+    condition, blocks = fast["classes"][:1], (fast["masked"]["blocks"] if masked_blocks else fast["trunk"])[-1:]
+    again = kept_bytes(lambda: hmar.run_blocks(x, condition, blocks, lengths), [*weights, x])[1]
+    assert kept == computed["activations"]
+    assert checkpointed + again == computed["checkpointed"]
