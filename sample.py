@@ -56,7 +56,7 @@ def generate(params, tokenizer_params, labels, **options):
 
 @torch.no_grad()
 def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask_guidance=0.0, temperature=1.0, top_k=0, top_p=1.0, seed=0,
-          is_causal=False, order="confidence", smooth=False, known=None):
+          is_causal=False, order="confidence", smooth=False, known=None, network=None):
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; within a scale MaskGIT).
 
     labels (B,) int64. schedule: for each scale the tokens kept at each pass, as `schedule` makes it; None is the published one where the
@@ -64,11 +64,13 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
     value a scale; scales with 0 skip the unconditional half. temperature >= 0, 0 = arg max; top_k >= 0 codes stay, 0 = all; top_p in (0, 1]
     of the probability stays. Image i draws from the stream of seed + i, or of seed[i]. is_causal: VAR, with a key/value cache. order:
     "confidence" (published), "halton" or "random": which drawn tokens a pass keeps. smooth: feed on soft codes, for looks (VAR). known:
-    (tokens (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`.
+    (tokens (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`. network: what to call in place of
+    (hmar.next_scale_features, hmar.masked_features), such as these compiled.
     """
     scales, codebook = hmar.scales(params), tokenizer_params["codebook"]
     _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, order)
     schedule = check_schedule(schedule, scales, "masked" in params)
+    next_scale, refine = network or (hmar.next_scale_features, hmar.masked_features)
     guidance, mask_guidance = _per_scale("guidance", guidance, scales), _per_scale("mask_guidance", mask_guidance, scales)
     streams = _streams(seed, len(labels))
     both = is_causal and any(guidance)  # a cache takes in both halves from the first scale on
@@ -79,7 +81,7 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
         stays, given_f_hat = given[-1].unflatten(1, scales[-1]).unsqueeze(1), torch.zeros_like(f_hat)  # (B, 1, h, w) bool
     for k, (h, w) in enumerate(scales):
         inputs = tokenizer.resize_to_scale(f_hat, (h, w)) if k else None
-        predict = functools.partial(hmar.next_scale_features, params, only=k, cache=cache)
+        predict = functools.partial(next_scale, params, only=k, cache=cache)
         bias = 0.0 if known is None else evidence(codebook, known[2] - f_hat, stays, (h, w))
         x = guided(predict, params, labels, guidance[k], inputs, always=both)  # the head is affine, so it may follow: once, not twice
         scores = filtered(hmar.logits(x, **params["next_scale"]["head"]) + bias, top_k, top_p)
@@ -91,7 +93,7 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
             if number:
                 hidden = masked if "own_input" in params["masked"] else None  # published trees saw the draft leak through
                 own = tokenizer.masked_scale_input(tokenizer_params, tokens, k, scales, hidden)
-                predict = functools.partial(hmar.masked_features, params, only=k)
+                predict = functools.partial(refine, params, only=k)
                 x = guided(predict, params, labels, mask_guidance[k], inputs, own, masked)
                 scores = filtered(hmar.logits(x, **params["masked"]["head"]) + bias, top_k, top_p)
                 drawn, confidence = draw(scores, temperature, uniforms(streams, masked.any(1), (h * w,)))
@@ -597,6 +599,7 @@ def parser():
     machine("--device", help="cuda, mps or cpu (the first there is)")
     machine("--dtype", choices=("auto", "bf16", "fp32"), default="auto", metavar="TYPE",
             help="bf16, fp32 or auto: bf16 where this machine multiplies faster in it (auto)")
+    machine("--compile", action="store_true", help="minutes of compiling first, faster from then on: for many images")
     return top
 
 
@@ -692,6 +695,7 @@ def run(args):
         print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "labels"))
     params, tokenizer_params = (pytree.tree_map(lambda tensor: tensor.to(device), tree) for tree in (params, tokenizer_params))
     models = hmar.cast(params, dtype), tokenizer.cast(tokenizer_params, dtype)
+    options |= dict(network=compiled_network(device)) if args.compile else {}
     labels = torch.tensor(kinds, device=device).repeat_interleave(args.count)
     side, names = tokenizer.downsampling(tokenizer_params), [names[kind] for kind in kinds]
     height, width = (side * latent for latent in hmar.scales(params)[-1])
@@ -733,6 +737,13 @@ def run(args):
             for i, pixels in enumerate(to_bytes(make(range(first, min(first + args.batch, len(labels))))), first):
                 path = os.path.join(args.out, f"{i:06d}-{int(labels[i])}.png")
                 write_atomically(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, "PNG"))
+
+
+def compiled_network(device):
+    """hmar's two functions for `steps`, compiled for each scale's shapes; on CUDA replayed as graphs, without the cost of launches."""
+    torch._dynamo.config.recompile_limit = 64  # one for each scale, with and without guidance
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return tuple(torch.compile(call, dynamic=False, mode=mode) for call in (hmar.next_scale_features, hmar.masked_features))
 
 
 def zip_arrays(file, images_path, labels):

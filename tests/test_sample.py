@@ -575,6 +575,20 @@ def test_photographs_of_other_dtypes(dtype):
     assert torch.equal(edited[~mask.expand_as(images)].to(dtype), images[~mask.expand_as(images)])
 
 
+@pytest.mark.parametrize("options", [dict(guidance=1.5), dict(guidance=0.0, schedule=sample.schedule(SCALES, 2))])
+def test_the_network_compiles_whole_and_draws_the_same(options):
+    torch.compiler.reset()
+    calls = []
+
+    def compiled(function):
+        graph = torch.compile(function, backend="eager", dynamic=False, fullgraph=True)
+        return lambda *args, **kwargs: (calls.append(function), graph(*args, **kwargs))[1]
+    network = compiled(hmar.next_scale_features), compiled(hmar.masked_features)
+    _, tokens = sample.generate(PARAMS, TOKENIZER, LABELS, network=network, **options)
+    assert torch.equal(tokens, sample.generate(PARAMS, TOKENIZER, LABELS, **options)[1])
+    assert set(calls) == {hmar.next_scale_features, hmar.masked_features}
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(temperature=-1), "temperature: got -1, expected 0 or more"), (dict(temperature=math.nan), "temperature: got nan"),
     (dict(temperature=math.inf), "temperature: got inf"), (dict(top_k=-1), "top_k: got -1, expected"), (dict(top_k=2.5), "top_k: got 2.5"),
@@ -696,6 +710,15 @@ def test_an_interrupted_export_goes_on(run_folder, tmp_path):
     with np.load(tmp_path / "a.npz") as archive:
         pixels = sample.to_bytes(sample.generate(PARAMS, TOKENIZER, torch.tensor([0, 0, 1, 1, 2, 2]))[0])
         assert np.abs(archive["arr_0"].astype(int) - pixels).max() <= 1
+
+
+def test_the_command_compiles(run_folder, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: made.append((function, options)) or function)
+    for flag in ([], ["--compile"]):
+        assert sample.main([str(run_folder), "--count", "1", "--out", str(tmp_path / f"{len(flag)}.png"), *flag]) == 0
+        assert made == [(f, dict(dynamic=False, mode=None)) for f in (hmar.next_scale_features, hmar.masked_features)] * len(flag)
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
 
 
 def test_the_command_edits(run_folder, tmp_path):
