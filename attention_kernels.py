@@ -103,6 +103,9 @@ def dense_masked_attention(query, key, value, block_lengths, is_causal=False, sc
 
 def _autocast(*tensors):
     # q and k are normalised in float32 while v comes out of a bfloat16 product: like every matmul under autocast, cast what is not float64
+    for name, tensor in zip(("query", "key", "value"), tensors):
+        if not torch.is_tensor(tensor):
+            raise ValueError(f"{name} is {type(tensor).__name__}, expected a tensor")
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -111,8 +114,8 @@ def _autocast(*tensors):
 
 
 def _check_arguments(query, key, value, block_lengths, scale):
-    if query.ndim != 4:
-        raise ValueError(f"query has shape {tuple(query.shape)}, expected (batch, heads, tokens, head_dim)")
+    if query.ndim != 4 or query.shape[2] == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}, expected (batch, heads, tokens, head_dim), at least one token")
     tokens, head_dim = query.shape[2:]
     if query.dtype not in DTYPES:
         raise ValueError(f"query is {query.dtype}, expected one of {', '.join(map(str, DTYPES))}")
@@ -125,14 +128,18 @@ def _check_arguments(query, key, value, block_lengths, scale):
             raise ValueError(f"{name} is {tensor.dtype}, expected the dtype of query, {query.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, expected the device of query, {query.device}")
-    if not isinstance(block_lengths, Sequence) or not all(isinstance(length, int) and length > 0 for length in block_lengths):
+    if not isinstance(block_lengths, Sequence) or not all(_is_number(length, int) and length > 0 for length in block_lengths):
         raise ValueError(f"block_lengths is {block_lengths!r}, expected a sequence of positive ints")
     if sum(block_lengths) != tokens:
         raise ValueError(f"block_lengths is {block_lengths!r}, which sums to {sum(block_lengths)}, expected the {tokens} tokens of query")
     scale = head_dim**-0.5 if scale is None else scale
-    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+    if not _is_number(scale, (int, float)) or not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale!r}, expected a positive number")
     return tuple(block_lengths), float(scale)
+
+
+def _is_number(x, kinds):
+    return isinstance(x, kinds) and not isinstance(x, bool)
 
 
 @functools.lru_cache(maxsize=256)

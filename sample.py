@@ -288,8 +288,8 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
 
     At each scale the tokens whose cells lie outside the mask are those of the image; the others are drawn by the next-scale branch, then by
     the masked branch, which sees the given ones. Pixels outside the mask are the original ones; what decoding did to them at the mask's
-    edge is taken back inside too, fading over a latent cell, and there the edge blends over `feather` pixels. Keyword arguments are those
-    of `steps`. ValueError on a mask of another shape or type, or as encode and steps.
+    edge is taken back inside too, fading over two latent cells, and there the edge blends over `feather` pixels. Keyword arguments are
+    those of `steps`. ValueError on a mask of another shape or type, or as encode and steps.
     """
     scales = hmar.scales(params)
     expected = (len(images), 1, *images.shape[2:])
@@ -308,7 +308,7 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
             pass
         painted = tokenizer.decode_features(tokenizer_params, step.f_hat)
     outside, original = (~mask).float(), images.to(painted.dtype)
-    repair = continued((original - painted) * outside, outside, tokenizer.downsampling(tokenizer_params))
+    repair = continued((original - painted) * outside, outside, 2 * tokenizer.downsampling(tokenizer_params))
     painted = (painted + repair).clamp(-1, 1)
     grown = [F.max_pool2d(outside, 2 * pixels + 1, 1, pixels) for pixels in range(feather + 1)]
     share = 1 - sum(grown) / len(grown)  # 0 outside the mask, 1 from `feather` pixels inside it

@@ -550,7 +550,7 @@ def test_feathering_blends_inside_the_mask(feather):
 @pytest.mark.parametrize("kind", ["half", "random"])
 def test_what_decoding_does_at_the_edge_is_taken_back(kind):
     """Here it makes everything lighter by 0.25, and the picture grey: as much is taken off next to the edge, and less with the distance."""
-    images, mask, reach = torch.zeros(3, 3, 6, 8), masks(kind, 3), tokenizer.downsampling(TOKENIZER)
+    images, mask, reach = torch.zeros(3, 3, 6, 8), masks(kind, 3), 2 * tokenizer.downsampling(TOKENIZER)
     with mock.patch.object(tokenizer, "decode_features", lambda params, f_hat: torch.full((3, 3, 6, 8), 0.25)):
         edited = sample.edit(PARAMS, TOKENIZER, images, mask, LABELS)
     for i, y, x in itertools.product(range(3), range(6), range(8)):
