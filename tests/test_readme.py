@@ -47,6 +47,12 @@ def test_copied_alone_a_file_runs_its_example(tmp_path, names):
     assert ">>>" in (ROOT / f"{names[0]}.py").read_text()
 
 
+def test_readme_counts_the_lines_of_the_files():
+    for name in MODULES:
+        lines = int(re.search(rf"^\| `{name}.py` \| (\d+) \|", README, re.MULTILINE).group(1))
+        assert abs(lines - len((ROOT / f"{name}.py").read_text().splitlines())) <= 15, name
+
+
 def test_imports_print_nothing():
     assert python("-c", "import hmar, tokenizer, sample, train", cwd=ROOT) == ""
 
