@@ -16,6 +16,7 @@ A model is a tree of tensors whose keys are the argument names of the functions 
 
 Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024); conditioning by adaptive layer norm as in DiT (Peebles and Xie 2023).
 """
+import functools
 import math
 import re
 
@@ -27,14 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from attention_kernels import block_sparse_attention
 
 LOSS_SLICE = 1 << 25  # logits that the loss holds at once, in elements: 128 MiB of fp32
-
-
-def _square(*sides):
-    return tuple((side, side) for side in sides)
-
-
-SCALES = {256: _square(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: _square(1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-          1024: _square(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)}  # published, for a downsampling of 16
+SCALES = {pixels: tuple((side, side) for side in sides) for pixels, sides in (  # published, for a downsampling of 16
+    (256, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)), (512, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)),
+    (1024, (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)))}
 
 
 def scales(params):
@@ -47,16 +43,14 @@ def next_scale_logits(params, labels, inputs, is_causal=False, *, only=None, cac
 
     labels (B,) int64, 0 to the number of classes, which is the null class; inputs (B, L - len_0, code_dim) from
     tokenizer.next_scale_inputs. only=k computes scale k alone, (B, n_k, codes), from its own inputs (B, n_k, code_dim), None for scale 0.
-    There a `cache` from new_cache makes it VAR: the scale's keys and values are added to it. ValueError on shapes, dtypes or labels that do
-    not fit the tree.
+    There a `cache` from new_cache makes it VAR: it takes in the scale's keys and values. ValueError on what does not fit the tree.
     """
     x = next_scale_features(params, labels, inputs, is_causal, only=only, cache=cache)
     return logits(x, **params["next_scale"]["head"])
 
 
 def masked_logits(params, labels, inputs, own_inputs, mask, *, only=None):
-    """Logits (B, L, codes), fp32, of every token given the coarser scales and the tokens of its own that are not hidden (HMAR, masked
-    prediction).
+    """Logits (B, L, codes), fp32, of every token given the coarser scales and its own scale's visible tokens (HMAR, masked prediction).
 
     own_inputs (B, L - len_0, code_dim) from tokenizer.masked_inputs; mask (B, L - len_0) bool, True = hidden; scale 0 is never masked.
     only=k, from 1, computes scale k alone from its own part of each. ValueError where the tree has no masked branch, or as above.
@@ -86,9 +80,7 @@ def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=No
 
 
 def token_losses(x, targets, weight, bias):
-    """Cross entropy (N,) of targets (N,) under the logits of x (N, C), slice by slice, each computed again in the backward pass if there
-    are several.
-    """
+    """Cross entropy (N,) of targets (N,) under the logits of x (N, C); several slices are computed again in the backward pass."""
     def loss(x, targets):
         return F.cross_entropy(logits(x, weight, bias), targets, reduction="none")
     size = max(1, LOSS_SLICE // len(weight))
@@ -118,10 +110,9 @@ def scale_weights(scales, kind):
 
 
 def stochastic_depth(uniform, rate):
-    """Factors (B, depth, 2) for the two branches of every block: 0 where dropped, else 1 / kept share; the rate rises linearly over blocks
-    to `rate`.
+    """Factors (B, depth, 2) for the two branches of every block: 0 where dropped, else 1 / kept share.
 
-    uniform (B, depth, 2) in [0, 1).
+    uniform (B, depth, 2) in [0, 1); the rate of dropping rises linearly over blocks to `rate`.
     """
     kept = 1 - torch.linspace(0, rate, uniform.shape[1], device=uniform.device)[:, None]
     return (uniform < kept) / kept
@@ -141,10 +132,9 @@ def next_scale_features(params, labels, inputs, is_causal=False, *, only=None, c
 
 
 def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep=None, checkpointing=False):
-    """What the masked head's last product reads, (B, L, C) fp32: this is where the mask goes.
+    """What the masked head's last product reads, (B, L, C) fp32: in the place of a hidden token's own features, the mask embedding.
 
-    A hidden token's own features give way to the mask embedding; a tree without `own_input` is a published one, which shares the input
-    weight.
+    A tree without `own_input` is a published one, which shares the input weight.
     """
     if "masked" not in params:
         raise ValueError("params: this tree has no masked branch; add_masked_branch makes one and `train.py masked` trains it")
@@ -164,9 +154,7 @@ def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep
 
 
 def embed(params, condition, later, only=None):
-    """The sequence (B, L, C): start tokens for scale 0, `later` (B, L - len_0, C) for the others, plus level and position; or scale `only`
-    of it.
-    """
+    """The sequence (B, L, C), or scale `only`: start tokens for scale 0, `later` (B, L - len_0, C) for others, plus level and position."""
     start = condition[:, None] + params["start"]  # (B, len_0, C)
     if only is None:
         places = torch.cat([position.flatten(0, 1) + level for position, level in zip(params["positions"], params["levels"])])
@@ -177,11 +165,8 @@ def embed(params, condition, later, only=None):
 def run_blocks(x, condition, blocks, lengths, is_causal=False, cache=None, keep=None, checkpointing=False):
     """x (B, L, C) through all blocks, with what belongs to each: its part of the cache, its factors from stochastic_depth."""
     for i, params in enumerate(blocks):
-        arguments = (condition, lengths, is_causal, None if cache is None else cache[i], None if keep is None else keep[:, i])
-        if checkpointing:
-            x = checkpoint(lambda x, arguments=arguments, params=params: block(x, *arguments, **params), x, use_reentrant=False)
-        else:
-            x = block(x, *arguments, **params)
+        run = functools.partial(checkpoint, block, use_reentrant=False) if checkpointing else block
+        x = run(x, condition, lengths, is_causal, None if cache is None else cache[i], None if keep is None else keep[:, i], **params)
     return x
 
 
@@ -245,27 +230,20 @@ def wide(x):
 
 
 def cast(params, dtype):
-    """The same tree with its blocks' weights in dtype; embeddings, head and the attention temperatures stay as they are. Gradients pass
-    through.
-    """
-    def cast_block(block):
-        half = pytree.tree_map(lambda tensor: tensor.to(dtype), block)
-        half["attention"]["scale"] = block["attention"]["scale"]
-        return half
-
-    def cast_blocks(tree):
-        return tree | dict(blocks=[cast_block(block) for block in tree["blocks"]])
-    branches = {name: cast_blocks(params[name]) for name in ("next_scale", "masked") if name in params}
-    return params | dict(trunk=[cast_block(block) for block in params["trunk"]]) | branches
+    """The same tree with its blocks' weights in dtype, but for the attention temperatures. Gradients pass through."""
+    def move(path, tensor):
+        names = [getattr(key, "key", None) for key in path]
+        return tensor.to(dtype) if ("trunk" in names or "blocks" in names) and names[-1] != "scale" else tensor
+    return pytree.tree_map_with_path(move, params)
 
 
 def new_cache(params, batch):
     """Room for keys and values of the whole pyramid, (2, batch, heads, L, head_dim) a block: what VAR needs to sample and HMAR does not."""
-    total = sum(h * w for h, w in scales(params))
-
-    def room(qkv, scale, **_):
-        return qkv.new_empty(2, batch, len(scale), total, qkv.shape[1] // len(scale))
-    return [room(**block["attention"]) for block in params["trunk"] + params["next_scale"]["blocks"]]
+    total, cache = sum(h * w for h, w in scales(params)), []
+    for block in params["trunk"] + params["next_scale"]["blocks"]:
+        qkv, heads = block["attention"]["qkv"], len(block["attention"]["scale"])
+        cache.append(qkv.new_empty(2, batch, heads, total, qkv.shape[1] // heads))
+    return cache
 
 
 def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256], width=None, heads=None, gamma=None, seed=0):
@@ -305,8 +283,7 @@ def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256],
 
 
 def add_masked_branch(params, blocks=8, own_input=True, seed=0):
-    """The same tree with a masked branch: its last `blocks` blocks and head start as copies of the next-scale branch's, the rest is the
-    shared trunk.
+    """The same tree with a masked branch: its last `blocks` blocks and head start as copies of the next-scale branch's, the rest is shared.
 
     own_input gives the branch an input weight of its own for a scale's own tokens, started from the shared one; the published model has
     none. ValueError if there is a branch already or the depth is less than `blocks`.
@@ -315,11 +292,9 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     if "masked" in params or not 1 <= blocks <= len(all_blocks):
         raise ValueError(f"blocks: got {blocks}, expected 1 to {len(all_blocks)}, for a tree that has no masked branch yet")
     copied = all_blocks[-blocks:]
-    generator = None if params["classes"].is_meta else torch.Generator().manual_seed(seed)
-    embedding = torch.empty(params["classes"].shape[1], device="meta" if params["classes"].is_meta else "cpu")
-    embedding = torch.nn.init.trunc_normal_(embedding, std=math.sqrt(1 / (3 * len(embedding))), generator=generator).to(params["classes"])
-    branch = dict(blocks=copied, modulation=params["next_scale"]["modulation"], head=params["next_scale"]["head"])
-    branch = pytree.tree_map(torch.clone, branch) | dict(mask_embedding=embedding)
+    embedding = torch.empty(params["classes"].shape[1], device="cpu")
+    torch.nn.init.trunc_normal_(embedding, std=math.sqrt(1 / (3 * len(embedding))), generator=torch.Generator().manual_seed(seed))
+    branch = pytree.tree_map(torch.clone, params["next_scale"] | dict(blocks=copied)) | dict(mask_embedding=embedding.to(params["classes"]))
     if own_input:
         branch["own_input"] = params["input"]["weight"].clone()
     return params | dict(trunk=all_blocks[:-blocks], next_scale=params["next_scale"] | dict(blocks=copied), masked=branch)
@@ -360,14 +335,25 @@ def from_published(state_dict, scales=None, *, dtype=torch.float32):
     lists what is missing, unexpected or of another shape, or says why scales do not fit.
     """
     state = _transformer_state(state_dict)
-    combined = "ns_head.weight" in state
-    sized = [state.get(name) for name in ("class_emb.weight", "word_embed.weight", "pos_1LC", "pos_start")]
-    if not all(torch.is_tensor(tensor) for tensor in sized) or ("mask_embed.weight" in state and not combined):
-        raise ValueError("state_dict: expected VAR, HMAR after stage one or the combined HMAR, with class_emb., pos_1LC and head. keys, "
-                         f"got {_few(state) if state else type(state_dict).__name__}")
-    scales = _published_scales(scales, sized[2].shape[1], sized[3].shape[1])
-    state, names = _without_buffers(state, scales), {}  # published name -> the template's tensor
-    template = _published_template(state, combined, scales)
+    combined = any(name.startswith(("ns_", "mask_")) for name in state)
+    head, stacks = ("ns_head.bias", ("base_blocks", "ns_blocks")) if combined else ("head.bias", ("blocks",))
+    sizes = ("class_emb.weight", "word_embed.weight", "pos_1LC", "pos_start", head)
+    if not all(torch.is_tensor(state.get(name)) for name in sizes):
+        raise ValueError(f"state_dict: expected VAR, HMAR after stage one or the combined HMAR, with {', '.join(sizes)}; "
+                         f"got {_few(list(state)) or type(state_dict).__name__}")
+    scales = _published_scales(state, scales)
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(("lvl_1L", "attn_bias_for_masking", "attn.zero_k_bias"))}
+
+    def count(stack):
+        return len({name.split(".")[1] for name in state if name.startswith(f"{stack}.")})
+    width = state["pos_1LC"].shape[-1]
+    heads = max((tensor.numel() for name, tensor in state.items() if name.endswith(".attn.scale_mul_1H11")), default=1)
+    with torch.device("meta"):  # a tree of these sizes; at least one block, where there is none it is told as missing
+        template = init(depth=max(1, sum(map(count, stacks))), classes=len(state["class_emb.weight"]) - 1, codes=len(state[head]),
+                        code_dim=state["word_embed.weight"].shape[1], scales=scales, width=width, heads=heads if width % heads == 0 else 1)
+        template = add_masked_branch(template, max(1, count("mask_blocks")), own_input=False) if combined else template
+        template["positions"] = torch.empty(state["pos_1LC"].shape[1:])  # published in one row
+    names = {}  # published name -> the template's tensor
     for path, tensor in pytree.tree_flatten_with_path(template)[0]:
         name = ".".join(re.findall(r"\w+", pytree.keystr(path)))
         for pattern, published in PUBLISHED_NAMES + (() if combined else ONE_BRANCH_NAMES):
@@ -385,69 +371,45 @@ def from_published(state_dict, scales=None, *, dtype=torch.float32):
     return params | dict(positions=[position.unflatten(0, size) for position, size in zip(positions, scales)])
 
 
-def _published_template(state, combined, scales):
-    """A tree of the sizes that a published state dict seems to have, without data, its positions in one row."""
-    def count(blocks):
-        return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
-
-    def size(name, default=1):  # of a tensor that may be missing, which is told later
-        return state[name].numel() if name in state else default
-    classes, width, code_dim = len(state["class_emb.weight"]), state["pos_1LC"].shape[-1], state["word_embed.weight"].shape[1]
-    depth = count("base_blocks") + count("ns_blocks") if combined else count("blocks")
-    heads = max((tensor.numel() for name, tensor in state.items() if name.endswith(".attn.scale_mul_1H11")), default=1)
-    with torch.device("meta"):
-        template = init(depth=max(1, depth), classes=classes - 1, codes=size("ns_head.bias" if combined else "head.bias"),
-                        code_dim=code_dim, scales=scales, width=width, heads=heads if width % heads == 0 else 1)
-        template = add_masked_branch(template, max(1, count("mask_blocks")), own_input=False) if combined else template
-        return template | dict(positions=torch.empty(sum(h * w for h, w in scales), width))
+def published_is_causal(state_dict):
+    """Whether published weights come with VAR's block-causal mask: True, False (HMAR's block-diagonal one), or None without a mask."""
+    mask = _transformer_state(state_dict).get("attn_bias_for_masking")
+    return None if mask is None else bool(mask[0, 0, -1, 0] == 0)  # may the last token see the first one
 
 
 def _transformer_state(state_dict):
     """The state dict itself, or the transformer's in a VAR trainer's file; {} for anything else."""
     for name in ("trainer", "var_wo_ddp"):
         state_dict = state_dict.get(name, state_dict) if isinstance(state_dict, dict) else {}
-    return state_dict if isinstance(state_dict, dict) and all(isinstance(name, str) for name in state_dict) else {}
+    return {str(name): tensor for name, tensor in state_dict.items()} if isinstance(state_dict, dict) else {}
 
 
-def published_is_causal(state_dict):
-    """Whether a published state dict carries the block-causal mask of VAR: True, False (HMAR's block-diagonal one), or None where it has no
-    mask.
-    """
-    mask = _transformer_state(state_dict).get("attn_bias_for_masking")
-    return None if mask is None else bool(mask[0, 0, -1, 0] == 0)  # may the last token see the first one
-
-
-def _published_scales(scales, total, first):
+def _published_scales(state, scales):
+    """The scales of a published state, by default those of its length. ValueError where its positions or its buffers say something else."""
+    total, first = state["pos_1LC"].shape[1], state["pos_start"].shape[1]
     known = {sum(h * w for h, w in published): published for published in SCALES.values()}
     if scales is None and total not in known:
         raise ValueError(f"scales: must be given for {total} tokens; known are the published lengths, {', '.join(map(str, known))}")
     scales = known[total] if scales is None else scales
     _check_sizes(scales)
     scales = tuple(tuple(size) for size in scales)
-    if sum(h * w for h, w in scales) != total or scales[0][0] * scales[0][1] != first:
-        raise ValueError(f"scales: {scales} hold {sum(h * w for h, w in scales)} tokens, the first {scales[0][0] * scales[0][1]}; "
-                         f"these weights have {total} and {first}")
-    return scales
-
-
-def _without_buffers(state, scales):
-    """The state without its persistent buffers, which say nothing that the scales do not; ValueError where they say something else."""
-    levels = torch.arange(len(scales)).repeat_interleave(torch.tensor([h * w for h, w in scales]))
-    buffers = {name for name in state if name in ("lvl_1L", "attn_bias_for_masking") or name.endswith(".attn.zero_k_bias")}
+    counts = [h * w for h, w in scales]
+    if sum(counts) != total or counts[0] != first:
+        raise ValueError(f"scales: {scales} hold {sum(counts)} tokens, the first {counts[0]}; these weights have {total} and {first}")
+    levels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     if "lvl_1L" in state and not torch.equal(state["lvl_1L"].flatten().cpu(), levels):
         raise ValueError(f"scales: {scales} do not match the levels stored with these weights (lvl_1L)")
     if "attn_bias_for_masking" in state:
-        visible, own = state["attn_bias_for_masking"][0, 0].cpu() == 0, levels[:, None] == levels
-        if not (torch.equal(visible, own) or torch.equal(visible, levels[:, None] >= levels)):
+        visible, masks = state["attn_bias_for_masking"][0, 0].cpu() == 0, (levels[:, None] == levels, levels[:, None] >= levels)
+        if not any(torch.equal(visible, mask) for mask in masks):
             raise ValueError("state_dict: attn_bias_for_masking is neither block-diagonal nor block-causal over the scales")
-    if any(state[name].any() for name in buffers if name.endswith(".zero_k_bias")):
+    if any(tensor.any() for name, tensor in state.items() if name.endswith(".attn.zero_k_bias")):
         raise ValueError("state_dict: attn.zero_k_bias is not zero")
-    return {name: tensor for name, tensor in state.items() if name not in buffers}
+    return scales
 
 
 def _few(items):
-    items = [str(item) for item in items]
-    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "") if items else "nothing"
+    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
 def _check_sizes(scales):
