@@ -45,8 +45,7 @@ def next_scale_logits(params, labels, inputs, is_causal=False, *, only=None, cac
     tokenizer.next_scale_inputs. only=k computes scale k alone, (B, n_k, codes), from its own inputs (B, n_k, code_dim), None for scale 0.
     There a `cache` from new_cache makes it VAR: it takes in the scale's keys and values. ValueError on what does not fit the tree.
     """
-    x = next_scale_features(params, labels, inputs, is_causal, only=only, cache=cache)
-    return logits(x, **params["next_scale"]["head"])
+    return logits(next_scale_features(params, labels, inputs, is_causal, only=only, cache=cache), **params["next_scale"]["head"])
 
 
 def masked_logits(params, labels, inputs, own_inputs, mask, *, only=None):
@@ -95,17 +94,13 @@ def scale_weights(scales, kind):
     "token": all alike (VAR). "scale": all scales alike. "lognormal": scale k in proportion to the standard normal density at z_k, where z
     are the relative sides, reversed and standardised (HMAR); a scale's mass is shared equally by its tokens.
     """
-    counts = torch.tensor([h * w for h, w in scales], dtype=torch.float64)
-    if kind == "token":
-        mass = counts
-    elif kind == "scale":
-        mass = torch.ones_like(counts)
-    elif kind == "lognormal":
-        relative = (counts / counts[-1]).sqrt().flip(0)
-        distance = relative - relative.mean()
-        mass = torch.exp(-0.5 * (distance / relative.std()).square()) if distance.any() else torch.ones_like(counts)
-    else:
+    if kind not in ("token", "scale", "lognormal"):
         raise ValueError(f'kind: got {kind!r}, expected "token", "scale" or "lognormal"')
+    counts = torch.tensor([h * w for h, w in scales], dtype=torch.float64)
+    mass = counts if kind == "token" else torch.ones_like(counts)
+    relative = (counts / counts[-1]).sqrt().flip(0)
+    if kind == "lognormal" and (relative != 1).any():
+        mass = torch.exp(-0.5 * ((relative - relative.mean()) / relative.std()).square())
     return (mass / mass.sum() / counts).repeat_interleave(counts.long()).float()
 
 
@@ -120,15 +115,11 @@ def stochastic_depth(uniform, rate):
 
 def next_scale_features(params, labels, inputs, is_causal=False, *, only=None, cache=None, keep=None, checkpointing=False):
     """What the next-scale head's last product reads, (B, L, C) fp32. ValueError on shapes, dtypes or labels that do not fit the tree."""
-    _check(params, labels, inputs, only)
-    condition = F.embedding(labels, params["classes"])
-    x = embed(params, condition, linear(inputs, **params["input"]) if only != 0 else None, only)
-    first, lengths = _span(params, only)
+    first, lengths = _check(params, labels, inputs, only)
     if cache is not None:
         cache = [layer[:, :, :, :first + lengths[0]] for layer in cache]
-    blocks = params["trunk"] + params["next_scale"]["blocks"]
-    x = run_blocks(x, condition, blocks, lengths, is_causal, cache, keep, checkpointing)
-    return modulate(wide(x), *head_modulation(condition, **params["next_scale"]["modulation"]))
+    later = linear(inputs, **params["input"]) if only != 0 else None
+    return branch_features(params, params["next_scale"], labels, later, lengths, only, is_causal, cache, keep, checkpointing)
 
 
 def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep=None, checkpointing=False):
@@ -140,26 +131,27 @@ def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep
         raise ValueError("params: this tree has no masked branch; add_masked_branch makes one and `train.py masked` trains it")
     if only == 0:
         raise ValueError("only: got 0, which is never masked, expected None or a later scale")
-    _check(params, labels, inputs, only)
+    _, lengths = _check(params, labels, inputs, only)
     if own_inputs.shape != inputs.shape or mask.shape != inputs.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(f"own_inputs, mask: got {tuple(own_inputs.shape)} and {mask.dtype} {tuple(mask.shape)}, expected "
                          f"{tuple(inputs.shape)} and bool {tuple(inputs.shape[:2])}")
     branch = params["masked"]
     own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
-    own = torch.where(mask[..., None], branch["mask_embedding"].to(own.dtype), own)
-    condition = F.embedding(labels, params["classes"])
-    x = embed(params, condition, linear(inputs, **params["input"]) + own, only)
-    x = run_blocks(x, condition, params["trunk"] + branch["blocks"], _span(params, only)[1], keep=keep, checkpointing=checkpointing)
-    return modulate(wide(x), *head_modulation(condition, **branch["modulation"]))
+    later = linear(inputs, **params["input"]) + torch.where(mask[..., None], branch["mask_embedding"].to(own.dtype), own)
+    return branch_features(params, branch, labels, later, lengths, only, keep=keep, checkpointing=checkpointing)
 
 
-def embed(params, condition, later, only=None):
-    """The sequence (B, L, C), or scale `only`: start tokens for scale 0, `later` (B, L - len_0, C) for others, plus level and position."""
+def branch_features(params, branch, labels, later, lengths, only, is_causal=False, cache=None, keep=None, checkpointing=False):
+    """Start tokens for scale 0, `later` (B, L - len_0, C) for others, plus level and position, through trunk and branch: (B, L, C) fp32."""
+    condition = F.embedding(labels, params["classes"])  # (B, C)
     start = condition[:, None] + params["start"]  # (B, len_0, C)
     if only is None:
         places = torch.cat([position.flatten(0, 1) + level for position, level in zip(params["positions"], params["levels"])])
-        return torch.cat([start, later], 1) + places
-    return (start if only == 0 else later) + params["positions"][only].flatten(0, 1) + params["levels"][only]
+        x = torch.cat([start, later], 1) + places
+    else:
+        x = (start if only == 0 else later) + params["positions"][only].flatten(0, 1) + params["levels"][only]
+    x = run_blocks(x, condition, params["trunk"] + branch["blocks"], lengths, is_causal, cache, keep, checkpointing)
+    return modulate(wide(x), *head_modulation(condition, **branch["modulation"]))
 
 
 def run_blocks(x, condition, blocks, lengths, is_causal=False, cache=None, keep=None, checkpointing=False):
@@ -257,7 +249,7 @@ def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256],
     if min(depth, classes, codes, code_dim, width, heads) < 1 or width % heads:
         raise ValueError(f"depth, classes, codes, code_dim, width, heads: got {(depth, classes, codes, code_dim, width, heads)}, "
                          "expected positive sizes and a width that the heads divide")
-    _check_sizes(scales)
+    scales = _pairs(scales)
     gamma = (1e-5 if depth >= 30 else 1e-4 if depth >= 24 else 1e-3) if gamma is None else gamma
     generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
     std = math.sqrt(1 / (3 * width))
@@ -306,25 +298,25 @@ def resize_positions(params, scales):
     Each new scale takes after the old one of the nearest relative size: its positions, resampled bicubically, and its level embedding. The
     start tokens of scale 0 are resampled alike. ValueError unless scales are (height, width) pairs.
     """
-    _check_sizes(scales)
+    scales = _pairs(scales)
 
     def resample(grid, size):  # (h, w, C) -> (*size, C)
         return F.interpolate(grid.permute(2, 0, 1)[None].float(), size, mode="bicubic")[0].permute(1, 2, 0).to(grid.dtype).contiguous()
     old = [position.shape[:2] for position in params["positions"]]
     relative = torch.tensor([h * w / (old[-1][0] * old[-1][1]) for h, w in old]).sqrt()
     source = [int((relative - math.sqrt(h * w / (scales[-1][0] * scales[-1][1]))).abs().argmin()) for h, w in scales]
-    start = resample(params["start"].unflatten(0, old[0]), tuple(scales[0])).flatten(0, 1)
-    positions = [resample(params["positions"][k], tuple(size)) for k, size in zip(source, scales)]
+    start = resample(params["start"].unflatten(0, old[0]), scales[0]).flatten(0, 1)
+    positions = [resample(params["positions"][k], size) for k, size in zip(source, scales)]
     return params | dict(start=start, levels=params["levels"][source], positions=positions)
 
 
 PUBLISHED_NAMES = (  # patterns of our names, applied in order
     (r"^classes$", "class_emb.weight"), (r"^start$", "pos_start"), (r"^positions$", "pos_1LC"), (r"^levels$", "lvl_embed.weight"),
     (r"^input\.bias$", "word_embed_bias"), (r"^input\.", "word_embed."), (r"^trunk\.", "base_blocks."),
-    (r"^masked\.mask_embedding$", "mask_embed.weight"), (r"^next_scale\.modulation\.", "ns_head_nm.ada_lin.1."),
-    (r"^masked\.modulation\.", "mask_head_nm.ada_lin.1."), (r"^next_scale\.", "ns_"), (r"^masked\.", "mask_"),
-    (r"\.modulation\.", ".ada_lin.1."), (r"mlp\.expand", "ffn.fc1"), (r"mlp\.contract", "ffn.fc2"), (r"attention\.project", "attn.proj"),
-    (r"attention\.qkv$", "attn.mat_qkv.weight"), (r"attention\.scale$", "attn.scale_mul_1H11"), (r"attention\.", "attn."))
+    (r"^masked\.mask_embedding$", "mask_embed.weight"), (r"^(next_scale|masked)\.modulation", r"\1.head_nm.modulation"),
+    (r"^next_scale\.", "ns_"), (r"^masked\.", "mask_"), (r"modulation", "ada_lin.1"), (r"mlp\.expand", "ffn.fc1"),
+    (r"mlp\.contract", "ffn.fc2"), (r"attention\.project", "attn.proj"), (r"attention\.qkv$", "attn.mat_qkv.weight"),
+    (r"attention\.scale$", "attn.scale_mul_1H11"), (r"attention\.", "attn."))
 ONE_BRANCH_NAMES = ((r"^base_blocks", "blocks"), (r"^ns_head", "head"), (r"^word_embed_bias", "word_embed.bias"))
 
 
@@ -342,7 +334,7 @@ def from_published(state_dict, scales=None, *, dtype=torch.float32):
         raise ValueError(f"state_dict: expected VAR, HMAR after stage one or the combined HMAR, with {', '.join(sizes)}; "
                          f"got {_few(list(state)) or type(state_dict).__name__}")
     scales = _published_scales(state, scales)
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(("lvl_1L", "attn_bias_for_masking", "attn.zero_k_bias"))}
+    state = {name: tensor for name, tensor in state.items() if not re.fullmatch(r"lvl_1L|attn_bias_for_masking|.*\.zero_k_bias", name)}
 
     def count(stack):
         return len({name.split(".")[1] for name in state if name.startswith(f"{stack}.")})
@@ -352,7 +344,7 @@ def from_published(state_dict, scales=None, *, dtype=torch.float32):
         template = init(depth=max(1, sum(map(count, stacks))), classes=len(state["class_emb.weight"]) - 1, codes=len(state[head]),
                         code_dim=state["word_embed.weight"].shape[1], scales=scales, width=width, heads=heads if width % heads == 0 else 1)
         template = add_masked_branch(template, max(1, count("mask_blocks")), own_input=False) if combined else template
-        template["positions"] = torch.empty(state["pos_1LC"].shape[1:])  # published in one row
+        template["positions"] = torch.empty(state["pos_1LC"].shape[1], width)  # published in one row
     names = {}  # published name -> the template's tensor
     for path, tensor in pytree.tree_flatten_with_path(template)[0]:
         name = ".".join(re.findall(r"\w+", pytree.keystr(path)))
@@ -390,9 +382,7 @@ def _published_scales(state, scales):
     known = {sum(h * w for h, w in published): published for published in SCALES.values()}
     if scales is None and total not in known:
         raise ValueError(f"scales: must be given for {total} tokens; known are the published lengths, {', '.join(map(str, known))}")
-    scales = known[total] if scales is None else scales
-    _check_sizes(scales)
-    scales = tuple(tuple(size) for size in scales)
+    scales = _pairs(known[total] if scales is None else scales)
     counts = [h * w for h, w in scales]
     if sum(counts) != total or counts[0] != first:
         raise ValueError(f"scales: {scales} hold {sum(counts)} tokens, the first {counts[0]}; these weights have {total} and {first}")
@@ -412,32 +402,26 @@ def _few(items):
     return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
-def _check_sizes(scales):
+def _pairs(scales):
+    """scales as a tuple of pairs. ValueError unless they are (height, width) pairs of positive integers."""
     pairs = isinstance(scales, (tuple, list)) and all(isinstance(size, (tuple, list)) and len(size) == 2 for size in scales)
     if not pairs or not scales or any(not isinstance(side, int) or side < 1 for size in scales for side in size):
         raise ValueError(f"scales: got {scales}, expected (height, width) pairs of positive integers")
-
-
-def _span(params, only):
-    """(first token, lengths) of the scales that a call computes: all, or scale `only`."""
-    counts = [h * w for h, w in scales(params)]
-    return (0, counts) if only is None else (sum(counts[:only]), counts[only:only + 1])
+    return tuple(tuple(size) for size in scales)
 
 
 def _check(params, labels, inputs, only):
-    null, code_dim, count = len(params["classes"]) - 1, params["input"]["weight"].shape[1], len(params["positions"])
-    if not torch.is_tensor(inputs) and only != 0:
-        raise ValueError(f"inputs: got {inputs!r}, expected a float tensor (B, tokens, {code_dim})")
+    """(first token, lengths) of the scales that a call computes: all, or scale `only`. ValueError where an argument does not fit."""
+    null, counts = len(params["classes"]) - 1, [h * w for h, w in scales(params)]
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 (B,)")
     # on an accelerator a look at the values would stall its queue
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(labels) and not 0 <= labels.min() <= labels.max() <= null:
         raise ValueError(f"labels: got values from {labels.min()} to {labels.max()}, expected 0 to {null}, the null class")
-    if only is not None and not 0 <= only < count:
-        raise ValueError(f"only: got {only}, expected None or a scale from 0 to {count - 1}")
-    if only == 0:
-        return
-    counts = _span(params, only)[1]
-    expected = (len(labels), sum(counts) - (counts[0] if only is None else 0), code_dim)
-    if tuple(inputs.shape) != expected or not inputs.is_floating_point():
-        raise ValueError(f"inputs: got {(inputs.dtype, tuple(inputs.shape))}, expected floats {expected}")
+    if only is not None and not 0 <= only < len(counts):
+        raise ValueError(f"only: got {only}, expected None or a scale from 0 to {len(counts) - 1}")
+    expected = (len(labels), sum(counts[1:]) if only is None else counts[only], params["input"]["weight"].shape[1])
+    if only != 0 and not (torch.is_tensor(inputs) and inputs.is_floating_point() and inputs.shape == expected):
+        got = (inputs.dtype, tuple(inputs.shape)) if torch.is_tensor(inputs) else inputs
+        raise ValueError(f"inputs: got {got}, expected floats {expected}")
+    return (0, counts) if only is None else (sum(counts[:only]), counts[only:only + 1])
