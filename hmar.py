@@ -6,7 +6,6 @@ A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and
 reconstruction of the scales before it. Attention stays inside a scale (block-diagonal), so no scale needs another's keys: that is the
 Markov property, and why sampling keeps no cache. With is_causal=True the same functions are VAR, where a scale attends to the coarser ones
 too. The masked branch shares the first blocks (the trunk) and sees, besides, the tokens of the scale itself, some of them hidden.
-
 A model is a tree of tensors whose keys are the argument names of the functions that use them, and its shapes are its configuration.
 
     >>> params = add_masked_branch(init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2))), blocks=1)
@@ -16,7 +15,6 @@ A model is a tree of tensors whose keys are the argument names of the functions 
 
 Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024); conditioning by adaptive layer norm as in DiT (Peebles and Xie 2023).
 """
-import functools
 import math
 import re
 
@@ -157,8 +155,8 @@ def branch_features(params, branch, labels, later, lengths, only, is_causal=Fals
 def run_blocks(x, condition, blocks, lengths, is_causal=False, cache=None, keep=None, checkpointing=False):
     """x (B, L, C) through all blocks, with what belongs to each: its part of the cache, its factors from stochastic_depth."""
     for i, params in enumerate(blocks):
-        run = functools.partial(checkpoint, block, use_reentrant=False) if checkpointing else block
-        x = run(x, condition, lengths, is_causal, None if cache is None else cache[i], None if keep is None else keep[:, i], **params)
+        arguments = (x, condition, lengths, is_causal, None if cache is None else cache[i], None if keep is None else keep[:, i])
+        x = checkpoint(block, *arguments, use_reentrant=False, **params) if checkpointing else block(*arguments, **params)
     return x
 
 
@@ -241,8 +239,8 @@ def new_cache(params, batch):
 def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256], width=None, heads=None, gamma=None, seed=0):
     """A new tree for next-scale prediction, fp32, initialised as published; the sizes of VAR-d and HMAR-d follow from depth alone.
 
-    width defaults to 64 * depth, heads to width / 64. gamma scales the branches' gates: 1e-3, at depth 24 1e-4, at depth 30 1e-5 by
-    default. Under torch.device("meta") nothing is allocated. ValueError on sizes below 1 or a width that the heads do not divide.
+    width defaults to 64 * depth, heads to width / 64, gamma, which scales the branches' gates, to 1e-3, from depth 24 1e-4, from 30 1e-5.
+    Under torch.device("meta") nothing is allocated. ValueError on sizes below 1 or a width that the heads do not divide.
     """
     width = 64 * depth if width is None else width
     heads = max(1, width // 64) if heads is None else heads
@@ -252,10 +250,9 @@ def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256],
     scales = _pairs(scales)
     gamma = (1e-5 if depth >= 30 else 1e-4 if depth >= 24 else 1e-3) if gamma is None else gamma
     generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
-    std = math.sqrt(1 / (3 * width))
 
     def normal(*shape, gain=1.0):
-        return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, generator=generator).mul_(gain)
+        return torch.nn.init.trunc_normal_(torch.empty(shape), std=math.sqrt(1 / (3 * width)), generator=generator).mul_(gain)
 
     def affine(inputs, outputs, gain=1.0):
         return dict(weight=normal(outputs, inputs, gain=gain), bias=torch.zeros(outputs))
@@ -277,19 +274,19 @@ def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256],
 def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     """The same tree with a masked branch: its last `blocks` blocks and head start as copies of the next-scale branch's, the rest is shared.
 
-    own_input gives the branch an input weight of its own for a scale's own tokens, started from the shared one; the published model has
-    none. ValueError if there is a branch already or the depth is less than `blocks`.
+    own_input: with an input weight for a scale's own tokens, a copy of the shared one at first; the published model has none. ValueError if
+    there is a branch already or the depth is less than `blocks`.
     """
     all_blocks = params["trunk"] + params["next_scale"]["blocks"]
     if "masked" in params or not 1 <= blocks <= len(all_blocks):
         raise ValueError(f"blocks: got {blocks}, expected 1 to {len(all_blocks)}, for a tree that has no masked branch yet")
-    copied = all_blocks[-blocks:]
+    next_scale = params["next_scale"] | dict(blocks=all_blocks[-blocks:])
     embedding = torch.empty(params["classes"].shape[1], device="cpu")
     torch.nn.init.trunc_normal_(embedding, std=math.sqrt(1 / (3 * len(embedding))), generator=torch.Generator().manual_seed(seed))
-    branch = pytree.tree_map(torch.clone, params["next_scale"] | dict(blocks=copied)) | dict(mask_embedding=embedding.to(params["classes"]))
+    branch = pytree.tree_map(torch.clone, next_scale) | dict(mask_embedding=embedding.to(params["classes"]))
     if own_input:
         branch["own_input"] = params["input"]["weight"].clone()
-    return params | dict(trunk=all_blocks[:-blocks], next_scale=params["next_scale"] | dict(blocks=copied), masked=branch)
+    return params | dict(trunk=all_blocks[:-blocks], next_scale=next_scale, masked=branch)
 
 
 def resize_positions(params, scales):
@@ -332,7 +329,7 @@ def from_published(state_dict, scales=None, *, dtype=torch.float32):
     sizes = ("class_emb.weight", "word_embed.weight", "pos_1LC", "pos_start", head)
     if not all(torch.is_tensor(state.get(name)) for name in sizes):
         raise ValueError(f"state_dict: expected VAR, HMAR after stage one or the combined HMAR, with {', '.join(sizes)}; "
-                         f"got {_few(list(state)) or type(state_dict).__name__}")
+                         f"got {type(state_dict).__name__} with {', '.join(list(state)[:10]) or 'no names'}")
     scales = _published_scales(state, scales)
     state = {name: tensor for name, tensor in state.items() if not re.fullmatch(r"lvl_1L|attn_bias_for_masking|.*\.zero_k_bias", name)}
 
@@ -356,7 +353,8 @@ def from_published(state_dict, scales=None, *, dtype=torch.float32):
     problems += [f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}" for name, tensor in names.items()
                  if name in state and state[name].squeeze().shape != tensor.squeeze().shape]
     if problems:
-        raise ValueError(f"state_dict: does not fit the published transformer: {_few(problems)}")
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"state_dict: does not fit the published transformer: {', '.join(problems[:10])}{more}")
     leaves = [state[name].to(dtype).reshape(tensor.shape) for name, tensor in names.items()]
     params = pytree.tree_unflatten(leaves, pytree.tree_structure(template))
     positions = params["positions"].split([h * w for h, w in scales])
@@ -396,10 +394,6 @@ def _published_scales(state, scales):
     if any(tensor.any() for name, tensor in state.items() if name.endswith(".attn.zero_k_bias")):
         raise ValueError("state_dict: attn.zero_k_bias is not zero")
     return scales
-
-
-def _few(items):
-    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
 def _pairs(scales):
