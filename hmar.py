@@ -103,11 +103,8 @@ def scale_weights(scales, kind):
 
 
 def stochastic_depth(uniform, rate):
-    """Factors (B, depth, 2) for the two branches of every block: 0 where dropped, else 1 / kept share.
-
-    uniform (B, depth, 2) in [0, 1); the rate of dropping rises linearly over blocks to `rate`.
-    """
-    kept = 1 - torch.linspace(0, rate, uniform.shape[1], device=uniform.device)[:, None]
+    """Factors (B, depth, 2) of each block's two branches, from uniform (B, depth, 2) in [0, 1): 0 where dropped, else 1 / kept share."""
+    kept = 1 - torch.linspace(0, rate, uniform.shape[1], device=uniform.device)[:, None]  # the rate rises linearly over blocks
     return (uniform < kept) / kept
 
 
@@ -121,10 +118,7 @@ def next_scale_features(params, labels, inputs, is_causal=False, *, only=None, c
 
 
 def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep=None, checkpointing=False):
-    """What the masked head's last product reads, (B, L, C) fp32: in the place of a hidden token's own features, the mask embedding.
-
-    A tree without `own_input` is a published one, which shares the input weight.
-    """
+    """What the masked head's last product reads, (B, L, C) fp32: in the place of a hidden token's own features, the mask embedding."""
     if "masked" not in params:
         raise ValueError("params: this tree has no masked branch; add_masked_branch makes one and `train.py masked` trains it")
     if only == 0:
@@ -134,7 +128,7 @@ def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep
         raise ValueError(f"own_inputs, mask: got {tuple(own_inputs.shape)} and {mask.dtype} {tuple(mask.shape)}, expected "
                          f"{tuple(inputs.shape)} and bool {tuple(inputs.shape[:2])}")
     branch = params["masked"]
-    own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
+    own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))  # a published tree shares the input weight
     later = linear(inputs, **params["input"]) + torch.where(mask[..., None], branch["mask_embedding"].to(own.dtype), own)
     return branch_features(params, branch, labels, later, lengths, only, keep=keep, checkpointing=checkpointing)
 
@@ -171,17 +165,14 @@ def block(x, condition, lengths, is_causal, cache, keep, modulation, attention, 
 
 
 def self_attention(x, lengths, is_causal, cache, qkv, q_bias, v_bias, scale, project):
-    """Multi-head attention with unit-length queries and keys; scale (heads,) is the log of each head's temperature, at most log 100.
-
-    cache: None, or this block's keys and values (2, B, heads, tokens up to here, head_dim), whose end this scale fills in.
-    """
+    """Multi-head attention with unit-length queries and keys; scale (heads,) is the log of each head's temperature, at most log 100."""
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     q, k, v = linear(x, qkv, bias).unflatten(-1, (3, len(scale), -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
     q = (F.normalize(wide(q), dim=-1) * scale.clamp(max=math.log(100)).exp()[:, None, None]).to(v.dtype)
     k = F.normalize(wide(k), dim=-1).to(v.dtype)
     if cache is None:
         out = block_sparse_attention(q, k, v, lengths, is_causal, scale=1.0)
-    else:
+    else:  # keys and values (2, B, heads, tokens up to here, head_dim), whose end this scale fills in
         cache[0, :, :, -k.shape[2]:], cache[1, :, :, -v.shape[2]:] = k, v
         out = F.scaled_dot_product_attention(q, cache[0], cache[1], scale=1.0)
     return linear(out.transpose(1, 2).flatten(2), **project)
