@@ -220,11 +220,9 @@ def cast(params, dtype):
 
 def new_cache(params, batch):
     """Room for keys and values of the whole pyramid, (2, batch, heads, L, head_dim) a block: what VAR needs to sample and HMAR does not."""
-    total, cache = sum(h * w for h, w in scales(params)), []
-    for block in params["trunk"] + params["next_scale"]["blocks"]:
-        qkv, heads = block["attention"]["qkv"], len(block["attention"]["scale"])
-        cache.append(qkv.new_empty(2, batch, heads, total, qkv.shape[1] // heads))
-    return cache
+    blocks, total = params["trunk"] + params["next_scale"]["blocks"], sum(h * w for h, w in scales(params))
+    heads, width = len(blocks[0]["attention"]["scale"]), params["classes"].shape[1]
+    return [block["attention"]["qkv"].new_empty(2, batch, heads, total, width // heads) for block in blocks]
 
 
 def init(*, depth=16, classes=1000, codes=4096, code_dim=32, scales=SCALES[256], width=None, heads=None, gamma=None, seed=0):

@@ -44,7 +44,7 @@ def accumulate(params, tokens, scales):
 def next_scale_inputs(params, tokens, scales):
     """What the transformer sees of scales 1, 2, ...: tokens (B, L) -> (B, L - len_0, code_dim).
 
-    For each, f_hat of all coarser scales, area-resized to its size: HMAR's Markov property is that it knows nothing else of them.
+    For each, f_hat of all coarser scales, area-resized to its size. It knows no more of them than this map: HMAR's Markov property.
     """
     inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(_running_f_hat(params, tokens, scales), scales[1:])]
     return torch.cat(inputs or [F.embedding(tokens[:, :0], params["codebook"])], 1)
@@ -211,7 +211,8 @@ def training_pass(params, images, scales, beta=0.25, quantised=True, stop=None):
 def data_codebook(params, features, scales, generator, rounds=10):
     """A codebook (V, code_dim) made of features (B, code_dim, h, w) of some hundred images.
 
-    Each scale in turn gets an equal share of codes, by k-means over its residuals given the shares before, from a draw with jitter.
+    Each scale in turn gets an equal share of codes, by k-means over its residuals, given the shares before. It starts from a draw with
+    jitter, and with repetition where a scale has fewer vectors than codes.
     """
     f, count, made = features.detach().float(), len(params["codebook"]), []
     f_hat = torch.zeros_like(f)
@@ -221,7 +222,7 @@ def data_codebook(params, features, scales, generator, rounds=10):
         if share == 0:
             continue
         order = torch.randperm(len(vectors), generator=generator)
-        centres = vectors[order.repeat(-(-share // len(order)))[:share]]
+        centres = vectors[order[torch.arange(share) % len(order)]]
         centres = centres + 1e-3 * vectors.std() * torch.randn(centres.shape, generator=generator)
         for _ in range(rounds):
             nearest_centre = nearest(centres, vectors)
@@ -236,10 +237,10 @@ def data_codebook(params, features, scales, generator, rounds=10):
 
 def discriminator(images, layers):
     """Realness (B, h, w) of overlapping patches of images (B, 3, H, W): a small PatchGAN (Isola et al. 2017) under spectral norm."""
-    x, (*halving, last) = images, layers
+    *halving, last = layers
     for layer in halving:
-        x = F.leaky_relu(F.conv2d(x, spectrally_normalised(layer["weight"]), layer["bias"], stride=2, padding=1), 0.2)
-    return F.conv2d(x, spectrally_normalised(last["weight"]), last["bias"], padding=1).squeeze(1)
+        images = F.leaky_relu(F.conv2d(images, spectrally_normalised(layer["weight"]), layer["bias"], stride=2, padding=1), 0.2)
+    return F.conv2d(images, spectrally_normalised(last["weight"]), last["bias"], padding=1).squeeze(1)
 
 
 def spectrally_normalised(weight):
@@ -341,10 +342,8 @@ def downsampling(params):
 def _running_f_hat(params, tokens, scales):
     """f_hat after each scale, [(B, code_dim, h, w), ...]."""
     _check_tokens(params, tokens, scales)
-    f_hats = [0]
-    for k, own in enumerate(tokens.split(lengths(scales), 1)):
-        f_hats.append(f_hats[-1] + contribution(params["phi"], F.embedding(own, params["codebook"]), k, scales))
-    return f_hats[1:]
+    codes = (F.embedding(own, params["codebook"]) for own in tokens.split(lengths(scales), 1))
+    return list(itertools.accumulate(contribution(params["phi"], own, k, scales) for k, own in enumerate(codes)))
 
 
 def check_scales(scales):
@@ -385,7 +384,7 @@ PUBLISHED_NAMES = (  # patterns of our names, applied in order
 
 
 def from_published(state_dict, *, dtype=torch.float32):
-    """A tree from a published VAR or HMAR tokenizer's state dict, or a VAR trainer's file. ValueError lists what does not fit."""
+    """A tree from a published VAR or HMAR tokenizer of any size, or a VAR trainer's file. ValueError: missing, unexpected, other shapes."""
     state = state_dict
     for name in ("trainer", "vae_local"):  # of a VAR trainer's file
         state = state.get(name, state) if isinstance(state, dict) else {}
@@ -398,12 +397,12 @@ def from_published(state_dict, *, dtype=torch.float32):
 
     def count(pattern):
         return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=0)
+
+    def width(level):  # it stands in three biases, some of which may be missing or wrong
+        return max(len(state.get(f"encoder.down.{level}.block.0.{part}.bias", ())) for part in ("conv1", "conv2", "norm2"))
     channels = max(32, len(state["encoder.conv_in.bias"]) // 32 * 32)  # what does not divide is told below
+    multipliers = [max(1, width(level) // channels) for level in range(count(r"encoder\.down\.(\d+)\."))]
     codes, code_dim = state["quantize.embedding.weight"].shape
-    multipliers = []
-    for level in range(count(r"encoder\.down\.(\d+)\.")):  # its width stands in three biases, some of which may be missing or wrong
-        biases = [state.get(f"encoder.down.{level}.block.0.{part}.bias", ()) for part in ("conv1", "conv2", "norm2")]
-        multipliers.append(max(1, max(map(len, biases)) // channels))
     with torch.device("meta"):
         template = init(codes=codes, code_dim=code_dim, channels=channels, multipliers=multipliers,
                         residual_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), attention=any(".attn" in name for name in state),
