@@ -110,7 +110,7 @@ def stochastic_depth(uniform, rate):
 
 def next_scale_features(params, labels, inputs, is_causal=False, *, only=None, cache=None, keep=None, checkpointing=False):
     """What the next-scale head's last product reads, (B, L, C) fp32. ValueError on shapes, dtypes or labels that do not fit the tree."""
-    first, lengths = _check(params, labels, inputs, only)
+    first, lengths = _checked_span(params, labels, inputs, only)
     if cache is not None:
         cache = [layer[:, :, :, :first + lengths[0]] for layer in cache]
     later = linear(inputs, **params["input"]) if only != 0 else None
@@ -123,7 +123,7 @@ def masked_features(params, labels, inputs, own_inputs, mask, *, only=None, keep
         raise ValueError("params: this tree has no masked branch; add_masked_branch makes one and `train.py masked` trains it")
     if only == 0:
         raise ValueError("only: got 0, which is never masked, expected None or a later scale")
-    _, lengths = _check(params, labels, inputs, only)
+    _, lengths = _checked_span(params, labels, inputs, only)
     if own_inputs.shape != inputs.shape or mask.shape != inputs.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(f"own_inputs, mask: got {tuple(own_inputs.shape)} and {mask.dtype} {tuple(mask.shape)}, expected "
                          f"{tuple(inputs.shape)} and bool {tuple(inputs.shape[:2])}")
@@ -316,11 +316,12 @@ def from_published(state_dict, scales=None, *, dtype=torch.float32):
     combined = any(name.startswith(("ns_", "mask_")) for name in state)
     head, stacks = ("ns_head.bias", ("base_blocks", "ns_blocks")) if combined else ("head.bias", ("blocks",))
     sizes = ("class_emb.weight", "word_embed.weight", "pos_1LC", "pos_start", head)
-    if not all(torch.is_tensor(state.get(name)) for name in sizes):
-        raise ValueError(f"state_dict: expected VAR, HMAR after stage one or the combined HMAR, with {', '.join(sizes)}; "
-                         f"got {type(state_dict).__name__} with {', '.join(list(state)[:10]) or 'no names'}")
+    if missing := [name for name in sizes if not torch.is_tensor(state.get(name))]:
+        raise ValueError("state_dict: expected VAR, HMAR after stage one or the combined HMAR, "
+                         f"got {type(state_dict).__name__} with {', '.join(list(state)[:10]) or 'no names'}, without {', '.join(missing)}")
     scales = _published_scales(state, scales)
-    state = {name: tensor for name, tensor in state.items() if not re.fullmatch(r"lvl_1L|attn_bias_for_masking|.*\.zero_k_bias", name)}
+    buffers = r"lvl_1L|attn_bias_for_masking|.*\.attn\.zero_k_bias"
+    state = {name: tensor for name, tensor in state.items() if not re.fullmatch(buffers, name)}
 
     def count(stack):
         return len({name.split(".")[1] for name in state if name.startswith(f"{stack}.")})
@@ -393,7 +394,7 @@ def _pairs(scales):
     return tuple(tuple(size) for size in scales)
 
 
-def _check(params, labels, inputs, only):
+def _checked_span(params, labels, inputs, only):
     """(first token, lengths) of the scales that a call computes: all, or scale `only`. ValueError where an argument does not fit."""
     null, counts = len(params["classes"]) - 1, [h * w for h, w in scales(params)]
     if labels.ndim != 1 or labels.dtype != torch.int64:

@@ -391,9 +391,9 @@ def from_published(state_dict, *, dtype=torch.float32):
     state = {str(name): tensor for name, tensor in state.items()} if isinstance(state, dict) else {}
     state.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
     sizes = ("encoder.conv_in.bias", "quantize.embedding.weight")
-    if not all(torch.is_tensor(state.get(name)) for name in sizes):
-        raise ValueError(f"state_dict: expected a published tokenizer, with {' and '.join(sizes)}; "
-                         f"got {type(state_dict).__name__} with {', '.join(list(state)[:10]) or 'no names'}")
+    if missing := [name for name in sizes if not torch.is_tensor(state.get(name))]:
+        raise ValueError("state_dict: expected a published tokenizer, "
+                         f"got {type(state_dict).__name__} with {', '.join(list(state)[:10]) or 'no names'}, without {', '.join(missing)}")
 
     def count(pattern):
         return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=0)
