@@ -1,7 +1,7 @@
 """Attention over a sequence of blocks (the scales of an image): block-diagonal or block-causal, with no L x L mask anywhere.
 
 `block_sparse_attention` is the entry, `dense_masked_attention` says in a few lines what it computes. On CUDA it is three Triton kernels
-(forward; dQ; dK and dV), elsewhere one F.scaled_dot_product_attention a block. Method: FlashAttention-2 (Dao 2023, algorithms 1 and 2).
+(forward; dQ; dK, dV), elsewhere F.scaled_dot_product_attention by block: the streaming softmax of FlashAttention-2 (Dao 2023, alg. 1, 2).
 
 A program owns a tile of rows (queries; for dK and dV, keys) of one head and walks over the columns that its rows see, which it looks up in
 a small table made once on the host from the block lengths. The rows of a tile lie in one block, or in a run of tiny ones. The columns that
@@ -51,10 +51,10 @@ TILES = {
 def block_sparse_attention(query, key, value, block_lengths, is_causal=False, scale=None):
     """Softmax attention in which a token sees its own block and, if is_causal, every earlier block.
 
-    query, key, value: (batch, heads, tokens, head_dim), one device, one dtype of DTYPES (under autocast cast to its dtype first), any
-    strides, head_dim a multiple of 8 from 16 to 256. block_lengths: positive ints that sum to tokens. scale: positive factor on the scores,
-    head_dim ** -0.5 if None. Returns (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim), so that joining the
-    heads copies nothing. Gradients are of the first order. ValueError on anything else.
+    query, key, value: (batch, heads, tokens, head_dim), one device, one dtype (float16, bfloat16, float32, float64; under autocast cast to
+    its dtype first), any strides, head_dim a multiple of 8 from 16 to 256. block_lengths: positive ints that sum to tokens. scale: positive
+    factor on the scores, head_dim ** -0.5 if None. Returns (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim),
+    so that joining the heads copies nothing. Gradients are of the first order. ValueError on anything else.
     """
     query, key, value, block_lengths, scale = _checked(query, key, value, block_lengths, scale)
     if INTERPRETED or triton and query.is_cuda and query.dtype != torch.float64:
