@@ -1,8 +1,7 @@
 """Attention over a sequence of blocks (the scales of an image): block-diagonal or block-causal, with no L x L mask anywhere.
 
 `block_sparse_attention` is the entry, `dense_masked_attention` says in a few lines what it computes. On CUDA it is three Triton kernels
-(forward; dQ; dK and dV), elsewhere one F.scaled_dot_product_attention a block. Method: the streaming softmax of FlashAttention-2 (Dao 2023,
-algorithms 1 and 2).
+(forward; dQ; dK, dV), elsewhere F.scaled_dot_product_attention by block: the streaming softmax of FlashAttention-2 (Dao 2023, alg. 1, 2).
 
 A program owns a tile of rows (queries; for dK and dV, keys) of one head and walks over the columns that its rows see, which it looks up in
 a small table made once on the host from the block lengths. The rows of a tile lie in one block, or in a run of tiny ones. The columns that
@@ -45,22 +44,19 @@ TILES = {
     (10, 2): {64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
               128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
               256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2))},
-    (8, 4): {64: ((32, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
-             128: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-             256: ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2))},
+    (8, 4): {64: ((32, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)), 128: ((32, 32, 8, 2),) * 3, 256: ((16, 16, 8, 2),) * 3},
 }
 
 
 def block_sparse_attention(query, key, value, block_lengths, is_causal=False, scale=None):
     """Softmax attention in which a token sees its own block and, if is_causal, every earlier block.
 
-    query, key, value: (batch, heads, tokens, head_dim), one device and dtype (float16, bfloat16, float32 or float64; under autocast cast to
-    its dtype first), any strides, head_dim a multiple of 8 from 16 to 256. block_lengths: positive ints, the tokens of each block, summing
-    to tokens. scale: positive factor on the scores, head_dim ** -0.5 if None. Returns (batch, heads, tokens, head_dim), laid out as (batch,
-    tokens, heads, head_dim) so that joining the heads copies nothing. Gradients are of the first order. ValueError on anything else.
+    query, key, value: (batch, heads, tokens, head_dim), one device, one dtype (float16, bfloat16, float32, float64; under autocast cast to
+    its dtype first), any strides, head_dim a multiple of 8 from 16 to 256. block_lengths: positive ints that sum to tokens. scale: positive
+    factor on the scores, head_dim ** -0.5 if None. Returns (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim),
+    so that joining the heads copies nothing. Gradients are of the first order. ValueError on anything else.
     """
-    query, key, value = _autocast(query, key, value)
-    block_lengths, scale = _check_arguments(query, key, value, block_lengths, scale)
+    query, key, value, block_lengths, scale = _checked(query, key, value, block_lengths, scale)
     if INTERPRETED or triton and query.is_cuda and query.dtype != torch.float64:
         return _forward(query, key, value, block_lengths, bool(is_causal), scale)[0]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # tokens first: gradients of cuts join by plain copies
@@ -73,10 +69,9 @@ def _seen(x, block_lengths, is_causal):
     """The part of the keys or values (batch, tokens, heads, head_dim) that each block sees."""
     if not is_causal:
         return x.split(block_lengths, dim=1)
-    views = []
-    for length in reversed(block_lengths):  # each cut from the last: the gradient of a cut is as large as what it was cut from
-        views.append(x)
-        x = x[:, : x.shape[1] - length]
+    views = [x]
+    for length in reversed(block_lengths[1:]):  # each cut from the last: the gradient of a cut is as large as what it was cut from
+        views.append(views[-1][:, :-length])
     return views[::-1]
 
 
@@ -93,27 +88,22 @@ def _attention(query, key, value, scale):
 
 def dense_masked_attention(query, key, value, block_lengths, is_causal=False, scale=None):
     """What `block_sparse_attention` computes, by an explicit (tokens, tokens) mask: same arguments, for tests only."""
-    query, key, value = _autocast(query, key, value)
-    block_lengths, scale = _check_arguments(query, key, value, block_lengths, scale)
+    query, key, value, block_lengths, scale = _checked(query, key, value, block_lengths, scale)
     block = torch.repeat_interleave(torch.tensor(block_lengths, device=query.device))  # (tokens,), the block of each token
     visible = block[:, None] >= block if is_causal else block[:, None] == block  # (tokens, tokens)
     scores = (query @ key.mT * scale).masked_fill(~visible, -torch.inf)  # (batch, heads, tokens, tokens)
     return scores.softmax(-1) @ value
 
 
-def _autocast(*tensors):
-    # q and k are normalised in float32 while v comes out of a bfloat16 product: like every matmul under autocast, cast what is not float64
-    for name, tensor in zip(("query", "key", "value"), tensors):
+def _checked(query, key, value, block_lengths, scale):
+    """The arguments as they are computed with: cast under autocast, the lengths a tuple, the scale a float. ValueError on bad ones."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not torch.is_tensor(tensor):
             raise ValueError(f"{name} is {type(tensor).__name__}, expected a tensor")
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _check_arguments(query, key, value, block_lengths, scale):
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
+        # q and k are normalised in float32 while v comes out of a bfloat16 product: like every matmul, cast what is not float64
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value))
     if query.ndim != 4 or query.shape[2] == 0:
         raise ValueError(f"query has shape {tuple(query.shape)}, expected (batch, heads, tokens, head_dim), at least one token")
     tokens, head_dim = query.shape[2:]
@@ -122,24 +112,18 @@ def _check_arguments(query, key, value, block_lengths, scale):
     if head_dim % 8 or not 16 <= head_dim <= 256:
         raise ValueError(f"query has head_dim {head_dim}, expected a multiple of 8 from 16 to 256")
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != query.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected that of query, {tuple(query.shape)}")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, expected the dtype of query, {query.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected the device of query, {query.device}")
-    if not isinstance(block_lengths, Sequence) or not all(_is_number(length, int) and length > 0 for length in block_lengths):
+        for verb, got, expected in (("has shape", tuple(tensor.shape), tuple(query.shape)), ("is", tensor.dtype, query.dtype),
+                                    ("is on", tensor.device, query.device)):
+            if got != expected:
+                raise ValueError(f"{name} {verb} {got}, expected that of query, {expected}")
+    if not isinstance(block_lengths, Sequence) or not all(isinstance(n, int) and n > 0 and n is not True for n in block_lengths):
         raise ValueError(f"block_lengths is {block_lengths!r}, expected a sequence of positive ints")
     if sum(block_lengths) != tokens:
         raise ValueError(f"block_lengths is {block_lengths!r}, which sums to {sum(block_lengths)}, expected the {tokens} tokens of query")
     scale = head_dim**-0.5 if scale is None else scale
-    if not _is_number(scale, (int, float)) or not 0 < scale < float("inf"):
+    if not isinstance(scale, (int, float)) or scale is True or not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale!r}, expected a positive number")
-    return tuple(block_lengths), float(scale)
-
-
-def _is_number(x, kinds):
-    return isinstance(x, kinds) and not isinstance(x, bool)
+    return query, key, value, tuple(block_lengths), float(scale)
 
 
 @functools.lru_cache(maxsize=256)
@@ -319,12 +303,10 @@ def _constants(which, head_dim, dtype, architecture):
     table = TILES[8 if dtype.itemsize > 2 or architecture not in (9, 10) else architecture, min(dtype.itemsize, 4)]
     rows, columns, warps, stages = next(sizes for limit, sizes in table.items() if head_dim <= limit)[which]
     accumulator = tl.float64 if dtype == torch.float64 else tl.float32
-    operand = accumulator  # also of half precision in the interpreter, for numpy has no bfloat16
-    if architecture:
-        operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, accumulator)
+    half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16} if architecture else {}  # numpy, which interprets, has no bfloat16
     precision = "tf32" if getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32" else "ieee"
-    return dict(HEAD_DIM=head_dim, FEATURES=triton.next_power_of_2(head_dim), ROWS=rows, COLUMNS=columns, DOT=operand, ACC=accumulator,
-                PRECISION=precision, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    return dict(HEAD_DIM=head_dim, FEATURES=triton.next_power_of_2(head_dim), ROWS=rows, COLUMNS=columns, DOT=half.get(dtype, accumulator),
+                ACC=accumulator, PRECISION=precision, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def _launch(which, block_lengths, is_causal, scale, tensors, strided):
@@ -341,8 +323,7 @@ def _launch(which, block_lengths, is_causal, scale, tensors, strided):
 
 
 def _empty(query):
-    batch, heads, tokens, head_dim = query.shape
-    return query.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    return torch.empty_permuted(query.shape, (0, 2, 1, 3), dtype=query.dtype, device=query.device)  # (batch, tokens, heads, head_dim)
 
 
 @torch.library.custom_op(f"{LIBRARY}::forward", mutates_args=())

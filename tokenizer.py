@@ -4,9 +4,8 @@
 
 `scales` is ((h_0, w_0), ..., (h, w)), coarse to fine, the last one being the latent's size. The tokens of all scales stand in one row of L
 = sum h_k w_k, row-major inside a scale. Each scale quantises what the coarser ones left over (the residual), and its codes are added to the
-running reconstruction f_hat. A model is a tree of tensors whose keys are the argument names of the functions below; its shapes are its
-configuration. `quantise`, `contribution` and `next_scale_inputs` are the method; after them come the convnet, training and published
-weights.
+running reconstruction f_hat. A model is a tree of tensors whose keys are the argument names of the functions below, its shapes are its
+configuration. `quantise`, `contribution` and `next_scale_inputs` are the method; then come the convnet, training and published weights.
 
     >>> params = init(codes=64, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
     >>> scales = ((1, 1), (2, 2), (4, 4))
@@ -25,9 +24,7 @@ from torch.utils import _pytree as pytree
 
 
 def encode(params, images, scales):
-    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1]. ValueError on a wrong shape, dtype, range, or scales that do not fit the
-    latent.
-    """
+    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1]. ValueError on a wrong shape, dtype or range, or scales that do not fit."""
     _check_images(params, images, scales)
     with torch.no_grad():
         pyramid = quantise(params["codebook"], params["phi"], features(params, images), scales)
@@ -47,27 +44,26 @@ def accumulate(params, tokens, scales):
 def next_scale_inputs(params, tokens, scales):
     """What the transformer sees of scales 1, 2, ...: tokens (B, L) -> (B, L - len_0, code_dim).
 
-    For each scale it is f_hat of all coarser scales, area-resized to the scale's size. This is the Markov property of HMAR: whatever scale
-    k + 1 knows of scales 0 to k is in this one map.
+    For each, f_hat of all coarser scales, area-resized to its size. It knows no more of them than this map: HMAR's Markov property.
     """
     inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(_running_f_hat(params, tokens, scales), scales[1:])]
-    return torch.cat(inputs or [_no_inputs(params, tokens)], 1)
+    return torch.cat(inputs or [F.embedding(tokens[:, :0], params["codebook"])], 1)
 
 
 def masked_inputs(params, tokens, scales, mask=None):
     """What the masked branch sees of scales 1, 2, ... themselves: tokens (B, L) -> (B, L - len_0, code_dim).
 
     For each scale it is the scale's own contribution, not accumulated, area-resized to its size. mask (B, L - len_0) bool, True = hidden:
-    hidden codes are zeroed before they are resized, so that nothing of them leaks into their neighbours; None is the published way, where
-    it does.
+    hidden codes are zeroed before they are resized, lest anything of them leak into their neighbours; None is the published way: it does.
     """
     _check_tokens(params, tokens, scales)
-    first, *finer = tokens.split(lengths(scales), 1)
-    if mask is not None and (mask.shape != (len(tokens), tokens.shape[1] - first.shape[1]) or mask.dtype != torch.bool):
-        raise ValueError(f"mask: got {tuple(mask.shape)} {mask.dtype}, expected bool {(len(tokens), tokens.shape[1] - first.shape[1])}")
-    hidden = [None] * len(finer) if mask is None else mask.split(lengths(scales)[1:], 1)
-    inputs = [masked_scale_input(params, own, k, scales, hide) for k, (own, hide) in enumerate(zip(finer, hidden), 1)]
-    return torch.cat(inputs or [_no_inputs(params, tokens)], 1)
+    first, *finer = lengths(scales)
+    if mask is not None and (mask.shape != (len(tokens), sum(finer)) or mask.dtype != torch.bool):
+        raise ValueError(f"mask: got {tuple(mask.shape)} {mask.dtype}, expected bool {(len(tokens), sum(finer))}")
+    hidden = [None] * len(finer) if mask is None else mask.split(finer, 1)
+    scale_tokens = enumerate(zip(tokens[:, first:].split(finer, 1), hidden), 1)
+    inputs = [masked_scale_input(params, own, k, scales, hide) for k, (own, hide) in scale_tokens]
+    return torch.cat(inputs or [F.embedding(tokens[:, :0], params["codebook"])], 1)
 
 
 def masked_scale_input(params, tokens, k, scales, hidden=None):
@@ -79,11 +75,10 @@ def masked_scale_input(params, tokens, k, scales, hidden=None):
 
 
 def quantise(codebook, phi, features, scales):
-    """The residual pyramid (VAR, algorithm 1): for each scale yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat (B, code_dim, h,
-    w)).
+    """The residual pyramid (VAR, algorithm 1): for each scale yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat).
 
-    features (B, code_dim, h, w). `residual` is what the scale's tokens were chosen for, f_hat the map accumulated up to and with this
-    scale. In fp32 always (fp64 if the features are); gradients reach codebook and phi through f_hat, none passes the choice of a token.
+    features, f_hat (B, code_dim, h, w). `residual` is what the scale's tokens were chosen for, f_hat the map accumulated up to and with
+    this scale. In fp32 (fp64 if the features are); gradients reach codebook and phi through f_hat, none passes the choice of a token.
     """
     features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
     f_hat = torch.zeros_like(features)
@@ -102,9 +97,7 @@ def nearest(codebook, vectors):
 
 
 def contribution(phi, codes, k, scales):
-    """What scale k adds to f_hat: its codes (B, n_k, code_dim), resized bicubically to the full map, through its phi. (B, code_dim, h,
-    w).
-    """
+    """What scale k adds to f_hat (B, code_dim, h, w): its codes (B, n_k, code_dim), resized bicubically to that size, through its phi."""
     codes = codes.to(torch.promote_types(codes.dtype, torch.float32)).transpose(1, 2).unflatten(2, scales[k])
     if k < len(scales) - 1:
         codes = F.interpolate(codes, scales[-1], mode="bicubic")
@@ -216,11 +209,10 @@ def training_pass(params, images, scales, beta=0.25, quantised=True, stop=None):
 
 
 def data_codebook(params, features, scales, generator, rounds=10):
-    """A codebook (V, code_dim) made of data: for each scale in turn an equal share of codes, by k-means over its residuals, given the
-    shares before.
+    """A codebook (V, code_dim) made of features (B, code_dim, h, w) of some hundred images.
 
-    features (B, code_dim, h, w) of some hundred images. Where a scale has fewer vectors than codes, its share is drawn with repetition and
-    jitter.
+    Each scale in turn gets an equal share of codes, by k-means over its residuals, given the shares before. It starts from a draw with
+    jitter, and with repetition where a scale has fewer vectors than codes.
     """
     f, count, made = features.detach().float(), len(params["codebook"]), []
     f_hat = torch.zeros_like(f)
@@ -230,7 +222,7 @@ def data_codebook(params, features, scales, generator, rounds=10):
         if share == 0:
             continue
         order = torch.randperm(len(vectors), generator=generator)
-        centres = vectors[order.repeat(-(-share // len(order)))[:share]]
+        centres = vectors[order[torch.arange(share) % len(order)]]
         centres = centres + 1e-3 * vectors.std() * torch.randn(centres.shape, generator=generator)
         for _ in range(rounds):
             nearest_centre = nearest(centres, vectors)
@@ -245,11 +237,10 @@ def data_codebook(params, features, scales, generator, rounds=10):
 
 def discriminator(images, layers):
     """Realness (B, h, w) of overlapping patches of images (B, 3, H, W): a small PatchGAN (Isola et al. 2017) under spectral norm."""
-    x = images
-    for i, layer in enumerate(layers):
-        x = F.conv2d(x, spectrally_normalised(layer["weight"]), layer["bias"], stride=2 if i < len(layers) - 1 else 1, padding=1)
-        x = F.leaky_relu(x, 0.2) if i < len(layers) - 1 else x
-    return x.squeeze(1)
+    *halving, last = layers
+    for layer in halving:
+        images = F.leaky_relu(F.conv2d(images, spectrally_normalised(layer["weight"]), layer["bias"], stride=2, padding=1), 0.2)
+    return F.conv2d(images, spectrally_normalised(last["weight"]), last["bias"], padding=1).squeeze(1)
 
 
 def spectrally_normalised(weight):
@@ -265,17 +256,13 @@ def spectrally_normalised(weight):
 
 def init_discriminator(channels=64, seed=0):
     """Layers for `discriminator`: three that halve the image, one that judges."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def layer(inputs, outputs):
-        return dict(weight=torch.empty(outputs, inputs, 4, 4).normal_(0, 0.02, generator=generator), bias=torch.zeros(outputs))
-    return [layer(3, channels), layer(channels, 2 * channels), layer(2 * channels, 4 * channels), layer(4 * channels, 1)]
+    generator, sizes = torch.Generator().manual_seed(seed), itertools.pairwise((3, channels, 2 * channels, 4 * channels, 1))
+    return [dict(weight=torch.empty(outputs, inputs, 4, 4).normal_(0, 0.02, generator=generator), bias=torch.zeros(outputs))
+            for inputs, outputs in sizes]
 
 
 def augmented(images, uniform):
-    """Images (B, 3, H, W) mirrored, moved by up to an eighth and changed in brightness, as uniform (B, 4) in [0, 1) says: for the
-    discriminator.
-    """
+    """Images (B, 3, H, W) for the discriminator, as uniform (B, 4) in [0, 1) says: mirrored, moved by up to an eighth, lighter, darker."""
     mirror, x, y, light = uniform.to(images.dtype).T
     move = torch.zeros(len(images), 2, 3, dtype=images.dtype, device=images.device)
     move[:, 0, 0], move[:, 1, 1] = torch.where(mirror < 0.5, -1.0, 1.0), 1
@@ -285,9 +272,7 @@ def augmented(images, uniform):
 
 
 def revive_codes(codebook, counts, residuals, generator):
-    """(codebook, dead (V,) bool): codes that were never chosen (counts (V,) == 0) replaced by random vectors of residuals [(B, n_k,
-    code_dim), ...].
-    """
+    """(codebook, dead (V,) bool): codes never chosen (counts (V,) == 0) become random vectors of residuals [(B, n_k, code_dim), ...]."""
     dead = counts == 0
     vectors = torch.cat([residual.flatten(0, 1) for residual in residuals])
     chosen = torch.randint(len(vectors), (len(codebook),), generator=generator)
@@ -298,16 +283,15 @@ def init(*, codes=4096, code_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), 
     """A new tokenizer tree, fp32; the defaults are the published sizes, with 108,948,355 parameters.
 
     Channels a level are channels * multiplier and must divide by 32 (group norm). Downsampling is 2 ** (len(multipliers) - 1). The decoder
-    has one residual block a level more than the encoder; with attention, one follows each of the deepest level. Under torch.device("meta")
-    nothing is allocated.
+    has one residual block a level more than the encoder; with attention, one follows each of the deepest level. Nothing is allocated under
+    torch.device("meta"). ValueError on sizes below 1 or channels that do not divide.
     """
     widths = [channels * multiplier for multiplier in multipliers]
     if not widths or any(width <= 0 or width % 32 for width in widths):
         raise ValueError(f"channels, multipliers: got {channels}, {multipliers}, expected products that are positive multiples of 32")
     if min(codes, code_dim, residual_blocks, phis) < 1:
         raise ValueError(f"codes, code_dim, residual_blocks, phis: got {(codes, code_dim, residual_blocks, phis)}, expected 1 or more")
-    generator = torch.Generator().manual_seed(seed)
-    generator = None if torch.empty(0).is_meta else generator
+    generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
 
     def conv(inputs, outputs, size=3):
         bound = (inputs * size * size) ** -0.5
@@ -345,12 +329,9 @@ def init(*, codes=4096, code_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), 
 
 
 def cast(params, dtype):
-    """The same tree with the encoder's and decoder's convolutions in dtype; norms, codebook and phi stay as they are. Gradients pass
-    through.
-    """
-    def to(tree):
-        return pytree.tree_map(lambda tensor: tensor.to(dtype) if tensor.ndim == 4 else tensor, tree)
-    return params | dict(encoder=to(params["encoder"]), decoder=to(params["decoder"]))
+    """The same tree with the encoder's and decoder's convolutions in dtype, norms, codebook and phi as they are. Gradients pass through."""
+    nets = dict(encoder=params["encoder"], decoder=params["decoder"])
+    return params | pytree.tree_map(lambda tensor: tensor.to(dtype) if tensor.ndim == 4 else tensor, nets)
 
 
 def downsampling(params):
@@ -361,14 +342,8 @@ def downsampling(params):
 def _running_f_hat(params, tokens, scales):
     """f_hat after each scale, [(B, code_dim, h, w), ...]."""
     _check_tokens(params, tokens, scales)
-    f_hats = [0]
-    for k, own in enumerate(tokens.split(lengths(scales), 1)):
-        f_hats.append(f_hats[-1] + contribution(params["phi"], F.embedding(own, params["codebook"]), k, scales))
-    return f_hats[1:]
-
-
-def _no_inputs(params, tokens):
-    return params["codebook"].new_zeros(len(tokens), 0, params["codebook"].shape[1])
+    codes = (F.embedding(own, params["codebook"]) for own in tokens.split(lengths(scales), 1))
+    return list(itertools.accumulate(contribution(params["phi"], own, k, scales) for k, own in enumerate(codes)))
 
 
 def check_scales(scales):
@@ -409,23 +384,25 @@ PUBLISHED_NAMES = (  # patterns of our names, applied in order
 
 
 def from_published(state_dict, *, dtype=torch.float32):
-    """A tree from the state dict of a published VAR or HMAR tokenizer of any size, or from a VAR trainer's checkpoint that holds one.
-
-    ValueError lists what is missing, unexpected or of another shape.
-    """
-    state = _tokenizer_state(state_dict)
-    if not all(torch.is_tensor(state.get(name)) for name in ("encoder.conv_in.bias", "quantize.embedding.weight")):
-        raise ValueError("state_dict: expected a published tokenizer, with encoder., decoder. and quantize. keys, "
-                         f"got {_few(state) if state else type(state_dict).__name__}")
+    """A tree from a published VAR or HMAR tokenizer of any size, or a VAR trainer's file. ValueError: missing, unexpected, other shapes."""
+    state = state_dict
+    for name in ("trainer", "vae_local"):  # of a VAR trainer's file
+        state = state.get(name, state) if isinstance(state, dict) else {}
+    state = {str(name): tensor for name, tensor in state.items()} if isinstance(state, dict) else {}
+    state.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
+    sizes = ("encoder.conv_in.bias", "quantize.embedding.weight")
+    if missing := [name for name in sizes if not torch.is_tensor(state.get(name))]:
+        raise ValueError("state_dict: expected a published tokenizer, "
+                         f"got {type(state_dict).__name__} with {', '.join(list(state)[:10]) or 'no names'}, without {', '.join(missing)}")
 
     def count(pattern):
         return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=0)
+
+    def width(level):  # it stands in three biases, some of which may be missing or wrong
+        return max(len(state.get(f"encoder.down.{level}.block.0.{part}.bias", ())) for part in ("conv1", "conv2", "norm2"))
     channels = max(32, len(state["encoder.conv_in.bias"]) // 32 * 32)  # what does not divide is told below
+    multipliers = [max(1, width(level) // channels) for level in range(count(r"encoder\.down\.(\d+)\."))]
     codes, code_dim = state["quantize.embedding.weight"].shape
-    multipliers = []
-    for level in range(count(r"encoder\.down\.(\d+)\.")):
-        names = [f"encoder.down.{level}.block.0.{part}.bias" for part in ("conv1", "conv2", "norm2")]  # one of them may be missing
-        multipliers.append(max(1, next((len(state[name]) for name in names if name in state), channels) // channels))
     with torch.device("meta"):
         template = init(codes=codes, code_dim=code_dim, channels=channels, multipliers=multipliers,
                         residual_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), attention=any(".attn" in name for name in state),
@@ -442,21 +419,8 @@ def from_published(state_dict, *, dtype=torch.float32):
     problems += [f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}" for name, tensor in names.items()
                  if name in state and state[name].shape != tensor.shape]
     if problems:
-        raise ValueError(f"state_dict: does not fit the published tokenizer: {_few(problems)}")
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"state_dict: does not fit the published tokenizer: {', '.join(problems[:10])}{more}")
     params = pytree.tree_unflatten([state[name].to(dtype) for name in names], pytree.tree_structure(template))
     params["decoder"]["up"].reverse()
     return params
-
-
-def _tokenizer_state(state_dict):
-    """The state dict itself, or the tokenizer's in a VAR trainer's file, without its usage statistics; {} for anything else."""
-    for name in ("trainer", "vae_local"):
-        state_dict = state_dict.get(name, state_dict) if isinstance(state_dict, dict) else {}
-    if not isinstance(state_dict, dict) or not all(isinstance(name, str) for name in state_dict):
-        return {}
-    return {name: tensor for name, tensor in state_dict.items() if name != "quantize.ema_vocab_hit_SV"}
-
-
-def _few(items):
-    items = [str(item) for item in items]
-    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "") if items else "nothing"

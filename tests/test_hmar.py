@@ -235,7 +235,7 @@ def test_losses_are_cross_entropies_of_the_logits(scales, is_causal, checkpointi
 
 @pytest.mark.parametrize("codes", [64, 4096])
 def test_the_initial_loss_is_that_of_a_guess(codes):
-    scales = hmar._square(1, 2, 3)
+    scales = ((1, 1), (2, 2), (3, 3))
     params = tree(scales, depth=3, heads=4, codes=codes, code_dim=8, classes=10, random=False)
     labels, inputs, own, mask = arguments(params, 8)
     tokens = random_tokens(8, scales, codes)
