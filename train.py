@@ -5,7 +5,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import signal
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -25,22 +24,7 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
-from sample import (
-    barrier,
-    digest,
-    fast_dtype,
-    fill_array,
-    load,
-    load_tokenizer,
-    load_transformer,
-    rank,
-    read_json,
-    scale_pair,
-    start_processes,
-    world,
-    write_atomically,
-    write_json,
-)
+from sample import barrier, digest, load, load_tokenizer, load_transformer, rank, read_json, world, write_atomically, write_json
 
 STAGES = ("tokenizer", "next-scale", "masked")
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart")
@@ -53,29 +37,23 @@ def circle(points=48, radius=1.0, centre=0.0, start=0.0):
 
 
 @functools.cache
-def outline(shape):
-    """The polygon (N, 2) that fills a shape of SHAPES within about the unit circle, then the polygons cut out of it."""
-    if shape == "disc":
-        return (circle(),)
-    if shape == "ring":
-        return circle(), circle(radius=0.5)
-    if shape == "crescent":
-        return circle(), circle(radius=0.75, centre=0.5)
-    if shape == "hexagon":
-        return (circle(points=6),)
-    if shape == "star":
-        return (np.stack([circle(5, start=-np.pi / 2), circle(5, radius=0.4, start=-np.pi * 0.3)], axis=1).reshape(10, 2),)
-    if shape == "heart":
-        angle = np.linspace(0, 2 * np.pi, 48)
-        height = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
-        return (np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1),)
-    return (np.array({
-        "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
-        "triangle": [(0, -1), (0.95, 0.7), (-0.95, 0.7)],
-        "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
-                  (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
-        "arrow": [(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)],
-    }[shape]),)
+def outlines():
+    """For each of SHAPES the polygon (N, 2) that fills it within about the unit circle, then the polygons cut out of it."""
+    angle = np.linspace(0, 2 * np.pi, 48)
+    height = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
+    tips, notches = circle(points=5, start=-np.pi / 2), circle(points=5, radius=0.4, start=-np.pi * 0.3)
+    return dict(
+        disc=[circle()],
+        ring=[circle(), circle(radius=0.5)],
+        square=[np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)])],
+        triangle=[np.array([(0, -1), (0.95, 0.7), (-0.95, 0.7)])],
+        star=[np.stack([tips, notches], axis=1).reshape(10, 2)],
+        cross=[np.array([(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
+                         (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)])],
+        crescent=[circle(), circle(radius=0.75, centre=0.5)],
+        hexagon=[circle(points=6)],
+        arrow=[np.array([(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)])],
+        heart=[np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1)])
 
 
 def draw_shape(index, size=32):
@@ -95,13 +73,11 @@ def draw_shape(index, size=32):
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     centre = np.array([12 + 8 * x, 12 + 8 * y]) / 32
     mask = Image.new("L", (4 * size, 4 * size))  # drawn at four times the size, then averaged: smooth edges
-    for polygon, ink in zip(outline(SHAPES[label]), (255, 0)):
+    for polygon, ink in zip(outlines()[SHAPES[label]], (255, 0)):
         ImageDraw.Draw(mask).polygon(((centre + radius * polygon @ rotation) * 4 * size).ravel().tolist(), fill=ink)
     cover = np.asarray(mask.reduce(4), dtype=np.float32)[:, :, None] / 255
-    ground = first
+    ramp, way, ground = np.linspace(-0.5, 0.5, size, dtype=np.float32), 2 * np.pi * direction, first
     if blend < 0.5:
-        ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-        way = 2 * np.pi * direction
         ground = first + (second - first) * (0.5 + (np.cos(way) * ramp + np.sin(way) * ramp[:, None]) / 2**0.5)[:, :, None]
     picture = ground + cover * (fill - ground)  # (size, size, 3) in [0, 1]
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), label
@@ -113,29 +89,22 @@ def list_images(folder):
     Sorted by name; a label is an index into the names. Hidden files, and files that are no images by suffix, are passed over;
     directories that cannot be read are named on stderr. ValueError for a folder that is missing, without images, or of both kinds.
     """
-    def complain(error):
-        print(f"passed over: {error}", file=sys.stderr)
+    def walk(top):  # (sub-folders, paths of images) of each folder; links are not followed, so that loops end
+        for place, folders, names in os.walk(top, onerror=lambda error: print(f"passed over: {error}", file=sys.stderr)):
+            folders[:], names = (sorted(name for name in found if not name.startswith(".")) for found in (folders, names))
+            suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+            yield folders, [os.path.join(place, name) for name in names if name.lower().endswith(suffixes)]
 
-    def images(place, names):
-        suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-        return [os.path.join(place, name) for name in sorted(names) if name.lower().endswith(suffixes) and not name.startswith(".")]
-
-    def below(top):
-        for place, folders, names in os.walk(top, onerror=complain):  # links are not followed, so that loops end
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            yield from images(place, names)
-
-    def is_class(name):  # a link back up to the folder is none
-        link = os.path.join(os.path.realpath(os.path.join(folder, name)), "")
-        return not name.startswith(".") and not os.path.join(home, "").startswith(link)
-
-    folder = os.fspath(folder)
+    folder, home, groups = os.fspath(folder), os.path.realpath(folder), {}
     if not os.path.isdir(folder):
         state = "no folder" if os.path.exists(folder) else "missing"
         raise ValueError(f"data: expected a folder of images, got {folder!r}, which is {state}")
-    _, folders, names = next(os.walk(folder, onerror=complain), (folder, [], []))
-    own, home = images(folder, names), os.path.realpath(folder)
-    groups = {name: paths for name in sorted(folders) if is_class(name) and (paths := list(below(os.path.join(folder, name))))}
+    names, own = next(walk(folder), ([], []))
+    for name in names:
+        top = os.path.join(folder, name)
+        if not os.path.join(home, "").startswith(os.path.join(os.path.realpath(top), "")):  # a link back up to the folder is no class
+            groups[name] = [path for _, paths in walk(top) for path in paths]
+    groups = {name: paths for name, paths in groups.items() if paths}
     if own and groups:
         both = f"{os.path.basename(own[0])!r} beside the sub-folder {next(iter(groups))!r}"
         raise ValueError(f"data: expected one sub-folder a class or images alone, got both in {folder!r}: {both}")
@@ -176,18 +145,15 @@ def check_images(files):
 
     ValueError with a list when more than 5 % (and more than ten) are broken, or none is left.
     """
-    def fault(path):
+    def fault(file):
         try:
-            read_image(path, shortest=1)
+            read_image(file[0], shortest=1)
         except ValueError as error:
             return str(error)
 
-    def faults_of(start):  # 32 files a task, since a million tasks waiting would fill the memory
-        return [fault(path) for path, _ in files[start:start + 32]]
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPool(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-        faults = list(itertools.chain.from_iterable(pool.map(faults_of, range(0, len(files), 32))))
+        faults = pool.map(fault, files, chunksize=32)
     broken = [reason for reason in faults if reason]
     if len(broken) > max(0.05 * len(files), 10) or len(broken) == len(files):
         more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
@@ -324,8 +290,8 @@ def token_cache(name, images, tokenizer_params, args):
         return tokens.cpu().numpy()
 
     shape = (len(images), max(1, views) + mirrored, sum(tokenizer.lengths(args.scales)))
-    with ThreadPoolExecutor(max(1, args.workers)) as readers:
-        return fill_array(os.path.join(args.out, f"tokens-{name}"), dict(key=key.hexdigest()), shape, np.int32, 64, encode)
+    with ThreadPool(max(1, args.workers)) as readers:
+        return sample.fill_array(os.path.join(args.out, f"tokens-{name}"), dict(key=key.hexdigest()), shape, np.int32, 64, encode)
 
 
 class Progress:
@@ -870,7 +836,7 @@ def parser():
     loop("--ema", type=float, metavar="DECAY", help="decay of the moving average of weights, which is what is saved (auto)")
     loop("--checkpointing", action="store_true", help="compute activations twice to save memory")
     tok = top.add_argument_group("tokenizer").add_argument
-    tok("--scales", nargs="+", type=scale_pair, metavar="SIDE", help="coarse to fine, 4 or 2x3 each (auto)")
+    tok("--scales", nargs="+", type=sample.scale_pair, metavar="SIDE", help="coarse to fine, 4 or 2x3 each (auto)")
     tok("--codes", type=int, metavar="V", help="codebook size (auto)")
     tok("--code-dim", type=int, metavar="N", help="dimensions of a code (auto)")
     tok("--channels", type=int, metavar="N", help="a multiple of 32 (auto)")
@@ -973,7 +939,7 @@ def run_stage(args, stage, data, held_out):
 
 def train(args):
     """The stages that the flags ask for, in order."""
-    args.device = start_processes(args.device)
+    args.device = sample.start_processes(args.device)
     given = load_tokenizer(args.tokenizer) if args.tokenizer else None
     args = resolved(args, load_tokenizer(args.init) if args.init and args.stage == "tokenizer" else given)
     data, held_out, args.class_names = data_sets(args)
@@ -984,7 +950,7 @@ def train(args):
                 os.remove(os.path.join(args.out, name))
     if args.dtype == "auto":  # decided once a run, so that it continues as it began
         earlier = [read_json(os.path.join(args.out, "args.json")).get(stage, {}).get("dtype") for stage in STAGES]
-        args.dtype = next((getattr(torch, dtype) for dtype in earlier if dtype), None) or fast_dtype(args.device)
+        args.dtype = next((getattr(torch, dtype) for dtype in earlier if dtype), None) or sample.fast_dtype(args.device)
     else:
         args.dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[args.dtype]
     say(f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, {len(args.class_names)} classes; {args.device}, "
