@@ -27,8 +27,8 @@ import sample
 import tokenizer
 from sample import barrier, digest, load, load_tokenizer, load_transformer, rank, read_json, world, write_atomically, write_json
 
-STAGES = ("tokenizer", "next-scale", "masked")
-WEIGHTS = dict(zip(STAGES, ("tokenizer.pt", "hmar.pt", "hmar.pt")))  # the file of the run folder that a stage makes
+WEIGHTS = {"tokenizer": "tokenizer.pt", "next-scale": "hmar.pt", "masked": "hmar.pt"}  # what each stage leaves in the run folder
+STAGES = tuple(WEIGHTS)
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart")
 
 
@@ -66,10 +66,8 @@ def outlines():
 
 def draw_shape(index, size=32):
     """The built-in data set: (RGB image of size x size, label), a pure function of the index; label = index % 10, an index into SHAPES.
-
     Bright fill on a dark background that is flat or blends two colours; the shape's colour, place, size and rotation (within .25 rad)
-    vary. The random numbers do not depend on size, so sizes show the same picture. ValueError for index < 0 or size < 8.
-    """
+    vary. The random numbers do not depend on size, so sizes show the same picture. ValueError for index < 0 or size < 8."""
     for name, value, least in (("index", index, 0), ("size", size, 8)):
         fine = isinstance(value, (int, np.integer)) and value >= least
         expect(fine, f"{name}: expected an integer of at least {least}, got {value!r}")
@@ -93,20 +91,17 @@ def draw_shape(index, size=32):
 
 def list_images(folder):
     """([(path, label), ...], class names) of a folder: one sub-folder a class, searched to any depth, or images alone as one class.
-
     Sorted by name; a label is an index into the names. Hidden files, and files that are no images by suffix, are passed over;
-    directories that cannot be read are named on stderr. ValueError for a folder that is missing, without images, or of both kinds.
-    """
+    directories that cannot be read are named on stderr. ValueError for a folder that is missing, without images, or of both kinds."""
     def walk(top):  # (sub-folders, paths of images) of each folder; links are not followed, so that loops end
         for place, folders, names in os.walk(top, onerror=lambda error: print(f"passed over: {error}", file=sys.stderr)):
             folders[:], names = (sorted(name for name in found if not name.startswith(".")) for found in (folders, names))
             suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
             yield folders, [os.path.join(place, name) for name in names if name.lower().endswith(suffixes)]
 
-    folder, home = os.fspath(folder), Path(folder).resolve()
-    state = "no folder" if os.path.exists(folder) else "missing"
+    folder, state = os.fspath(folder), "no folder" if os.path.exists(folder) else "missing"
     expect(os.path.isdir(folder), f"data: expected a folder of images, got {folder!r}, which is {state}")
-    names, own = next(walk(folder), ([], []))
+    home, (names, own) = Path(folder).resolve(), next(walk(folder), ([], []))
     groups = {name: [path for _, paths in walk(os.path.join(folder, name)) for path in paths] for name in names
               if Path(folder, name).resolve() not in (home, *home.parents)}  # a link back up to the folder is no class
     groups = {name: paths for name, paths in groups.items() if paths}
@@ -168,12 +163,8 @@ def split_held_out(files, folder, fraction=0.05):
     in its part when others come or go. Neither part is empty. ValueError for fewer than two files or a fraction outside [0, 1)."""
     expect(len(files) >= 2, f"data: expected at least two images, one to train on and one held out, got {len(files)} in {folder}")
     expect(0 <= fraction < 1, f"fraction: expected the held-out part of the images, at least 0 and below 1, got {fraction}")
-
-    def place(file):
-        name = os.path.relpath(file[0], folder).replace(os.sep, "/")
-        return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
-
-    places = [place(file) for file in files]
+    names = [os.path.relpath(path, folder).replace(os.sep, "/") for path, _ in files]
+    places = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64 for name in names]
     limit = min(max(fraction, min(places)), np.nextafter(max(places), 0))
     return [file for file, at in zip(files, places) if at > limit], [file for file, at in zip(files, places) if at <= limit]
 
@@ -195,23 +186,22 @@ def crop(image, size, seed=None, flip=True):
 
 class Images(torch.utils.data.Dataset):
     """Images as (uint8 (3, size, size), label). items: a sequence of (path, label), or of numbers of drawings, such as range(20_000).
-
     A key is a pair (index, seed), so that a sampler decides the randomness: seed None is the centre crop, any other one decides crop and
-    flip alone. Drawings vary enough by themselves and are always whole.
-    """
+    flip alone. Drawings vary enough by themselves and are always whole."""
     def __init__(self, items, size, flip=True):
         self.items, self.size, self.flip = items, size, flip
-        self.labels = [item[1] if isinstance(item, tuple) else item % len(SHAPES) for item in items]
+        self.labels = [item % len(SHAPES) if isinstance(item, (int, np.integer)) else item[1] for item in items]
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, key):
         index, seed = key
-        if isinstance(self.items[index], tuple):
-            image = crop(read_image(self.items[index][0], shortest=2 * self.size), self.size, seed, self.flip)
+        item = self.items[index]
+        if isinstance(item, (int, np.integer)):
+            image, _ = draw_shape(item, self.size)
         else:
-            image, _ = draw_shape(self.items[index], self.size)
+            image = crop(read_image(item[0], shortest=2 * self.size), self.size, seed, self.flip)
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), self.labels[index]
 
 
@@ -253,11 +243,9 @@ def to_unit(images, device):
 
 
 def token_cache(name, images, tokenizer_params, args):
-    """Tokens of all images, a memory-mapped (N, views, L) array in the run folder, encoded once by the finished tokenizer.
-
-    Keyed by the tokenizer's weights and the list of images; continued where it was interrupted; made anew, and said so, when either
-    changed. The views are the centre crop and its mirror image, or --views random crops; drawings have one.
-    """
+    """Tokens of all images, a memory-mapped (N, views, L) array in the run folder, encoded once by the finished tokenizer. Keyed by the
+    tokenizer's weights and the list of images; continued where it was interrupted; made anew, and said so, when either changed. The
+    views are the centre crop and its mirror image, or --views random crops; drawings have one."""
     views = args.views if args.data is not None else 0
     mirrored = args.data is not None and args.flip and not views
     settings = (args.scales, args.size, views, mirrored, args.dtype, args.seed if views else None)
@@ -324,10 +312,9 @@ def with_leaves(params, leaves):
 def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()):
     """Trains the parameters in the tree `params` for args.steps and returns the tree with their moving averages.
 
-    loss(params, *batch) -> (loss, {name: tensor}); batches(start) yields for each step one batch for each of the --accumulate parts.
+    loss(params, *batch) -> (loss, {name: tensor}); batches(start) yields for each step one batch for each of the --accumulate parts;
     after_step(step, outputs of the parts, optimizer) may change parameters; evaluate(averaged tree) -> numbers to report; extra: tensors of
-    state that after_step keeps. Everything is a function of the step and of what the checkpoint holds, so that a run that was killed
-    continues bit for bit.
+    state that after_step keeps. A step depends on its number and the checkpoint alone: a run that was killed continues bit for bit.
     """
     model, resume, start = Trained(params, loss), os.path.join(args.out, f"{args.stage}.resume.pt"), 0
     leaves, optimizer = list(model.leaves), adamw(params, args)
@@ -624,10 +611,9 @@ def whole(images, count, args):
 
 def replace(parameter, value):
     """parameter = value, the same on every process."""
-    with torch.no_grad():
-        parameter.copy_(value)
-        if world() > 1:
-            torch.distributed.broadcast(parameter.data, 0)
+    parameter.data.copy_(value)
+    if world() > 1:
+        torch.distributed.broadcast(parameter.data, 0)
 
 
 def summed(counts):
@@ -792,9 +778,8 @@ def resolved(args, tokenizer_params=None):
     for name, value in preset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    positive = ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "masked_blocks", "save_every",
-                "log_every")
-    for name in positive:
+    for name in ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "masked_blocks", "save_every",
+                 "log_every"):
         expect(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
     expect(args.views >= 0, f"--views: got {args.views}, expected 0 or more")
     for name in ("steps", "lr"):
@@ -866,11 +851,13 @@ def train(args):
     args = resolved(args, load_tokenizer(args.init) if args.init and args.stage == "tokenizer" else given)
     data, held_out, args.class_names = data_sets(args)
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-    for path in Path(args.out).glob("*.tmp") if rank() == 0 else ():  # what a kill left half written
-        path.unlink()
+    if rank() == 0:
+        for path in Path(args.out).glob("*.tmp"):  # what a kill left half written
+            path.unlink()
     saved = read_json(os.path.join(args.out, "args.json"))
-    earlier = [getattr(torch, saved[stage]["dtype"]) for stage in STAGES if stage in saved]  # so that a run continues as it began
-    args.dtype = dict(bf16=torch.bfloat16, fp32=torch.float32).get(args.dtype) or (*earlier, None)[0] or sample.fast_dtype(args.device)
+    known = [getattr(torch, saved[stage]["dtype"]) for stage in STAGES if stage in saved]  # so that a run continues as it began
+    known = dict(bf16=[torch.bfloat16], fp32=[torch.float32]).get(args.dtype, known)
+    args.dtype = known[0] if known else sample.fast_dtype(args.device)
     say(f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, {len(args.class_names)} classes; {args.device}, "
         f"{str(args.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, {world()} process{'es' if world() > 1 else ''}")
     stages = STAGES if args.stage == "all" else (args.stage,)
