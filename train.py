@@ -49,19 +49,15 @@ def outlines():
     """For each of SHAPES the polygon (N, 2) that fills it within about the unit circle, then the polygons cut out of it."""
     angle = np.linspace(0, 2 * np.pi, 48)
     height = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
-    tips, notches = circle(points=5, start=-np.pi / 2), circle(points=5, radius=0.4, start=-np.pi * 0.3)
+    star = np.stack([circle(points=5, start=-np.pi / 2), circle(points=5, radius=0.4, start=-np.pi * 0.3)], axis=1).reshape(10, 2)
     return dict(
-        disc=[circle()],
-        ring=[circle(), circle(radius=0.5)],
+        disc=[circle()], ring=[circle(), circle(radius=0.5)], crescent=[circle(), circle(radius=0.75, centre=0.5)],
+        hexagon=[circle(points=6)], star=[star], heart=[np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1)],
         square=[np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)])],
         triangle=[np.array([(0, -1), (0.95, 0.7), (-0.95, 0.7)])],
-        star=[np.stack([tips, notches], axis=1).reshape(10, 2)],
         cross=[np.array([(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
                          (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)])],
-        crescent=[circle(), circle(radius=0.75, centre=0.5)],
-        hexagon=[circle(points=6)],
-        arrow=[np.array([(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)])],
-        heart=[np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1)])
+        arrow=[np.array([(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)])])
 
 
 def draw_shape(index, size=32):
@@ -382,8 +378,7 @@ def adamw(params, args):
 
 def learning_rate(step, args):
     """Linear warm-up, then cosine or linear decay to zero."""
-    progress = step / args.steps
-    decay = 0.5 * (1 + math.cos(math.pi * progress)) if args.decay == "cosine" else 1 - progress
+    decay = 0.5 * (1 + math.cos(math.pi * (step / args.steps))) if args.decay == "cosine" else 1 - step / args.steps
     return args.lr * min(1, (step + 1) / max(1, args.warmup)) * decay
 
 
@@ -632,7 +627,7 @@ def path_name(path):
 def to_device(tree, device):
     """The tree on a device; from pinned memory to CUDA, so that nothing waits for the copy."""
     def send(tensor):
-        pinned = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+        pinned = torch.device(device).type == "cuda" and tensor.is_cpu
         return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
     return pytree.tree_map(send, tree)
 
@@ -775,9 +770,7 @@ def resolved(args, tokenizer_params=None):
     if args.size is None:
         args.size = 32 if args.data is None else 256
     preset = PRESETS[min(limit for limit in PRESETS if args.size <= limit)]
-    for name, value in preset.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    vars(args).update({name: value for name, value in preset.items() if getattr(args, name, None) is None})
     for name in ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "masked_blocks", "save_every",
                  "log_every"):
         expect(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
@@ -803,9 +796,8 @@ def resolved(args, tokenizer_params=None):
 def stage_settings(args, stage):
     """What decides a stage's result, as JSON holds it: the flags, with the stage's own steps and learning rate."""
     others = ("stage", "out", "restart", "save_every", "log_every", "eval_every", "workers", "device", "tokenizer")
-    settings = {name: value for name, value in vars(args).items() if name not in others}
-    settings |= dict(steps=args.steps[stage], lr=args.lr[stage], dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
-    return json.loads(json.dumps(settings))
+    own = dict(steps=args.steps[stage], lr=args.lr[stage], dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
+    return json.loads(json.dumps({name: value for name, value in (vars(args) | own).items() if name not in others}))
 
 
 def run_stage(args, stage, data, held_out):
@@ -876,8 +868,7 @@ def main(argv=None):
     try:
         train(args)
     except (ValueError, OSError) as error:
-        text = str(error).strip()
-        text = text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text  # as a DataLoader's worker wraps it
+        text = re.sub(r"(?s)^Caught .*\n[\w.]+: ", "", str(error).strip())  # as a DataLoader's worker wraps it
         print(f"train.py: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
