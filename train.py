@@ -5,7 +5,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -14,7 +13,8 @@ import signal
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,25 +25,17 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
-from sample import (
-    barrier,
-    digest,
-    fast_dtype,
-    fill_array,
-    load,
-    load_tokenizer,
-    load_transformer,
-    rank,
-    read_json,
-    scale_pair,
-    start_processes,
-    world,
-    write_atomically,
-    write_json,
-)
+from sample import barrier, digest, load, load_tokenizer, load_transformer, rank, read_json, world, write_atomically, write_json
 
-STAGES = ("tokenizer", "next-scale", "masked")
+WEIGHTS = {"tokenizer": "tokenizer.pt", "next-scale": "hmar.pt", "masked": "hmar.pt"}  # what each stage leaves in the run folder
+STAGES = tuple(WEIGHTS)
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart")
+
+
+def expect(fine, message):
+    """ValueError with the message unless all is fine."""
+    if not fine:
+        raise ValueError(message)
 
 
 def circle(points=48, radius=1.0, centre=0.0, start=0.0):
@@ -53,40 +45,28 @@ def circle(points=48, radius=1.0, centre=0.0, start=0.0):
 
 
 @functools.cache
-def outline(shape):
-    """The polygon (N, 2) that fills a shape of SHAPES within about the unit circle, then the polygons cut out of it."""
-    if shape == "disc":
-        return (circle(),)
-    if shape == "ring":
-        return circle(), circle(radius=0.5)
-    if shape == "crescent":
-        return circle(), circle(radius=0.75, centre=0.5)
-    if shape == "hexagon":
-        return (circle(points=6),)
-    if shape == "star":
-        return (np.stack([circle(5, start=-np.pi / 2), circle(5, radius=0.4, start=-np.pi * 0.3)], axis=1).reshape(10, 2),)
-    if shape == "heart":
-        angle = np.linspace(0, 2 * np.pi, 48)
-        height = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
-        return (np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1),)
-    return (np.array({
-        "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
-        "triangle": [(0, -1), (0.95, 0.7), (-0.95, 0.7)],
-        "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
-                  (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
-        "arrow": [(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)],
-    }[shape]),)
+def outlines():
+    """For each of SHAPES the polygon (N, 2) that fills it within about the unit circle, then the polygons cut out of it."""
+    angle = np.linspace(0, 2 * np.pi, 48)
+    height = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
+    star = np.stack([circle(points=5, start=-np.pi / 2), circle(points=5, radius=0.4, start=-np.pi * 0.3)], axis=1).reshape(10, 2)
+    return dict(
+        disc=[circle()], ring=[circle(), circle(radius=0.5)], crescent=[circle(), circle(radius=0.75, centre=0.5)],
+        hexagon=[circle(points=6)], star=[star], heart=[np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1)],
+        square=[np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)])],
+        triangle=[np.array([(0, -1), (0.95, 0.7), (-0.95, 0.7)])],
+        cross=[np.array([(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
+                         (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)])],
+        arrow=[np.array([(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)])])
 
 
 def draw_shape(index, size=32):
     """The built-in data set: (RGB image of size x size, label), a pure function of the index; label = index % 10, an index into SHAPES.
-
     Bright fill on a dark background that is flat or blends two colours; the shape's colour, place, size and rotation (within .25 rad)
-    vary. The random numbers do not depend on size, so sizes show the same picture. ValueError for index < 0 or size < 8.
-    """
+    vary. The random numbers do not depend on size, so sizes show the same picture. ValueError for index < 0 or size < 8."""
     for name, value, least in (("index", index, 0), ("size", size, 8)):
-        if not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        fine = isinstance(value, (int, np.integer)) and value >= least
+        expect(fine, f"{name}: expected an integer of at least {least}, got {value!r}")
     label = int(index) % len(SHAPES)
     hue, saturation, value, radius, x, y, turn, blend, direction, *dark = np.random.default_rng(int(index)).random(15).tolist()
     fill = np.float32(colorsys.hsv_to_rgb(hue, 0.5 + 0.5 * saturation, 0.85 + 0.15 * value))
@@ -95,13 +75,11 @@ def draw_shape(index, size=32):
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     centre = np.array([12 + 8 * x, 12 + 8 * y]) / 32
     mask = Image.new("L", (4 * size, 4 * size))  # drawn at four times the size, then averaged: smooth edges
-    for polygon, ink in zip(outline(SHAPES[label]), (255, 0)):
+    for polygon, ink in zip(outlines()[SHAPES[label]], (255, 0)):
         ImageDraw.Draw(mask).polygon(((centre + radius * polygon @ rotation) * 4 * size).ravel().tolist(), fill=ink)
     cover = np.asarray(mask.reduce(4), dtype=np.float32)[:, :, None] / 255
-    ground = first
+    ramp, way, ground = np.linspace(-0.5, 0.5, size, dtype=np.float32), 2 * np.pi * direction, first
     if blend < 0.5:
-        ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-        way = 2 * np.pi * direction
         ground = first + (second - first) * (0.5 + (np.cos(way) * ramp + np.sin(way) * ramp[:, None]) / 2**0.5)[:, :, None]
     picture = ground + cover * (fill - ground)  # (size, size, 3) in [0, 1]
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), label
@@ -109,48 +87,32 @@ def draw_shape(index, size=32):
 
 def list_images(folder):
     """([(path, label), ...], class names) of a folder: one sub-folder a class, searched to any depth, or images alone as one class.
-
     Sorted by name; a label is an index into the names. Hidden files, and files that are no images by suffix, are passed over;
-    directories that cannot be read are named on stderr. ValueError for a folder that is missing, without images, or of both kinds.
-    """
-    def complain(error):
-        print(f"passed over: {error}", file=sys.stderr)
+    directories that cannot be read are named on stderr. ValueError for a folder that is missing, without images, or of both kinds."""
+    def walk(top):  # (sub-folders, paths of images) of each folder; links are not followed, so that loops end
+        for place, folders, names in os.walk(top, onerror=lambda error: print(f"passed over: {error}", file=sys.stderr)):
+            folders[:], names = (sorted(name for name in found if not name.startswith(".")) for found in (folders, names))
+            suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+            yield folders, [os.path.join(place, name) for name in names if name.lower().endswith(suffixes)]
 
-    def images(place, names):
-        suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-        return [os.path.join(place, name) for name in sorted(names) if name.lower().endswith(suffixes) and not name.startswith(".")]
-
-    def below(top):
-        for place, folders, names in os.walk(top, onerror=complain):  # links are not followed, so that loops end
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            yield from images(place, names)
-
-    def is_class(name):  # a link back up to the folder is none
-        link = os.path.join(os.path.realpath(os.path.join(folder, name)), "")
-        return not name.startswith(".") and not os.path.join(home, "").startswith(link)
-
-    folder = os.fspath(folder)
-    if not os.path.isdir(folder):
-        state = "no folder" if os.path.exists(folder) else "missing"
-        raise ValueError(f"data: expected a folder of images, got {folder!r}, which is {state}")
-    _, folders, names = next(os.walk(folder, onerror=complain), (folder, [], []))
-    own, home = images(folder, names), os.path.realpath(folder)
-    groups = {name: paths for name in sorted(folders) if is_class(name) and (paths := list(below(os.path.join(folder, name))))}
+    folder, state = os.fspath(folder), "no folder" if os.path.exists(folder) else "missing"
+    expect(os.path.isdir(folder), f"data: expected a folder of images, got {folder!r}, which is {state}")
+    home, (names, own) = Path(folder).resolve(), next(walk(folder), ([], []))
+    groups = {name: [path for _, paths in walk(os.path.join(folder, name)) for path in paths] for name in names
+              if Path(folder, name).resolve() not in (home, *home.parents)}  # a link back up to the folder is no class
+    groups = {name: paths for name, paths in groups.items() if paths}
+    expect(own or groups, f"data: expected PNG, JPEG, WebP, BMP or GIF images, got {folder!r}, which holds none")
     if own and groups:
         both = f"{os.path.basename(own[0])!r} beside the sub-folder {next(iter(groups))!r}"
         raise ValueError(f"data: expected one sub-folder a class or images alone, got both in {folder!r}: {both}")
-    if not own and not groups:
-        raise ValueError(f"data: expected PNG, JPEG, WebP, BMP or GIF images, got {folder!r}, which holds none")
-    groups = groups or {os.path.basename(home): own}
+    groups = groups or {home.name: own}
     return [(path, label) for label, paths in enumerate(groups.values()) for path in paths], tuple(groups)
 
 
 def read_image(path, shortest=None):
-    """The first frame of an image file as an upright RGB image, transparency on white, 16 bits a channel scaled to 8.
-
-    shortest: where given, a large JPEG may be decoded at a fraction of its size, no side below that (much faster).
-    ValueError that names the path and the reason for a file that is broken, truncated or above 100 million pixels.
-    """
+    """The first frame of an image file as an upright RGB image, transparency on white, 16 bits a channel scaled to 8. shortest: where
+    given, a large JPEG may be decoded at a fraction of its size, no side below that (much faster). ValueError that names the path and
+    the reason for a file that is broken, truncated or above 100 million pixels."""
     try:
         if not os.path.isfile(path):  # a pipe would wait for ever
             raise OSError("no regular file")
@@ -172,22 +134,17 @@ def read_image(path, shortest=None):
 
 
 def check_images(files):
-    """The files [(path, label), ...] that can be read, after decoding each once; every other one is named on stderr.
-
-    ValueError with a list when more than 5 % (and more than ten) are broken, or none is left.
-    """
-    def fault(path):
+    """The files [(path, label), ...] that can be read, after decoding each once; every other one is named on stderr. ValueError with
+    a list when more than 5 % (and more than ten) are broken, or none is left."""
+    def fault(file):
         try:
-            read_image(path, shortest=1)
+            read_image(file[0], shortest=1)
         except ValueError as error:
             return str(error)
 
-    def faults_of(start):  # 32 files a task, since a million tasks waiting would fill the memory
-        return [fault(path) for path, _ in files[start:start + 32]]
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPool(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-        faults = list(itertools.chain.from_iterable(pool.map(faults_of, range(0, len(files), 32))))
+        faults = pool.map(fault, files, chunksize=32)
     broken = [reason for reason in faults if reason]
     if len(broken) > max(0.05 * len(files), 10) or len(broken) == len(files):
         more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
@@ -200,16 +157,10 @@ def check_images(files):
 def split_held_out(files, folder, fraction=0.05):
     """(training, held out) parts of [(path, label), ...], told apart by a hash of the path inside the folder, so that a file stays
     in its part when others come or go. Neither part is empty. ValueError for fewer than two files or a fraction outside [0, 1)."""
-    if len(files) < 2:
-        raise ValueError(f"data: expected at least two images, one to train on and one held out, got {len(files)} in {folder}")
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: expected the held-out part of the images, at least 0 and below 1, got {fraction}")
-
-    def place(file):
-        name = os.path.relpath(file[0], folder).replace(os.sep, "/")
-        return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
-
-    places = [place(file) for file in files]
+    expect(len(files) >= 2, f"data: expected at least two images, one to train on and one held out, got {len(files)} in {folder}")
+    expect(0 <= fraction < 1, f"fraction: expected the held-out part of the images, at least 0 and below 1, got {fraction}")
+    names = [os.path.relpath(path, folder).replace(os.sep, "/") for path, _ in files]
+    places = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64 for name in names]
     limit = min(max(fraction, min(places)), np.nextafter(max(places), 0))
     return [file for file, at in zip(files, places) if at > limit], [file for file, at in zip(files, places) if at <= limit]
 
@@ -231,12 +182,11 @@ def crop(image, size, seed=None, flip=True):
 
 class Images(torch.utils.data.Dataset):
     """Images as (uint8 (3, size, size), label). items: a sequence of (path, label), or of numbers of drawings, such as range(20_000).
-
     A key is a pair (index, seed), so that a sampler decides the randomness: seed None is the centre crop, any other one decides crop and
-    flip alone. Drawings vary enough by themselves and are always whole.
-    """
+    flip alone. Drawings vary enough by themselves and are always whole."""
     def __init__(self, items, size, flip=True):
         self.items, self.size, self.flip = items, size, flip
+        self.labels = [item % len(SHAPES) if isinstance(item, (int, np.integer)) else item[1] for item in items]
 
     def __len__(self):
         return len(self.items)
@@ -245,11 +195,10 @@ class Images(torch.utils.data.Dataset):
         index, seed = key
         item = self.items[index]
         if isinstance(item, (int, np.integer)):
-            image, label = draw_shape(item, self.size)
+            image, _ = draw_shape(item, self.size)
         else:
-            path, label = item
-            image = crop(read_image(path, shortest=2 * self.size), self.size, seed, self.flip)
-        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), label
+            image = crop(read_image(item[0], shortest=2 * self.size), self.size, seed, self.flip)
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), self.labels[index]
 
 
 def data_sets(args):
@@ -279,20 +228,9 @@ def step_items(args, step, count):
     return [(epoch_order(args.seed, draw // count, count)[draw % count], draw) for draw in draws]
 
 
-def image_batches(images, args, start):
-    """This process's part of the images of each step from `start`, uint8 (B, 3, size, size), decoded in workers."""
-    keys = ([(index, (args.seed, draw)) for index, draw in part(step_items(args, step, len(images)))] for step in range(start, args.steps))
-    loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=args.workers)
-    return (batch for batch, _ in loader)
-
-
-def part(batch, index=None, count=None):
-    """One of `count` equal, consecutive parts of a batch; by default this process's, so that all processes together see what one alone
-    would.
-    """
-    index, count = (rank(), world()) if count is None else (index, count)
-    size = len(batch) // count
-    return batch[index * size:(index + 1) * size]
+def own_parts(args, batch):
+    """This process's part of a tensor with a row a sample, in --accumulate parts: all processes together see what one alone would."""
+    return batch.chunk(world() * args.accumulate)[rank() * args.accumulate:][:args.accumulate]
 
 
 def to_unit(images, device):
@@ -301,11 +239,9 @@ def to_unit(images, device):
 
 
 def token_cache(name, images, tokenizer_params, args):
-    """Tokens of all images, a memory-mapped (N, views, L) array in the run folder, encoded once by the finished tokenizer.
-
-    Keyed by the tokenizer's weights and the list of images; continued where it was interrupted; made anew, and said so, when either
-    changed. The views are the centre crop and its mirror image, or --views random crops; drawings have one.
-    """
+    """Tokens of all images, a memory-mapped (N, views, L) array in the run folder, encoded once by the finished tokenizer. Keyed by the
+    tokenizer's weights and the list of images; continued where it was interrupted; made anew, and said so, when either changed. The
+    views are the centre crop and its mirror image, or --views random crops; drawings have one."""
     views = args.views if args.data is not None else 0
     mirrored = args.data is not None and args.flip and not views
     settings = (args.scales, args.size, views, mirrored, args.dtype, args.seed if views else None)
@@ -324,14 +260,14 @@ def token_cache(name, images, tokenizer_params, args):
         return tokens.cpu().numpy()
 
     shape = (len(images), max(1, views) + mirrored, sum(tokenizer.lengths(args.scales)))
-    with ThreadPoolExecutor(max(1, args.workers)) as readers:
-        return fill_array(os.path.join(args.out, f"tokens-{name}"), dict(key=key.hexdigest()), shape, np.int32, 64, encode)
+    with ThreadPool(max(1, args.workers)) as readers:
+        return sample.fill_array(os.path.join(args.out, f"tokens-{name}"), dict(key=key.hexdigest()), shape, np.int32, 64, encode)
 
 
 class Progress:
     """One updating line on a terminal, a plain line every ten seconds elsewhere; rank 0 alone speaks."""
     def __init__(self, what, total, done=0):
-        self.what, self.total, self.start, self.done, self.seen = what, total, time.monotonic(), done, 0
+        self.what, self.total, self.start, self.seen = what, total, time.monotonic(), 0
         self.first, self.last, self.terminal = done, -math.inf, sys.stdout.isatty()
 
     def show(self, done, images, note=""):
@@ -340,9 +276,8 @@ class Progress:
         if rank() or (now - self.last < (0.2 if self.terminal else 10) and done < self.total):
             return
         self.last, spent = now, now - self.start
-        left = spent / max(1, done - self.first) * (self.total - done)
-        speed = self.seen / max(spent, 1e-9)
-        line = f"{self.what} {done}/{self.total}  {note}  {speed:.0f} images/s  {int(left) // 60}:{int(left) % 60:02d} left"
+        minutes, seconds = divmod(int(spent / max(1, done - self.first) * (self.total - done)), 60)
+        line = f"{self.what} {done}/{self.total}  {note}  {self.seen / max(spent, 1e-9):.0f} images/s  {minutes}:{seconds:02d} left"
         print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal and done < self.total else "\n", flush=True)
 
 
@@ -357,11 +292,11 @@ class Trained(torch.nn.Module):
         return self.loss(self.params, *batch)
 
 
-def trainable(params, is_trained=None):
-    """The tree with its leaves as parameters, all or those where is_trained("path.to.leaf")."""
-    def leaf(path, tensor):
-        return torch.nn.Parameter(tensor.clone()) if is_trained is None or is_trained(path_name(path)) else tensor
-    return pytree.tree_map_with_path(leaf, params)
+def trainable(params, branches=None):
+    """The tree with its leaves as parameters, all or those of some branches."""
+    if branches is not None:
+        return params | trainable({name: params[name] for name in branches})
+    return pytree.tree_map(lambda tensor: torch.nn.Parameter(tensor.clone()), params)
 
 
 def with_leaves(params, leaves):
@@ -370,16 +305,12 @@ def with_leaves(params, leaves):
     return pytree.tree_map(lambda leaf: next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf, params)
 
 
-REPORTED = ("loss", "vq", "critic", "scale_losses")  # what losses return for metrics.jsonl
-
-
 def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()):
     """Trains the parameters in the tree `params` for args.steps and returns the tree with their moving averages.
 
-    loss(params, *batch) -> (loss, {name: tensor}); batches(start) yields for each step one batch for each of the --accumulate parts.
+    loss(params, *batch) -> (loss, {name: tensor}); batches(start) yields for each step one batch for each of the --accumulate parts;
     after_step(step, outputs of the parts, optimizer) may change parameters; evaluate(averaged tree) -> numbers to report; extra: tensors of
-    state that after_step keeps. Everything is a function of the step and of what the checkpoint holds, so that a run that was killed
-    continues bit for bit.
+    state that after_step keeps. A step depends on its number and the checkpoint alone: a run that was killed continues bit for bit.
     """
     model, resume, start = Trained(params, loss), os.path.join(args.out, f"{args.stage}.resume.pt"), 0
     leaves, optimizer = list(model.leaves), adamw(params, args)
@@ -387,16 +318,15 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
     state, window = [leaf.data for leaf in leaves] + average + list(extra), {}  # window: what was measured since the last report
     if os.path.exists(resume):
         saved = load(resume)
-        start = saved["step"]
+        start, window = saved["step"], saved["window"]
         optimizer.load_state_dict(saved["optimizer"])
         torch._foreach_copy_(state, saved["state"])
-        window = saved["window"]
         say(f"{args.stage}: continues at step {start} of {args.steps}")
     call = torch.compile(model) if args.compile else model
     if world() > 1:
         call = torch.nn.parallel.DistributedDataParallel(call, device_ids=[args.device] if args.device.type == "cuda" else None,
                                                          find_unused_parameters=args.stage == "tokenizer")
-    progress, note, stop = Progress(args.stage, args.steps, start), "", Stop(args.device)
+    progress, note, stop = Progress(args.stage, args.steps, start), "", Stop()
     metrics = Metrics(os.path.join(args.out, "metrics.jsonl"), args.stage, start)
     for step, micro_batches in enumerate(batches(start), start + 1):
         for group in optimizer.param_groups:
@@ -412,8 +342,9 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
         optimizer.zero_grad()
         torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - min(args.ema, step / (step + 10)))
         numbers = after_step and after_step(step, outputs, optimizer) or {}
-        for name, tensor in [(name, output[name]) for output in outputs for name in output if name in REPORTED] + [("gradient", norm)]:
-            window.setdefault(name, []).append(tensor.detach())
+        for name, value in [pair for output in (*outputs, dict(gradient=norm)) for pair in output.items()]:
+            if torch.is_tensor(value):  # lists are for after_step alone
+                window.setdefault(name, []).append(value.detach())
         if step % args.log_every == 0 or step == args.steps:
             means = {name: torch.stack(tensors).mean(0).tolist() for name, tensors in window.items()}
             window.clear()
@@ -425,7 +356,7 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
             metrics.write(step, **numbers)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float))
             say(f"{args.stage} {step}/{args.steps}  {shown}")
-        stopped = stop.agreed(step)
+        stopped = stop.agreed(step, args.device)
         if step % args.save_every == 0 or stopped or step == args.steps:
             save(resume, dict(step=step, state=state, optimizer=optimizer.state_dict(), window=window))
         if stopped:
@@ -447,15 +378,12 @@ def adamw(params, args):
 
 def learning_rate(step, args):
     """Linear warm-up, then cosine or linear decay to zero."""
-    progress = step / args.steps
-    decay = 0.5 * (1 + math.cos(math.pi * progress)) if args.decay == "cosine" else 1 - progress
+    decay = 0.5 * (1 + math.cos(math.pi * (step / args.steps))) if args.decay == "cosine" else 1 - step / args.steps
     return args.lr * min(1, (step + 1) / max(1, args.warmup)) * decay
 
 
 def train_tokenizer(args, data, held_out):
-    """Stage one, images -> tokenizer.pt: a plain autoencoder first, then the codebook is made of data, and dead codes are replaced as it
-    trains.
-    """
+    """Stage one, images -> tokenizer.pt: a plain autoencoder, then a codebook made of data, whose dead codes are replaced as it trains."""
     tree = dict(tokenizer=trainable(initial_tokenizer(args)))
     if args.gan:
         tree["discriminator"] = trainable(to_device(tokenizer.init_discriminator(seed=args.seed), args.device))
@@ -466,14 +394,17 @@ def train_tokenizer(args, data, held_out):
     reserved = whole(held_out, 256, args)
 
     def batches(start):
-        for step, images in enumerate(image_batches(data, args, start), start):
+        own = slice(rank() * args.batch // world(), (rank() + 1) * args.batch // world())
+        keys = ([(index, (args.seed, draw)) for index, draw in step_items(args, step, len(data))[own]] for step in range(start, args.steps))
+        loader = torch.utils.data.DataLoader(data, batch_sampler=keys, num_workers=args.workers)
+        for step, (images, _) in enumerate(loader, start):
             generator = generator_of(args.seed, "tokenizer", step)
             coin, depth = torch.rand(2, generator=generator).tolist()
             stop = int(depth * len(scales)) + 1 if coin < args.truncate else None
             gan = args.gan * min(1, max(0, 5 * step / args.steps - 1))  # from a fifth of the steps on, in full from two fifths
-            images, uniform = to_unit(images, args.device), to_device(part(torch.rand(args.batch, 4, generator=generator)), args.device)
-            yield [(part(images, i, args.accumulate), step >= warm, stop, gan, part(uniform, i, args.accumulate))
-                   for i in range(args.accumulate)]
+            parts = to_unit(images, args.device).chunk(args.accumulate)
+            uniform = to_device(own_parts(args, torch.rand(args.batch, 4, generator=generator)), args.device)
+            yield [(pixels, step >= warm, stop, gan, numbers) for pixels, numbers in zip(parts, uniform)]
 
     def after_step(step, outputs, optimizer):
         if step == warm:
@@ -497,18 +428,13 @@ def train_tokenizer(args, data, held_out):
             window.zero_()
             return dict(codes_used=int((counts.sum(0) > 0).sum()), usage=code_usage(counts))
 
-    def evaluate(average):
-        return judge_tokenizer(average["tokenizer"], reserved, args)
-
-    loss = functools.partial(tokenizer_loss, args)
-    params = fit(args, tree, loss, batches, after_step=after_step, evaluate=evaluate, extra=[chosen, window])["tokenizer"]
+    params = fit(args, tree, functools.partial(tokenizer_loss, args), batches, after_step=after_step, extra=[chosen, window],
+                 evaluate=lambda average: judge_tokenizer(average["tokenizer"], reserved, args))["tokenizer"]
     return params | dict(codebook=F.normalize(params["codebook"], dim=1)) if args.unit_codes else params  # an average is shorter
 
 
 def tokenizer_loss(args, tree, images, quantised, stop, gan, uniform):
-    """(loss, what is reported) of images (B, 3, H, W): squared, absolute and edge errors, quantisation, and with gan the adversarial
-    losses.
-    """
+    """(loss, what is reported) of images (B, 3, H, W): squared, absolute and edge errors, quantisation, and with gan adversarial losses."""
     fast = tokenizer.cast(tree["tokenizer"], args.dtype)
     made, vq, residuals, tokens = tokenizer.training_pass(fast, images, args.scales, args.beta, quantised, stop)
     edges = sum(F.l1_loss(made.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
@@ -552,74 +478,46 @@ def judge_tokenizer(params, images, args):
     return dict(psnr=float((10 * torch.log10(4 / mse)).mean()))
 
 
-def train_next_scale(args, data, held_out):
-    """Stage two, tokens -> hmar.pt: every token from the coarser scales."""
-    tokenizer_params = finished(args, "tokenizer")
-    params = trainable(initial_transformer(args, tokenizer_params), lambda name: not (args.freeze_trunk and name.startswith("trunk")))
+def train_transformer(args, data, held_out):
+    """Stage two, tokens -> hmar.pt: every token from the coarser scales. Stage three, hmar.pt -> hmar.pt with its masked branch: hidden
+    tokens from the others of their scale, while the trunk and the rest stay as they are."""
+    tokenizer_params, is_masked = finished(args, "tokenizer"), args.stage == "masked"
+    params = initial_transformer(args, tokenizer_params)
+    params = trainable(params, ["masked"] if is_masked else [name for name in params if name != "trunk" or not args.freeze_trunk])
     tokens, reserved = (token_cache(name, images, tokenizer_params, args) for name, images in (("train", data), ("held-out", held_out)))
-    labels, null, depth = labels_of(data), len(params["classes"]) - 1, len(params["trunk"])
+    labels, held_out_labels, null = torch.tensor(data.labels), torch.tensor(held_out.labels), len(params["classes"]) - 1
+    depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
+    always = len(params["trunk"]) if is_masked else 0  # the frozen blocks drop nothing
     weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)
 
-    def loss(params, labels, tokens, keep):
-        with torch.no_grad():
-            inputs = tokenizer.next_scale_inputs(tokenizer_params, tokens, args.scales)
-        losses = hmar.next_scale_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, args.causal, keep=keep,
-                                        checkpointing=args.checkpointing)
-        total = (losses * weights).sum(1).mean()
-        return total, dict(loss=total.detach(), scale_losses=by_scale(losses.detach().mean(0), args.scales))
-
-    def batches(start):
-        for step in range(start, args.steps):
-            chosen, own, generator = *token_batch(args, step, labels, tokens), generator_of(args.seed, args.stage, step)
-            chosen = torch.where(torch.rand(args.batch, generator=generator) < args.label_drop, null, chosen)
-            keep = hmar.stochastic_depth(torch.rand(args.batch, depth, 2, generator=generator), args.depth_drop * depth / 24)
-            yield micro_batches(args, chosen, own, keep)
-
-    def evaluate(average):
-        return judge_next_scale(average, tokenizer_params, labels_of(held_out), reserved, args)
-
-    return fit(args, params, loss, batches, evaluate=evaluate)
-
-
-def train_masked(args, data, held_out):
-    """Stage three, hmar.pt -> hmar.pt with its masked branch: hidden tokens from the others of their scale. The trunk and the rest stay as
-    they are.
-    """
-    tokenizer_params, params = finished(args, "tokenizer"), finished(args, "next-scale")
-    params = {name: tree for name, tree in params.items() if name != "masked"}  # trained before: start over
-    depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
-    params = hmar.add_masked_branch(params, min(args.masked_blocks, depth), seed=args.seed)
-    params, trunk = trainable(params, lambda name: name.startswith("masked")), len(params["trunk"])
-    tokens, reserved = (token_cache(name, images, tokenizer_params, args) for name, images in (("train", data), ("held-out", held_out)))
-    labels, null, own_depth = labels_of(data), len(params["classes"]) - 1, len(params["masked"]["blocks"])
-    maskable = tokens.shape[2] - tokenizer.lengths(args.scales)[0]
-
-    def loss(params, labels, tokens, keep, mask, share, places):
-        with torch.no_grad():
-            inputs = tokenizer.next_scale_inputs(tokenizer_params, tokens, args.scales)
-            own_inputs = tokenizer.masked_inputs(tokenizer_params, tokens, args.scales, mask)
-        losses = hmar.masked_losses(hmar.cast(params, args.dtype), labels, tokens, inputs, own_inputs, mask, places=places, keep=keep,
-                                    checkpointing=args.checkpointing)
-        total = (losses * share[:1]).sum()  # the mean over the whole step's hidden tokens, in however many parts it runs
+    def loss(params, labels, tokens, keep, mask=None, places=None, share=None):
+        inputs = tokenizer.next_scale_inputs(tokenizer_params, tokens, args.scales)
+        fast, options = hmar.cast(params, args.dtype), dict(keep=keep, checkpointing=args.checkpointing)
+        if mask is None:
+            losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
+            total = (losses * weights).sum(1).mean()
+            return total, dict(loss=total.detach(), scale_losses=by_scale(losses.detach().mean(0), args.scales))
+        own_inputs = tokenizer.masked_inputs(tokenizer_params, tokens, args.scales, mask)
+        losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask, places=places, **options)
+        total = (losses * share).sum()  # the mean over the whole step's hidden tokens, in however many parts it runs
         return total, dict(loss=total.detach())
 
     def batches(start):
         for step in range(start, args.steps):
             chosen, own, generator = *token_batch(args, step, labels, tokens), generator_of(args.seed, args.stage, step)
             chosen = torch.where(torch.rand(args.batch, generator=generator) < args.label_drop, null, chosen)
-            keep = hmar.stochastic_depth(torch.rand(args.batch, own_depth, 2, generator=generator), args.depth_drop * depth / 24)
-            keep = torch.cat([torch.ones(args.batch, trunk, 2), keep], 1)  # the frozen blocks drop nothing
-            ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens, for each sample
-            mask = torch.rand(args.batch, maskable, generator=generator) < ratio
-            share = torch.full((args.batch,), world() * args.accumulate / max(1, int(mask.sum())))
-            places = [part(part(mask), i, args.accumulate).flatten().nonzero()[:, 0] for i in range(args.accumulate)]
-            parts = micro_batches(args, chosen, own, keep, mask, share)
-            yield [(*batch, own) for batch, own in zip(parts, to_device(places, args.device))]
+            keep = hmar.stochastic_depth(torch.rand(args.batch, depth - always, 2, generator=generator), args.depth_drop * depth / 24)
+            keep = torch.cat([torch.ones(args.batch, always, 2), keep], 1)
+            parts = [own_parts(args, tensor) for tensor in (chosen, own, keep)]
+            if is_masked:
+                ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens, for each sample
+                mask = torch.rand(args.batch, own.shape[1] - tokenizer.lengths(args.scales)[0], generator=generator) < ratio
+                masks, share = own_parts(args, mask), torch.tensor(world() * args.accumulate / max(1, int(mask.sum())))
+                parts += [masks, [hidden.flatten().nonzero()[:, 0] for hidden in masks], [share] * args.accumulate]
+            yield to_device(list(zip(*parts)), args.device)
 
-    def evaluate(average):
-        return judge_masked(average, tokenizer_params, labels_of(held_out), reserved, args)
-
-    return fit(args, params, loss, batches, evaluate=evaluate)
+    return fit(args, params, loss, batches,
+               evaluate=lambda average: judge_transformer(average, tokenizer_params, held_out_labels, reserved, args))
 
 
 def token_batch(args, step, labels, tokens):
@@ -629,91 +527,75 @@ def token_batch(args, step, labels, tokens):
     return labels[indices], torch.from_numpy(tokens[indices, views].astype(np.int64))
 
 
-def micro_batches(args, *tensors):
-    """This process's part of a whole batch, on the device, in --accumulate parts."""
-    return [to_device([part(part(tensor), i, args.accumulate) for tensor in tensors], args.device) for i in range(args.accumulate)]
-
-
 def by_scale(values, scales):
     """Means (S,) of values (L,) over each scale."""
     return torch.stack([own.mean() for own in values.split(tokenizer.lengths(scales))])
 
 
-def judge_next_scale(params, tokenizer_params, labels, tokens, args):
-    """Held-out loss (nats) and token accuracy, over all tokens and a scale; draws the sample sheet."""
+def judge_transformer(params, tokenizer_params, labels, tokens, args):
+    """Held-out loss (nats): in the masked stage of tokens of which half are hidden, else with token accuracy, over all tokens and a scale.
+    Draws the sample sheet, samples/<stage>.png: a row a class, eight samples each, of the first ten classes."""
+    tokens, labels = torch.from_numpy(tokens[:512, 0].astype(np.int64)).to(args.device), labels[:512].to(args.device)
     losses, hits = [], []
     with torch.no_grad():
-        for first in range(0, min(len(labels), 512), 32):
-            own = torch.from_numpy(tokens[first:first + 32, 0].astype(np.int64)).to(args.device)
+        for number, (own, own_labels) in enumerate(zip(tokens.split(32), labels.split(32))):
             inputs = tokenizer.next_scale_inputs(tokenizer_params, own, args.scales)
-            logits = hmar.next_scale_logits(params, labels[first:first + 32].to(args.device), inputs, args.causal)
-            losses.append(F.cross_entropy(logits.transpose(1, 2), own, reduction="none"))
-            hits.append((logits.argmax(-1) == own).float())
-    losses, hits = torch.cat(losses).mean(0), torch.cat(hits).mean(0)  # (L,)
-    draw_samples(params, tokenizer_params, args)
-    return dict(held_out_loss=float(losses.mean()), ln_codes=math.log(len(tokenizer_params["codebook"])), accuracy=float(hits.mean()),
-                held_out_scale_losses=by_scale(losses, args.scales).tolist(), scale_accuracies=by_scale(hits, args.scales).tolist())
-
-
-def judge_masked(params, tokenizer_params, labels, tokens, args):
-    """Held-out loss (nats) of tokens with half of them hidden; draws the sample sheet, refined."""
-    losses = []
-    with torch.no_grad():
-        for first in range(0, min(len(labels), 512), 32):
-            own = torch.from_numpy(tokens[first:first + 32, 0].astype(np.int64)).to(args.device)
-            maskable = own.shape[1] - tokenizer.lengths(args.scales)[0]
-            mask = (torch.rand(len(own), maskable, generator=generator_of("held-out mask", first)) < 0.5).to(args.device)
-            inputs = tokenizer.next_scale_inputs(tokenizer_params, own, args.scales)
-            own_inputs = tokenizer.masked_inputs(tokenizer_params, own, args.scales, mask)
-            losses.append(hmar.masked_losses(params, labels[first:first + 32].to(args.device), own, inputs, own_inputs, mask))
-    draw_samples(params, tokenizer_params, args)
-    return dict(held_out_loss=float(torch.cat(losses).mean()), ln_codes=math.log(len(tokenizer_params["codebook"])))
-
-
-def draw_samples(params, tokenizer_params, args):
-    """samples/<stage>.png: a row a class, eight samples each, of the first ten classes."""
+            if args.stage == "masked":
+                mask = (torch.rand(inputs.shape[:2], generator=generator_of("held-out mask", 32 * number)) < 0.5).to(args.device)
+                own_inputs = tokenizer.masked_inputs(tokenizer_params, own, args.scales, mask)
+                losses.append(hmar.masked_losses(params, own_labels, own, inputs, own_inputs, mask))
+            else:
+                logits = hmar.next_scale_logits(params, own_labels, inputs, args.causal)
+                losses.append(F.cross_entropy(logits.transpose(1, 2), own, reduction="none"))
+                hits.append((logits.argmax(-1) == own).float())
     names = args.class_names[:10]
-    labels = torch.arange(len(names), device=args.device).repeat_interleave(8)
-    images, _ = sample.generate(params, tokenizer_params, labels, is_causal=args.causal)
+    images, _ = sample.generate(params, tokenizer_params, torch.arange(len(names), device=args.device).repeat_interleave(8),
+                                is_causal=args.causal)
     write_sheet(os.path.join(args.out, "samples", f"{args.stage}.png"), images.split(8), names)
+    losses, ln_codes = torch.cat(losses).mean(0), math.log(len(tokenizer_params["codebook"]))  # of all hidden tokens, or (L,)
+    if args.stage == "masked":
+        return dict(held_out_loss=float(losses), ln_codes=ln_codes)
+    hits = torch.cat(hits).mean(0)
+    return dict(held_out_loss=float(losses.mean()), ln_codes=ln_codes, accuracy=float(hits.mean()),
+                held_out_scale_losses=by_scale(losses, args.scales).tolist(), scale_accuracies=by_scale(hits, args.scales).tolist())
 
 
 def initial_tokenizer(args):
     """A new tokenizer of the flags' sizes, or --init's: a tree of ours or a published state dict."""
-    if args.init is None:
-        return to_device(tokenizer.init(codes=args.codes, code_dim=args.code_dim, channels=args.channels, multipliers=args.multipliers,
-                                        residual_blocks=args.residual_blocks, attention=args.attention, seed=args.seed), args.device)
-    return to_device(load_tokenizer(args.init), args.device)
+    names = ("codes", "code_dim", "channels", "multipliers", "residual_blocks", "attention", "seed")
+    new = load_tokenizer(args.init) if args.init else tokenizer.init(**{name: getattr(args, name) for name in names})
+    return to_device(new, args.device)
 
 
 def initial_transformer(args, tokenizer_params):
-    """A new transformer of the flags' sizes, or --init's, with positions resampled for other scales and a new class embedding for other
-    classes.
-    """
+    """What a stage starts from: hmar.pt with a new masked branch; or a new transformer of the flags' sizes; or --init's, with positions
+    resampled for other scales and a new class embedding for other classes."""
     codes, code_dim = tokenizer_params["codebook"].shape
     new = dict(classes=len(args.class_names), codes=codes, code_dim=code_dim, scales=args.scales, gamma=args.gamma, seed=args.seed)
-    if args.init is None:
+    if args.stage != "masked" and args.init is None:
         return to_device(hmar.init(depth=args.depth, width=args.width, **new), args.device)
-    params = load_transformer(args.init)
-    if "masked" in params:
-        params = {name: tree for name, tree in params.items() if name != "masked"}
-    params = params | dict(trunk=params["trunk"] + params["next_scale"]["blocks"], next_scale=params["next_scale"] | dict(blocks=[]))
+    params = finished(args, "next-scale") if args.stage == "masked" else load_transformer(args.init)
+    params.pop("masked", None)  # trained before: start over
+    blocks = params["trunk"] + params["next_scale"]["blocks"]
+    if args.stage == "masked":
+        return hmar.add_masked_branch(params, min(args.masked_blocks, len(blocks)), seed=args.seed)
+    params = params | dict(trunk=blocks, next_scale=params["next_scale"] | dict(blocks=[]))
     if hmar.scales(params) != args.scales:
         say(f"--init: positions resampled from {sides(hmar.scales(params))} to {sides(args.scales)}")
         params = hmar.resize_positions(params, args.scales)
     if len(params["classes"]) != len(args.class_names) + 1:
         say(f"--init: a new class embedding for {len(args.class_names)} classes in place of {len(params['classes']) - 1}")
         params = params | dict(classes=hmar.init(depth=1, width=params["classes"].shape[1], **new)["classes"])
-    if (len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]) != (codes, code_dim):
-        raise ValueError(f"--init: {args.init} does not fit tokenizer.pt's {codes} codes of {code_dim} dimensions")
+    fits = (len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]) == (codes, code_dim)
+    expect(fits, f"--init: {args.init} does not fit tokenizer.pt's {codes} codes of {code_dim} dimensions")
     return to_device(params, args.device)
 
 
 def finished(args, stage):
     """The weights that an earlier stage left in the run folder; ValueError that says which command makes them."""
-    path = os.path.join(args.out, "tokenizer.pt" if stage == "tokenizer" else "hmar.pt")
-    if not os.path.exists(path):
-        raise ValueError(f"{args.stage}: {path} is missing; the {stage} stage makes it: python train.py {stage} --out {args.out} ...")
+    path = os.path.join(args.out, WEIGHTS[stage])
+    command = f"python train.py {stage} --out {args.out} ..."
+    expect(os.path.exists(path), f"{args.stage}: {path} is missing; the {stage} stage makes it: {command}")
     return to_device(load_tokenizer(path) if stage == "tokenizer" else load_transformer(path), args.device)
 
 
@@ -722,17 +604,11 @@ def whole(images, count, args):
     return to_unit(torch.stack([images[index, None][0] for index in range(min(len(images), count))]), args.device)
 
 
-def labels_of(images):
-    """(N,) int64."""
-    return torch.tensor([item % len(SHAPES) if isinstance(item, int) else item[1] for item in images.items])
-
-
 def replace(parameter, value):
     """parameter = value, the same on every process."""
-    with torch.no_grad():
-        parameter.copy_(value)
-        if world() > 1:
-            torch.distributed.broadcast(parameter.data, 0)
+    parameter.data.copy_(value)
+    if world() > 1:
+        torch.distributed.broadcast(parameter.data, 0)
 
 
 def summed(counts):
@@ -751,7 +627,7 @@ def path_name(path):
 def to_device(tree, device):
     """The tree on a device; from pinned memory to CUDA, so that nothing waits for the copy."""
     def send(tensor):
-        pinned = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+        pinned = torch.device(device).type == "cuda" and tensor.is_cpu
         return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
     return pytree.tree_map(send, tree)
 
@@ -778,8 +654,7 @@ class Metrics:
     def __init__(self, path, stage, step):
         self.path, self.stage = path, stage
         if rank() == 0 and os.path.exists(path):
-            with open(path) as file:
-                lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one
+            lines = [line for line in Path(path).read_text().splitlines(True) if line.endswith("\n")]  # a kill may have cut the last one
             kept = [line for line in lines if json.loads(line)["stage"] != stage or json.loads(line)["step"] <= step]
             write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
@@ -791,8 +666,8 @@ class Metrics:
 
 class Stop:
     """Whether the run was asked to end by Ctrl-C or SIGTERM; a second signal ends it at once."""
-    def __init__(self, device):
-        self.asked, self.device = False, device
+    def __init__(self):
+        self.asked = False
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, frame):
@@ -803,11 +678,9 @@ class Stop:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def agreed(self, step):
+    def agreed(self, step, device):
         """The same answer on every process, asked every tenth step where there are several."""
-        if world() == 1:
-            return self.asked
-        return step % 10 == 0 and bool(summed(torch.tensor(int(self.asked), device=self.device)) > 0)
+        return self.asked if world() == 1 else step % 10 == 0 and bool(summed(torch.tensor(self.asked, dtype=torch.int64, device=device)))
 
 
 PRESETS = {  # by the largest side of images they are meant for: a model for two CPU cores, and the published one
@@ -870,7 +743,7 @@ def parser():
     loop("--ema", type=float, metavar="DECAY", help="decay of the moving average of weights, which is what is saved (auto)")
     loop("--checkpointing", action="store_true", help="compute activations twice to save memory")
     tok = top.add_argument_group("tokenizer").add_argument
-    tok("--scales", nargs="+", type=scale_pair, metavar="SIDE", help="coarse to fine, 4 or 2x3 each (auto)")
+    tok("--scales", nargs="+", type=sample.scale_pair, metavar="SIDE", help="coarse to fine, 4 or 2x3 each (auto)")
     tok("--codes", type=int, metavar="V", help="codebook size (auto)")
     tok("--code-dim", type=int, metavar="N", help="dimensions of a code (auto)")
     tok("--channels", type=int, metavar="N", help="a multiple of 32 (auto)")
@@ -897,63 +770,51 @@ def resolved(args, tokenizer_params=None):
     if args.size is None:
         args.size = 32 if args.data is None else 256
     preset = PRESETS[min(limit for limit in PRESETS if args.size <= limit)]
-    for name, value in preset.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    vars(args).update({name: value for name, value in preset.items() if getattr(args, name, None) is None})
     for name in ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "masked_blocks", "save_every",
                  "log_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+        expect(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+    expect(args.views >= 0, f"--views: got {args.views}, expected 0 or more")
     for name in ("steps", "lr"):
-        values = getattr(args, name)
-        setattr(args, name, values if isinstance(values, dict) else dict.fromkeys(STAGES, values))
-        if min(getattr(args, name).values()) <= 0:
-            raise ValueError(f"--{name}: got {values}, expected more than 0")
+        given = getattr(args, name)
+        setattr(args, name, given if isinstance(given, dict) else dict.fromkeys(STAGES, given))
+        expect(min(getattr(args, name).values()) > 0, f"--{name}: got {given}, expected more than 0")
     step = 2 ** (len(args.multipliers) - 1) if tokenizer_params is None else tokenizer.downsampling(tokenizer_params)
-    if args.size % step:
-        raise ValueError(f"--size: {args.size} does not divide by the downsampling, {step}")
-    args.scales = tuple(args.scales or default_scales(args.size // step))
+    expect(args.size % step == 0, f"--size: {args.size} does not divide by the downsampling, {step}")
+    side, parts = args.size // step, args.accumulate * world()
+    args.scales = tuple(args.scales or default_scales(side))
     tokenizer.check_scales(args.scales)
-    if args.scales[-1] != (args.size // step, args.size // step):
-        raise ValueError(f"--scales: end at {sides(args.scales[-1:])}, expected the latent's side, {args.size} / {step}")
-    if args.batch % (args.accumulate * world()):
-        raise ValueError(f"--batch: {args.batch} does not divide into {args.accumulate} parts on {world()} processes")
-    if args.init and args.stage not in ("tokenizer", "next-scale"):
-        raise ValueError("--init: needs the stage that it starts, tokenizer or next-scale")
-    if args.causal and args.stage == "masked":
-        raise ValueError("--causal: VAR has no masked stage")
-    if args.views < 0:
-        raise ValueError(f"--views: got {args.views}, expected 0 or more")
+    end = sides(args.scales[-1:])
+    expect(args.scales[-1] == (side, side), f"--scales: end at {end}, expected the latent's side, {args.size} / {step}")
+    expect(args.batch % parts == 0, f"--batch: {args.batch} does not divide into {args.accumulate} parts on {world()} processes")
+    expect(args.stage in ("tokenizer", "next-scale") or not args.init, "--init: needs the stage that it starts, tokenizer or next-scale")
+    expect(args.stage != "masked" or not args.causal, "--causal: VAR has no masked stage")
     args.out = args.out or os.path.join("runs", "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data)))
     return args
 
 
-NOT_SETTINGS = ("stage", "out", "restart", "save_every", "log_every", "eval_every", "workers", "device", "tokenizer")
-
-
 def stage_settings(args, stage):
     """What decides a stage's result, as JSON holds it: the flags, with the stage's own steps and learning rate."""
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= dict(steps=args.steps[stage], lr=args.lr[stage], dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
-    return json.loads(json.dumps(settings))
+    others = ("stage", "out", "restart", "save_every", "log_every", "eval_every", "workers", "device", "tokenizer")
+    own = dict(steps=args.steps[stage], lr=args.lr[stage], dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
+    return json.loads(json.dumps({name: value for name, value in (vars(args) | own).items() if name not in others}))
 
 
 def run_stage(args, stage, data, held_out):
     """Trains one stage, unless the run folder says that it is finished; refuses other settings than those it was started with."""
-    path, weights = os.path.join(args.out, "args.json"), os.path.join(args.out, "tokenizer.pt" if stage == "tokenizer" else "hmar.pt")
-    saved, settings, resume = read_json(path), stage_settings(args, stage), os.path.join(args.out, f"{stage}.resume.pt")
-    for i, earlier in enumerate(STAGES[:STAGES.index(stage)]):  # what the stage is built on: other weights there are other settings
-        settings[earlier] = saved.get(earlier, {}).get("made")
-        if i and saved.get(earlier, {}).get(STAGES[i - 1]) != saved.get(STAGES[i - 1], {}).get("made"):
-            raise ValueError(f"{args.out}: hmar.pt was trained for another tokenizer.pt; train.py {earlier} --restart trains it anew")
-    before = saved.get(stage, {}) if os.path.exists(resume) and not args.restart else {}
+    path, weights, resume = (os.path.join(args.out, name) for name in ("args.json", WEIGHTS[stage], f"{stage}.resume.pt"))
+    saved, settings = read_json(path), stage_settings(args, stage)
+    started = {name: {} for name in STAGES} | saved
+    settings |= {earlier: started[earlier].get("made") for earlier in STAGES[:STAGES.index(stage)]}  # other weights are other settings
+    fits = stage != "masked" or started["next-scale"].get("tokenizer") == started["tokenizer"].get("made")
+    expect(fits, f"{args.out}: hmar.pt was trained for another tokenizer.pt; train.py next-scale --restart trains it anew")
+    before = started[stage] if os.path.exists(resume) and not args.restart else {}
     changed = [f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in settings if before and before.get(name) != settings[name]]
-    if changed:
-        raise ValueError(f"{args.out}: the {stage} stage was started with other settings ({', '.join(changed)}); --restart begins it anew")
-    made_for = saved.get("tokenizer", settings)
-    if stage != "tokenizer" and any(made_for[name] != settings[name] for name in ("size", "scales")):
-        raise ValueError(f"{args.out}: tokenizer.pt was made for --size {made_for['size']} --scales {sides(made_for['scales'])}, "
-                         f"not for {settings['size']} and {sides(settings['scales'])}")
+    expect(not changed, f"{args.out}: the {stage} stage was started with other settings ({', '.join(changed)}); --restart begins it anew")
+    made_for = started["tokenizer"] or settings
+    fits = stage == "tokenizer" or all(made_for[name] == settings[name] for name in ("size", "scales"))
+    expect(fits, f"{args.out}: tokenizer.pt was made for --size {made_for['size']} --scales {sides(made_for['scales'])}, "
+                 f"not for {settings['size']} and {sides(settings['scales'])}")
     if before.get("finished") and os.path.exists(weights):
         return say(f"{stage}: finished before, {weights}")
     if rank() == 0:
@@ -961,41 +822,39 @@ def run_stage(args, stage, data, held_out):
             os.remove(resume)
         write_json(path, saved | {stage: settings})
     barrier()
-    own = argparse.Namespace(**vars(args) | dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage]))
-    own.eval_every = args.eval_every or max(1, own.steps // 4)
-    train = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}[stage]
-    params = train(own, data, held_out)
-    save(weights, params)
+    own = dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage], eval_every=args.eval_every or max(1, args.steps[stage] // 4))
+    train_stage = train_tokenizer if stage == "tokenizer" else train_transformer
+    finish(args, stage, settings, train_stage(argparse.Namespace(**vars(args) | own), data, held_out))
+
+
+def finish(args, stage, settings, params):
+    """Writes a stage's weights, then into args.json what they were made with and their digest."""
+    save(os.path.join(args.out, WEIGHTS[stage]), params)
     if rank() == 0:
+        path = os.path.join(args.out, "args.json")
         write_json(path, read_json(path) | {stage: settings | dict(finished=True, made=digest(params))})
     barrier()
 
 
 def train(args):
     """The stages that the flags ask for, in order."""
-    args.device = start_processes(args.device)
+    args.device = sample.start_processes(args.device)
     given = load_tokenizer(args.tokenizer) if args.tokenizer else None
     args = resolved(args, load_tokenizer(args.init) if args.init and args.stage == "tokenizer" else given)
     data, held_out, args.class_names = data_sets(args)
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     if rank() == 0:
-        for name in os.listdir(args.out):
-            if name.endswith(".tmp"):  # what a kill left half written
-                os.remove(os.path.join(args.out, name))
-    if args.dtype == "auto":  # decided once a run, so that it continues as it began
-        earlier = [read_json(os.path.join(args.out, "args.json")).get(stage, {}).get("dtype") for stage in STAGES]
-        args.dtype = next((getattr(torch, dtype) for dtype in earlier if dtype), None) or fast_dtype(args.device)
-    else:
-        args.dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[args.dtype]
+        for path in Path(args.out).glob("*.tmp"):  # what a kill left half written
+            path.unlink()
+    saved = read_json(os.path.join(args.out, "args.json"))
+    known = [getattr(torch, saved[stage]["dtype"]) for stage in STAGES if stage in saved]  # so that a run continues as it began
+    known = dict(bf16=[torch.bfloat16], fp32=[torch.float32]).get(args.dtype, known)
+    args.dtype = known[0] if known else sample.fast_dtype(args.device)
     say(f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, {len(args.class_names)} classes; {args.device}, "
         f"{str(args.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, {world()} process{'es' if world() > 1 else ''}")
     stages = STAGES if args.stage == "all" else (args.stage,)
     if given is not None:
-        save(os.path.join(args.out, "tokenizer.pt"), given)
-        path = os.path.join(args.out, "args.json")
-        if rank() == 0:
-            write_json(path, read_json(path) | dict(tokenizer=stage_settings(args, "tokenizer") | dict(finished=True, made=digest(given))))
-        barrier()
+        finish(args, "tokenizer", stage_settings(args, "tokenizer"), given)
     for stage in stages:
         if not (stage == "tokenizer" and given is not None or stage == "masked" and args.causal):
             run_stage(args, stage, data, held_out)
@@ -1009,8 +868,7 @@ def main(argv=None):
     try:
         train(args)
     except (ValueError, OSError) as error:
-        text = str(error).strip()
-        text = text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text  # as a DataLoader's worker wraps it
+        text = re.sub(r"(?s)^Caught .*\n[\w.]+: ", "", str(error).strip())  # as a DataLoader's worker wraps it
         print(f"train.py: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:

@@ -1096,7 +1096,7 @@ def test_weights_made_for_another_tokenizer_are_not_continued(base, folder, tmp_
     interrupted = [stage, *flags, "--steps", 4, "--save-every", 1]
     if stage == "next-scale":
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train, "judge_next_scale", killed)
+            patch.setattr(train, "judge_transformer", killed)
             train.main([str(flag) for flag in [*interrupted, "--eval-every", 2]])
     assert train.main([str(flag) for flag in ["tokenizer", *flags, "--steps", 2, "--restart"]]) == 0
     line = refusal(capsys, *interrupted)
