@@ -46,11 +46,10 @@ class Step(NamedTuple):
 
 def generate(params, tokenizer_params, labels, **options):
     """(images (B, 3, H, W) in [-1, 1], tokens (B, L) int64) of labels (B,) int64. Keyword arguments are those of `steps`."""
-    tokens = {}
-    for step in steps(params, tokenizer_params, labels, **options):
-        tokens[step.scale] = step.tokens
+    last = {step.scale: step for step in steps(params, tokenizer_params, labels, **options)}  # of each scale, its last pass
     with torch.no_grad():
-        return tokenizer.decode_features(tokenizer_params, step.f_hat), torch.cat(list(tokens.values()), 1)
+        images = tokenizer.decode_features(tokenizer_params, last[max(last)].f_hat)
+    return images, torch.cat([step.tokens for step in last.values()], 1)
 
 
 @torch.no_grad()
@@ -257,6 +256,7 @@ def halton_order(h, w):
             return torch.tensor(list(cells))
 
 
+@torch.no_grad()
 def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options):
     """images (B, 3, H, W) in [-1, 1], of which labels (B,) int64 are drawn under mask (B, 1, H, W) bool, True = repaint (HMAR, editing).
 
@@ -275,11 +275,8 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
         raise ValueError(f"feather: got {feather!r}, expected pixels, 0 or more")
     tokens = tokenizer.encode(tokenizer_params, images, scales)
     repaint = torch.cat([F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales], 1) > 0  # (B, L)
-    with torch.no_grad():
-        known = (tokens, ~repaint, tokenizer.features(tokenizer_params, images))
-        for step in steps(params, tokenizer_params, labels, known=known, **options):
-            pass
-        painted = tokenizer.decode_features(tokenizer_params, step.f_hat)
+    known = tokens, ~repaint, tokenizer.features(tokenizer_params, images)
+    painted, _ = generate(params, tokenizer_params, labels, known=known, **options)
     outside, original = (~mask).float(), images.to(painted.dtype)
     repair = continued((original - painted) * outside, outside, 2 * tokenizer.downsampling(tokenizer_params))
     painted = (painted + repair).clamp(-1, 1)
@@ -304,7 +301,7 @@ def continued(error, known, reach):
 
 
 def _streams(seed, count):
-    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else seed
+    seeds = range(seed, seed + count) if isinstance(seed, int) else seed
     if not isinstance(seeds, (list, tuple, range)) or not all(isinstance(s, int) and -2**63 <= s < 2**63 for s in seeds):
         raise ValueError(f"seed: got {seed!r}, expected an integer of 64 bits, or one for each of the {count} images")
     if len(seeds) != count:
@@ -386,41 +383,41 @@ def fast_dtype(device):
     return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
 
 
+@contextlib.contextmanager
+def naming(path, problem="", kinds=ValueError):
+    """What goes wrong inside becomes a ValueError of one line that names the file."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{path}: {problem}{(str(error).splitlines() or [type(error).__name__])[0]}") from error
+
+
 def load(path):
     """A tree or state dict on the CPU; ValueError for anything else, a pickle with code in it among them."""
-    with open(path, "rb") as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            why = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{path}: not a file of weights that can be read safely: {why}") from error
+    with open(path, "rb") as file, naming(path, "not a file of weights that can be read safely: ", Exception):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_tokenizer(path):
     """A tokenizer's tree from a file of ours or a published one; ValueError that names the file."""
     state = load(path)
-    try:
+    with naming(path):
         ours = isinstance(state, dict) and "codebook" in state
         if ours and state.keys() != {"encoder", "quant_conv", "codebook", "phi", "post_quant_conv", "decoder"}:
             raise ValueError(f"expected a whole tokenizer, got one with {', '.join(state)}")
         return state if ours else tokenizer.from_published(state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def load_transformer(path, scales=None, is_causal=None):
     """A transformer's tree from a file, ours or published (is_causal: which kind it must be, or None); ValueError that names the file."""
     state = load(path)
-    try:
+    with naming(path):
         if isinstance(state, dict) and "trunk" in state:
             return state
-        found = hmar.published_is_causal(state)
-        params = hmar.from_published(state, scales)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if None not in (found, is_causal) and found != is_causal:
-        raise ValueError(f"{path}: holds weights of {'VAR: add' if found else 'HMAR: leave out'} --causal")
-    return params
+        found, params = hmar.published_is_causal(state), hmar.from_published(state, scales)
+        if None not in (found, is_causal) and found != is_causal:
+            raise ValueError(f"holds weights of {'VAR: add' if found else 'HMAR: leave out'} --causal")
+        return params
 
 
 def digest(*trees):
@@ -455,11 +452,8 @@ def read_json(path):
     """The object in a JSON file, {} where there is no file."""
     if not os.path.exists(path):
         return {}
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    with open(path) as file, naming(path, "not JSON: "):
+        return json.load(file)
 
 
 def fill_array(path, settings, shape, dtype, chunk, make):
@@ -502,7 +496,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32), **options)
 
     def parse_args(self, args=None):
-        flags = [flag for action in self._actions for flag in action.option_strings]
+        flags = list(self._option_string_actions)
         for word in sys.argv[1:] if args is None else args:
             name = word.partition("=")[0]
             if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
@@ -548,7 +542,7 @@ def parser():
     machine = top.add_argument_group("machine").add_argument
     machine("--batch", type=int, default=50, metavar="N", help="images at a time (50)")
     machine("--device", help="cuda, mps or cpu (the first there is)")
-    machine("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where this machine multiplies faster in it (auto)")
+    machine("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where this machine multiplies it faster (auto)")
     machine("--compile", action="store_true", help="minutes of compiling first, faster from then on: for many images")
     return top
 
@@ -602,11 +596,9 @@ def sampling_options(args, scales):
 
 def read_photo(path, size, mode="RGB", resample=Image.Resampling.LANCZOS):
     """An image file, upright, cut to the aspect of size (width, height) and resized to it. ValueError that names the file."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.fit(ImageOps.exif_transpose(image).convert(mode), size, resample)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not an image that can be read: {error}") from error
+    errors = (OSError, ValueError, Image.DecompressionBombError)
+    with naming(path, "not an image that can be read: ", errors), Image.open(path) as image:
+        return ImageOps.fit(ImageOps.exif_transpose(image).convert(mode), size, resample)
 
 
 def photo_and_mask(args, size):
@@ -617,12 +609,12 @@ def photo_and_mask(args, size):
     if args.mask:
         mask = read_photo(args.mask, size, "L", Image.Resampling.NEAREST)
     else:
-        border = [round(side * args.pad) for side in size]
-        if not 0 < args.pad < 0.5 or min(side - 2 * edge for side, edge in zip(size, border)) < 1:
+        border = tuple(round(side * args.pad) for side in size)
+        inner = [side - 2 * edge for side, edge in zip(size, border)]
+        if not 0 < args.pad < 0.5 or min(inner) < 1:
             raise ValueError(f"--pad: got {args.pad}, expected a share of the side between 0 and 0.5")
-        inner = photo.resize([side - 2 * edge for side, edge in zip(size, border)], Image.Resampling.LANCZOS)
-        photo = ImageOps.expand(inner, tuple(border), "grey")
-        mask = ImageOps.expand(Image.new("L", inner.size, 0), tuple(border), 255)
+        photo = ImageOps.expand(photo.resize(inner, Image.Resampling.LANCZOS), border, "grey")
+        mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
     return pixels, torch.from_numpy(np.array(mask))[None, None] > 127
 
@@ -660,16 +652,20 @@ def run(args):
     if suffix == ".npz":
         part, shape = args.out.removesuffix(".npz") + ".part", (len(labels), height, width, 3)
         made_of = settings | dict(batch=args.batch, digest=digest(models, photo))
-        images = fill_array(part, made_of, shape, np.uint8, args.batch, lambda rows: to_bytes(make(rows)))
-        if rank() == 0:  # as the standard FID evaluator reads it: images as arr_0
-            write_atomically(args.out, lambda file: np.savez(file, images, labels=labels.cpu().numpy()))
+        fill_array(part, made_of, shape, np.uint8, args.batch, lambda rows: to_bytes(make(rows)))
+        if rank() == 0:  # as the standard FID evaluator reads it, images as arr_0; they go from file to file, whatever their number
+            write_atomically(args.out, lambda file: np.savez(file, np.load(f"{part}.npy", mmap_mode="r"), labels=labels.cpu().numpy()))
             write_json(f"{args.out}.json", settings)
             for ending in (".npy", ".done.npy", ".json"):
                 os.remove(part + ending)
     elif suffix in (".png", ".gif"):
         names = [names[kind] for kind in kinds]
-        if suffix == ".gif" or args.growth:
-            pages = growing_pages(args, models, labels, names, options)
+        growing = steps(*models, labels, seed=args.seed, **options)  # a generator: nothing is drawn until somebody asks
+        growing = ((step.scale, tokenizer.decode_features(models[1], step.f_hat)) for step in growing)
+        if suffix == ".gif":  # a page a pass
+            pages = [sheet(images.split(args.count), names) for _, images in growing]
+        elif args.growth:
+            pages = [sheet(torch.stack(list(dict(growing).values()), 1), [name for name in names for _ in range(args.count)])]
         else:
             made = torch.cat([make(rows).cpu() for rows in batches]).split(args.count)
             pages = [sheet([torch.cat([photo[0].cpu(), row]) for row in made] if photo else made, names)]
@@ -682,14 +678,6 @@ def run(args):
             for i, pixels in zip(rows, to_bytes(make(rows))):
                 path = os.path.join(args.out, f"{i:06d}-{int(labels[i])}.png")
                 write_atomically(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, "PNG"))
-
-
-def growing_pages(args, models, labels, names, options):
-    """Sheets of --out x.gif, one a pass, with a row a class; or the one of --growth, with a row an image and a column a scale."""
-    growing = ((step.scale, tokenizer.decode_features(models[1], step.f_hat)) for step in steps(*models, labels, seed=args.seed, **options))
-    if args.out.lower().endswith(".gif"):
-        return [sheet(images.split(args.count), names) for _, images in growing]
-    return [sheet(torch.stack(list(dict(growing).values()), 1), [name for name in names for _ in range(args.count)])]
 
 
 def compiled_network(device):
