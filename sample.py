@@ -3,8 +3,8 @@
     labels (B,) -> for each scale: logits -> guidance -> filter -> draw -> masked refinement -> f_hat -> images (B, 3, H, W)
 
 `steps` is the whole method as a Python generator, one item a pass, so that a caller can watch, stop or choose; `generate` and `edit`
-consume it. `guided` is where guidance is applied, `filtered` and `draw` make tokens of logits, `schedule` says how many are drawn
-again and when. Every image has a stream of random numbers of its own, so it comes out the same whatever batch it is drawn in.
+consume it. `guided` is where guidance is applied, `filtered` and `draw` make tokens of logits, `schedule` says how many of them each
+pass keeps. Every image has a stream of random numbers of its own, so it comes out the same whatever batch it is drawn in.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024); classifier-free guidance (Ho and Salimans 2021);
 the Halton scheduler (Besnier et al. 2025).
@@ -65,17 +65,16 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
     (tokens (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`. network: what to call in place of
     (hmar.next_scale_features, hmar.masked_features), such as these compiled.
     """
-    scales, codebook, phi = hmar.scales(params), tokenizer_params["codebook"], tokenizer_params["phi"]
     _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, order)
+    scales, codebook, phi = hmar.scales(params), tokenizer_params["codebook"], tokenizer_params["phi"]
     schedule = check_schedule(schedule, scales, "masked" in params)
     guidance, mask_guidance = _per_scale("guidance", guidance, scales), _per_scale("mask_guidance", mask_guidance, scales)
     next_scale, refine = network or (hmar.next_scale_features, hmar.masked_features)
-    streams = _streams(seed, len(labels))
     both = is_causal and any(guidance)  # a cache takes in both halves from the first scale on
     cache = hmar.new_cache(params, len(labels) * (1 + both)) if is_causal else None
-    lengths = tokenizer.lengths(scales)
+    streams, lengths = _streams(seed, len(labels)), tokenizer.lengths(scales)
     nothing = torch.zeros(len(labels), sum(lengths), dtype=torch.int64, device=labels.device)
-    image_tokens, given, features = known or (nothing, nothing.bool(), None)
+    image_tokens, given, features = known or (nothing, nothing.bool(), None)  # plain generation: no token is given
     image_tokens, given = image_tokens.split(lengths, 1), given.split(lengths, 1)
     stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w) bool, where the image's own map goes on
     f_hat = image_map = torch.zeros(len(labels), codebook.shape[1], *scales[-1], device=labels.device)
@@ -95,7 +94,7 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
                 hidden = masked if "own_input" in params["masked"] else None  # published trees saw the draft leak through
                 own = tokenizer.masked_scale_input(tokenizer_params, tokens, k, scales, hidden)
                 x = guided(predict, params, labels, mask_guidance[k], inputs, own, masked)
-            scores = filtered(hmar.logits(x, **head) + bias, top_k, top_p)  # affine, so it may follow guidance: once, not twice
+            scores = filtered(hmar.logits(x, **head) + bias, top_k, top_p)  # the head is affine, so it may follow: once, not twice
             uniform = functools.partial(uniforms, streams, masked.any(1))
             drawn, confidence = draw(scores, temperature, uniform((h * w,)))
             fresh = F.embedding(drawn, codebook)
@@ -106,8 +105,8 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
                 confidence = uniform((h * w,))
             elif order == "halton":
                 confidence = -halton_order(h, w).argsort().to(confidence).expand_as(confidence)
-            rank = confidence.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-            masked = masked & (rank >= keep[:, None])  # the `keep` most confident stay, ties by position; the others are drawn again
+            place = confidence.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+            masked = masked & (place >= keep[:, None])  # the `keep` most confident are kept, ties by position; the others drawn again
             grown = torch.where(stays, image_map, f_hat + tokenizer.contribution(phi, codes, k, scales))
             yield Step(k, number, tokens, masked, grown)
         f_hat = grown  # which the next scale is drawn from
@@ -174,11 +173,10 @@ def soft_codes(logits, codebook, progress, uniform):
 def schedule(scales, steps, curve="cosine"):
     """For each scale the tokens kept at each pass, ((1,), (1, 3), ...): a draw, then `steps` of refinement (a number, or one a scale).
 
-    curve: "cosine" keeps few first, most last (MaskGIT), "linear" alike. A scale takes no more passes than it has tokens, the first one.
+    curve: "cosine" keeps few first, most last (MaskGIT), "linear" alike. Never more passes than a scale has tokens, one at the first scale.
     """
     steps = _per_scale("steps", [steps] * len(scales) if isinstance(steps, int) else steps, scales, int)
-    if curve not in ("cosine", "linear"):
-        raise ValueError(f'curve: got {curve!r}, expected "cosine" or "linear"')
+    expect(curve in ("cosine", "linear"), "curve", repr(curve), '"cosine" or "linear"')
     passes = []
     for k, (count, step) in enumerate(zip(tokenizer.lengths(scales), steps)):
         kept, number = [0], 1 if k == 0 else min(step + 1, count)
@@ -199,8 +197,7 @@ def check_schedule(schedule, scales, has_masked_branch):
     counts = tokenizer.lengths(scales)
     if schedule is None:
         return published_schedule(scales) if has_masked_branch else tuple((count,) for count in counts)
-    if not isinstance(schedule, (list, tuple)):
-        raise ValueError(f"schedule: got {schedule!r}, expected the tokens kept at each pass, a tuple a scale")
+    expect(isinstance(schedule, (list, tuple)), "schedule", repr(schedule), "the tokens kept at each pass, a tuple a scale")
     schedule = tuple((passes,) if isinstance(passes, int) else tuple(passes) for passes in schedule)
     if len(schedule) != len(counts):
         raise ValueError(f"schedule: has {len(schedule)} entries, expected one for each of the {len(counts)} scales")
@@ -266,13 +263,10 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
     those of `steps`. ValueError on a mask of another shape or type, or as encode and steps.
     """
     scales, expected = hmar.scales(params), (len(images), 1, *images.shape[2:])
-    if not torch.is_tensor(mask) or mask.dtype != torch.bool or mask.shape != expected:
-        given = f"{mask.dtype} {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
-        raise ValueError(f"mask: got {given}, expected bool {expected}")
-    if len(labels) != len(images):
-        raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(images)} images")
-    if not isinstance(feather, int) or feather < 0:
-        raise ValueError(f"feather: got {feather!r}, expected pixels, 0 or more")
+    given = f"{mask.dtype} {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
+    expect(given == f"torch.bool {expected}", "mask", given, f"bool {expected}")
+    expect(len(labels) == len(images), "labels", len(labels), f"one for each of the {len(images)} images")
+    expect(isinstance(feather, int) and feather >= 0, "feather", repr(feather), "pixels, 0 or more")
     tokens = tokenizer.encode(tokenizer_params, images, scales)
     repaint = torch.cat([F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales], 1) > 0  # (B, L)
     known = tokens, ~repaint, tokenizer.features(tokenizer_params, images)
@@ -302,19 +296,18 @@ def continued(error, known, reach):
 
 def _streams(seed, count):
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
-    if not isinstance(seeds, (list, tuple, range)) or not all(isinstance(s, int) and -2**63 <= s < 2**63 for s in seeds):
-        raise ValueError(f"seed: got {seed!r}, expected an integer of 64 bits, or one for each of the {count} images")
-    if len(seeds) != count:
-        raise ValueError(f"seed: got {len(seeds)} seeds, expected a number or one for each of the {count} images")
-    return [torch.Generator().manual_seed(s) for s in seeds]
+    whole = isinstance(seeds, (list, tuple, range)) and all(isinstance(number, int) and -2**63 <= number < 2**63 for number in seeds)
+    expect(whole, "seed", repr(seed), f"an integer of 64 bits, or one for each of the {count} images")
+    expect(len(seeds) == count, "seed", f"{len(seeds)} seeds", f"a number or one for each of the {count} images")
+    return [torch.Generator().manual_seed(number) for number in seeds]
 
 
 def _per_scale(name, value, scales, kinds=(int, float)):
     """One number a scale: a number rises over scales as value k / (S - 1)."""
     values = [value * k / max(1, len(scales) - 1) for k in range(len(scales))] if isinstance(value, kinds) else value
-    sized = isinstance(values, (list, tuple)) and len(values) == len(scales)
-    if not sized or any(not isinstance(v, kinds) or not 0 <= v < math.inf for v in values):
-        raise ValueError(f"{name}: got {value}, expected a number, 0 or more, or one for each of the {len(scales)} scales")
+    fits = isinstance(values, (list, tuple)) and len(values) == len(scales)
+    fits = fits and all(isinstance(number, kinds) and 0 <= number < math.inf for number in values)
+    expect(fits, name, value, f"a number, 0 or more, or one for each of the {len(scales)} scales")
     return values
 
 
@@ -324,14 +317,17 @@ def _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, 
     if (codes, code_dim) != ours:
         raise ValueError(f"tokenizer_params: has {codes} codes of {code_dim} dimensions, the transformer expects {ours[0]} of {ours[1]}")
     given = f"{labels.dtype} {tuple(labels.shape)}" if torch.is_tensor(labels) else labels
-    for name, value, fits, expected in (
-            ("labels", given, torch.is_tensor(labels) and labels.ndim == 1, "int64 (B,)"),
-            ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
-            ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "an integer, 0 or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "a share in (0, 1]"),
-            ("order", repr(order), order in ORDERS, f"one of {', '.join(ORDERS)}")):
-        if not fits:
-            raise ValueError(f"{name}: got {value}, expected {expected}")
+    expect(torch.is_tensor(labels) and labels.ndim == 1, "labels", given, "int64 (B,)")
+    expect(0 <= temperature < math.inf, "temperature", temperature, "0 or more")
+    expect(isinstance(top_k, int) and top_k >= 0, "top_k", top_k, "an integer, 0 or more")
+    expect(0 < top_p <= 1, "top_p", top_p, "a share in (0, 1]")
+    expect(order in ORDERS, "order", repr(order), f"one of {', '.join(ORDERS)}")
+
+
+def expect(fits, name, got, expected):
+    """A ValueError of one line unless an argument or a flag fits."""
+    if not fits:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
 def sheet(rows, names):
@@ -351,6 +347,15 @@ def sheet(rows, names):
 def to_bytes(images):
     """Images (B, 3, H, W) in [-1, 1] -> numpy uint8 (B, H, W, 3)."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@contextlib.contextmanager
+def naming(what, problem="", kinds=ValueError):
+    """An error inside of one of these kinds becomes a ValueError of one line that names what it is about: a file, a flag."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{what}: {problem}{(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def rank():
@@ -381,15 +386,6 @@ def fast_dtype(device):
         a = torch.randn(1024, 1024, device=device).to(dtype)
         return min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4))
     return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
-
-
-@contextlib.contextmanager
-def naming(path, problem="", kinds=ValueError):
-    """What goes wrong inside becomes a ValueError of one line that names the file."""
-    try:
-        yield
-    except kinds as error:
-        raise ValueError(f"{path}: {problem}{(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def load(path):
@@ -469,10 +465,10 @@ def fill_array(path, settings, shape, dtype, chunk, make):
         if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a signal when a page is written
             with open(f"{path}.npy", "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-        np.lib.format.open_memmap(f"{path}.done.npy", "w+", bool, (-(-shape[0] // chunk),)).flush()
+        np.save(f"{path}.done.npy", np.zeros(math.ceil(shape[0] / chunk), bool))
         write_json(f"{path}.json", settings)
     barrier()
-    rows, done = (np.lib.format.open_memmap(f"{path}{suffix}.npy", "r+") for suffix in ("", ".done"))
+    rows, done = (np.load(f"{path}{suffix}.npy", mmap_mode="r+") for suffix in ("", ".done"))
     for i in range(rank(), len(done), world()):
         if not done[i]:
             part = range(shape[0])[i * chunk:(i + 1) * chunk]
@@ -496,7 +492,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32), **options)
 
     def parse_args(self, args=None):
-        flags = list(self._option_string_actions)
+        flags = self._option_string_actions
         for word in sys.argv[1:] if args is None else args:
             name = word.partition("=")[0]
             if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
@@ -553,8 +549,8 @@ def scale_pair(text):
     return int(h), int(w or h)
 
 
-def load_models(args):
-    """(params, tokenizer_params, class names) of a run folder or of files, checked."""
+def load_models(args, device):
+    """(params, tokenizer_params, class names) of a run folder or of files, checked, on a device."""
     if args.run is None and not (args.weights and args.tokenizer):
         raise ValueError("expected a run folder, or both --weights and --tokenizer")
     weights, tokens = (path or os.path.join(args.run, name) for path, name in ((args.weights, "hmar.pt"), (args.tokenizer, "tokenizer.pt")))
@@ -562,31 +558,27 @@ def load_models(args):
         raise ValueError(f"{weights} is missing: python train.py makes it")
     settings = {} if args.weights else read_json(os.path.join(args.run, "args.json")).get("next-scale", {})
     args.causal = args.causal or settings.get("causal", False)
-    params, tokenizer_params = load_transformer(weights, args.scales, args.causal), load_tokenizer(tokens)
+    trees = load_transformer(weights, args.scales, args.causal), load_tokenizer(tokens)
+    params, tokenizer_params = pytree.tree_map(lambda tensor: tensor.to(device), trees)
     return params, tokenizer_params, settings.get("class_names") or [str(label) for label in range(len(params["classes"]) - 1)]
 
 
-def chosen_labels(texts, names):
-    """Class indices of names or numbers, "all" for all; ValueError with the nearest names for an unknown one."""
-    if texts == ["all"]:
-        return list(range(len(names)))
-    labels = []
-    for text in texts:
-        if text not in names and not (text.isdigit() and int(text) < len(names)):
-            near = difflib.get_close_matches(text, names, 3) or names[:3]
-            raise ValueError(f"--labels: got {text!r}, expected 0 to {len(names) - 1} or a name such as {', '.join(near)}")
-        labels.append(names.index(text) if text in names else int(text))
-    return labels
+def class_index(text, names):
+    """The class of a name or a number; ValueError with the nearest names for an unknown one."""
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    near = difflib.get_close_matches(text, names, 3) or names[:3]
+    raise ValueError(f"--labels: got {text!r}, expected 0 to {len(names) - 1} or a name such as {', '.join(near)}")
 
 
 def sampling_options(args, scales):
     """The keyword arguments of `steps` that the flags ask for."""
     chosen = None
     if args.schedule:
-        try:
+        with naming("--schedule", f"got {args.schedule!r}, expected numbers such as '1 / 1,3 / 1,1,2,5': "):
             chosen = tuple(tuple(int(kept) for kept in entry.split(",")) for entry in args.schedule.split("/"))
-        except ValueError:
-            raise ValueError(f"--schedule: got {args.schedule!r}, expected numbers such as '1 / 1,3 / 1,1,2,5'") from None
     elif args.mask_steps:
         chosen = schedule(scales, args.mask_steps[0] if len(args.mask_steps) == 1 else args.mask_steps)
     guidance, mask_guidance = (value[0] if len(value) == 1 else value for value in (args.guidance, args.mask_guidance))
@@ -611,8 +603,7 @@ def photo_and_mask(args, size):
     else:
         border = tuple(round(side * args.pad) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
-        if not 0 < args.pad < 0.5 or min(inner) < 1:
-            raise ValueError(f"--pad: got {args.pad}, expected a share of the side between 0 and 0.5")
+        expect(0 < args.pad < 0.5 and min(inner) >= 1, "--pad", args.pad, "a share of the side between 0 and 0.5")
         photo = ImageOps.expand(photo.resize(inner, Image.Resampling.LANCZOS), border, "grey")
         mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -622,18 +613,16 @@ def photo_and_mask(args, size):
 def run(args):
     """What the command does once its flags are read."""
     device, suffix = start_processes(args.device), os.path.splitext(args.out)[1].lower()
-    params, tokenizer_params, names = load_models(args)
-    if args.count < 1 or args.batch < 1:
-        raise ValueError(f"--count, --batch: got {args.count}, {args.batch}, expected at least 1")
-    kinds = chosen_labels(args.labels, names)
-    kinds = kinds[:10] if args.labels == ["all"] and suffix in (".png", ".gif") else kinds
+    params, tokenizer_params, names = load_models(args, device)
+    expect(min(args.count, args.batch) >= 1, "--count, --batch", f"{args.count}, {args.batch}", "at least 1")
+    every = list(range(len(names)))[:10 if suffix in (".png", ".gif") else None]
+    kinds = every if args.labels == ["all"] else [class_index(text, names) for text in args.labels]
     options = sampling_options(args, hmar.scales(params))
     dtype = dict(bf16=torch.bfloat16, fp32=torch.float32).get(args.dtype) or fast_dtype(device)
     settings = dict(weights=args.weights or args.run, labels=kinds, count=args.count, seed=args.seed, dtype=str(dtype)[6:], **options)
     settings = json.loads(json.dumps(settings))  # as they come back from a file
     if rank() == 0:
         print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "labels"))
-    params, tokenizer_params = (pytree.tree_map(lambda tensor: tensor.to(device), tree) for tree in (params, tokenizer_params))
     models = hmar.cast(params, dtype), tokenizer.cast(tokenizer_params, dtype)
     options |= dict(network=compiled_network(device)) if args.compile else {}
     labels = torch.tensor(kinds, device=device).repeat_interleave(args.count)
