@@ -465,10 +465,10 @@ def fill_array(path, settings, shape, dtype, chunk, make):
         if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a signal when a page is written
             with open(f"{path}.npy", "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-        np.save(f"{path}.done.npy", np.zeros(math.ceil(shape[0] / chunk), bool))
+        np.lib.format.open_memmap(f"{path}.done.npy", "w+", bool, (math.ceil(shape[0] / chunk),)).flush()
         write_json(f"{path}.json", settings)
     barrier()
-    rows, done = (np.load(f"{path}{suffix}.npy", mmap_mode="r+") for suffix in ("", ".done"))
+    rows, done = (np.lib.format.open_memmap(f"{path}{suffix}.npy", "r+") for suffix in ("", ".done"))
     for i in range(rank(), len(done), world()):
         if not done[i]:
             part = range(shape[0])[i * chunk:(i + 1) * chunk]
