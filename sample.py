@@ -3,8 +3,8 @@
     labels (B,) -> for each scale: logits -> guidance -> filter -> draw -> masked refinement -> f_hat -> images (B, 3, H, W)
 
 `steps` is the whole method as a Python generator, one item a pass, so that a caller can watch, stop or choose; `generate` and `edit`
-consume it. `guided` is where guidance is applied, `filtered` and `draw` make tokens of logits, `schedule` and `still_masked` say what is
-drawn again and when. Every image has a stream of random numbers of its own, so it comes out the same whatever batch it is drawn in.
+consume it. `guided` is where guidance is applied, `filtered` and `draw` make tokens of logits, `schedule` says how many of them each
+pass keeps. Every image has a stream of random numbers of its own, so it comes out the same whatever batch it is drawn in.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024); classifier-free guidance (Ho and Salimans 2021);
 the Halton scheduler (Besnier et al. 2025).
@@ -19,8 +19,7 @@ import json
 import math
 import os
 import sys
-import time
-import zipfile
+import timeit
 from typing import NamedTuple
 
 import numpy as np
@@ -47,11 +46,10 @@ class Step(NamedTuple):
 
 def generate(params, tokenizer_params, labels, **options):
     """(images (B, 3, H, W) in [-1, 1], tokens (B, L) int64) of labels (B,) int64. Keyword arguments are those of `steps`."""
-    tokens = {}
-    for step in steps(params, tokenizer_params, labels, **options):
-        tokens[step.scale] = step.tokens
+    last = {step.scale: step for step in steps(params, tokenizer_params, labels, **options)}  # of each scale, its last pass
     with torch.no_grad():
-        return tokenizer.decode_features(tokenizer_params, step.f_hat), torch.cat(list(tokens.values()), 1)
+        images = tokenizer.decode_features(tokenizer_params, last[max(last)].f_hat)
+    return images, torch.cat([step.tokens for step in last.values()], 1)
 
 
 @torch.no_grad()
@@ -67,53 +65,51 @@ def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask
     (tokens (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`. network: what to call in place of
     (hmar.next_scale_features, hmar.masked_features), such as these compiled.
     """
-    scales, codebook = hmar.scales(params), tokenizer_params["codebook"]
     _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, order)
+    scales, codebook, phi = hmar.scales(params), tokenizer_params["codebook"], tokenizer_params["phi"]
     schedule = check_schedule(schedule, scales, "masked" in params)
-    next_scale, refine = network or (hmar.next_scale_features, hmar.masked_features)
     guidance, mask_guidance = _per_scale("guidance", guidance, scales), _per_scale("mask_guidance", mask_guidance, scales)
-    streams = _streams(seed, len(labels))
+    next_scale, refine = network or (hmar.next_scale_features, hmar.masked_features)
     both = is_causal and any(guidance)  # a cache takes in both halves from the first scale on
     cache = hmar.new_cache(params, len(labels) * (1 + both)) if is_causal else None
-    f_hat = torch.zeros(len(labels), codebook.shape[1], *scales[-1], device=labels.device)
-    if known is not None:
-        given_tokens, given = (part.split(tokenizer.lengths(scales), 1) for part in known[:2])
-        stays, given_f_hat = given[-1].unflatten(1, scales[-1]).unsqueeze(1), torch.zeros_like(f_hat)  # (B, 1, h, w) bool
+    streams, lengths = _streams(seed, len(labels)), tokenizer.lengths(scales)
+    nothing = torch.zeros(len(labels), sum(lengths), dtype=torch.int64, device=labels.device)
+    image_tokens, given, features = known or (nothing, nothing.bool(), None)  # plain generation: no token is given
+    image_tokens, given = image_tokens.split(lengths, 1), given.split(lengths, 1)
+    stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w) bool, where the image's own map goes on
+    f_hat = image_map = torch.zeros(len(labels), codebook.shape[1], *scales[-1], device=labels.device)
     for k, (h, w) in enumerate(scales):
         inputs = tokenizer.resize_to_scale(f_hat, (h, w)) if k else None
-        predict = functools.partial(next_scale, params, only=k, cache=cache)
-        bias = 0.0 if known is None else evidence(codebook, known[2] - f_hat, stays, (h, w))
-        x = guided(predict, params, labels, guidance[k], inputs, always=both)  # the head is affine, so it may follow: once, not twice
-        scores = filtered(hmar.logits(x, **params["next_scale"]["head"]) + bias, top_k, top_p)
-        masked = torch.ones(len(labels), h * w, dtype=torch.bool, device=labels.device) if known is None else ~given[k]
-        tokens, confidence = draw(scores, temperature, uniforms(streams, masked.any(1), (h * w,)))
-        tokens = tokens if known is None else torch.where(masked, tokens, given_tokens[k])
+        tokens, masked, bias = image_tokens[k], ~given[k], 0.0
         codes = F.embedding(tokens, codebook)
+        if features is not None:
+            bias = evidence(codebook, features - f_hat, stays, (h, w))
+            image_map = image_map + tokenizer.contribution(phi, codes, k, scales)
         for number, keep in enumerate(keep_counts(schedule[k], masked, k > 0 and "masked" in params)):
-            if number:
+            if number == 0:
+                predict, head = functools.partial(next_scale, params, only=k, cache=cache), params["next_scale"]["head"]
+                x = guided(predict, params, labels, guidance[k], inputs, always=both)
+            else:
+                predict, head = functools.partial(refine, params, only=k), params["masked"]["head"]
                 hidden = masked if "own_input" in params["masked"] else None  # published trees saw the draft leak through
                 own = tokenizer.masked_scale_input(tokenizer_params, tokens, k, scales, hidden)
-                predict = functools.partial(refine, params, only=k)
                 x = guided(predict, params, labels, mask_guidance[k], inputs, own, masked)
-                scores = filtered(hmar.logits(x, **params["masked"]["head"]) + bias, top_k, top_p)
-                drawn, confidence = draw(scores, temperature, uniforms(streams, masked.any(1), (h * w,)))
-                tokens = torch.where(masked, drawn, tokens)
-                codes = torch.where(masked[..., None], F.embedding(tokens, codebook), codes)
+            scores = filtered(hmar.logits(x, **head) + bias, top_k, top_p)  # the head is affine, so it may follow: once, not twice
+            uniform = functools.partial(uniforms, streams, masked.any(1))
+            drawn, confidence = draw(scores, temperature, uniform((h * w,)))
+            fresh = F.embedding(drawn, codebook)
             if smooth:
-                soft = soft_codes(scores, codebook, k / max(1, len(scales) - 1), uniforms(streams, masked.any(1), scores.shape[1:]))
-                codes = torch.where(masked[..., None], soft, codes)
+                fresh = soft_codes(scores, codebook, k / max(1, len(scales) - 1), uniform(scores.shape[1:]))
+            tokens, codes = torch.where(masked, drawn, tokens), torch.where(masked[..., None], fresh, codes)
             if order == "random":
-                confidence = uniforms(streams, masked.any(1), (h * w,))
+                confidence = uniform((h * w,))
             elif order == "halton":
                 confidence = -halton_order(h, w).argsort().to(confidence).expand_as(confidence)
-            masked = still_masked(masked, confidence, keep)
-            now = f_hat + tokenizer.contribution(tokenizer_params["phi"], codes, k, scales)
-            if known is not None:  # where the image stays, its own map goes on
-                own_codes = F.embedding(given_tokens[k], codebook)
-                own_map = given_f_hat + tokenizer.contribution(tokenizer_params["phi"], own_codes, k, scales)
-                now = torch.where(stays, own_map, now)
-            yield Step(k, number, tokens, masked, now)
-        f_hat, given_f_hat = now, None if known is None else own_map
+            place = confidence.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+            masked = masked & (place >= keep[:, None])  # the `keep` most confident are kept, ties by position; the others drawn again
+            grown = torch.where(stays, image_map, f_hat + tokenizer.contribution(phi, codes, k, scales))
+            yield Step(k, number, tokens, masked, grown)
+        f_hat = grown  # which the next scale is drawn from
 
 
 def guided(predict, params, labels, t, *features, always=False):
@@ -141,11 +137,9 @@ def filtered(logits, top_k=0, top_p=1.0):
 
 
 def draw(logits, temperature, uniform):
-    """(tokens (...) int64, confidence (...) fp64) from filtered logits (..., V) by inverting their cumulative sum in fp64 at uniform (...)
-    in [0, 1).
+    """(tokens (...) int64, confidence (...) fp64) of filtered logits (..., V): their cumulative sum is inverted at uniform (...) in [0, 1).
 
-    temperature divides the logits, 0 = arg max. Confidence is the token's probability at temperature 1, by which a pass chooses what it
-    keeps.
+    temperature divides the logits, 0 = arg max. Confidence, by which a pass chooses what it keeps, is the probability at temperature 1.
     """
     probability = logits.double().softmax(-1)
     if temperature == 0:
@@ -161,8 +155,7 @@ def draw(logits, temperature, uniform):
 def uniforms(streams, active, shape):
     """Numbers in [0, 1), (B, *shape) fp64, from the stream of each image that is active (B,) bool, which takes part in a pass.
 
-    The others' streams stand still, so that an image does not depend on its neighbours; drawn on the CPU, so that every device sees the
-    same.
+    The others' streams stand still, so that an image does not depend on its neighbours; drawn on the CPU, the same for every device.
     """
     numbers = torch.zeros(len(streams), *shape, dtype=torch.float64)
     for i in active.nonzero()[:, 0].tolist():
@@ -171,43 +164,31 @@ def uniforms(streams, active, shape):
 
 
 def soft_codes(logits, codebook, progress, uniform):
-    """Gumbel-softmax mixtures of codes (B, n, code_dim) that sharpen over the scales; progress in [0, 1], uniform (B, n, V) (VAR's smooth
-    sampling).
-    """
+    """Gumbel-softmax mixtures of codes (B, n, code_dim), sharper as progress goes 0 to 1 (VAR's smooth sampling). uniform (B, n, V)."""
     noise = -torch.log(-torch.log(uniform.clamp(1e-300)))
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     return ((logits * (1 + progress) + noise) / temperature).softmax(-1).to(codebook.dtype) @ codebook
 
 
 def schedule(scales, steps, curve="cosine"):
-    """For each scale the tokens kept at each pass, ((1,), (1, 3), ...): one next-scale draw and `steps` passes of refinement, a number or
-    one a scale.
+    """For each scale the tokens kept at each pass, ((1,), (1, 3), ...): a draw, then `steps` of refinement (a number, or one a scale).
 
-    curve: "cosine" keeps few tokens first and most last (MaskGIT), "linear" alike. A scale takes no more passes than it has tokens, the
-    first scale one.
+    curve: "cosine" keeps few first, most last (MaskGIT), "linear" alike. Never more passes than a scale has tokens, one at the first scale.
     """
-    counts = tokenizer.lengths(scales)
-    steps = [steps] * len(counts) if isinstance(steps, int) else steps
-    sized = isinstance(steps, (list, tuple)) and len(steps) == len(counts)
-    if not sized or any(not isinstance(step, int) or step < 0 for step in steps):
-        raise ValueError(f"steps: got {steps}, expected a number, 0 or more, or one for each of the {len(counts)} scales")
-    if curve not in ("cosine", "linear"):
-        raise ValueError(f'curve: got {curve!r}, expected "cosine" or "linear"')
+    steps = _per_scale("steps", [steps] * len(scales) if isinstance(steps, int) else steps, scales, int)
+    expect(curve in ("cosine", "linear"), "curve", repr(curve), '"cosine" or "linear"')
     passes = []
-    for k, (count, step) in enumerate(zip(counts, steps)):
-        number = 1 if k == 0 else min(step + 1, count)
-        done = [i / number if curve == "linear" else 1 - math.cos(math.pi / 2 * i / number) for i in range(1, number + 1)]
-        kept = [0]
-        for i, share in enumerate(done):  # each pass keeps at least one, and leaves one for each that follows
-            kept.append(min(max(round(share * count), kept[-1] + 1), count - (number - 1 - i)))
+    for k, (count, step) in enumerate(zip(tokenizer.lengths(scales), steps)):
+        kept, number = [0], 1 if k == 0 else min(step + 1, count)
+        for i in range(1, number + 1):  # each pass keeps at least one, and leaves one for each that follows
+            share = i / number if curve == "linear" else 1 - math.cos(math.pi / 2 * i / number)
+            kept.append(min(max(round(share * count), kept[-1] + 1), count - number + i))
         passes.append(tuple(after - before for before, after in itertools.pairwise(kept)))
     return tuple(passes)
 
 
 def published_schedule(scales):
-    """The published schedule, (1) (1, 3) (1, 1, 2, 5) and then one pass a scale, 14 passes at 256 pixels, for any scales: it belongs to a
-    scale's size.
-    """
+    """The published schedule, (1) (1, 3) (1, 1, 2, 5), then one pass a scale, 14 at 256 pixels; it goes by size, for any scales."""
     return tuple(PUBLISHED_PASSES.get(count, (count,)) if k else (count,) for k, count in enumerate(tokenizer.lengths(scales)))
 
 
@@ -216,8 +197,7 @@ def check_schedule(schedule, scales, has_masked_branch):
     counts = tokenizer.lengths(scales)
     if schedule is None:
         return published_schedule(scales) if has_masked_branch else tuple((count,) for count in counts)
-    if not isinstance(schedule, (list, tuple)):
-        raise ValueError(f"schedule: got {schedule!r}, expected the tokens kept at each pass, a tuple a scale")
+    expect(isinstance(schedule, (list, tuple)), "schedule", repr(schedule), "the tokens kept at each pass, a tuple a scale")
     schedule = tuple((passes,) if isinstance(passes, int) else tuple(passes) for passes in schedule)
     if len(schedule) != len(counts):
         raise ValueError(f"schedule: has {len(schedule)} entries, expected one for each of the {len(counts)} scales")
@@ -243,12 +223,6 @@ def keep_counts(passes, masked, has_masked_branch):
     return [after - before for before, after in itertools.pairwise(kept)]
 
 
-def still_masked(masked, confidence, keep):
-    """masked (B, n) without the keep (B,) most confident tokens among them; ties go by position."""
-    rank = confidence.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-    return masked & (rank >= keep[:, None])
-
-
 def evidence(codebook, residual, stays, size):
     """Logits (B, n, V) that draw the cells which the edge of a mask cuts through towards the part of them that stays.
 
@@ -265,14 +239,11 @@ def evidence(codebook, residual, stays, size):
 
 @functools.cache
 def halton_order(h, w):
-    """The cells (h w,) int64 of an h x w grid in the order in which a Halton sequence of bases 2 and 3 first visits them (Besnier et al.
-    2025).
-    """
+    """The cells (h w,) int64 of an h x w grid as a Halton sequence of bases 2 and 3 first visits them (Besnier et al. 2025)."""
     def radical_inverse(i, base):
         value, unit = 0.0, 1.0
         while i:
-            unit /= base
-            i, digit = divmod(i, base)
+            digit, i, unit = i % base, i // base, unit / base
             value += digit * unit
         return value
     cells = {}  # a dict keeps the order of the first visits
@@ -282,31 +253,24 @@ def halton_order(h, w):
             return torch.tensor(list(cells))
 
 
+@torch.no_grad()
 def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options):
-    """images (B, 3, H, W) in [-1, 1] with what is under mask (B, 1, H, W) bool, True = repaint, drawn anew as labels (B,) int64 (HMAR,
-    editing).
+    """images (B, 3, H, W) in [-1, 1], of which labels (B,) int64 are drawn under mask (B, 1, H, W) bool, True = repaint (HMAR, editing).
 
     At each scale the tokens whose cells lie outside the mask are those of the image; the others are drawn by the next-scale branch, then by
     the masked branch, which sees the given ones. Pixels outside the mask are the original ones; what decoding did to them at the mask's
     edge is taken back inside too, fading over two latent cells, and there the edge blends over `feather` pixels. Keyword arguments are
     those of `steps`. ValueError on a mask of another shape or type, or as encode and steps.
     """
-    scales = hmar.scales(params)
-    expected = (len(images), 1, *images.shape[2:])
-    if not torch.is_tensor(mask) or mask.dtype != torch.bool or mask.shape != expected:
-        given = f"{mask.dtype} {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
-        raise ValueError(f"mask: got {given}, expected bool {expected}")
-    if len(labels) != len(images):
-        raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(images)} images")
-    if not isinstance(feather, int) or feather < 0:
-        raise ValueError(f"feather: got {feather!r}, expected pixels, 0 or more")
+    scales, expected = hmar.scales(params), (len(images), 1, *images.shape[2:])
+    given = f"{mask.dtype} {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
+    expect(given == f"torch.bool {expected}", "mask", given, f"bool {expected}")
+    expect(len(labels) == len(images), "labels", len(labels), f"one for each of the {len(images)} images")
+    expect(isinstance(feather, int) and feather >= 0, "feather", repr(feather), "pixels, 0 or more")
     tokens = tokenizer.encode(tokenizer_params, images, scales)
     repaint = torch.cat([F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales], 1) > 0  # (B, L)
-    with torch.no_grad():
-        known = (tokens, ~repaint, tokenizer.features(tokenizer_params, images))
-        for step in steps(params, tokenizer_params, labels, known=known, **options):
-            pass
-        painted = tokenizer.decode_features(tokenizer_params, step.f_hat)
+    known = tokens, ~repaint, tokenizer.features(tokenizer_params, images)
+    painted, _ = generate(params, tokenizer_params, labels, known=known, **options)
     outside, original = (~mask).float(), images.to(painted.dtype)
     repair = continued((original - painted) * outside, outside, 2 * tokenizer.downsampling(tokenizer_params))
     painted = (painted + repair).clamp(-1, 1)
@@ -331,51 +295,39 @@ def continued(error, known, reach):
 
 
 def _streams(seed, count):
-    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else seed
-    if not isinstance(seeds, (list, tuple, range)) or not all(isinstance(s, int) and -2**63 <= s < 2**63 for s in seeds):
-        raise ValueError(f"seed: got {seed!r}, expected an integer of 64 bits, or one for each of the {count} images")
-    if len(seeds) != count:
-        raise ValueError(f"seed: got {len(seeds)} seeds, expected a number or one for each of the {count} images")
-    return [torch.Generator().manual_seed(s) for s in seeds]
+    seeds = range(seed, seed + count) if isinstance(seed, int) else seed
+    whole = isinstance(seeds, (list, tuple, range)) and all(isinstance(number, int) and -2**63 <= number < 2**63 for number in seeds)
+    expect(whole, "seed", repr(seed), f"an integer of 64 bits, or one for each of the {count} images")
+    expect(len(seeds) == count, "seed", f"{len(seeds)} seeds", f"a number or one for each of the {count} images")
+    return [torch.Generator().manual_seed(number) for number in seeds]
 
 
-def _per_scale(name, value, scales):
+def _per_scale(name, value, scales, kinds=(int, float)):
     """One number a scale: a number rises over scales as value k / (S - 1)."""
-    values = [value * k / max(1, len(scales) - 1) for k in range(len(scales))] if isinstance(value, (int, float)) else value
-    sized = isinstance(values, (list, tuple)) and len(values) == len(scales)
-    if not sized or any(not isinstance(v, (int, float)) or not 0 <= v < math.inf for v in values):
-        raise ValueError(f"{name}: got {value}, expected a number, 0 or more, or one for each of the {len(scales)} scales")
+    values = [value * k / max(1, len(scales) - 1) for k in range(len(scales))] if isinstance(value, kinds) else value
+    fits = isinstance(values, (list, tuple)) and len(values) == len(scales)
+    fits = fits and all(isinstance(number, kinds) and 0 <= number < math.inf for number in values)
+    expect(fits, name, value, f"a number, 0 or more, or one for each of the {len(scales)} scales")
     return values
 
 
 def _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, order):
-    if not torch.is_tensor(labels) or labels.ndim != 1:
-        given = f"{labels.dtype} {tuple(labels.shape)}" if torch.is_tensor(labels) else labels
-        raise ValueError(f"labels: got {given}, expected int64 (B,)")
     codes, code_dim = tokenizer_params["codebook"].shape
     ours = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
     if (codes, code_dim) != ours:
         raise ValueError(f"tokenizer_params: has {codes} codes of {code_dim} dimensions, the transformer expects {ours[0]} of {ours[1]}")
-    checks = (("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
-              ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "an integer, 0 or more"),
-              ("top_p", top_p, 0 < top_p <= 1, "a share in (0, 1]"), ("order", order, order in ORDERS, f"one of {', '.join(ORDERS)}"))
-    for name, value, fits, expected in checks:
-        if not fits:
-            raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    given = f"{labels.dtype} {tuple(labels.shape)}" if torch.is_tensor(labels) else labels
+    expect(torch.is_tensor(labels) and labels.ndim == 1, "labels", given, "int64 (B,)")
+    expect(0 <= temperature < math.inf, "temperature", temperature, "0 or more")
+    expect(isinstance(top_k, int) and top_k >= 0, "top_k", top_k, "an integer, 0 or more")
+    expect(0 < top_p <= 1, "top_p", top_p, "a share in (0, 1]")
+    expect(order in ORDERS, "order", repr(order), f"one of {', '.join(ORDERS)}")
 
 
-def steps_sheet(params, tokenizer_params, labels, names, **options):
-    """A sheet (PIL image) with a row an image and a column a scale: how each grows. Keyword arguments are those of `steps`."""
-    columns = {}
-    for step in steps(params, tokenizer_params, labels, **options):
-        columns[step.scale] = tokenizer.decode_features(tokenizer_params, step.f_hat)
-    return sheet(torch.stack(list(columns.values()), 1), names)
-
-
-def animation(params, tokenizer_params, labels, columns, names, **options):
-    """Frames (PIL images), one a pass, of a sheet with `columns` images a row: the images growing scale by scale, pass by pass."""
-    return [sheet(tokenizer.decode_features(tokenizer_params, step.f_hat).split(columns), names)
-            for step in steps(params, tokenizer_params, labels, **options)]
+def expect(fits, name, got, expected):
+    """A ValueError of one line unless an argument or a flag fits."""
+    if not fits:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
 def sheet(rows, names):
@@ -395,6 +347,15 @@ def sheet(rows, names):
 def to_bytes(images):
     """Images (B, 3, H, W) in [-1, 1] -> numpy uint8 (B, H, W, 3)."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@contextlib.contextmanager
+def naming(what, problem="", kinds=ValueError):
+    """An error inside of one of these kinds becomes a ValueError of one line that names what it is about: a file, a flag."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{what}: {problem}{(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def rank():
@@ -421,53 +382,38 @@ def start_processes(device):
 
 def fast_dtype(device):
     """bf16 where a product of 1024 x 1024 takes at most 0.8 of its fp32 time on this machine, else fp32."""
-    spent = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    def seconds(dtype):
         a = torch.randn(1024, 1024, device=device).to(dtype)
-        for _ in range(4):
-            clock = time.perf_counter()
-            (a @ a)[0, 0].item()
-            spent[dtype] = min(spent.get(dtype, math.inf), time.perf_counter() - clock)
-    return torch.bfloat16 if spent[torch.bfloat16] < 0.8 * spent[torch.float32] else torch.float32
+        return min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4))
+    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
 
 
 def load(path):
     """A tree or state dict on the CPU; ValueError for anything else, a pickle with code in it among them."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: not a file of weights that can be read safely: {str(error).splitlines()[0]}") from error
+    with open(path, "rb") as file, naming(path, "not a file of weights that can be read safely: ", Exception):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_tokenizer(path):
     """A tokenizer's tree from a file of ours or a published one; ValueError that names the file."""
     state = load(path)
-    try:
+    with naming(path):
         ours = isinstance(state, dict) and "codebook" in state
         if ours and state.keys() != {"encoder", "quant_conv", "codebook", "phi", "post_quant_conv", "decoder"}:
             raise ValueError(f"expected a whole tokenizer, got one with {', '.join(state)}")
         return state if ours else tokenizer.from_published(state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def load_transformer(path, scales=None, is_causal=None):
-    """A transformer's tree from a file of ours or a published one; ValueError that names the file. is_causal: what a published one must be,
-    or None.
-    """
+    """A transformer's tree from a file, ours or published (is_causal: which kind it must be, or None); ValueError that names the file."""
     state = load(path)
-    try:
+    with naming(path):
         if isinstance(state, dict) and "trunk" in state:
             return state
-        found = hmar.published_is_causal(state)
-        params = hmar.from_published(state, scales)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if None not in (found, is_causal) and found != is_causal:
-        raise ValueError(f"{path}: holds weights of {'VAR: add' if found else 'HMAR: leave out'} --causal")
-    return params
+        found, params = hmar.published_is_causal(state), hmar.from_published(state, scales)
+        if None not in (found, is_causal) and found != is_causal:
+            raise ValueError(f"holds weights of {'VAR: add' if found else 'HMAR: leave out'} --causal")
+        return params
 
 
 def digest(*trees):
@@ -479,9 +425,7 @@ def digest(*trees):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it. OSError if it cannot; the old file stays
-    whole.
-    """
+    """Calls write(file) on a temporary file beside path, flushes it to disk, renames it. OSError if it cannot; the old file stays whole."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -502,13 +446,10 @@ def write_json(path, value):
 
 def read_json(path):
     """The object in a JSON file, {} where there is no file."""
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    with open(path) as file, naming(path, "not JSON: "):
+        return json.load(file)
 
 
 def fill_array(path, settings, shape, dtype, chunk, make):
@@ -524,13 +465,13 @@ def fill_array(path, settings, shape, dtype, chunk, make):
         if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a signal when a page is written
             with open(f"{path}.npy", "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-        np.lib.format.open_memmap(f"{path}.done.npy", "w+", bool, (-(-shape[0] // chunk),)).flush()
+        np.lib.format.open_memmap(f"{path}.done.npy", "w+", bool, (math.ceil(shape[0] / chunk),)).flush()
         write_json(f"{path}.json", settings)
     barrier()
     rows, done = (np.lib.format.open_memmap(f"{path}{suffix}.npy", "r+") for suffix in ("", ".done"))
     for i in range(rank(), len(done), world()):
         if not done[i]:
-            part = range(i * chunk, min((i + 1) * chunk, shape[0]))
+            part = range(shape[0])[i * chunk:(i + 1) * chunk]
             rows[part.start:part.stop] = make(part)
             rows.flush()
             done[i] = True
@@ -551,7 +492,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32), **options)
 
     def parse_args(self, args=None):
-        flags = [flag for action in self._actions for flag in action.option_strings]
+        flags = self._option_string_actions
         for word in sys.argv[1:] if args is None else args:
             name = word.partition("=")[0]
             if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
@@ -597,8 +538,7 @@ def parser():
     machine = top.add_argument_group("machine").add_argument
     machine("--batch", type=int, default=50, metavar="N", help="images at a time (50)")
     machine("--device", help="cuda, mps or cpu (the first there is)")
-    machine("--dtype", choices=("auto", "bf16", "fp32"), default="auto", metavar="TYPE",
-            help="bf16, fp32 or auto: bf16 where this machine multiplies faster in it (auto)")
+    machine("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where this machine multiplies it faster (auto)")
     machine("--compile", action="store_true", help="minutes of compiling first, faster from then on: for many images")
     return top
 
@@ -609,8 +549,8 @@ def scale_pair(text):
     return int(h), int(w or h)
 
 
-def load_models(args):
-    """(params, tokenizer_params, class names) of a run folder or of files, checked."""
+def load_models(args, device):
+    """(params, tokenizer_params, class names) of a run folder or of files, checked, on a device."""
     if args.run is None and not (args.weights and args.tokenizer):
         raise ValueError("expected a run folder, or both --weights and --tokenizer")
     weights, tokens = (path or os.path.join(args.run, name) for path, name in ((args.weights, "hmar.pt"), (args.tokenizer, "tokenizer.pt")))
@@ -618,31 +558,27 @@ def load_models(args):
         raise ValueError(f"{weights} is missing: python train.py makes it")
     settings = {} if args.weights else read_json(os.path.join(args.run, "args.json")).get("next-scale", {})
     args.causal = args.causal or settings.get("causal", False)
-    params, tokenizer_params = load_transformer(weights, args.scales, args.causal), load_tokenizer(tokens)
+    trees = load_transformer(weights, args.scales, args.causal), load_tokenizer(tokens)
+    params, tokenizer_params = pytree.tree_map(lambda tensor: tensor.to(device), trees)
     return params, tokenizer_params, settings.get("class_names") or [str(label) for label in range(len(params["classes"]) - 1)]
 
 
-def chosen_labels(texts, names):
-    """Class indices of names or numbers, "all" for all; ValueError with the nearest names for an unknown one."""
-    if texts == ["all"]:
-        return list(range(len(names)))
-    labels = []
-    for text in texts:
-        if text not in names and not (text.isdigit() and int(text) < len(names)):
-            near = difflib.get_close_matches(text, names, 3) or names[:3]
-            raise ValueError(f"--labels: got {text!r}, expected 0 to {len(names) - 1} or a name such as {', '.join(near)}")
-        labels.append(names.index(text) if text in names else int(text))
-    return labels
+def class_index(text, names):
+    """The class of a name or a number; ValueError with the nearest names for an unknown one."""
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    near = difflib.get_close_matches(text, names, 3) or names[:3]
+    raise ValueError(f"--labels: got {text!r}, expected 0 to {len(names) - 1} or a name such as {', '.join(near)}")
 
 
 def sampling_options(args, scales):
     """The keyword arguments of `steps` that the flags ask for."""
     chosen = None
     if args.schedule:
-        try:
+        with naming("--schedule", f"got {args.schedule!r}, expected numbers such as '1 / 1,3 / 1,1,2,5': "):
             chosen = tuple(tuple(int(kept) for kept in entry.split(",")) for entry in args.schedule.split("/"))
-        except ValueError:
-            raise ValueError(f"--schedule: got {args.schedule!r}, expected numbers such as '1 / 1,3 / 1,1,2,5'") from None
     elif args.mask_steps:
         chosen = schedule(scales, args.mask_steps[0] if len(args.mask_steps) == 1 else args.mask_steps)
     guidance, mask_guidance = (value[0] if len(value) == 1 else value for value in (args.guidance, args.mask_guidance))
@@ -652,11 +588,9 @@ def sampling_options(args, scales):
 
 def read_photo(path, size, mode="RGB", resample=Image.Resampling.LANCZOS):
     """An image file, upright, cut to the aspect of size (width, height) and resized to it. ValueError that names the file."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.fit(ImageOps.exif_transpose(image).convert(mode), size, resample)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not an image that can be read: {error}") from error
+    errors = (OSError, ValueError, Image.DecompressionBombError)
+    with naming(path, "not an image that can be read: ", errors), Image.open(path) as image:
+        return ImageOps.fit(ImageOps.exif_transpose(image).convert(mode), size, resample)
 
 
 def photo_and_mask(args, size):
@@ -667,74 +601,70 @@ def photo_and_mask(args, size):
     if args.mask:
         mask = read_photo(args.mask, size, "L", Image.Resampling.NEAREST)
     else:
-        border = [round(side * args.pad) for side in size]
-        if not 0 < args.pad < 0.5 or min(side - 2 * edge for side, edge in zip(size, border)) < 1:
-            raise ValueError(f"--pad: got {args.pad}, expected a share of the side between 0 and 0.5")
-        inner = photo.resize([side - 2 * edge for side, edge in zip(size, border)], Image.Resampling.LANCZOS)
-        photo, mask = Image.new("RGB", size, "grey"), Image.new("L", size, 255)
-        photo.paste(inner, tuple(border))
-        mask.paste(0, (*border, border[0] + inner.width, border[1] + inner.height))
+        border = tuple(round(side * args.pad) for side in size)
+        inner = [side - 2 * edge for side, edge in zip(size, border)]
+        expect(0 < args.pad < 0.5 and min(inner) >= 1, "--pad", args.pad, "a share of the side between 0 and 0.5")
+        photo = ImageOps.expand(photo.resize(inner, Image.Resampling.LANCZOS), border, "grey")
+        mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
     return pixels, torch.from_numpy(np.array(mask))[None, None] > 127
 
 
 def run(args):
     """What the command does once its flags are read."""
-    device = start_processes(args.device)
-    params, tokenizer_params, names = load_models(args)
-    suffix = os.path.splitext(args.out)[1].lower()
-    if args.count < 1 or args.batch < 1:
-        raise ValueError(f"--count, --batch: got {args.count}, {args.batch}, expected at least 1")
-    kinds = chosen_labels(args.labels, names)
-    kinds = kinds[:10] if args.labels == ["all"] and suffix in (".png", ".gif") else kinds
+    device, suffix = start_processes(args.device), os.path.splitext(args.out)[1].lower()
+    params, tokenizer_params, names = load_models(args, device)
+    expect(min(args.count, args.batch) >= 1, "--count, --batch", f"{args.count}, {args.batch}", "at least 1")
+    every = list(range(len(names)))[:10 if suffix in (".png", ".gif") else None]
+    kinds = every if args.labels == ["all"] else [class_index(text, names) for text in args.labels]
     options = sampling_options(args, hmar.scales(params))
     dtype = dict(bf16=torch.bfloat16, fp32=torch.float32).get(args.dtype) or fast_dtype(device)
     settings = dict(weights=args.weights or args.run, labels=kinds, count=args.count, seed=args.seed, dtype=str(dtype)[6:], **options)
     settings = json.loads(json.dumps(settings))  # as they come back from a file
     if rank() == 0:
         print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "labels"))
-    params, tokenizer_params = (pytree.tree_map(lambda tensor: tensor.to(device), tree) for tree in (params, tokenizer_params))
     models = hmar.cast(params, dtype), tokenizer.cast(tokenizer_params, dtype)
     options |= dict(network=compiled_network(device)) if args.compile else {}
     labels = torch.tensor(kinds, device=device).repeat_interleave(args.count)
-    side, names = tokenizer.downsampling(tokenizer_params), [names[kind] for kind in kinds]
-    height, width = (side * latent for latent in hmar.scales(params)[-1])
-    photo, mask = photo_and_mask(args, (width, height)) if args.edit else (None, None)
+    height, width = (tokenizer.downsampling(tokenizer_params) * side for side in hmar.scales(params)[-1])
+    photo = [part.to(device) for part in photo_and_mask(args, (width, height))] if args.edit else []
 
     def make(rows):
         """Images (n, 3, H, W) of a range of the images asked for."""
         own, seed = labels[rows.start:rows.stop], args.seed + rows.start
-        if args.edit is None:
+        if not photo:
             return generate(*models, own, seed=seed, **options)[0]
-        shape = (len(own), -1, -1, -1)
-        return edit(*models, photo.to(device).expand(shape), mask.to(device).expand(shape), own, feather=args.feather, seed=seed, **options)
+        images, mask = (part.expand(len(own), -1, -1, -1) for part in photo)
+        return edit(*models, images, mask, own, feather=args.feather, seed=seed, **options)
 
+    batches = [range(len(labels))[first:first + args.batch] for first in range(0, len(labels), args.batch)]
     if suffix == ".npz":
-        part = args.out.removesuffix(".npz") + ".part"
-        made_of = settings | dict(batch=args.batch, digest=digest(models, [photo, mask] if args.edit else []))
-        fill_array(part, made_of, (len(labels), height, width, 3), np.uint8, args.batch, lambda rows: to_bytes(make(rows)))
-        if rank() == 0:
-            write_atomically(args.out, lambda file: zip_arrays(file, f"{part}.npy", labels.cpu().numpy()))
+        part, shape = args.out.removesuffix(".npz") + ".part", (len(labels), height, width, 3)
+        made_of = settings | dict(batch=args.batch, digest=digest(models, photo))
+        fill_array(part, made_of, shape, np.uint8, args.batch, lambda rows: to_bytes(make(rows)))
+        if rank() == 0:  # as the standard FID evaluator reads it, images as arr_0; they go from file to file, whatever their number
+            write_atomically(args.out, lambda file: np.savez(file, np.load(f"{part}.npy", mmap_mode="r"), labels=labels.cpu().numpy()))
             write_json(f"{args.out}.json", settings)
             for ending in (".npy", ".done.npy", ".json"):
                 os.remove(part + ending)
-    elif suffix == ".gif":
-        frames = animation(*models, labels, args.count, names, seed=args.seed, **options)
-        duration = [400] * (len(frames) - 1) + [2000]  # milliseconds
-        gif = dict(format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
-        write_atomically(args.out, lambda file: frames[0].save(file, **gif))
-    elif suffix == ".png" and args.growth:
-        page = steps_sheet(*models, labels, [name for name in names for _ in range(args.count)], seed=args.seed, **options)
-        write_atomically(args.out, lambda file: page.save(file, "PNG"))
-    elif suffix == ".png":
-        made = torch.cat([make(range(first, min(first + args.batch, len(labels)))).cpu() for first in range(0, len(labels), args.batch)])
-        rows = [torch.cat([photo, row]) for row in made.split(args.count)] if args.edit else made.split(args.count)
-        write_atomically(args.out, lambda file: sheet(rows, names).save(file, "PNG"))
+    elif suffix in (".png", ".gif"):
+        names = [names[kind] for kind in kinds]
+        growing = steps(*models, labels, seed=args.seed, **options)  # a generator: nothing is drawn until somebody asks
+        growing = ((step.scale, tokenizer.decode_features(models[1], step.f_hat)) for step in growing)
+        if suffix == ".gif":  # a page a pass
+            pages = [sheet(images.split(args.count), names) for _, images in growing]
+        elif args.growth:
+            pages = [sheet(torch.stack(list(dict(growing).values()), 1), [name for name in names for _ in range(args.count)])]
+        else:
+            made = torch.cat([make(rows).cpu() for rows in batches]).split(args.count)
+            pages = [sheet([torch.cat([photo[0].cpu(), row]) for row in made] if photo else made, names)]
+        moving = dict(save_all=True, append_images=pages[1:], duration=[400] * (len(pages) - 1) + [2000], loop=0)  # milliseconds
+        write_atomically(args.out, lambda file: pages[0].save(file, suffix[1:], **(moving if suffix == ".gif" else {})))
     else:
         os.makedirs(args.out, exist_ok=True)
         write_json(os.path.join(args.out, "settings.json"), settings)
-        for first in range(rank() * args.batch, len(labels), args.batch * world()):
-            for i, pixels in enumerate(to_bytes(make(range(first, min(first + args.batch, len(labels))))), first):
+        for rows in batches[rank()::world()]:
+            for i, pixels in zip(rows, to_bytes(make(rows))):
                 path = os.path.join(args.out, f"{i:06d}-{int(labels[i])}.png")
                 write_atomically(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, "PNG"))
 
@@ -744,16 +674,6 @@ def compiled_network(device):
     torch._dynamo.config.recompile_limit = 64  # one for each scale, with and without guidance
     mode = "reduce-overhead" if device.type == "cuda" else None
     return tuple(torch.compile(call, dynamic=False, mode=mode) for call in (hmar.next_scale_features, hmar.masked_features))
-
-
-def zip_arrays(file, images_path, labels):
-    """Writes an .npz with the images of a .npy file as arr_0, as the standard FID evaluator reads it, and labels; memory does not grow with
-    them.
-    """
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        archive.write(images_path, "arr_0.npy")
-        with archive.open("labels.npy", "w") as part:
-            np.lib.format.write_array(part, labels)
 
 
 def main(argv=None):
