@@ -19,13 +19,14 @@ import json
 import math
 import os
 import sys
+import time
 import timeit
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch.utils import _pytree as pytree
 
 import hmar
@@ -377,7 +378,7 @@ def start_processes(device):
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {device!r}, expected cuda, mps or cpu, as this machine has them") from error
+        raise ValueError(f"device: got {device!r}, expected one that this machine has; cpu is always there") from error
 
 
 def fast_dtype(device):
@@ -409,6 +410,8 @@ def load_transformer(path, scales=None, is_causal=None):
     state = load(path)
     with naming(path):
         if isinstance(state, dict) and "trunk" in state:
+            whole = {"classes", "start", "levels", "positions", "input", "trunk", "next_scale"}
+            expect(whole <= state.keys() <= whole | {"masked"}, "transformer", f"one with {', '.join(state)}", ", ".join(sorted(whole)))
             return state
         found, params = hmar.published_is_causal(state), hmar.from_published(state, scales)
         if None not in (found, is_causal) and found != is_causal:
@@ -486,18 +489,35 @@ def barrier():
         torch.distributed.barrier()
 
 
+class Progress:
+    """One updating line on a terminal, a plain line every ten seconds elsewhere; rank 0 alone speaks."""
+    def __init__(self, what, total, done=0):
+        self.what, self.total, self.start, self.seen = what, total, time.monotonic(), 0
+        self.first, self.last, self.terminal = done, -math.inf, sys.stdout.isatty()
+
+    def show(self, done, images, note=""):
+        self.seen += images
+        now = time.monotonic()
+        if rank() or (now - self.last < (0.2 if self.terminal else 10) and done < self.total):
+            return
+        self.last, spent = now, now - self.start
+        minutes, seconds = divmod(int(spent / max(1, done - self.first) * (self.total - done)), 60)
+        line = f"{self.what} {done}/{self.total}  {note}  {self.seen / max(spent, 1e-9):.0f} images/s  {minutes}:{seconds:02d} left"
+        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal and done < self.total else "\n", flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose help fits a screen and whose errors are one line, with the nearest flag for a mistyped one."""
     def __init__(self, **options):
         super().__init__(add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32), **options)
 
     def parse_args(self, args=None):
-        flags = self._option_string_actions
+        flags = [flag.removeprefix("--") for flag in self._option_string_actions]
         for word in sys.argv[1:] if args is None else args:
-            name = word.partition("=")[0]
-            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+            name = word[2:].partition("=")[0]
+            if word.startswith("--") and not any(flag.startswith(name) for flag in flags):
                 near = difflib.get_close_matches(name, flags, 1)
-                self.error(f"no flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+                self.error(f"no flag --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
         return super().parse_args(args)
 
     def error(self, message):
@@ -557,6 +577,7 @@ def load_models(args, device):
     if not os.path.exists(weights) and not args.weights:
         raise ValueError(f"{weights} is missing: python train.py makes it")
     settings = {} if args.weights else read_json(os.path.join(args.run, "args.json")).get("next-scale", {})
+    expect(args.weights or not args.causal or settings.get("causal"), "--causal", args.run, "a run that was trained with --causal")
     args.causal = args.causal or settings.get("causal", False)
     trees = load_transformer(weights, args.scales, args.causal), load_tokenizer(tokens)
     params, tokenizer_params = pytree.tree_map(lambda tensor: tensor.to(device), trees)
@@ -569,8 +590,9 @@ def class_index(text, names):
         return names.index(text)
     if text.isdigit() and int(text) < len(names):
         return int(text)
-    near = difflib.get_close_matches(text, names, 3) or names[:3]
-    raise ValueError(f"--labels: got {text!r}, expected 0 to {len(names) - 1} or a name such as {', '.join(near)}")
+    near = ", ".join(difflib.get_close_matches(text, names, 3) or names[:3])
+    named = "; these weights come without names" if names[0] == "0" else f" or a name such as {near}"
+    raise ValueError(f"--labels: got {text!r}, expected 0 to {len(names) - 1}{named}")
 
 
 def sampling_options(args, scales):
@@ -586,20 +608,38 @@ def sampling_options(args, scales):
                 top_p=args.top_p, is_causal=args.causal, order=args.order, smooth=args.smooth)
 
 
-def read_photo(path, size, mode="RGB", resample=Image.Resampling.LANCZOS):
-    """An image file, upright, cut to the aspect of size (width, height) and resized to it. ValueError that names the file."""
-    errors = (OSError, ValueError, Image.DecompressionBombError)
-    with naming(path, "not an image that can be read: ", errors), Image.open(path) as image:
-        return ImageOps.fit(ImageOps.exif_transpose(image).convert(mode), size, resample)
+def read_image(path, shortest=None):
+    """The first frame of an image file as an upright RGB image, transparency on white, 16 bits a channel scaled to 8. shortest: where
+    given, a large JPEG may be decoded at a fraction of its size, no side below that (much faster). ValueError that names the path and
+    the reason for a file that is broken, truncated or above 100 million pixels."""
+    try:
+        if not os.path.isfile(path):  # a pipe would wait for ever
+            raise OSError("no regular file" if os.path.exists(path) else "missing")
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as image:
+            if image.width * image.height > 100_000_000:
+                raise OSError(f"{image.width} x {image.height} pixels, more than 100 million")
+            if shortest is not None:
+                image.draft(None, (shortest, shortest))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it
+                grey = np.where(np.asarray(image) == image.info.get("transparency"), 65535, np.asarray(image)).clip(0, 65535)
+                return Image.fromarray((grey / 257 + 0.5).astype(np.uint8)).convert("RGB")
+            if "transparency" in image.info or "A" in image.getbands():
+                image = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+        reason = "no image of these formats" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: {str(reason) or type(error).__name__}") from error
 
 
 def photo_and_mask(args, size):
     """(image (1, 3, H, W) in [-1, 1], mask (1, 1, H, W) bool, True = repaint) of --edit and --mask or --pad; size is (width, height)."""
     if (args.mask is None) == (args.pad is None):
         raise ValueError("--edit: expected either --mask IMAGE or --pad SHARE")
-    photo = read_photo(args.edit, size)
+    photo = ImageOps.fit(read_image(args.edit), size, Image.Resampling.LANCZOS)
     if args.mask:
-        mask = read_photo(args.mask, size, "L", Image.Resampling.NEAREST)
+        mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.Resampling.NEAREST)
     else:
         border = tuple(round(side * args.pad) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
@@ -610,43 +650,51 @@ def photo_and_mask(args, size):
     return pixels, torch.from_numpy(np.array(mask))[None, None] > 127
 
 
+def check_flags(args, suffix):
+    """ValueError for flags that would be without effect, or that no file can follow."""
+    expect(args.count >= 1, "--count", args.count, "at least 1")
+    expect(args.batch >= 1, "--batch", args.batch, "at least 1")
+    still = suffix != ".gif" and not args.growth
+    expect(still or not args.edit, "--edit", args.out, "a .png without --growth, an .npz or a folder to write")
+    expect(args.edit or not (args.mask or args.pad is not None or args.feather), "--mask, --pad, --feather", "no photo", "--edit PHOTO")
+    expect(not args.growth or suffix == ".png", "--growth", args.out, "a .png to write")
+    expect(args.weights or not args.scales, "--scales", args.run, "published --weights; a run folder's have their own")
+    expect(suffix in (".png", ".gif", ".npz") or suffix not in Image.registered_extensions(), "--out", args.out,
+           "a .png, .gif or .npz, or the name of a folder")
+
+
 def run(args):
     """What the command does once its flags are read."""
     device, suffix = start_processes(args.device), os.path.splitext(args.out)[1].lower()
+    check_flags(args, suffix)
     params, tokenizer_params, names = load_models(args, device)
-    expect(min(args.count, args.batch) >= 1, "--count, --batch", f"{args.count}, {args.batch}", "at least 1")
     every = list(range(len(names)))[:10 if suffix in (".png", ".gif") else None]
     kinds = every if args.labels == ["all"] else [class_index(text, names) for text in args.labels]
     options = sampling_options(args, hmar.scales(params))
     dtype = dict(bf16=torch.bfloat16, fp32=torch.float32).get(args.dtype) or fast_dtype(device)
     settings = dict(weights=args.weights or args.run, labels=kinds, count=args.count, seed=args.seed, dtype=str(dtype)[6:], **options)
+    settings |= {name: getattr(args, name) for name in ("edit", "mask", "pad", "feather")} if args.edit else {}
     settings = json.loads(json.dumps(settings))  # as they come back from a file
-    if rank() == 0:
-        print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "labels"))
     models = hmar.cast(params, dtype), tokenizer.cast(tokenizer_params, dtype)
     options |= dict(network=compiled_network(device)) if args.compile else {}
     labels = torch.tensor(kinds, device=device).repeat_interleave(args.count)
     height, width = (tokenizer.downsampling(tokenizer_params) * side for side in hmar.scales(params)[-1])
     photo = [part.to(device) for part in photo_and_mask(args, (width, height))] if args.edit else []
+    progress = Progress("drawing", len(labels))
 
     def make(rows):
         """Images (n, 3, H, W) of a range of the images asked for."""
         own, seed = labels[rows.start:rows.stop], args.seed + rows.start
-        if not photo:
-            return generate(*models, own, seed=seed, **options)[0]
-        images, mask = (part.expand(len(own), -1, -1, -1) for part in photo)
-        return edit(*models, images, mask, own, feather=args.feather, seed=seed, **options)
+        if photo:
+            images, mask = (part.expand(len(own), -1, -1, -1) for part in photo)
+            made = edit(*models, images, mask, own, feather=args.feather, seed=seed, **options)
+        else:
+            made, _ = generate(*models, own, seed=seed, **options)
+        progress.show(rows.stop, len(rows))
+        return made
 
-    batches = [range(len(labels))[first:first + args.batch] for first in range(0, len(labels), args.batch)]
     if suffix == ".npz":
-        part, shape = args.out.removesuffix(".npz") + ".part", (len(labels), height, width, 3)
-        made_of = settings | dict(batch=args.batch, digest=digest(models, photo))
-        fill_array(part, made_of, shape, np.uint8, args.batch, lambda rows: to_bytes(make(rows)))
-        if rank() == 0:  # as the standard FID evaluator reads it, images as arr_0; they go from file to file, whatever their number
-            write_atomically(args.out, lambda file: np.savez(file, np.load(f"{part}.npy", mmap_mode="r"), labels=labels.cpu().numpy()))
-            write_json(f"{args.out}.json", settings)
-            for ending in (".npy", ".done.npy", ".json"):
-                os.remove(part + ending)
+        write_arrays(args, settings, digest(models, photo), make, labels.tolist(), (height, width, 3))
     elif suffix in (".png", ".gif"):
         names = [names[kind] for kind in kinds]
         growing = steps(*models, labels, seed=args.seed, **options)  # a generator: nothing is drawn until somebody asks
@@ -656,17 +704,47 @@ def run(args):
         elif args.growth:
             pages = [sheet(torch.stack(list(dict(growing).values()), 1), [name for name in names for _ in range(args.count)])]
         else:
-            made = torch.cat([make(rows).cpu() for rows in batches]).split(args.count)
+            made = torch.cat([make(rows).cpu() for rows in batches(args, labels)]).split(args.count)
             pages = [sheet([torch.cat([photo[0].cpu(), row]) for row in made] if photo else made, names)]
         moving = dict(save_all=True, append_images=pages[1:], duration=[400] * (len(pages) - 1) + [2000], loop=0)  # milliseconds
         write_atomically(args.out, lambda file: pages[0].save(file, suffix[1:], **(moving if suffix == ".gif" else {})))
     else:
-        os.makedirs(args.out, exist_ok=True)
-        write_json(os.path.join(args.out, "settings.json"), settings)
-        for rows in batches[rank()::world()]:
-            for i, pixels in zip(rows, to_bytes(make(rows))):
-                path = os.path.join(args.out, f"{i:06d}-{int(labels[i])}.png")
-                write_atomically(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, "PNG"))
+        write_folder(args, settings, make, labels.tolist())
+    if rank() == 0:
+        print(f"wrote {args.out}: " + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "labels"))
+
+
+def batches(args, labels):
+    """Ranges of at most --batch images."""
+    return [range(len(labels))[first:first + args.batch] for first in range(0, len(labels), args.batch)]
+
+
+def write_arrays(args, settings, fingerprint, make, labels, shape):
+    """An .npz as the standard FID evaluator reads it, images (N, H, W, 3) as arr_0, and labels; they go from file to file, however many."""
+    part = args.out.removesuffix(".npz") + ".part"
+    made_of = settings | dict(batch=args.batch, digest=fingerprint)
+    fill_array(part, made_of, (len(labels), *shape), np.uint8, args.batch, lambda rows: to_bytes(make(rows)))
+    if rank() == 0:
+        write_atomically(args.out, lambda file: np.savez(file, np.load(f"{part}.npy", mmap_mode="r"), labels=np.array(labels)))
+        write_json(f"{args.out}.json", settings)
+        for ending in (".json", ".npy", ".done.npy"):  # without the first, the others are made anew
+            os.remove(part + ending)
+
+
+def write_folder(args, settings, make, labels):
+    """A folder of PNG files, number-label.png, beside settings.json. ValueError for a folder of images drawn with other settings."""
+    os.makedirs(args.out, exist_ok=True)
+    path = os.path.join(args.out, "settings.json")
+    before = read_json(path) or settings
+    changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in settings.items() if before.get(name) != value]
+    expect(not changed, "--out", f"{args.out}, whose images were drawn with other settings ({', '.join(changed)})", "another folder")
+    barrier()  # every process has looked
+    if rank() == 0:
+        write_json(path, settings)
+    for rows in batches(args, labels)[rank()::world()]:
+        for i, pixels in zip(rows, to_bytes(make(rows))):
+            path = os.path.join(args.out, f"{i:06d}-{labels[i]}.png")
+            write_atomically(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, "PNG"))
 
 
 def compiled_network(device):

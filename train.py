@@ -1,4 +1,11 @@
-"""Data and training: drawn shapes or folders of images, then the tokenizer, next-scale and masked stages."""
+"""Training: drawn shapes or a folder of images -> tokenizer.pt and hmar.pt; and the command `python train.py`.
+
+    files -> Images, uint8 (3, size, size) -> tokenizer stage -> token cache (N, views, L) -> next-scale stage -> masked stage
+
+Data come first (`draw_shape`, `list_images`, `Images`), then `fit`, the loop of all three stages, then what each stage gives it: a tree of
+weights, a loss, the batches of each step. All randomness and the order of the data are functions of seed and step, so that nothing of them
+is saved and a run that was killed continues bit for bit. The flags and what happens to a run folder stand at the end.
+"""
 import argparse
 import colorsys
 import contextlib
@@ -11,7 +18,6 @@ import os
 import re
 import signal
 import sys
-import time
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -19,20 +25,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils import _pytree as pytree
 
 import hmar
 import sample
 import tokenizer
-from sample import barrier, digest, load, load_tokenizer, load_transformer, rank, read_json, world, write_atomically, write_json
+from sample import barrier, digest, load_tokenizer, load_transformer, rank, read_json, world, write_atomically, write_json
 
 WEIGHTS = {"tokenizer": "tokenizer.pt", "next-scale": "hmar.pt", "masked": "hmar.pt"}  # what each stage leaves in the run folder
 STAGES = tuple(WEIGHTS)
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart")
 
 
-def expect(fine, message):
+def require(fine, message):
     """ValueError with the message unless all is fine."""
     if not fine:
         raise ValueError(message)
@@ -66,7 +72,7 @@ def draw_shape(index, size=32):
     vary. The random numbers do not depend on size, so sizes show the same picture. ValueError for index < 0 or size < 8."""
     for name, value, least in (("index", index, 0), ("size", size, 8)):
         fine = isinstance(value, (int, np.integer)) and value >= least
-        expect(fine, f"{name}: expected an integer of at least {least}, got {value!r}")
+        require(fine, f"{name}: expected an integer of at least {least}, got {value!r}")
     label = int(index) % len(SHAPES)
     hue, saturation, value, radius, x, y, turn, blend, direction, *dark = np.random.default_rng(int(index)).random(15).tolist()
     fill = np.float32(colorsys.hsv_to_rgb(hue, 0.5 + 0.5 * saturation, 0.85 + 0.15 * value))
@@ -96,12 +102,12 @@ def list_images(folder):
             yield folders, [os.path.join(place, name) for name in names if name.lower().endswith(suffixes)]
 
     folder, state = os.fspath(folder), "no folder" if os.path.exists(folder) else "missing"
-    expect(os.path.isdir(folder), f"data: expected a folder of images, got {folder!r}, which is {state}")
+    require(os.path.isdir(folder), f"data: expected a folder of images, got {folder!r}, which is {state}")
     home, (names, own) = Path(folder).resolve(), next(walk(folder), ([], []))
     groups = {name: [path for _, paths in walk(os.path.join(folder, name)) for path in paths] for name in names
               if Path(folder, name).resolve() not in (home, *home.parents)}  # a link back up to the folder is no class
     groups = {name: paths for name, paths in groups.items() if paths}
-    expect(own or groups, f"data: expected PNG, JPEG, WebP, BMP or GIF images, got {folder!r}, which holds none")
+    require(own or groups, f"data: expected PNG, JPEG, WebP, BMP or GIF images, got {folder!r}, which holds none")
     if own and groups:
         both = f"{os.path.basename(own[0])!r} beside the sub-folder {next(iter(groups))!r}"
         raise ValueError(f"data: expected one sub-folder a class or images alone, got both in {folder!r}: {both}")
@@ -109,36 +115,12 @@ def list_images(folder):
     return [(path, label) for label, paths in enumerate(groups.values()) for path in paths], tuple(groups)
 
 
-def read_image(path, shortest=None):
-    """The first frame of an image file as an upright RGB image, transparency on white, 16 bits a channel scaled to 8. shortest: where
-    given, a large JPEG may be decoded at a fraction of its size, no side below that (much faster). ValueError that names the path and
-    the reason for a file that is broken, truncated or above 100 million pixels."""
-    try:
-        if not os.path.isfile(path):  # a pipe would wait for ever
-            raise OSError("no regular file")
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as image:
-            if image.width * image.height > 100_000_000:
-                raise OSError(f"{image.width} x {image.height} pixels, more than 100 million")
-            if shortest is not None:
-                image.draft(None, (shortest, shortest))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it
-                return Image.fromarray((np.asarray(image, dtype=np.float32).clip(0, 65535) / 257 + 0.5).astype(np.uint8)).convert("RGB")
-            if "transparency" in image.info or "A" in image.getbands():
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        reason = "no image of these formats" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: {str(reason) or type(error).__name__}") from error
-
-
 def check_images(files):
     """The files [(path, label), ...] that can be read, after decoding each once; every other one is named on stderr. ValueError with
     a list when more than 5 % (and more than ten) are broken, or none is left."""
     def fault(file):
         try:
-            read_image(file[0], shortest=1)
+            sample.read_image(file[0], shortest=1)
         except ValueError as error:
             return str(error)
 
@@ -156,13 +138,15 @@ def check_images(files):
 
 def split_held_out(files, folder, fraction=0.05):
     """(training, held out) parts of [(path, label), ...], told apart by a hash of the path inside the folder, so that a file stays
-    in its part when others come or go. Neither part is empty. ValueError for fewer than two files or a fraction outside [0, 1)."""
-    expect(len(files) >= 2, f"data: expected at least two images, one to train on and one held out, got {len(files)} in {folder}")
-    expect(0 <= fraction < 1, f"fraction: expected the held-out part of the images, at least 0 and below 1, got {fraction}")
+    in its part when others come or go, and in the order of that hash, so that its first ones are of all classes. Neither part is empty.
+    ValueError for fewer than two files or a fraction outside [0, 1)."""
+    require(len(files) >= 2, f"data: expected at least two images, one to train on and one held out, got {len(files)} in {folder}")
+    require(0 <= fraction < 1, f"fraction: expected the held-out part of the images, at least 0 and below 1, got {fraction}")
     names = [os.path.relpath(path, folder).replace(os.sep, "/") for path, _ in files]
     places = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64 for name in names]
     limit = min(max(fraction, min(places)), np.nextafter(max(places), 0))
-    return [file for file, at in zip(files, places) if at > limit], [file for file, at in zip(files, places) if at <= limit]
+    ordered = sorted(zip(places, files))
+    return [file for at, file in ordered if at > limit], [file for at, file in ordered if at <= limit]
 
 
 def crop(image, size, seed=None, flip=True):
@@ -197,7 +181,7 @@ class Images(torch.utils.data.Dataset):
         if isinstance(item, (int, np.integer)):
             image, _ = draw_shape(item, self.size)
         else:
-            image = crop(read_image(item[0], shortest=2 * self.size), self.size, seed, self.flip)
+            image = crop(sample.read_image(item[0], shortest=2 * self.size), self.size, seed, self.flip)
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), self.labels[index]
 
 
@@ -249,7 +233,7 @@ def token_cache(name, images, tokenizer_params, args):
     for item in images.items:
         key.update(repr(item if args.data is None else (item, os.path.getsize(item[0]), os.path.getmtime(item[0]))).encode())
     fast = tokenizer.cast(tokenizer_params, args.dtype)
-    progress = Progress(f"encoding {name}", len(images))
+    progress = sample.Progress(f"encoding {name}", len(images))
 
     def encode(rows):
         keys = [[(i, (args.seed, view, i)) for i in rows] for view in range(views)] or [[(i, None) for i in rows]]
@@ -262,23 +246,6 @@ def token_cache(name, images, tokenizer_params, args):
     shape = (len(images), max(1, views) + mirrored, sum(tokenizer.lengths(args.scales)))
     with ThreadPool(max(1, args.workers)) as readers:
         return sample.fill_array(os.path.join(args.out, f"tokens-{name}"), dict(key=key.hexdigest()), shape, np.int32, 64, encode)
-
-
-class Progress:
-    """One updating line on a terminal, a plain line every ten seconds elsewhere; rank 0 alone speaks."""
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.start, self.seen = what, total, time.monotonic(), 0
-        self.first, self.last, self.terminal = done, -math.inf, sys.stdout.isatty()
-
-    def show(self, done, images, note=""):
-        self.seen += images
-        now = time.monotonic()
-        if rank() or (now - self.last < (0.2 if self.terminal else 10) and done < self.total):
-            return
-        self.last, spent = now, now - self.start
-        minutes, seconds = divmod(int(spent / max(1, done - self.first) * (self.total - done)), 60)
-        line = f"{self.what} {done}/{self.total}  {note}  {self.seen / max(spent, 1e-9):.0f} images/s  {minutes}:{seconds:02d} left"
-        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal and done < self.total else "\n", flush=True)
 
 
 class Trained(torch.nn.Module):
@@ -315,31 +282,25 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
     model, resume, start = Trained(params, loss), os.path.join(args.out, f"{args.stage}.resume.pt"), 0
     leaves, optimizer = list(model.leaves), adamw(params, args)
     average = [leaf.detach().clone() for leaf in leaves]
-    state, window = [leaf.data for leaf in leaves] + average + list(extra), {}  # window: what was measured since the last report
+    state, window = [leaf.data for leaf in leaves] + average, {}  # window: what was measured since the last report
     if os.path.exists(resume):
-        saved = load(resume)
+        saved = sample.load(resume)
         start, window = saved["step"], saved["window"]
         optimizer.load_state_dict(saved["optimizer"])
-        torch._foreach_copy_(state, saved["state"])
+        torch._foreach_copy_([*state, *extra], saved["state"])
+        for tensor in extra if rank() else ():  # saved as sums over the processes, which the first one carries on
+            tensor.zero_()
         say(f"{args.stage}: continues at step {start} of {args.steps}")
     call = torch.compile(model) if args.compile else model
     if world() > 1:
         call = torch.nn.parallel.DistributedDataParallel(call, device_ids=[args.device] if args.device.type == "cuda" else None,
                                                          find_unused_parameters=args.stage == "tokenizer")
-    progress, note, stop = Progress(args.stage, args.steps, start), "", Stop()
+    progress, note, stop = sample.Progress(args.stage, args.steps, start), "", Stop()
     metrics = Metrics(os.path.join(args.out, "metrics.jsonl"), args.stage, start)
     for step, micro_batches in enumerate(batches(start), start + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, args)
-        outputs = []
-        for i, batch in enumerate(micro_batches, 1):
-            with call.no_sync() if world() > 1 and i < len(micro_batches) else contextlib.nullcontext():
-                value, output = call(*batch)
-                (value / len(micro_batches)).backward()
-            outputs.append(output)
-        norm = torch.nn.utils.clip_grad_norm_(leaves, args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        outputs, norm = optimise(call, micro_batches, leaves, optimizer, args.clip)
         torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - min(args.ema, step / (step + 10)))
         numbers = after_step and after_step(step, outputs, optimizer) or {}
         for name, value in [pair for output in (*outputs, dict(gradient=norm)) for pair in output.items()]:
@@ -349,20 +310,35 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
             means = {name: torch.stack(tensors).mean(0).tolist() for name, tensors in window.items()}
             window.clear()
             metrics.write(step, lr=learning_rate(step - 1, args), **means, **numbers)
-            note = f"loss {means['loss']:.4f}"
+            note = "  ".join(f"{name} {value:.4g}" for name, value in (means | numbers).items() if name in ("loss", "psnr_now"))
         progress.show(step, args.batch, note)
         if evaluate is not None and (step % args.eval_every == 0 or step == args.steps):
             numbers = evaluate(with_leaves(params, average))
             metrics.write(step, **numbers)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, float))
+            shown = "  ".join(" ".join([name, *(f"{number:.4g}" for number in np.atleast_1d(value))]) for name, value in numbers.items())
             say(f"{args.stage} {step}/{args.steps}  {shown}")
         stopped = stop.agreed(step, args.device)
         if step % args.save_every == 0 or stopped or step == args.steps:
-            save(resume, dict(step=step, state=state, optimizer=optimizer.state_dict(), window=window))
+            whole_state = [*state, *(summed(tensor) for tensor in extra)]
+            save(resume, dict(step=step, state=whole_state, optimizer=optimizer.state_dict(), window=window))
         if stopped:
             raise KeyboardInterrupt(f"{args.stage}: stopped at step {step} of {args.steps} and saved; the same command continues there")
     stop.restore()
     return with_leaves(params, average)
+
+
+def optimise(call, micro_batches, leaves, optimizer, clip):
+    """One step from a batch in parts: (what the loss reports for each part, the norm of the gradient before clipping)."""
+    outputs = []
+    for i, batch in enumerate(micro_batches, 1):
+        with call.no_sync() if world() > 1 and i < len(micro_batches) else contextlib.nullcontext():
+            loss, output = call(*batch)
+            (loss / len(micro_batches)).backward()
+        outputs.append(output)
+    norm = torch.nn.utils.clip_grad_norm_(leaves, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return outputs, norm
 
 
 def adamw(params, args):
@@ -396,7 +372,7 @@ def train_tokenizer(args, data, held_out):
     def batches(start):
         own = slice(rank() * args.batch // world(), (rank() + 1) * args.batch // world())
         keys = ([(index, (args.seed, draw)) for index, draw in step_items(args, step, len(data))[own]] for step in range(start, args.steps))
-        loader = torch.utils.data.DataLoader(data, batch_sampler=keys, num_workers=args.workers)
+        loader = torch.utils.data.DataLoader(data, batch_sampler=keys, num_workers=args.workers, worker_init_fn=stand_apart)
         for step, (images, _) in enumerate(loader, start):
             generator = generator_of(args.seed, "tokenizer", step)
             coin, depth = torch.rand(2, generator=generator).tolist()
@@ -426,7 +402,8 @@ def train_tokenizer(args, data, held_out):
         if step % args.log_every == 0 and step > warm:
             counts = summed(window)
             window.zero_()
-            return dict(codes_used=int((counts.sum(0) > 0).sum()), usage=code_usage(counts))
+            _, psnr = reconstructed(tokenizer.cast(tree["tokenizer"], args.dtype), reserved[:16], args)
+            return dict(psnr_now=psnr, codes_used=int((counts.sum(0) > 0).sum()), usage=code_usage(counts))
 
     params = fit(args, tree, functools.partial(tokenizer_loss, args), batches, after_step=after_step, extra=[chosen, window],
                  evaluate=lambda average: judge_tokenizer(average["tokenizer"], reserved, args))["tokenizer"]
@@ -452,7 +429,8 @@ def adversarial_losses(layers, images, made, reconstruction, last, uniform):
     """(the tokenizer's loss, the discriminator's hinge loss); the first balanced by gradient norms at the decoder's last weight (VQGAN)."""
     frozen = pytree.tree_map(torch.Tensor.detach, layers)
     fooled = -tokenizer.discriminator(tokenizer.augmented(made, uniform), frozen).mean()
-    ours, theirs = (torch.autograd.grad(value, last, retain_graph=True)[0].float().norm() for value in (reconstruction, fooled))
+    gradients = (torch.autograd.grad(value, last, retain_graph=True)[0] for value in (reconstruction, fooled))
+    ours, theirs = (summed(gradient.float()).norm() for gradient in gradients)
     real, fake = (tokenizer.discriminator(tokenizer.augmented(batch, uniform), layers) for batch in (images, made.detach()))
     return fooled * (ours / (theirs + 1e-6)).clamp(max=1e4).detach(), F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
@@ -467,15 +445,21 @@ def code_usage(counts):
 
 def judge_tokenizer(params, images, args):
     """{"psnr": dB on held-out images}; draws the reconstruction sheet: original, reconstruction, and the image after each scale."""
+    made, psnr = reconstructed(params, images, args)
     with torch.no_grad():
-        tokens = torch.cat([tokenizer.encode(params, batch, args.scales) for batch in images.split(32)])
-        made = torch.cat([tokenizer.decode(params, batch, args.scales) for batch in tokens.split(32)])
         pyramid = tokenizer.quantise(params["codebook"], params["phi"], tokenizer.features(params, images[:8]), args.scales)
         rows = [images[:8], made[:8], *(tokenizer.decode_features(params, f_hat) for _, _, f_hat in pyramid)]
     names = ["original", "reconstruction", *(f"after {h}x{w}" for h, w in args.scales)]
     write_sheet(os.path.join(args.out, "samples", "reconstructions.png"), rows, names)
-    mse = (made - images).square().mean((1, 2, 3))
-    return dict(psnr=float((10 * torch.log10(4 / mse)).mean()))
+    return dict(psnr=psnr)
+
+
+def reconstructed(params, images, args):
+    """(reconstructions of images (B, 3, H, W), their mean PSNR in dB)."""
+    with torch.no_grad():
+        tokens = [tokenizer.encode(params, batch, args.scales) for batch in images.split(32)]
+        made = torch.cat([tokenizer.decode(params, batch, args.scales) for batch in tokens])
+    return made, float((10 * torch.log10(4 / (made - images).square().mean((1, 2, 3)))).mean())
 
 
 def train_transformer(args, data, held_out):
@@ -533,31 +517,30 @@ def by_scale(values, scales):
 
 
 def judge_transformer(params, tokenizer_params, labels, tokens, args):
-    """Held-out loss (nats): in the masked stage of tokens of which half are hidden, else with token accuracy, over all tokens and a scale.
+    """Held-out loss (nats) and token accuracy, over all tokens and a scale; in the masked stage of the hidden half of the tokens alone.
     Draws the sample sheet, samples/<stage>.png: a row a class, eight samples each, of the first ten classes."""
     tokens, labels = torch.from_numpy(tokens[:512, 0].astype(np.int64)).to(args.device), labels[:512].to(args.device)
-    losses, hits = [], []
+    lengths, sums = tokenizer.lengths(args.scales), 0
     with torch.no_grad():
         for number, (own, own_labels) in enumerate(zip(tokens.split(32), labels.split(32))):
             inputs = tokenizer.next_scale_inputs(tokenizer_params, own, args.scales)
             if args.stage == "masked":
                 mask = (torch.rand(inputs.shape[:2], generator=generator_of("held-out mask", 32 * number)) < 0.5).to(args.device)
                 own_inputs = tokenizer.masked_inputs(tokenizer_params, own, args.scales, mask)
-                losses.append(hmar.masked_losses(params, own_labels, own, inputs, own_inputs, mask))
+                logits, judged = hmar.masked_logits(params, own_labels, inputs, own_inputs, mask), F.pad(mask, (lengths[0], 0))
             else:
-                logits = hmar.next_scale_logits(params, own_labels, inputs, args.causal)
-                losses.append(F.cross_entropy(logits.transpose(1, 2), own, reduction="none"))
-                hits.append((logits.argmax(-1) == own).float())
+                logits, judged = hmar.next_scale_logits(params, own_labels, inputs, args.causal), torch.ones_like(own)
+            losses, hits = F.cross_entropy(logits.transpose(1, 2), own, reduction="none"), logits.argmax(-1) == own
+            sums = sums + (torch.stack([losses, hits, torch.ones_like(losses)]) * judged).double().sum(1)  # (3, L)
     names = args.class_names[:10]
     images, _ = sample.generate(params, tokenizer_params, torch.arange(len(names), device=args.device).repeat_interleave(8),
                                 is_causal=args.causal)
     write_sheet(os.path.join(args.out, "samples", f"{args.stage}.png"), images.split(8), names)
-    losses, ln_codes = torch.cat(losses).mean(0), math.log(len(tokenizer_params["codebook"]))  # of all hidden tokens, or (L,)
-    if args.stage == "masked":
-        return dict(held_out_loss=float(losses), ln_codes=ln_codes)
-    hits = torch.cat(hits).mean(0)
-    return dict(held_out_loss=float(losses.mean()), ln_codes=ln_codes, accuracy=float(hits.mean()),
-                held_out_scale_losses=by_scale(losses, args.scales).tolist(), scale_accuracies=by_scale(hits, args.scales).tolist())
+    loss, accuracy, count = sums.sum(1).tolist()
+    scale_sums = torch.stack([own.sum(1) for own in sums.split(lengths, 1)], 1)[:, args.stage == "masked":]  # scale 0 is never masked
+    scale_losses, scale_accuracies = (scale_sums[:2] / scale_sums[2].clamp(min=1)).tolist()
+    return dict(held_out_loss=loss / count, ln_codes=math.log(len(tokenizer_params["codebook"])), accuracy=accuracy / count,
+                held_out_scale_losses=scale_losses, scale_accuracies=scale_accuracies)
 
 
 def initial_tokenizer(args):
@@ -587,7 +570,7 @@ def initial_transformer(args, tokenizer_params):
         say(f"--init: a new class embedding for {len(args.class_names)} classes in place of {len(params['classes']) - 1}")
         params = params | dict(classes=hmar.init(depth=1, width=params["classes"].shape[1], **new)["classes"])
     fits = (len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]) == (codes, code_dim)
-    expect(fits, f"--init: {args.init} does not fit tokenizer.pt's {codes} codes of {code_dim} dimensions")
+    require(fits, f"--init: {args.init} does not fit tokenizer.pt's {codes} codes of {code_dim} dimensions")
     return to_device(params, args.device)
 
 
@@ -595,7 +578,7 @@ def finished(args, stage):
     """The weights that an earlier stage left in the run folder; ValueError that says which command makes them."""
     path = os.path.join(args.out, WEIGHTS[stage])
     command = f"python train.py {stage} --out {args.out} ..."
-    expect(os.path.exists(path), f"{args.stage}: {path} is missing; the {stage} stage makes it: {command}")
+    require(os.path.exists(path), f"{args.stage}: {path} is missing; the {stage} stage makes it: {command}")
     return to_device(load_tokenizer(path) if stage == "tokenizer" else load_transformer(path), args.device)
 
 
@@ -611,12 +594,12 @@ def replace(parameter, value):
         torch.distributed.broadcast(parameter.data, 0)
 
 
-def summed(counts):
-    """counts, added up over the processes."""
-    counts = counts.clone()
+def summed(tensor):
+    """A tensor, added up over the processes."""
+    tensor = tensor.clone()
     if world() > 1:
-        torch.distributed.all_reduce(counts)
-    return counts
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def path_name(path):
@@ -662,6 +645,12 @@ class Metrics:
         if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(stage=self.stage, step=step, **numbers)) + "\n")
+
+
+def stand_apart(_):
+    """Of a worker that decodes: out of the run's process group, so that Ctrl-C and torchrun's SIGTERM reach the run alone, which saves."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class Stop:
@@ -773,23 +762,28 @@ def resolved(args, tokenizer_params=None):
     vars(args).update({name: value for name, value in preset.items() if getattr(args, name, None) is None})
     for name in ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "masked_blocks", "save_every",
                  "log_every"):
-        expect(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
-    expect(args.views >= 0, f"--views: got {args.views}, expected 0 or more")
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+    ranges = [("views", 0, math.inf), ("workers", 0, math.inf), ("warmup", 0, math.inf), ("weight_decay", 0, math.inf), ("ema", 0, 1),
+              ("beta", 0, math.inf), ("revive_every", 0, math.inf), ("truncate", 0, 1), ("gan", 0, math.inf), ("label_drop", 0, 1),
+              ("depth_drop", 0, 23 / args.depth), ("clip", 1e-9, math.inf)]
+    for name, low, high in ranges:
+        fits = low <= getattr(args, name) <= high
+        require(fits, f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected a number from {low} to {high}")
+    require(not args.gan or args.size >= 16, f"--gan: the critic needs --size 16 or more, got {args.size}")
     for name in ("steps", "lr"):
         given = getattr(args, name)
         setattr(args, name, given if isinstance(given, dict) else dict.fromkeys(STAGES, given))
-        expect(min(getattr(args, name).values()) > 0, f"--{name}: got {given}, expected more than 0")
+        require(min(getattr(args, name).values()) > 0, f"--{name}: got {given}, expected more than 0")
     step = 2 ** (len(args.multipliers) - 1) if tokenizer_params is None else tokenizer.downsampling(tokenizer_params)
-    expect(args.size % step == 0, f"--size: {args.size} does not divide by the downsampling, {step}")
+    require(args.size % step == 0, f"--size: {args.size} does not divide by the downsampling, {step}")
     side, parts = args.size // step, args.accumulate * world()
     args.scales = tuple(args.scales or default_scales(side))
     tokenizer.check_scales(args.scales)
     end = sides(args.scales[-1:])
-    expect(args.scales[-1] == (side, side), f"--scales: end at {end}, expected the latent's side, {args.size} / {step}")
-    expect(args.batch % parts == 0, f"--batch: {args.batch} does not divide into {args.accumulate} parts on {world()} processes")
-    expect(args.stage in ("tokenizer", "next-scale") or not args.init, "--init: needs the stage that it starts, tokenizer or next-scale")
-    expect(args.stage != "masked" or not args.causal, "--causal: VAR has no masked stage")
-    args.out = args.out or os.path.join("runs", "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data)))
+    require(args.scales[-1] == (side, side), f"--scales: end at {end}, expected the latent's side, {args.size} / {step}")
+    require(args.batch % parts == 0, f"--batch: {args.batch} does not divide into {args.accumulate} parts on {world()} processes")
+    require(args.stage in ("tokenizer", "next-scale") or not args.init, "--init: needs the stage that it starts, tokenizer or next-scale")
+    require(args.stage != "masked" or not args.causal, "--causal: VAR has no masked stage")
     return args
 
 
@@ -807,13 +801,15 @@ def run_stage(args, stage, data, held_out):
     started = {name: {} for name in STAGES} | saved
     settings |= {earlier: started[earlier].get("made") for earlier in STAGES[:STAGES.index(stage)]}  # other weights are other settings
     fits = stage != "masked" or started["next-scale"].get("tokenizer") == started["tokenizer"].get("made")
-    expect(fits, f"{args.out}: hmar.pt was trained for another tokenizer.pt; train.py next-scale --restart trains it anew")
-    before = started[stage] if os.path.exists(resume) and not args.restart else {}
+    require(fits, f"{args.out}: hmar.pt was trained for another tokenizer.pt; train.py next-scale --restart trains it anew")
+    begun = os.path.exists(resume) or started[stage].get("finished") and os.path.exists(weights)
+    before = started[stage] if begun and not args.restart else {}
     changed = [f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in settings if before and before.get(name) != settings[name]]
-    expect(not changed, f"{args.out}: the {stage} stage was started with other settings ({', '.join(changed)}); --restart begins it anew")
+    require(not changed, f"{args.out}: the {stage} stage was started with other settings ({', '.join(changed)}); "
+                         "--out NAME begins another run, --restart this one anew")
     made_for = started["tokenizer"] or settings
     fits = stage == "tokenizer" or all(made_for[name] == settings[name] for name in ("size", "scales"))
-    expect(fits, f"{args.out}: tokenizer.pt was made for --size {made_for['size']} --scales {sides(made_for['scales'])}, "
+    require(fits, f"{args.out}: tokenizer.pt was made for --size {made_for['size']} --scales {sides(made_for['scales'])}, "
                  f"not for {settings['size']} and {sides(settings['scales'])}")
     if before.get("finished") and os.path.exists(weights):
         return say(f"{stage}: finished before, {weights}")
@@ -832,19 +828,24 @@ def finish(args, stage, settings, params):
     save(os.path.join(args.out, WEIGHTS[stage]), params)
     if rank() == 0:
         path = os.path.join(args.out, "args.json")
-        write_json(path, read_json(path) | {stage: settings | dict(finished=True, made=digest(params))})
+        saved = read_json(path) | {stage: settings | dict(finished=True, made=digest(params))}
+        if stage == "next-scale":  # whose hmar.pt has no masked branch
+            saved.get("masked", {}).pop("finished", None)
+        write_json(path, saved)
     barrier()
 
 
 def train(args):
     """The stages that the flags ask for, in order."""
     args.device = sample.start_processes(args.device)
-    given = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    args = resolved(args, load_tokenizer(args.init) if args.init and args.stage == "tokenizer" else given)
+    args.out = args.out or os.path.join("runs", "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data)))
+    given, own = load_tokenizer(args.tokenizer) if args.tokenizer else None, os.path.join(args.out, "tokenizer.pt")
+    source = args.init if args.stage == "tokenizer" else own if args.stage != "all" and os.path.exists(own) else None
+    args = resolved(args, load_tokenizer(source) if given is None and source else given)
     data, held_out, args.class_names = data_sets(args)
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     if rank() == 0:
-        for path in Path(args.out).glob("*.tmp"):  # what a kill left half written
+        for path in Path(args.out).rglob("*.tmp"):  # what a kill left half written
             path.unlink()
     saved = read_json(os.path.join(args.out, "args.json"))
     known = [getattr(torch, saved[stage]["dtype"]) for stage in STAGES if stage in saved]  # so that a run continues as it began
@@ -852,12 +853,19 @@ def train(args):
     args.dtype = known[0] if known else sample.fast_dtype(args.device)
     say(f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, {len(args.class_names)} classes; {args.device}, "
         f"{str(args.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, {world()} process{'es' if world() > 1 else ''}")
-    stages = STAGES if args.stage == "all" else (args.stage,)
+    stages = [stage for stage in STAGES if args.stage in ("all", stage)]
+    stages = [stage for stage in stages if not (stage == "tokenizer" and args.tokenizer or stage == "masked" and args.causal)]
+    say(f"{args.size} x {args.size} pixels, {args.batch} images a step, "
+        f"steps: {', '.join(f'{stage} {args.steps[stage]:,}' for stage in stages)}")
     if given is not None:
+        begun = any(os.path.exists(os.path.join(args.out, name)) for name in ("tokenizer.pt", "tokenizer.resume.pt"))
+        same = not begun or saved.get("tokenizer", {}).get("made") == digest(given)
+        require(same or args.restart, f"{args.out}: has another tokenizer than {args.tokenizer}; --out NAME begins another run, "
+                                      "--restart replaces it")
+        barrier()  # every process has looked
         finish(args, "tokenizer", stage_settings(args, "tokenizer"), given)
     for stage in stages:
-        if not (stage == "tokenizer" and given is not None or stage == "masked" and args.causal):
-            run_stage(args, stage, data, held_out)
+        run_stage(args, stage, data, held_out)
     following = "python train.py next-scale, with the same flags" if stages[-1] == "tokenizer" else f"python sample.py {args.out}"
     say(f"finished: weights, args.json, metrics.jsonl and samples/ are in {args.out}; next: {following}")
 

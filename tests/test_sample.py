@@ -3,6 +3,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -733,6 +734,46 @@ def test_the_command_edits(run_folder, tmp_path):
         assert archive["arr_0"].shape == (2, 6, 8, 3)
 
 
+STEERING = [
+    (["--guidance", "2"], dict(guidance=2.0)), (["--guidance", "0", "1", "2"], dict(guidance=[0.0, 1.0, 2.0])),
+    (["--mask-guidance", "0.5"], dict(mask_guidance=0.5)), (["--temperature", "0.7"], dict(temperature=0.7)),
+    (["--top-k", "3"], dict(top_k=3)), (["--top-p", "0.9"], dict(top_p=0.9)), (["--order", "halton"], dict(order="halton")),
+    (["--smooth"], dict(smooth=True)), (["--mask-steps", "2"], dict(schedule=sample.schedule(SCALES, 2))),
+    (["--mask-steps", "0", "1", "3"], dict(schedule=sample.schedule(SCALES, [0, 1, 3]))),
+    (["--schedule", "1 / 1,3 / 12"], dict(schedule=((1,), (1, 3), (12,)))), (["--seed", "9"], dict(seed=9)),
+    (["--labels", "ring"], dict(labels=[1, 1]))]
+
+
+@pytest.mark.parametrize("flags, expected", STEERING, ids=[flags[0] + str(len(flags)) for flags, _ in STEERING])
+@pytest.mark.parametrize("editing", [False, True])
+def test_flags_reach_the_sampler(run_folder, tmp_path, monkeypatch, flags, expected, editing):
+    calls = []
+
+    def seen(*arguments, **options):
+        labels = arguments[-1]
+        calls.append(options | dict(labels=labels.tolist()))
+        made = torch.zeros(len(labels), 3, 6, 8)
+        return made if editing else (made, None)
+    monkeypatch.setattr(sample, "edit" if editing else "generate", seen)
+    call = [str(run_folder), "--count", "2", "--labels", "disc", *FAST, "--out", str(tmp_path / "a.png"), *flags]
+    call += ["--edit", str(run_folder / "photo.png"), "--mask", str(run_folder / "mask.png"), "--feather", "3"] if editing else []
+    assert sample.main(call) == 0
+    assert calls[0].get("feather") == (3 if editing else None)
+    plain = dict(schedule=None, guidance=1.5, mask_guidance=0.0, temperature=1.0, top_k=0, top_p=1.0, order="confidence", smooth=False,
+                 is_causal=False, seed=0, labels=[0, 0]) | expected
+    assert {name: calls[0][name] for name in plain} == plain
+
+
+def test_a_run_that_was_trained_causal_is_sampled_so(run_folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    (run / "args.json").write_text(json.dumps({"next-scale": {"class_names": ["a", "b", "c"], "causal": True}}))
+    seen, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *given, **options: seen.append(options["is_causal"]) or generate(*given, **options))
+    assert sample.main([str(run), "--count", "1", "--out", str(tmp_path / "a.png"), "--schedule", "1/4/12", *FAST]) == 0
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_published_weights_need_no_run_folder(run_folder, tmp_path, dtype):
     call = ["--tokenizer", str(run_folder / "vae.pth"), "--weights", str(run_folder / "var.pth"), "--causal", "--scales", "1", "2", "3x4",
@@ -765,7 +806,7 @@ def test_published_weights_need_no_run_folder(run_folder, tmp_path, dtype):
     ("--weights {run}/var.pth --tokenizer {run}/vae.pth --scales 1 2 a", "--scales"),
     ("{run} --edit {run}/photo.png", "--edit: expected either --mask IMAGE or --pad SHARE"),
     ("{run} --edit {run}/photo.png --pad 0.5", "--pad: got 0.5"),
-    ("{run} --edit {run}/hmar.pt --mask {run}/mask.png", "hmar.pt: not an image"),
+    ("{run} --edit {run}/hmar.pt --mask {run}/mask.png", "hmar.pt: no image of these formats"),
     ("{run} --edit {run}/photo.png --mask {run}/mask.png --feather -1", "feather: got -1"),
     ("{run} --device abacus", "device: got 'abacus'")])
 def test_bad_input_of_the_command_is_one_line(run_folder, tmp_path, capsys, flags, message):

@@ -7,6 +7,8 @@ import contextlib
 import copy
 import errno
 import functools
+import inspect
+import itertools
 import json
 import math
 import os
@@ -1055,7 +1057,7 @@ def test_a_file_that_vanishes_in_a_run_is_named_in_one_line(tmp_path, capsys, mo
     watched(monkeypatch, train, "check_images", lambda files, _: [os.remove(path) for path, _ in files if "disc" in path])
     line = refusal(capsys, "tokenizer", *TINY, "--data", tmp_path / "images", "--out", tmp_path / "run", "--steps", 9, "--workers", 1,
                    "--val", 0)
-    assert line.startswith("train.py: ") and re.search(r"disc/\d+.png: no regular file$", line)
+    assert line.startswith("train.py: ") and re.search(r"disc/\d+.png: missing$", line)
 
 
 def test_other_settings_in_a_run_folder_are_refused_unless_restarted(base, folder, tmp_path, capsys):
@@ -1064,13 +1066,13 @@ def test_other_settings_in_a_run_folder_are_refused_unless_restarted(base, folde
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     line = refusal(capsys, "next-scale", *flags, "--lr", 9, "--seed", 3, "--depth", 2)
     assert line == (f"train.py: {tmp_path / 'run'}: the next-scale stage was started with other settings (seed 0 -> 3, lr 0.003 -> 9.0); "
-                    "--restart begins it anew")
+                    "--out NAME begins another run, --restart this one anew")
     line = refusal(capsys, "next-scale", *flags, "--size", 8, "--scales", 1, 2, 4)
     assert "size 16 -> 8" in line or "tokenizer.pt was made for --size 16 --scales 1 2 4 8, not for 8 and 1 2 4" in line
     assert "tokenizer.pt was made for" in refusal(capsys, "next-scale", *flags, "--size", 8, "--scales", 1, 2, 4, "--restart")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     assert train.main([str(flag) for flag in flags]) == 0  # nothing to do
-    assert [line[:line.index(",")] for line in capsys.readouterr().out.splitlines()[1:4]] == [
+    assert [line[:line.index(",")] for line in capsys.readouterr().out.splitlines()[2:5]] == [
         f"{stage}: finished before" for stage in train.STAGES]
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     run_main("tokenizer", *flags[len(TINY):-1], 3, "--restart")
@@ -1101,6 +1103,33 @@ def test_weights_made_for_another_tokenizer_are_not_continued(base, folder, tmp_
     assert train.main([str(flag) for flag in ["tokenizer", *flags, "--steps", 2, "--restart"]]) == 0
     line = refusal(capsys, *interrupted)
     assert "tokenizer" in line
+
+
+def test_a_trained_tokenizer_is_not_replaced_by_another(base, folder, tmp_path, capsys):
+    flags = [*TINY, "--data", folder, "--steps", STEPS, "--out", shutil.copytree(base, tmp_path / "run")]
+    torch.save(TOKENIZER, tmp_path / "other.pt")
+    assert "--restart replaces it" in refusal(capsys, *flags, "--tokenizer", tmp_path / "other.pt")
+    assert_same_run(tmp_path / "run", base)
+    assert train.main([str(flag) for flag in flags]) == 0 and capsys.readouterr().out.count("finished before") == 3
+
+
+def test_finished_weights_without_what_resuming_needs_are_not_trained_over(base, folder, tmp_path, capsys):
+    run = shutil.copytree(base, tmp_path / "run")
+    for path in run.glob("*.resume.pt"):
+        path.unlink()
+    flags = [*TINY, "--data", folder, "--out", run, "--steps"]
+    for stage in train.STAGES:
+        assert "lr" in refusal(capsys, stage, *flags, STEPS, "--lr", 1)
+    assert train.main([str(flag) for flag in (*flags, STEPS)]) == 0 and capsys.readouterr().out.count("finished before") == 3
+    assert difference(weights(run, "hmar.pt"), weights(base, "hmar.pt")) == 0
+
+
+def test_a_next_scale_stage_trained_again_is_given_its_masked_branch_back(base, folder, tmp_path):
+    run = shutil.copytree(base, tmp_path / "run")
+    run_main("next-scale", "--data", folder, "--out", run, "--steps", STEPS, "--restart")
+    assert "masked" not in weights(run, "hmar.pt")
+    run_main("--data", folder, "--out", run, "--steps", STEPS)
+    assert difference(weights(run, "hmar.pt"), weights(base, "hmar.pt")) == 0
 
 
 def full_disk(monkeypatch, after):
@@ -1321,6 +1350,27 @@ def test_a_photograph_is_edited_under_a_mask_or_around_it(base, tmp_path):
         assert sheet.height == 66 and 12 < sheet.width - 3 * 66 < 160
 
 
+def test_photographs_and_masks_are_read_as_training_reads_images(base, tmp_path):
+    """16 bits scaled, not clipped; transparent pixels on white."""
+    Image.fromarray(np.full((16, 16), 123 * 257, np.uint16)).save(tmp_path / "photo.png")
+    Image.fromarray(np.full((16, 16), 300, np.uint16)).save(tmp_path / "black.png")
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    for photo, expected in (("photo.png", 123), ("clear.png", 255)):
+        drawn(base, "--edit", tmp_path / photo, "--mask", tmp_path / "black.png", "--labels", 1, "--count", 1, "--out", tmp_path / "a.npz")
+        assert (arrays(tmp_path / "a.npz")[0] == expected).all()
+    settings = json.loads((tmp_path / "a.npz.json").read_text())
+    assert settings["edit"].endswith("clear.png") and settings["mask"].endswith("black.png") and settings["feather"] == 0
+
+
+def test_a_folder_is_not_mixed_with_images_of_other_settings(base, tmp_path, capsys):
+    flags = [base, "--labels", 1, "--device", "cpu", "--dtype", "fp32", "--out", tmp_path / "folder", "--count"]
+    drawn(*flags, 3)
+    before = {path: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
+    assert "other settings (count 3 -> 2), expected another folder" in refusal(capsys, *flags, 2, command=sample)
+    drawn(*flags, 3)
+    assert {path: path.read_bytes() for path in (tmp_path / "folder").iterdir()} == before
+
+
 BAD_SAMPLING = {
     "unknown label": (["--labels", "dics"], "--labels: got 'dics', expected 0 to 2 or a name such as disc"),
     "number beyond the classes": (["--labels", 3], "--labels: got '3', expected 0 to 2"),
@@ -1333,13 +1383,23 @@ BAD_SAMPLING = {
     "no folder for an npz": (["--out", "{here}/nowhere/a.npz"], "nowhere/a"),
     "output is a folder": (["--out", "{here}/folder.png"], "{here}/folder.png: cannot be written: Is a directory"),
     "output below a file": (["--out", "{here}/file.txt/folder"], "file.txt/folder"),
-    "count": (["--count", 0], "--count, --batch: got 0, 50"),
+    "count": (["--count", 0], "--count: got 0, expected at least 1"),
+    "batch": (["--batch", 0], "--batch: got 0, expected at least 1"),
+    "causal": (["--causal"], "expected a run that was trained with --causal"),
+    "scales": (["--scales", 1, 2], "expected published --weights; a run folder's have their own"),
+    "out is a JPEG": (["--out", "{here}/a.jpg"], "/a.jpg, expected a .png, .gif or .npz, or the name of a folder"),
+    "gif of an edit": (["--edit", "{here}/one/a.png", "--pad", 0.2, "--out", "{here}/a.gif"], "--edit: got {here}/a.gif"),
+    "growth of an edit": (["--edit", "{here}/one/a.png", "--pad", 0.2, "--growth"], "expected a .png without --growth"),
+    "growth in a folder": (["--growth", "--out", "{here}/a"], "--growth: got {here}/a, expected a .png to write"),
+    "mask without a photo": (["--mask", "{here}/one/a.png"], "got no photo, expected --edit PHOTO"),
+    "feather without a photo": (["--feather", 2], "got no photo, expected --edit PHOTO"),
+    "pad without a photo": (["--pad", 0.1], "got no photo, expected --edit PHOTO"),
     "temperature": (["--temperature", -1], "temperature: got -1.0, expected 0 or more"),
     "top-p": (["--top-p", 0], "top_p: got 0.0"),
     "guidance": (["--guidance", 1, 2], "guidance: got [1.0, 2.0], expected a number, 0 or more, or one for each of the 4 scales"),
     "mistyped flag": (["--lables", 1], "no flag --lables; did you mean --labels?"),
-    "photo is missing": (["--edit", "{here}/no.png", "--pad", 0.2], "{here}/no.png: not an image that can be read"),
-    "photo is text": (["--edit", "{here}/file.txt", "--pad", 0.2], "{here}/file.txt: not an image that can be read"),
+    "photo is missing": (["--edit", "{here}/no.png", "--pad", 0.2], "{here}/no.png: missing"),
+    "photo is text": (["--edit", "{here}/file.txt", "--pad", 0.2], "{here}/file.txt: no image of these formats"),
     "edit without a mask": (["--edit", "{here}/one/a.png"], "--edit: expected either --mask IMAGE or --pad SHARE"),
     "pad": (["--edit", "{here}/one/a.png", "--pad", 0.6], "--pad: got 0.6, expected a share of the side between 0 and 0.5"),
     "weights without a tokenizer": (["--weights", "{here}/tensor.pt"], "tensor.pt"),
@@ -1364,6 +1424,130 @@ def test_sampling_without_a_masked_branch_refuses_refinement(base, folder, tmp_p
     assert "no masked branch" in refusal(capsys, run, "--schedule", "1/1,3/16/64", "--out", tmp_path / "a.png", command=sample)
     drawn(run, "--out", tmp_path / "a.png", "--count", 1)  # VAR, as args.json says
     assert (tmp_path / "a.png").exists()
+
+
+# What the flags steer, and what the reported numbers say.
+
+STEERED = {  # flags: the stage, the function that they reach, what is seen there
+    "beta": (["--beta", 0.7], "tokenizer", tokenizer, "training_pass", lambda call: call["beta"] == 0.7),
+    "loss weights": (["--loss-weights", "scale"], "next-scale", hmar, "scale_weights", lambda call: call["kind"] == "scale"),
+    "stochastic depth": (["--depth-drop", 0.6], "next-scale", hmar, "stochastic_depth", lambda call: call["rate"] == 0.6 * 2 / 24),
+    "factors of stochastic depth": (["--depth-drop", 11], "next-scale", hmar, "next_scale_losses",
+                                    lambda call: 0 in call["keep"] and call["keep"].max() > 1),
+    "labels dropped": (["--label-drop", 1], "next-scale", hmar, "next_scale_losses", lambda call: (call["labels"] == 3).all()),
+    "labels kept": (["--label-drop", 0], "next-scale", hmar, "next_scale_losses", lambda call: (call["labels"] < 3).all()),
+    "labels dropped when masked": (["--label-drop", 1], "masked", hmar, "masked_losses", lambda call: (call["labels"] == 3).all()),
+    "checkpointing": (["--checkpointing"], "next-scale", hmar, "next_scale_losses", lambda call: call["checkpointing"]),
+    "no flip": (["--no-flip"], "tokenizer", train, "crop", lambda call: call["flip"] is False),
+    "flip": ([], "tokenizer", train, "crop", lambda call: call["flip"] is True),
+    "weight decay": (["--weight-decay", 0.3], "next-scale", torch.optim, "AdamW",
+                     lambda call: [group["weight_decay"] for group in call["params"]] == [0.3, 0]),
+}
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_flags_reach_what_they_steer(base, folder, tmp_path, monkeypatch, name):
+    flags, stage, module, function, reached = STEERED[name]
+    original, calls = getattr(module, function), []
+
+    def call(*arguments, **options):
+        calls.append(inspect.signature(original).bind(*arguments, **options).arguments)
+        return original(*arguments, **options)
+    monkeypatch.setattr(module, function, call)
+    monkeypatch.setattr(sample, "generate", lambda params, _, labels, **options: (torch.zeros(len(labels), 3, 16, 16), None))
+    run = continued(base, tmp_path / "run", *train.STAGES[:train.STAGES.index(stage)])
+    run_main(stage, "--data", folder, "--out", run, "--steps", 2, "--eval-every", 9, *flags)
+    assert calls and reached(calls[0])
+
+
+def test_the_share_of_hidden_tokens_is_uniform(base, folder, tmp_path, monkeypatch):
+    shares = []
+    watched(monkeypatch, hmar, "masked_losses", lambda _, *arguments, **__: shares.extend(arguments[5].float().mean(1).tolist()))
+    run_main("masked", "--data", folder, "--out", continued(base, tmp_path / "run", *train.STAGES[:2]), "--steps", 20, "--eval-every", 99)
+    assert len(shares) >= 80 and np.histogram(shares[:80], 4, (0, 1))[0].min() >= 8
+
+
+def held_out(base, folder):
+    """What `base` holds out: images in [-1, 1] and labels."""
+    files, _ = train.list_images(folder)
+    _, kept = train.split_held_out(files, folder, 0.05)
+    images = [torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).astype(np.float32) / 127.5 - 1) for path, _ in kept]
+    return torch.stack(images).permute(0, 3, 1, 2), torch.tensor([label for _, label in kept])
+
+
+def test_held_out_numbers_are_those_of_the_weights_that_are_saved(base, folder):
+    images, labels = held_out(base, folder)
+    codec, params = weights(base, "tokenizer.pt"), weights(base, "hmar.pt")
+    tokens = tokenizer.encode(codec, images, SCALES)
+    errors = [float(((made - image) ** 2).mean()) for made, image in zip(tokenizer.decode(codec, tokens, SCALES), images)]
+    psnr = np.mean([20 * math.log10(2) - 10 * math.log10(error) for error in errors])
+    assert [line["psnr"] for line in lines_of(base, "tokenizer") if "psnr" in line][-1] == pytest.approx(psnr, abs=1e-3)
+    inputs = tokenizer.next_scale_inputs(codec, tokens, SCALES)
+    logits = hmar.next_scale_logits(params, labels, inputs)
+    surprise = -logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (B, L)
+    line = [line for line in lines_of(base, "next-scale") if "held_out_loss" in line][-1]
+    assert line["held_out_loss"] == pytest.approx(float(surprise.mean()), abs=1e-4) and line["ln_codes"] == pytest.approx(math.log(32))
+    assert line["accuracy"] == pytest.approx(float((logits.argmax(-1) == tokens).double().mean()), abs=1e-6)
+    edges = [0, 1, 5, 21, 85]
+    assert line["held_out_scale_losses"] == pytest.approx([float(surprise[:, a:b].mean()) for a, b in itertools.pairwise(edges)], abs=1e-4)
+    hidden = torch.rand(len(images), 84, generator=train.generator_of("held-out mask", 0)) < 0.5
+    logits = hmar.masked_logits(params, labels, inputs, tokenizer.masked_inputs(codec, tokens, SCALES, hidden), hidden)[:, 1:]
+    surprise = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0][hidden]
+    line = [line for line in lines_of(base, "masked") if "held_out_loss" in line][-1]
+    assert line["held_out_loss"] == pytest.approx(float(surprise.mean()), abs=1e-4)
+
+
+def test_the_tokenizer_is_trained_on_all_its_errors(monkeypatch):
+    """Squared, absolute and edge errors, quantisation, and the critic's on augmented images, the balanced one by its weight."""
+    params = tokenizer.init(codes=32, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1, attention=False)
+    tree = dict(tokenizer=train.trainable(params), discriminator=train.trainable(tokenizer.init_discriminator(channels=8)))
+    images, uniform = torch.rand(4, 3, 16, 16) * 2 - 1, torch.rand(4, 4)
+    args = argparse.Namespace(dtype=torch.float32, scales=SCALES, beta=0.1)
+    made, vq, *_ = tokenizer.training_pass(tree["tokenizer"], images, SCALES, 0.1)
+    edges = (made[:, :, 1:] - made[:, :, :-1] - images[:, :, 1:] + images[:, :, :-1]).abs().mean()
+    edges = edges + (made[..., 1:] - made[..., :-1] - images[..., 1:] + images[..., :-1]).abs().mean()
+    expected = ((made - images) ** 2).mean() + 0.5 * (made - images).abs().mean() + 0.25 * edges + vq
+    total, _ = train.tokenizer_loss(args, tree, images, True, None, 0.0, uniform)
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    with_gan, output = train.tokenizer_loss(args, tree, images, True, None, 0.3, uniform)
+    real, fake = (tokenizer.discriminator(tokenizer.augmented(batch, uniform), tree["discriminator"]) for batch in (images, made))
+    critic = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
+    assert float(output["critic"]) == pytest.approx(float(critic), rel=1e-5)
+    reconstruction = expected - vq
+    last = tree["tokenizer"]["decoder"]["conv_out"]["weight"]
+    ours, theirs = (torch.autograd.grad(value, last, retain_graph=True)[0].norm() for value in (reconstruction, fake.mean()))
+    assert float(with_gan - total) == pytest.approx(float(critic - 0.3 * fake.mean() * ours / theirs), rel=1e-3)
+
+
+def test_the_adversarial_weight_ramps_in(folder, tmp_path, monkeypatch):
+    given = []
+    watched(monkeypatch, train, "tokenizer_loss", lambda _, args, tree, images, quantised, stop, gan, uniform: given.append(gan))
+    run_main("tokenizer", "--data", folder, "--out", tmp_path, "--steps", 10, "--gan", 0.4)
+    assert given == pytest.approx([0, 0, 0, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
+
+
+def test_a_signal_to_the_whole_group_stops_the_run_and_not_its_workers(commands, folder, tmp_path):
+    """As Ctrl-C on a terminal and torchrun send it."""
+    flags = ["tokenizer", *TINY, "--data", folder, "--out", tmp_path / "run", "--steps", 9, "--save-every", 100, "--workers", 2]
+    told = signalled(int(signal.SIGTERM), "tokenizer", 3).replace("os.kill(os.getpid()", "os.killpg(os.getpgrp()")
+    job = commands.run("train", *flags, before="os.setpgrp()\n" + told)
+    assert job.status == 130 and "stopped at step 3 of 9 and saved" in job.err and job.err.count("\n") == 1, job.err
+    commands.run("train", *flags).done()
+
+
+def test_two_processes_continue_bit_for_bit(commands, folder, tmp_path):
+    """Stopped where neither a report nor a replacement of dead codes is due: what each had counted goes on."""
+    flags = ["tokenizer", *TINY, "--data", folder, "--steps", 16, "--codes", 128, "--log-every", 7, "--revive-every", 11, "--save-every", 5]
+    for job in start_two(commands, *flags, "--out", tmp_path / "whole"):
+        job.done()
+    told = signalled(int(signal.SIGTERM), "tokenizer", 7)
+    jobs = start_two(commands, *flags, "--out", tmp_path / "cut", before=told)  # both agree at the tenth step
+    assert [job.wait().status for job in jobs] == [130, 130], jobs[0].err + jobs[1].err
+    for job in start_two(commands, *flags, "--out", tmp_path / "cut"):
+        job.done()
+    for name in ("tokenizer.pt", "tokenizer.resume.pt"):
+        assert difference(weights(tmp_path / "cut", name), weights(tmp_path / "whole", name)) == 0, name
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
 
 
 def long_run():
