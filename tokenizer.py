@@ -107,9 +107,9 @@ def contribution(phi, codes, k, scales):
 
 def phi_index(k, scale_count, phi_count=4):
     """Which phi serves scale k: the nearest of evenly spread ticks, in float64, whose rounding decided the published ties at ten scales."""
-    edge = 1 / 3 / phi_count
-    ticks = torch.linspace(edge, 1 - edge, phi_count, dtype=torch.float64, device="cpu")
-    return int((ticks - k / max(scale_count - 1, 1)).abs().argmin())
+    edge, place = 1 / 3 / phi_count, k / max(scale_count - 1, 1)
+    ticks = [edge + i * ((1 - edge - edge) / max(phi_count - 1, 1)) for i in range(phi_count)]
+    return min(range(phi_count), key=lambda i: abs(ticks[i] - place))
 
 
 def resize_to_scale(f_hat, size):
@@ -354,6 +354,11 @@ def check_scales(scales):
         raise ValueError(f"scales: got {scales}, expected (height, width) pairs of positive integers, coarse to fine")
 
 
+def _may_look(tensor):
+    """Whether values can be checked: on an accelerator a look would stall its queue, in a compiled function it would cut the graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_images(params, images, scales):
     check_scales(scales)
     step = downsampling(params)
@@ -364,7 +369,7 @@ def _check_images(params, images, scales):
         raise ValueError(f"images: got {images.shape[2]}x{images.shape[3]} pixels, expected sides that divide by the downsampling, {step}")
     if tuple(scales[-1]) != latent:
         raise ValueError(f"scales: the last is {tuple(scales[-1])}, expected the latent's size {latent}")
-    if images.device.type == "cpu" and not images.abs().amax() <= 1.001:  # elsewhere the look would stall the queue
+    if _may_look(images) and not images.abs().amax() <= 1.001:
         raise ValueError(f"images: got values from {images.min():.3g} to {images.max():.3g}, expected [-1, 1]")
 
 
@@ -373,7 +378,7 @@ def _check_tokens(params, tokens, scales):
     total, codes = sum(lengths(scales)), len(params["codebook"])
     if tokens.ndim != 2 or tokens.shape[1] != total or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected int64 (B, {total}) for scales {scales}")
-    if tokens.device.type == "cpu" and len(tokens) and not 0 <= tokens.min() <= tokens.max() < codes:
+    if _may_look(tokens) and len(tokens) and not 0 <= tokens.min() <= tokens.max() < codes:
         raise ValueError(f"tokens: got values from {tokens.min()} to {tokens.max()}, expected 0 to {codes - 1}")
 
 

@@ -324,6 +324,23 @@ def test_an_interruption_before_the_first_step_says_that_it_goes_on(folder, tmp_
     assert "the same command" in capsys.readouterr().err
 
 
+def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, monkeypatch):
+    """Each stage's step is one graph; Dynamo's interpreter runs it, since a real backend would take minutes."""
+    runs, graphs, compile = [], [], torch.compile
+    torch.compiler.reset()
+
+    def captured(graph, example):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=captured, fullgraph=True))
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        assert train.main([*TINY, *flags, "--steps", "4", "--out", str(tmp_path / name)]) == 0
+        assert bool(graphs) == bool(flags)
+        runs.append([line["loss"] for line in lines_of(tmp_path / name) if "loss" in line])
+    assert len(runs[0]) == 12
+    np.testing.assert_allclose(*runs, rtol=1e-5)
+
+
 # A toy stage: the tokenizer's loop on one matrix.
 
 def toy_flags(out, **changes):
