@@ -42,7 +42,8 @@ class Step(NamedTuple):
     number: int  # of the pass within its scale: 0 is the next-scale draw, later ones refine
     tokens: torch.Tensor  # (B, n_k) int64, the scale's tokens so far
     masked: torch.Tensor  # (B, n_k) bool, those that a later pass draws again
-    f_hat: torch.Tensor  # (B, code_dim, h, w), all scales up to this one: tokenizer.decode_features makes an image of it
+    f_hat: torch.Tensor  # (B, code_dim, h, w), all scales up to this one: tokenizer.decode_features makes an image of it; the next scale is
+    # drawn from what it holds after the last pass, so a caller may write the best candidate's map over the others'
 
 
 def generate(params, tokenizer_params, labels, **options):
@@ -241,15 +242,15 @@ def evidence(codebook, residual, stays, size):
 @functools.cache
 def halton_order(h, w):
     """The cells (h w,) int64 of an h x w grid as a Halton sequence of bases 2 and 3 first visits them (Besnier et al. 2025)."""
-    def radical_inverse(i, base):
-        value, unit = 0.0, 1.0
+    def place(i, base, side):  # in integers, as thirds would be rounded across a cell's edge
+        value, scale = 0, 1
         while i:
-            digit, i, unit = i % base, i // base, unit / base
-            value += digit * unit
-        return value
+            i, digit = divmod(i, base)
+            value, scale = value * base + digit, scale * base
+        return value * side // scale
     cells = {}  # a dict keeps the order of the first visits
     for i in itertools.count():
-        cells[int(radical_inverse(i, 2) * h) * w + int(radical_inverse(i, 3) * w)] = None
+        cells[place(i, 2, h) * w + place(i, 3, w)] = None
         if len(cells) == h * w:
             return torch.tensor(list(cells))
 
@@ -272,7 +273,7 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
     repaint = torch.cat([F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales], 1) > 0  # (B, L)
     known = tokens, ~repaint, tokenizer.features(tokenizer_params, images)
     painted, _ = generate(params, tokenizer_params, labels, known=known, **options)
-    outside, original = (~mask).float(), images.to(painted.dtype)
+    outside, original = (~mask).to(painted.dtype), images.to(painted.dtype)
     repair = continued((original - painted) * outside, outside, 2 * tokenizer.downsampling(tokenizer_params))
     painted = (painted + repair).clamp(-1, 1)
     grown = [F.max_pool2d(outside, 2 * pixels + 1, 1, pixels) for pixels in range(feather + 1)]

@@ -217,6 +217,11 @@ def own_parts(args, batch):
     return batch.chunk(world() * args.accumulate)[rank() * args.accumulate:][:args.accumulate]
 
 
+def at_once(args):
+    """How many images pass through the tokenizer together: eight of 256 pixels, which with 160 channels take 13 GB in training."""
+    return max(1, 2**19 // args.size**2)
+
+
 def to_unit(images, device):
     """uint8 (B, 3, H, W) -> float in [-1, 1]."""
     return to_device(images, device).float() / 127.5 - 1
@@ -239,7 +244,8 @@ def token_cache(name, images, tokenizer_params, args):
         keys = [[(i, (args.seed, view, i)) for i in rows] for view in range(views)] or [[(i, None) for i in rows]]
         batches = [to_unit(torch.stack([image for image, _ in readers.map(images.__getitem__, own)]), args.device) for own in keys]
         batches += [batches[0].flip(-1)] if mirrored else []
-        tokens = torch.stack([tokenizer.encode(fast, pixels, args.scales) for pixels in batches], 1)
+        tokens = torch.stack([torch.cat([tokenizer.encode(fast, part, args.scales) for part in pixels.split(at_once(args))])
+                              for pixels in batches], 1)
         progress.show(rows.stop, len(rows))
         return tokens.cpu().numpy()
 
@@ -385,7 +391,8 @@ def train_tokenizer(args, data, held_out):
     def after_step(step, outputs, optimizer):
         if step == warm:
             with torch.no_grad():
-                features = tokenizer.features(tree["tokenizer"], whole(data, 512, args))
+                pixels = whole(data, 512, args).split(at_once(args))
+                features = torch.cat([tokenizer.features(tree["tokenizer"], part) for part in pixels])
             replace(codebook, tokenizer.data_codebook(tree["tokenizer"], features, scales, generator_of(args.seed, "codebook")))
         for k, tokens in [(k, tokens) for output in outputs for k, tokens in enumerate(output["tokens"])]:
             window[k].index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
@@ -457,7 +464,7 @@ def judge_tokenizer(params, images, args):
 def reconstructed(params, images, args):
     """(reconstructions of images (B, 3, H, W), their mean PSNR in dB)."""
     with torch.no_grad():
-        tokens = [tokenizer.encode(params, batch, args.scales) for batch in images.split(32)]
+        tokens = [tokenizer.encode(params, batch, args.scales) for batch in images.split(at_once(args))]
         made = torch.cat([tokenizer.decode(params, batch, args.scales) for batch in tokens])
     return made, float((10 * torch.log10(4 / (made - images).square().mean((1, 2, 3)))).mean())
 
@@ -522,7 +529,8 @@ def judge_transformer(params, tokenizer_params, labels, tokens, args):
     tokens, labels = torch.from_numpy(tokens[:512, 0].astype(np.int64)).to(args.device), labels[:512].to(args.device)
     lengths, sums = tokenizer.lengths(args.scales), 0
     with torch.no_grad():
-        for number, (own, own_labels) in enumerate(zip(tokens.split(32), labels.split(32))):
+        batch = min(32, at_once(args))
+        for number, (own, own_labels) in enumerate(zip(tokens.split(batch), labels.split(batch))):
             inputs = tokenizer.next_scale_inputs(tokenizer_params, own, args.scales)
             if args.stage == "masked":
                 mask = (torch.rand(inputs.shape[:2], generator=generator_of("held-out mask", 32 * number)) < 0.5).to(args.device)
@@ -533,9 +541,9 @@ def judge_transformer(params, tokenizer_params, labels, tokens, args):
             losses, hits = F.cross_entropy(logits.transpose(1, 2), own, reduction="none"), logits.argmax(-1) == own
             sums = sums + (torch.stack([losses, hits, torch.ones_like(losses)]) * judged).double().sum(1)  # (3, L)
     names = args.class_names[:10]
-    images, _ = sample.generate(params, tokenizer_params, torch.arange(len(names), device=args.device).repeat_interleave(8),
-                                is_causal=args.causal)
-    write_sheet(os.path.join(args.out, "samples", f"{args.stage}.png"), images.split(8), names)
+    rows = [sample.generate(params, tokenizer_params, torch.full((8,), label, device=args.device), seed=8 * label, is_causal=args.causal)[0]
+            for label in range(len(names))]
+    write_sheet(os.path.join(args.out, "samples", f"{args.stage}.png"), rows, names)
     loss, accuracy, count = sums.sum(1).tolist()
     scale_sums = torch.stack([own.sum(1) for own in sums.split(lengths, 1)], 1)[:, args.stage == "masked":]  # scale 0 is never masked
     scale_losses, scale_accuracies = (scale_sums[:2] / scale_sums[2].clamp(min=1)).tolist()
@@ -662,6 +670,8 @@ class Stop:
     def ask(self, number, frame):
         self.asked = True
         self.restore()
+        if rank() == 0:
+            os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not be called inside of itself
 
     def restore(self):
         for number, handler in self.before.items():
@@ -723,7 +733,7 @@ def parser():
     loop = top.add_argument_group("optimisation (auto follows --size)").add_argument
     loop("--steps", type=int, metavar="N", help="of each stage (auto)")
     loop("--batch", type=int, metavar="N", help="images a step, over all processes (auto)")
-    loop("--accumulate", type=int, default=1, metavar="N", help="parts that a step's batch is cut into, to save memory (1)")
+    loop("--accumulate", type=int, metavar="N", help="parts of a step's batch, to save memory (8 images of 256 pixels in each)")
     loop("--lr", type=float, metavar="RATE", help="peak learning rate (auto)")
     loop("--warmup", type=int, metavar="STEPS", help="until the learning rate is at its peak (auto)")
     loop("--decay", choices=("cosine", "linear"), default="cosine", metavar="CURVE", help="cosine or linear, of the learning rate (cosine)")
@@ -762,7 +772,8 @@ def resolved(args, tokenizer_params=None):
     vars(args).update({name: value for name, value in preset.items() if getattr(args, name, None) is None})
     for name in ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "masked_blocks", "save_every",
                  "log_every"):
-        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+        value = getattr(args, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')}: got {value}, expected at least 1")
     ranges = [("views", 0, math.inf), ("workers", 0, math.inf), ("warmup", 0, math.inf), ("weight_decay", 0, math.inf), ("ema", 0, 1),
               ("beta", 0, math.inf), ("revive_every", 0, math.inf), ("truncate", 0, 1), ("gan", 0, math.inf), ("label_drop", 0, 1),
               ("depth_drop", 0, 23 / args.depth), ("clip", 1e-9, math.inf)]
@@ -776,6 +787,9 @@ def resolved(args, tokenizer_params=None):
         require(min(getattr(args, name).values()) > 0, f"--{name}: got {given}, expected more than 0")
     step = 2 ** (len(args.multipliers) - 1) if tokenizer_params is None else tokenizer.downsampling(tokenizer_params)
     require(args.size % step == 0, f"--size: {args.size} does not divide by the downsampling, {step}")
+    if args.accumulate is None:
+        shares = [parts for parts in range(1, args.batch + 1) if args.batch % (parts * world()) == 0] or [1]
+        args.accumulate = next((parts for parts in shares if args.batch <= parts * world() * at_once(args)), shares[-1])
     side, parts = args.size // step, args.accumulate * world()
     args.scales = tuple(args.scales or default_scales(side))
     tokenizer.check_scales(args.scales)
@@ -789,7 +803,7 @@ def resolved(args, tokenizer_params=None):
 
 def stage_settings(args, stage):
     """What decides a stage's result, as JSON holds it: the flags, with the stage's own steps and learning rate."""
-    others = ("stage", "out", "restart", "save_every", "log_every", "eval_every", "workers", "device", "tokenizer")
+    others = ("stage", "out", "restart", "save_every", "log_every", "eval_every", "workers", "device", "tokenizer", "accumulate")
     own = dict(steps=args.steps[stage], lr=args.lr[stage], dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
     return json.loads(json.dumps({name: value for name, value in (vars(args) | own).items() if name not in others}))
 

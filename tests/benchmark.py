@@ -302,6 +302,22 @@ def cost(depth, scales, masked_blocks=0, **sizes):
                 checkpointed=int(checkpointed + branch_block[1] - branch_block[2]))
 
 
+def tokenizer_cost(size, scales, **sizes):
+    """`cost` of a training step of the tokenizer in bf16, its adversarial loss apart. sizes: as for tokenizer.init."""
+    with FakeTensorMode():
+        params, leaves = trained(tokenizer.init(**sizes), lambda name: True)
+        fast, images = tokenizer.cast(params, torch.bfloat16), torch.empty(1, 3, size, size)
+
+        def losses():
+            made, loss, _, _ = tokenizer.training_pass(fast, images, scales)
+            return made.sum() + loss
+        with FlopCounterMode(display=False) as counter:
+            losses().backward()
+        activations = saved_bytes(losses, pytree.tree_leaves((params, fast)))
+    parameters = sum(map(torch.numel, leaves))
+    return dict(parameters=parameters, flops=counter.get_total_flops(), optimizer=20 * parameters, activations=activations)
+
+
 def dense_logits(params, labels, inputs, mask=None, own=None, only=None, caches=None):
     """Logits (B, L, V) the published way: fp32, one additive mask (L, L), the head on every token; or scale `only`, with growing caches.
 
@@ -641,6 +657,10 @@ def costs(arguments):
         stages = [cost(depth, scales, masked_blocks) for masked_blocks in (0, 8)]
         cells = [" / ".join(f"{stage[name] / unit:,.{digits}f}" for stage in stages) for name, (unit, digits) in columns.items()]
         print("| " + " | ".join([f"d{depth}", str(size), *cells]) + " |", flush=True)
+    for size, scales in hmar.SCALES.items():
+        stage = tokenizer_cost(size, scales)
+        cells = [f"{stage[name] / unit:,.{digits}f}" if name in stage else "" for name, (unit, digits) in columns.items()]
+        print("| " + " | ".join(["tokenizer", str(size), *cells]) + " |", flush=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from fractions import Fraction
 from unittest import mock
 
 import numpy as np
@@ -302,6 +303,33 @@ def test_halton_order_is_a_permutation(h, w):
     assert sorted(sample.halton_order(h, w).tolist()) == list(range(h * w))
 
 
+def test_halton_order_is_exact_where_thirds_would_be_rounded():
+    def reversed_digits(i, base):
+        return Fraction(0) if i == 0 else (Fraction(i % base) + reversed_digits(i // base, base)) / base
+    for side in (3, 9, 18, 27):
+        visits = [(math.floor(reversed_digits(i, 2) * side), math.floor(reversed_digits(i, 3) * side)) for i in range(16 * side * side)]
+        expected = list(dict.fromkeys(y * side + x for y, x in visits))[:side * side]
+        order = sample.halton_order(side, side).tolist()
+        assert order[:len(expected)] == expected and len(expected) > 0.9 * side * side
+
+
+def test_a_caller_chooses_what_the_next_scale_is_drawn_from():
+    """Test-time scaling: of several drafts of the coarse scales the best goes on in all rows."""
+    drawn = [[], [], []]
+    for step in sample.steps(PARAMS, TOKENIZER, LABELS, seed=[5, 6, 7]):
+        last = step.masked.logical_not().all()
+        if step.scale == 1 and last:
+            step.f_hat[:] = step.f_hat[1].clone()
+        if last:
+            for row, tokens in zip(drawn, step.tokens):
+                row.append(tokens)
+    chosen = torch.stack([torch.cat([*drawn[1][:2], *row[2:]]) for row in drawn])
+    close(step.f_hat, tokenizer.accumulate(TOKENIZER, chosen, SCALES), 1e-6)
+    plain, _ = sample.generate(PARAMS, TOKENIZER, LABELS, seed=[5, 6, 7])
+    made = tokenizer.decode_features(TOKENIZER, step.f_hat)
+    assert torch.equal(made[1], plain[1]) and not torch.allclose(made[0], plain[0])
+
+
 @pytest.mark.parametrize("side", [4, 5, 6, 8, 10, 13, 16])
 def test_halton_order_spreads(side):
     """Against row-major order, whose nearest distance is always 1: never less at any prefix, more at every one up to a half.
@@ -569,10 +597,11 @@ def test_an_error_goes_on_into_the_pixels_beside_it():
     assert not carried[:, 0].any() and not carried[:, 3:].any()
 
 
+@pytest.mark.parametrize("model", [TOKENIZER, double(TOKENIZER)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_photographs_of_other_dtypes(dtype):
+def test_photographs_and_tokenizers_of_other_dtypes(dtype, model):
     images, mask = picture(3).to(dtype), masks("half", 3)
-    edited = sample.edit(PARAMS, TOKENIZER, images, mask, LABELS)
+    edited = sample.edit(PARAMS, model, images, mask, LABELS)
     assert torch.equal(edited[~mask.expand_as(images)].to(dtype), images[~mask.expand_as(images)])
 
 

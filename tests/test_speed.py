@@ -214,3 +214,20 @@ def test_computed_activations_are_what_a_real_step_keeps(masked_blocks, monkeypa
     again = kept_bytes(lambda: hmar.run_blocks(x, condition, blocks, lengths), [*weights, x])[1]
     assert kept == computed["activations"]
     assert checkpointed + again == computed["checkpointed"]
+
+
+def test_computed_cost_of_the_tokenizer_is_that_of_a_real_step():
+    sizes, scales = dict(codes=64, code_dim=16, channels=32, multipliers=(1, 2), residual_blocks=1), ((1, 1), (3, 3), (8, 8))
+    params, leaves = benchmark.trained(tokenizer.init(**sizes), lambda name: True)
+    fast, images = tokenizer.cast(params, torch.bfloat16), torch.rand(1, 3, 16, 16)
+
+    def losses():
+        made, loss, _, _ = tokenizer.training_pass(fast, images, scales)
+        return made.sum() + loss
+    with FlopCounterMode(display=False) as counter:
+        losses().backward()
+    computed = benchmark.tokenizer_cost(16, scales, **sizes)
+    assert computed["parameters"] == sum(map(torch.numel, pytree.tree_leaves(params)))
+    assert computed["optimizer"] == 5 * sum(leaf.nbytes for leaf in leaves)  # weights, gradients, two moments, average
+    assert computed["flops"] == counter.get_total_flops()
+    assert computed["activations"] == kept_bytes(losses, pytree.tree_leaves((params, fast)))[1]

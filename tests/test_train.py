@@ -1462,6 +1462,27 @@ STEERED = {  # flags: the stage, the function that they reach, what is seen ther
 }
 
 
+@pytest.mark.parametrize("flags, processes, parts", [
+    (["--size", 32], 1, 1), (["--size", 256], 1, 8), (["--size", 256], 8, 1), (["--size", 512], 1, 32), (["--size", 1024], 2, 32),
+    (["--size", 256, "--batch", 36], 1, 6), (["--size", 256, "--batch", 10], 2, 1), (["--size", 256, "--accumulate", 2], 1, 2)])
+def test_a_batch_is_cut_into_parts_that_fit_a_machine(monkeypatch, flags, processes, parts):
+    """Of at most eight images of 256 pixels, or as many pixels in others, as few parts as divide the batch."""
+    monkeypatch.setattr(train, "world", lambda: processes)
+    assert train.resolved(train.parser().parse_args([str(flag) for flag in flags])).accumulate == parts
+
+
+def test_nothing_puts_more_images_through_the_tokenizer_than_fit(tmp_path, monkeypatch):
+    """Initialisation of the codebook, judging, and encoding."""
+    counts = []
+    features, decode = tokenizer.features, tokenizer.decode_features
+    monkeypatch.setattr(train, "at_once", lambda args: 3)
+    monkeypatch.setattr(tokenizer, "features", lambda params, images: (counts.append(len(images)), features(params, images))[1])
+    monkeypatch.setattr(tokenizer, "decode_features", lambda params, f_hat: (counts.append(len(f_hat)), decode(params, f_hat))[1])
+    monkeypatch.setattr(train, "data_sets", lambda args: (train.Images(range(40), 16), train.Images(range(40, 50), 16), train.SHAPES))
+    assert train.main([*TINY, "--steps", "11", "--accumulate", "2", "--out", str(tmp_path / "run")]) == 0
+    assert set(counts) <= {1, 2, 3, 8}, "8 are a row of a sheet"
+
+
 @pytest.mark.parametrize("name", STEERED)
 def test_flags_reach_what_they_steer(base, folder, tmp_path, monkeypatch, name):
     flags, stage, module, function, reached = STEERED[name]
