@@ -372,14 +372,20 @@ def world():
 
 def start_processes(device):
     """Joins the processes that torchrun started, if it did, and returns the device that is this one's."""
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("mps"):
+        raise ValueError("device: got 'mps', which has no float64 to draw tokens with, expected cuda or cpu, which a Mac has")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if several and device == "cuda" else device
     try:
-        return torch.empty(0, device=device).device
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: got {device!r}, expected one that this machine has; cpu is always there") from error
+    if several:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # else all processes would meet on the first
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def fast_dtype(device):
@@ -558,7 +564,7 @@ def parser():
     edit("--feather", type=int, default=0, metavar="PIXELS", help="blend the edge inside the mask (0)")
     machine = top.add_argument_group("machine").add_argument
     machine("--batch", type=int, default=50, metavar="N", help="images at a time (50)")
-    machine("--device", help="cuda, mps or cpu (the first there is)")
+    machine("--device", help="cuda or cpu (the first there is)")
     machine("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where this machine multiplies it faster (auto)")
     machine("--compile", action="store_true", help="minutes of compiling first, faster from then on: for many images")
     return top

@@ -223,11 +223,11 @@ def data_codebook(params, features, scales, generator, rounds=10):
             continue
         order = torch.randperm(len(vectors), generator=generator)
         centres = vectors[order[torch.arange(share) % len(order)]]
-        centres = centres + 1e-3 * vectors.std() * torch.randn(centres.shape, generator=generator)
+        centres = centres + 1e-3 * vectors.std() * torch.randn(centres.shape, generator=generator).to(centres.device)
         for _ in range(rounds):
             nearest_centre = nearest(centres, vectors)
-            sums = torch.zeros_like(centres).index_add_(0, nearest_centre, vectors)
-            sizes = torch.bincount(nearest_centre, minlength=share)[:, None]
+            sums, sizes = (torch.zeros_like(centres[:, :x.shape[1]]).index_add_(0, nearest_centre, x)
+                           for x in (vectors, torch.ones_like(vectors[:, :1])))
             centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
         made.append(centres)
         codes = F.embedding(nearest(torch.cat(made), vectors), torch.cat(made)).view(len(f), -1, f.shape[1])

@@ -291,7 +291,7 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
     state, window = [leaf.data for leaf in leaves] + average, {}  # window: what was measured since the last report
     if os.path.exists(resume):
         saved = sample.load(resume)
-        start, window = saved["step"], saved["window"]
+        start, window = saved["step"], to_device(saved["window"], args.device)
         optimizer.load_state_dict(saved["optimizer"])
         torch._foreach_copy_([*state, *extra], saved["state"])
         for tensor in extra if rank() else ():  # saved as sums over the processes, which the first one carries on
@@ -727,7 +727,7 @@ def parser():
     run("--save-every", type=int, default=500, metavar="STEPS", help="checkpoints to go on from (500)")
     run("--log-every", type=int, default=50, metavar="STEPS", help="lines of metrics.jsonl (50)")
     run("--eval-every", type=int, metavar="STEPS", help="held-out numbers and sample sheets (a quarter of the steps)")
-    run("--device", help="cuda, mps or cpu (the first there is)")
+    run("--device", help="cuda or cpu (the first there is)")
     run("--dtype", choices=("auto", "bf16", "fp32"), default="auto", metavar="TYPE", help="bf16, fp32 or whichever is faster (auto)")
     run("--compile", action="store_true", help="torch.compile the training step")
     loop = top.add_argument_group("optimisation (auto follows --size)").add_argument

@@ -35,7 +35,8 @@ def test_first_code_block_is_two_commands():
 
 def test_readme_example_runs():
     (example,) = blocks("python")
-    assert python("-c", example + "\nassert images.shape == (2, 3, 16, 16) and 4.1 < loss < 4.2", cwd=ROOT) == ""
+    printed = python("-c", example, cwd=ROOT)
+    assert re.fullmatch(r"4\.1\d \(2, 3, 16, 16\)\n", printed), printed
 
 
 @pytest.mark.parametrize("names", [("attention_kernels",), ("tokenizer",), ("hmar", "attention_kernels")])

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import functools
+import os
 from unittest import mock
 
 import benchmark
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_hmar import arguments, tree
 from test_sample import LABELS, PARAMS, SCALES, TOKENIZER
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -141,6 +143,66 @@ def test_no_step_waits_for_the_device(monkeypatch):
         loss(trained).backward()
         assert torch.nn.utils.clip_grad_norm_(leaves, 1.0).is_meta
         optimizer.step()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A device that is not the CPU, on tensors without values: whatever mixes the two fails, as it would on a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none for these tensors
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield lambda tree: pytree.tree_map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), tree)
+
+
+def test_training_mixes_no_devices(elsewhere):
+    generator = torch.Generator().manual_seed(0)
+    params, codec, critic, labels, images = elsewhere((PARAMS, TOKENIZER, tokenizer.init_discriminator(8), LABELS, torch.empty(3, 3, 6, 8)))
+    tokens = tokenizer.encode(tokenizer.cast(codec, torch.bfloat16), images, SCALES)
+    mask, keep = elsewhere((torch.empty(3, sum(tokenizer.lengths(SCALES)[1:]), dtype=torch.bool), torch.empty(3, 3, 2)))
+    inputs, own = tokenizer.next_scale_inputs(codec, tokens, SCALES), tokenizer.masked_inputs(codec, tokens, SCALES, mask)
+    for options in (dict(), dict(keep=keep[:, :len(params["trunk"] + params["next_scale"]["blocks"])], checkpointing=True)):
+        for is_causal in (False, True):
+            assert hmar.next_scale_losses(hmar.cast(params, torch.bfloat16), labels, tokens, inputs, is_causal, **options).is_meta
+        places = elsewhere(torch.empty(5, dtype=torch.int64))
+        assert hmar.masked_losses(params, labels, tokens, inputs, own, mask, places=places, **options).is_meta
+    features = tokenizer.features(codec, images)
+    assert tokenizer.data_codebook(codec, features, SCALES, generator).is_meta
+    counts = torch.zeros(len(codec["codebook"]), dtype=torch.int64, device="meta")
+    assert all(made.is_meta for made in tokenizer.revive_codes(codec["codebook"], counts, [features.flatten(2).mT], generator))
+    args = argparse.Namespace(dtype=torch.bfloat16, scales=SCALES, beta=0.1)
+    large, numbers = elsewhere((torch.empty(3, 3, 16, 24), torch.empty(3, 4)))
+    args.scales = ((1, 1), (2, 3), (large.shape[2] // 2, large.shape[3] // 2))
+    tree = train.trainable(dict(tokenizer=codec, discriminator=critic))
+    assert train.tokenizer_loss(args, tree, large, True, None, 0.4, numbers)[0].is_meta
+
+
+@pytest.mark.parametrize("device, expected, backend", [(None, "cuda:1", "nccl"), ("cuda", "cuda:1", "nccl"), ("cpu", "cpu", "gloo")])
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, device, expected, backend):
+    monkeypatch.setattr(os, "environ", os.environ | dict(WORLD_SIZE="2", LOCAL_RANK="1"))
+    monkeypatch.setattr(torch, "empty", lambda count, device: argparse.Namespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with mock.patch.object(torch.cuda, "set_device") as chosen, mock.patch.object(torch.distributed, "init_process_group") as joined:
+        assert sample.start_processes(device) == torch.device(expected)
+    assert [call.args for call in chosen.call_args_list] == ([(torch.device(expected),)] if backend == "nccl" else [])
+    joined.assert_called_once_with(backend)
+
+
+@pytest.mark.parametrize("options", [
+    *(dict(order=order, mask_guidance=1.0) for order in sample.ORDERS), dict(smooth=True), dict(top_k=3, top_p=0.9, temperature=0.5),
+    dict(guidance=0.0, temperature=0), dict(is_causal=True)])
+def test_sampling_mixes_no_devices(elsewhere, options):
+    def numbers(streams, active, shape):  # the library's own needs to know which images are active
+        return torch.empty(len(streams), *shape, dtype=torch.float64, device=active.device)
+
+    def keep(passes, masked, has_masked_branch):
+        return [torch.full((len(masked),), count, device=masked.device) for count in passes]
+    params, codec, labels, images = elsewhere((PARAMS, TOKENIZER, LABELS, torch.empty(3, 3, 6, 8)))
+    if "is_causal" in options:
+        del params["masked"]
+    with mock.patch.object(sample, "uniforms", numbers), mock.patch.object(sample, "keep_counts", keep):
+        images, tokens = sample.generate(params, codec, labels, **options)
+        assert images.is_meta and tokens.is_meta
+        if not options.get("is_causal"):
+            assert sample.edit(params, codec, images, images[:, :1] > 0, labels, feather=2, **options).is_meta
 
 
 @pytest.mark.parametrize("guidance, mask_guidance", [(0.0, 0.0), (1.5, 0.0), ([0, 3.0, 0], [0, 0, 2.0])])
