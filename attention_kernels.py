@@ -208,7 +208,7 @@ def _forward_kernel(query, key, value, output, logsumexp, tiles, bounds, query_s
     highest, total, out = tl.full([ROWS], -1e30, ACC), tl.zeros([ROWS], ACC), tl.zeros([ROWS, FEATURES], ACC)
     scale *= 1.4426950408889634  # 1 / ln 2, for powers of two
     for masked in tl.static_range(2):
-        stop, columns = tl.load(tile + 3 + 2 * masked), tl.arange(0, COLUMNS // 2 if masked else COLUMNS)
+        stop, columns = tl.load(tile + 3 + 2 * masked), tl.arange(0, COLUMNS // 2 if masked and COLUMNS > 16 else COLUMNS)
         k_pointers = _pointers(key, key_strides, batch, head, columns, features)
         v_pointers = _pointers(value, value_strides, batch, head, columns, features)
         for start in tl.range(tl.load(tile + 2 + 2 * masked), stop, columns.shape[0]):
@@ -247,7 +247,7 @@ def _query_gradient_kernel(query, key, value, output, logsumexp, output_gradient
     tl.store(delta + row, row_delta, inside)  # the sum of p dp over a row's columns, for the next kernel too
     dq = tl.zeros([ROWS, FEATURES], ACC)
     for masked in tl.static_range(2):
-        stop, columns = tl.load(tile + 3 + 2 * masked), tl.arange(0, COLUMNS // 2 if masked else COLUMNS)
+        stop, columns = tl.load(tile + 3 + 2 * masked), tl.arange(0, COLUMNS // 2 if masked and COLUMNS > 16 else COLUMNS)
         k_pointers = _pointers(key, key_strides, batch, head, columns, features)
         v_pointers = _pointers(value, value_strides, batch, head, columns, features)
         for start in tl.range(tl.load(tile + 2 + 2 * masked), stop, columns.shape[0]):
@@ -276,7 +276,7 @@ def _key_value_gradient_kernel(query, key, value, logsumexp, output_gradient, de
     v = _load(_pointers(value, value_strides, batch, head, rows, features), inside, features, HEAD_DIM, DOT, True)
     dk, dv = tl.zeros([ROWS, FEATURES], ACC), tl.zeros([ROWS, FEATURES], ACC)
     for masked in tl.static_range(2):
-        stop, columns = tl.load(tile + 3 + 2 * masked), tl.arange(0, COLUMNS // 2 if masked else COLUMNS)
+        stop, columns = tl.load(tile + 3 + 2 * masked), tl.arange(0, COLUMNS // 2 if masked and COLUMNS > 16 else COLUMNS)
         q_pointers = _pointers(query, query_strides, batch, head, columns, features)
         do_pointers = _pointers(output_gradient, output_gradient_strides, batch, head, columns, features)
         for start in tl.range(tl.load(tile + 2 + 2 * masked), stop, columns.shape[0]):

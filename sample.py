@@ -375,6 +375,7 @@ def start_processes(device):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("mps"):
         raise ValueError("device: got 'mps', which has no float64 to draw tokens with, expected cuda or cpu, which a Mac has")
+    torch.backends.cudnn.allow_tf32 = False  # on by default, but the quantiser is in fp32, as is whatever is not in bf16
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = f"cuda:{os.environ['LOCAL_RANK']}" if several and device == "cuda" else device
     try:
@@ -393,7 +394,10 @@ def fast_dtype(device):
     def seconds(dtype):
         a = torch.randn(1024, 1024, device=device).to(dtype)
         return min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=4))
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
+    faster = torch.tensor(seconds(torch.bfloat16) < 0.8 * seconds(torch.float32), dtype=torch.int64, device=device)
+    if world() > 1:
+        torch.distributed.broadcast(faster, 0)  # the same for all processes
+    return torch.bfloat16 if faster else torch.float32
 
 
 def load(path):
@@ -554,7 +558,7 @@ def parser():
     how("--top-k", type=int, default=0, metavar="K", help="codes that may be drawn; 0: all (0)")
     how("--top-p", type=float, default=1.0, metavar="P", help="share of the probability that may be drawn (1)")
     how("--mask-steps", nargs="+", type=int, metavar="M", help="masked passes, one number for all scales or one a scale (as published)")
-    how("--schedule", metavar="S", help="tokens kept at each pass of each scale: '1 / 1,3 / 1,1,2,5 / 16'")
+    how("--schedule", metavar="S", help="tokens kept at each pass of each scale: published, or '1 / 1,3 / 1,1,2,5 / 16'")
     how("--order", default="confidence", choices=ORDERS, metavar="ORDER", help=f"what a pass keeps: {', '.join(ORDERS)} (confidence)")
     how("--smooth", action="store_true", help="feed on soft codes, for looks")
     edit = top.add_argument_group("editing").add_argument
@@ -583,12 +587,14 @@ def load_models(args, device):
     weights, tokens = (path or os.path.join(args.run, name) for path, name in ((args.weights, "hmar.pt"), (args.tokenizer, "tokenizer.pt")))
     if not os.path.exists(weights) and not args.weights:
         raise ValueError(f"{weights} is missing: python train.py makes it")
-    settings = {} if args.weights else read_json(os.path.join(args.run, "args.json")).get("next-scale", {})
+    folder = os.path.dirname(args.weights) if args.weights else args.run  # a run's own file has the names of its classes beside it
+    settings = read_json(os.path.join(folder, "args.json")).get("next-scale", {})
     expect(args.weights or not args.causal or settings.get("causal"), "--causal", args.run, "a run that was trained with --causal")
-    args.causal = args.causal or settings.get("causal", False)
+    args.causal = args.causal or settings.get("causal", False) and not args.weights
     trees = load_transformer(weights, args.scales, args.causal), load_tokenizer(tokens)
     params, tokenizer_params = pytree.tree_map(lambda tensor: tensor.to(device), trees)
-    return params, tokenizer_params, settings.get("class_names") or [str(label) for label in range(len(params["classes"]) - 1)]
+    names, count = settings.get("class_names", ()), len(params["classes"]) - 1
+    return params, tokenizer_params, names if len(names) == count else [str(label) for label in range(count)]
 
 
 def class_index(text, names):
@@ -605,7 +611,9 @@ def class_index(text, names):
 def sampling_options(args, scales):
     """The keyword arguments of `steps` that the flags ask for."""
     chosen = None
-    if args.schedule:
+    if args.schedule == "published":
+        chosen = published_schedule(scales)
+    elif args.schedule:
         with naming("--schedule", f"got {args.schedule!r}, expected numbers such as '1 / 1,3 / 1,1,2,5': "):
             chosen = tuple(tuple(int(kept) for kept in entry.split(",")) for entry in args.schedule.split("/"))
     elif args.mask_steps:
@@ -679,12 +687,18 @@ def run(args):
     kinds = every if args.labels == ["all"] else [class_index(text, names) for text in args.labels]
     options = sampling_options(args, hmar.scales(params))
     dtype = dict(bf16=torch.bfloat16, fp32=torch.float32).get(args.dtype) or fast_dtype(device)
-    settings = dict(weights=args.weights or args.run, labels=kinds, count=args.count, seed=args.seed, dtype=str(dtype)[6:], **options)
+    settings = dict(weights=args.weights or args.run, tokenizer=args.tokenizer or args.run, labels=kinds, count=args.count, seed=args.seed,
+                    dtype=str(dtype)[6:], **options)
+    settings["schedule"] = check_schedule(options["schedule"], hmar.scales(params), "masked" in params)
     settings |= {name: getattr(args, name) for name in ("edit", "mask", "pad", "feather")} if args.edit else {}
     settings = json.loads(json.dumps(settings))  # as they come back from a file
     models = hmar.cast(params, dtype), tokenizer.cast(tokenizer_params, dtype)
-    options |= dict(network=compiled_network(device)) if args.compile else {}
     labels = torch.tensor(kinds, device=device).repeat_interleave(args.count)
+    if args.compile:
+        if device.type == "cuda":  # what attention keeps must not lie in the memory of a graph, nor be weights that each replay copies
+            generate(*models, labels[:1], **options)
+            pytree.tree_map(torch._dynamo.mark_static_address, models)
+        options |= dict(network=compiled_network(device))
     height, width = (tokenizer.downsampling(tokenizer_params) * side for side in hmar.scales(params)[-1])
     photo = [part.to(device) for part in photo_and_mask(args, (width, height))] if args.edit else []
     progress = Progress("drawing", len(labels))

@@ -93,7 +93,9 @@ def nearest(codebook, vectors):
     """Index (...) of the code in codebook (V, code_dim) nearest to each of vectors (..., code_dim), by squared L2 distance."""
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         codebook = codebook.to(vectors.dtype)
-        return torch.argmin(codebook.square().sum(1) - 2 * vectors @ codebook.T, -1)  # the vector's own square moves no minimum
+        squares = codebook.square().sum(1)  # a vector's own square moves no minimum
+        parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 128 MiB of distances at a time
+        return torch.cat([torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]).view(vectors.shape[:-1])
 
 
 def contribution(phi, codes, k, scales):

@@ -294,6 +294,7 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
         start, window = saved["step"], to_device(saved["window"], args.device)
         optimizer.load_state_dict(saved["optimizer"])
         torch._foreach_copy_([*state, *extra], saved["state"])
+        del saved
         for tensor in extra if rank() else ():  # saved as sums over the processes, which the first one carries on
             tensor.zero_()
         say(f"{args.stage}: continues at step {start} of {args.steps}")
@@ -454,8 +455,9 @@ def judge_tokenizer(params, images, args):
     """{"psnr": dB on held-out images}; draws the reconstruction sheet: original, reconstruction, and the image after each scale."""
     made, psnr = reconstructed(params, images, args)
     with torch.no_grad():
-        pyramid = tokenizer.quantise(params["codebook"], params["phi"], tokenizer.features(params, images[:8]), args.scales)
-        rows = [images[:8], made[:8], *(tokenizer.decode_features(params, f_hat) for _, _, f_hat in pyramid)]
+        images, made = (batch[:min(8, at_once(args))] for batch in (images, made))
+        pyramid = tokenizer.quantise(params["codebook"], params["phi"], tokenizer.features(params, images), args.scales)
+        rows = [images, made, *(tokenizer.decode_features(params, f_hat) for _, _, f_hat in pyramid)]
     names = ["original", "reconstruction", *(f"after {h}x{w}" for h, w in args.scales)]
     write_sheet(os.path.join(args.out, "samples", "reconstructions.png"), rows, names)
     return dict(psnr=psnr)
@@ -631,7 +633,7 @@ def say(line):
 def save(path, tree):
     """Writes a tree of tensors so that either the old file or the whole new one is there, whatever happens. OSError if it cannot."""
     if rank() == 0:
-        plain = pytree.tree_map(lambda leaf: leaf.detach() if torch.is_tensor(leaf) else leaf, tree)
+        plain = pytree.tree_map(lambda leaf: leaf.detach().cpu() if torch.is_tensor(leaf) else leaf, tree)  # any machine can load it
         write_atomically(path, lambda file: torch.save(plain, file))
 
 

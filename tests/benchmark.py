@@ -83,7 +83,8 @@ def kernel_count(lengths, is_causal, which, rows, columns, head_dim, size):
     elements = read = written = 0
     for start, stop, full_begin, full_stop, masked_begin, masked_stop in tiles.tolist():
         full, masked = full_stop - full_begin, masked_stop - masked_begin
-        elements += rows * (full + math.ceil(masked / (columns // 2)) * (columns // 2))
+        step = max(16, columns // 2)  # with a mask
+        elements += rows * (full + math.ceil(masked / step) * step)
         # a row's vectors and statistics, and what the table says of it; two vectors a column, with two statistics if it is a query
         row_vectors, row_numbers = ((1, 2), (3, 3), (2, 2))[which]
         read += (stop - start) * (row_vectors * head_dim * size + row_numbers * 4) + 24

@@ -494,14 +494,16 @@ def test_compiled_ahead_of_time():
     if not done.stdout:
         pytest.skip("this Triton brings no ptxas or cuobjdump")
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 36
+    assert len(kernels) == 45
     for kernel in kernels:
-        assert kernel["spills"] == kernel["stack"] == 0, kernel
         assert kernel["shared"] <= {80: 99, 90: 227, 100: 227}[kernel["architecture"]] * 1024, kernel
+        if kernel["dtype"] == "float32":  # whose products are not the tensor cores', and which may spill
+            continue
+        assert kernel["spills"] == kernel["stack"] == 0, kernel
         assert kernel[{80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[kernel["architecture"]]] > 0, kernel
 
 
-def compile_and_print(job):
+def compile_and_print(*job):
     for result in compile_kernels(*job):
         print(json.dumps(result), flush=True)
 
@@ -510,7 +512,8 @@ def main():
     tools = triton.knobs.nvidia
     if all(Path(tool.path).exists() for tool in (tools.ptxas, tools.cuobjdump)):
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_and_print, itertools.product((80, 90, 100), ("bfloat16", "float16"), (64, 128))))
+            sizes = [*itertools.product(("bfloat16", "float16"), (64, 128)), ("float32", 256)]  # the last has the smallest steps
+            list(pool.map(compile_and_print, *zip(*((architecture, *size) for architecture in (80, 90, 100) for size in sizes))))
 
 
 if __name__ == "__main__":

@@ -693,7 +693,7 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-FAST = ["--dtype", "fp32"]
+FAST = ["--dtype", "fp32", "--device", "cpu"]
 
 
 def test_the_command_draws_the_same_images_in_every_form(run_folder, tmp_path, capsys):
@@ -746,7 +746,7 @@ def test_the_command_compiles(run_folder, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: made.append((function, options)) or function)
     for flag in ([], ["--compile"]):
-        assert sample.main([str(run_folder), "--count", "1", "--out", str(tmp_path / f"{len(flag)}.png"), *flag]) == 0
+        assert sample.main([str(run_folder), "--count", "1", "--out", str(tmp_path / f"{len(flag)}.png"), "--device", "cpu", *flag]) == 0
         assert made == [(f, dict(dynamic=False, mode=None)) for f in (hmar.next_scale_features, hmar.masked_features)] * len(flag)
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
 
@@ -846,3 +846,23 @@ def test_bad_input_of_the_command_is_one_line(run_folder, tmp_path, capsys, flag
         status = exit_.code
     printed = capsys.readouterr().err
     assert status == 2 and message in printed and printed.count("\n") == 1, printed
+
+
+def test_settings_tell_what_was_drawn_with_what(run_folder, tmp_path):
+    """With nothing said of it, the schedule is there in numbers; so is the tokenizer; a run's own weights bring their classes' names."""
+    files = ["--weights", str(run_folder / "hmar.pt"), "--tokenizer", str(run_folder / "tokenizer.pt")]
+    call = [*files, "--count", "1", "--labels", "star", *FAST, "--out", str(tmp_path / "a.npz")]
+    assert sample.main(call) == 0
+    settings = json.loads((tmp_path / "a.npz.json").read_text())
+    assert settings["tokenizer"] == files[3] and settings["weights"] == files[1] and settings["labels"] == [2]
+    assert settings["schedule"] == [list(passes) for passes in sample.published_schedule(SCALES)]
+    assert sample.main([*call[:-1], str(tmp_path / "b.npz"), "--schedule", "published"]) == 0
+    assert json.loads((tmp_path / "b.npz.json").read_text()) == settings
+
+
+def test_tokens_are_chosen_in_slices(monkeypatch):
+    codebook, vectors = normal(40, 8), normal(3, 50, 8)
+    expected, split = tokenizer.nearest(codebook, vectors), torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda tensor, size, dim=0: split(tensor, 7, dim))
+    assert torch.equal(tokenizer.nearest(codebook, vectors), expected) and expected.shape == (3, 50)
+    assert torch.equal(expected, torch.cdist(vectors, codebook).argmin(-1))

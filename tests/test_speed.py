@@ -228,15 +228,15 @@ def test_halves_left_out_change_no_token(guidance, mask_guidance, is_causal):
             assert torch.equal(sample.generate(params, TOKENIZER, LABELS, **options)[1], ours)
 
 
-def small_step(masked_blocks, batch):
+def small_step(masked_blocks, batch, device):
     """What `benchmark.cost` computes, really made: (arguments of cost, tree, its trained leaves, tree in bf16, losses(checkpointing))."""
     scales, depth, sizes = ((1, 2), (2, 3), (4, 4)), 4, dict(width=64, heads=2, classes=3, codes=40, code_dim=4)
     params = hmar.init(depth=depth, scales=scales, **sizes)
     params = hmar.add_masked_branch(params, masked_blocks) if masked_blocks else params
-    params = pytree.tree_map(lambda x: x.to(DEVICE), params)
+    params = pytree.tree_map(lambda x: x.to(device), params)
     params, leaves = benchmark.trained(params, lambda name: name.startswith("masked") or not masked_blocks)
-    labels, tokens, inputs, own, mask = (x.to(DEVICE) for x in batch_of(params, batch))
-    mask[:] = torch.arange(mask.shape[1], device=DEVICE) % 2 == 1
+    labels, tokens, inputs, own, mask = (x.to(device) for x in batch_of(params, batch))
+    mask[:] = torch.arange(mask.shape[1], device=device) % 2 == 1
     fast = hmar.cast(params, torch.bfloat16)
 
     def losses(checkpointing=False):
@@ -248,7 +248,7 @@ def small_step(masked_blocks, batch):
 
 @pytest.mark.parametrize("masked_blocks", [0, 2])
 def test_computed_parameters_optimizer_and_flops_are_those_of_a_real_step(masked_blocks):
-    sizes, params, leaves, _, losses = small_step(masked_blocks, 2)
+    sizes, params, leaves, _, losses = small_step(masked_blocks, 2, "cpu")
     optimizer, average = torch.optim.AdamW(leaves), [leaf.detach().clone() for leaf in leaves]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention in its six products, none made again
         losses().mean().backward()
@@ -267,7 +267,7 @@ def test_computed_activations_are_what_a_real_step_keeps(masked_blocks, monkeypa
     if DEVICE == "cpu":  # attention keeps what it keeps on a GPU
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(attention_kernels, "INTERPRETED", True)
-    sizes, params, _, fast, losses = small_step(masked_blocks, 1)
+    sizes, params, _, fast, losses = small_step(masked_blocks, 1, DEVICE)
     computed, weights, lengths = benchmark.cost(**sizes), pytree.tree_leaves((params, fast)), tokenizer.lengths(sizes["scales"])
     loss = (sum(lengths[1:]) // 2 if masked_blocks else sum(lengths)) * (4 * sizes["codes"] + 8) + 4
     kept, checkpointed = (kept_bytes(functools.partial(losses, checkpointing), weights)[1] - loss for checkpointing in (False, True))
