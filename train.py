@@ -672,7 +672,7 @@ class Stop:
     def ask(self, number, frame):
         self.asked = True
         self.restore()
-        if rank() == 0:
+        if rank() == 0 and os.isatty(2):  # somebody waits
             os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not be called inside of itself
 
     def restore(self):
