@@ -626,6 +626,7 @@ def to_device(tree, device):
 
 
 def say(line):
+    """Prints a line, once however many processes there are."""
     if rank() == 0:
         print(line, flush=True)
 
@@ -638,6 +639,7 @@ def save(path, tree):
 
 
 def write_sheet(path, rows, names):
+    """A PNG of `sample.sheet`, whole or not at all."""
     if rank() == 0:
         write_atomically(path, lambda file: sample.sheet(rows, names).save(file, "PNG"))
 
@@ -703,6 +705,7 @@ def default_scales(latent):
 
 
 def sides(scales):
+    """The scales as --scales takes them."""
     return " ".join(str(h) if h == w else f"{h}x{w}" for h, w in scales)
 
 
