@@ -5,7 +5,7 @@
 
 A program owns a tile of rows (queries; for dK and dV, keys) of one head and walks over the columns that its rows see, which it looks up in
 a small table made once on the host from the block lengths. The rows of a tile lie in one block, or in a run of tiny ones. The columns that
-all of them see need no mask and are walked in full steps; the rest, a tail or the tiny blocks, in half steps with a mask.
+all of them see need no mask and are walked in full steps; the rest, a tail or the tiny blocks, in half steps (16 at least) with a mask.
 
     >>> query, key, value = torch.randn(3, 2, 4, 14, 32)
     >>> block_sparse_attention(query, key, value, block_lengths=(1, 4, 9)).shape
