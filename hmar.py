@@ -168,14 +168,19 @@ def self_attention(x, lengths, is_causal, cache, qkv, q_bias, v_bias, scale, pro
     """Multi-head attention with unit-length queries and keys; scale (heads,) is the log of each head's temperature, at most log 100."""
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     q, k, v = linear(x, qkv, bias).unflatten(-1, (3, len(scale), -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
-    q = (F.normalize(wide(q), dim=-1) * scale.clamp(max=math.log(100)).exp()[:, None, None]).to(v.dtype)
-    k = F.normalize(wide(k), dim=-1).to(v.dtype)
+    q, k = of_length(scale.clamp(max=math.log(100)).exp()[:, None, None], q).to(v.dtype), of_length(1.0, k).to(v.dtype)
     if cache is None:
         out = block_sparse_attention(q, k, v, lengths, is_causal, scale=1.0)
     else:  # keys and values (2, B, heads, tokens up to here, head_dim), whose end this scale fills in
         cache[0, :, :, -k.shape[2]:], cache[1, :, :, -v.shape[2]:] = k, v
         out = F.scaled_dot_product_attention(q, cache[0], cache[1], scale=1.0)
     return linear(out.transpose(1, 2).flatten(2), **project)
+
+
+def of_length(length, x):
+    """x, scaled to a length along its last dimension, in fp32: F.normalize, but for a backward pass that is twice as fast on a CPU."""
+    x = wide(x)
+    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12))
 
 
 def feed_forward(x, expand, contract):

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 import timeit
@@ -178,7 +179,7 @@ def schedule(scales, steps, curve="cosine"):
     curve: "cosine" keeps few first, most last (MaskGIT), "linear" alike. Never more passes than a scale has tokens, one at the first scale.
     """
     steps = _per_scale("steps", [steps] * len(scales) if isinstance(steps, int) else steps, scales, int)
-    expect(curve in ("cosine", "linear"), "curve", repr(curve), '"cosine" or "linear"')
+    require(curve in ("cosine", "linear"), f'curve: got {curve!r}, expected "cosine" or "linear"')
     passes = []
     for k, (count, step) in enumerate(zip(tokenizer.lengths(scales), steps)):
         kept, number = [0], 1 if k == 0 else min(step + 1, count)
@@ -199,16 +200,13 @@ def check_schedule(schedule, scales, has_masked_branch):
     counts = tokenizer.lengths(scales)
     if schedule is None:
         return published_schedule(scales) if has_masked_branch else tuple((count,) for count in counts)
-    expect(isinstance(schedule, (list, tuple)), "schedule", repr(schedule), "the tokens kept at each pass, a tuple a scale")
+    fits = isinstance(schedule, (list, tuple)) and len(schedule) == len(counts)
+    require(fits, f"schedule: got {schedule!r}, expected the tokens kept at each pass, a tuple for each of the {len(counts)} scales")
     schedule = tuple((passes,) if isinstance(passes, int) else tuple(passes) for passes in schedule)
-    if len(schedule) != len(counts):
-        raise ValueError(f"schedule: has {len(schedule)} entries, expected one for each of the {len(counts)} scales")
     for k, (passes, count) in enumerate(zip(schedule, counts)):
-        whole = all(isinstance(kept, int) and kept >= 0 for kept in passes)
-        if not whole or sum(passes) != count or (k == 0 and len(passes) > 1):
-            raise ValueError(f"schedule: entry {k} is {passes}, expected {'one number, ' if k == 0 else 'numbers that sum to '}{count}")
-    if not has_masked_branch and any(len(passes) > 1 for passes in schedule):
-        raise ValueError("schedule: asks for masked refinement, but these weights have no masked branch")
+        fits = all(isinstance(kept, int) and kept >= 0 for kept in passes) and sum(passes) == count and (k > 0 or len(passes) == 1)
+        require(fits, f"schedule: entry {k} is {passes}, expected {'numbers that sum to ' if k else 'one number, '}{count}")
+        require(has_masked_branch or len(passes) == 1, "schedule: asks for masked refinement, but these weights have no masked branch")
     return schedule
 
 
@@ -266,9 +264,9 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
     """
     scales, expected = hmar.scales(params), (len(images), 1, *images.shape[2:])
     given = f"{mask.dtype} {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
-    expect(given == f"torch.bool {expected}", "mask", given, f"bool {expected}")
-    expect(len(labels) == len(images), "labels", len(labels), f"one for each of the {len(images)} images")
-    expect(isinstance(feather, int) and feather >= 0, "feather", repr(feather), "pixels, 0 or more")
+    require(given == f"torch.bool {expected}", f"mask: got {given}, expected bool {expected}")
+    require(len(labels) == len(images), f"labels: got {len(labels)}, expected one for each of the {len(images)} images")
+    require(isinstance(feather, int) and feather >= 0, f"feather: got {feather!r}, expected pixels, 0 or more")
     tokens = tokenizer.encode(tokenizer_params, images, scales)
     repaint = torch.cat([F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales], 1) > 0  # (B, L)
     known = tokens, ~repaint, tokenizer.features(tokenizer_params, images)
@@ -298,9 +296,9 @@ def continued(error, known, reach):
 
 def _streams(seed, count):
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
-    whole = isinstance(seeds, (list, tuple, range)) and all(isinstance(number, int) and -2**63 <= number < 2**63 for number in seeds)
-    expect(whole, "seed", repr(seed), f"an integer of 64 bits, or one for each of the {count} images")
-    expect(len(seeds) == count, "seed", f"{len(seeds)} seeds", f"a number or one for each of the {count} images")
+    fits = isinstance(seeds, (list, tuple, range)) and len(seeds) == count
+    fits = fits and all(isinstance(number, int) and -2**63 <= number < 2**63 for number in seeds)
+    require(fits, f"seed: got {seed!r}, expected an integer of 64 bits, or one for each of the {count} images")
     return [torch.Generator().manual_seed(number) for number in seeds]
 
 
@@ -309,27 +307,27 @@ def _per_scale(name, value, scales, kinds=(int, float)):
     values = [value * k / max(1, len(scales) - 1) for k in range(len(scales))] if isinstance(value, kinds) else value
     fits = isinstance(values, (list, tuple)) and len(values) == len(scales)
     fits = fits and all(isinstance(number, kinds) and 0 <= number < math.inf for number in values)
-    expect(fits, name, value, f"a number, 0 or more, or one for each of the {len(scales)} scales")
+    require(fits, f"{name}: got {value}, expected a number, 0 or more, or one for each of the {len(scales)} scales")
     return values
 
 
 def _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, order):
     codes, code_dim = tokenizer_params["codebook"].shape
     ours = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
-    if (codes, code_dim) != ours:
-        raise ValueError(f"tokenizer_params: has {codes} codes of {code_dim} dimensions, the transformer expects {ours[0]} of {ours[1]}")
+    require((codes, code_dim) == ours, f"tokenizer_params: got {codes} codes of {code_dim} dimensions, the transformer expects "
+                                       f"{ours[0]} of {ours[1]}")
     given = f"{labels.dtype} {tuple(labels.shape)}" if torch.is_tensor(labels) else labels
-    expect(torch.is_tensor(labels) and labels.ndim == 1, "labels", given, "int64 (B,)")
-    expect(0 <= temperature < math.inf, "temperature", temperature, "0 or more")
-    expect(isinstance(top_k, int) and top_k >= 0, "top_k", top_k, "an integer, 0 or more")
-    expect(0 < top_p <= 1, "top_p", top_p, "a share in (0, 1]")
-    expect(order in ORDERS, "order", repr(order), f"one of {', '.join(ORDERS)}")
+    require(torch.is_tensor(labels) and labels.ndim == 1, f"labels: got {given}, expected int64 (B,)")
+    require(0 <= temperature < math.inf, f"temperature: got {temperature}, expected 0 or more")
+    require(isinstance(top_k, int) and top_k >= 0, f"top_k: got {top_k}, expected an integer, 0 or more")
+    require(0 < top_p <= 1, f"top_p: got {top_p}, expected a share in (0, 1]")
+    require(order in ORDERS, f"order: got {order!r}, expected one of {', '.join(ORDERS)}")
 
 
-def expect(fits, name, got, expected):
-    """A ValueError of one line unless an argument or a flag fits."""
-    if not fits:
-        raise ValueError(f"{name}: got {got}, expected {expected}")
+def require(fine, message):
+    """ValueError with the message unless all is fine."""
+    if not fine:
+        raise ValueError(message)
 
 
 def sheet(rows, names):
@@ -373,8 +371,7 @@ def world():
 def start_processes(device):
     """Joins the processes that torchrun started, if it did, and returns the device that is this one's."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("mps"):
-        raise ValueError("device: got 'mps', which has no float64 to draw tokens with, expected cuda or cpu, which a Mac has")
+    require(not device.startswith("mps"), "device: got 'mps', which has no float64 to draw tokens with, expected cuda or cpu")
     torch.backends.cudnn.allow_tf32 = False  # on by default, but the quantiser is in fp32, as is whatever is not in bf16
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = f"cuda:{os.environ['LOCAL_RANK']}" if several and device == "cuda" else device
@@ -410,10 +407,11 @@ def load_tokenizer(path):
     """A tokenizer's tree from a file of ours or a published one; ValueError that names the file."""
     state = load(path)
     with naming(path):
-        ours = isinstance(state, dict) and "codebook" in state
-        if ours and state.keys() != {"encoder", "quant_conv", "codebook", "phi", "post_quant_conv", "decoder"}:
-            raise ValueError(f"expected a whole tokenizer, got one with {', '.join(state)}")
-        return state if ours else tokenizer.from_published(state)
+        if not isinstance(state, dict) or "codebook" not in state:
+            return tokenizer.from_published(state)
+        whole = {"encoder", "quant_conv", "codebook", "phi", "post_quant_conv", "decoder"}
+        require(state.keys() == whole, f"expected a whole tokenizer, got one with {', '.join(state)}")
+        return state
 
 
 def load_transformer(path, scales=None, is_causal=None):
@@ -422,11 +420,10 @@ def load_transformer(path, scales=None, is_causal=None):
     with naming(path):
         if isinstance(state, dict) and "trunk" in state:
             whole = {"classes", "start", "levels", "positions", "input", "trunk", "next_scale"}
-            expect(whole <= state.keys() <= whole | {"masked"}, "transformer", f"one with {', '.join(state)}", ", ".join(sorted(whole)))
+            require(whole <= state.keys() <= whole | {"masked"}, f"expected a whole transformer, got one with {', '.join(state)}")
             return state
         found, params = hmar.published_is_causal(state), hmar.from_published(state, scales)
-        if None not in (found, is_causal) and found != is_causal:
-            raise ValueError(f"holds weights of {'VAR: add' if found else 'HMAR: leave out'} --causal")
+        require(None in (found, is_causal) or found == is_causal, f"holds weights of {'VAR: add' if found else 'HMAR: leave out'} --causal")
         return params
 
 
@@ -535,6 +532,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def command(name, work, args, stopped):
+    """Calls work(args). Exit status: 0; 2 with one line on stderr for bad input; 130 where it was stopped."""
+    try:
+        work(args)
+        return 0
+    except (ValueError, OSError) as error:
+        text = re.sub(r"(?s)^Caught .*\n[\w.]+: ", "", str(error).strip())  # as a DataLoader's worker wraps it
+        print(f"{name}: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"{name}: {str(interrupt) or stopped}", file=sys.stderr)
+        return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def parser():
     """The flags of `python sample.py`."""
     top = Parser(usage="python sample.py RUN [flags]",
@@ -582,14 +596,12 @@ def scale_pair(text):
 
 def load_models(args, device):
     """(params, tokenizer_params, class names) of a run folder or of files, checked, on a device."""
-    if args.run is None and not (args.weights and args.tokenizer):
-        raise ValueError("expected a run folder, or both --weights and --tokenizer")
+    require(args.run is not None or args.weights and args.tokenizer, "expected a run folder, or both --weights and --tokenizer")
     weights, tokens = (path or os.path.join(args.run, name) for path, name in ((args.weights, "hmar.pt"), (args.tokenizer, "tokenizer.pt")))
-    if not os.path.exists(weights) and not args.weights:
-        raise ValueError(f"{weights} is missing: python train.py makes it")
+    require(args.weights or os.path.exists(weights), f"{weights} is missing: python train.py makes it")
     folder = os.path.dirname(args.weights) if args.weights else args.run  # a run's own file has the names of its classes beside it
     settings = read_json(os.path.join(folder, "args.json")).get("next-scale", {})
-    expect(args.weights or not args.causal or settings.get("causal"), "--causal", args.run, "a run that was trained with --causal")
+    require(args.weights or not args.causal or settings.get("causal"), f"--causal: {args.run} was trained without it")
     args.causal = args.causal or settings.get("causal", False) and not args.weights
     trees = load_transformer(weights, args.scales, args.causal), load_tokenizer(tokens)
     params, tokenizer_params = pytree.tree_map(lambda tensor: tensor.to(device), trees)
@@ -650,15 +662,14 @@ def read_image(path, shortest=None):
 
 def photo_and_mask(args, size):
     """(image (1, 3, H, W) in [-1, 1], mask (1, 1, H, W) bool, True = repaint) of --edit and --mask or --pad; size is (width, height)."""
-    if (args.mask is None) == (args.pad is None):
-        raise ValueError("--edit: expected either --mask IMAGE or --pad SHARE")
+    require((args.mask is None) != (args.pad is None), "--edit: expected either --mask IMAGE or --pad SHARE")
     photo = ImageOps.fit(read_image(args.edit), size, Image.Resampling.LANCZOS)
     if args.mask:
         mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.Resampling.NEAREST)
     else:
         border = tuple(round(side * args.pad) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
-        expect(0 < args.pad < 0.5 and min(inner) >= 1, "--pad", args.pad, "a share of the side between 0 and 0.5")
+        require(0 < args.pad < 0.5 and min(inner) >= 1, f"--pad: got {args.pad}, expected a share of the side between 0 and 0.5")
         photo = ImageOps.expand(photo.resize(inner, Image.Resampling.LANCZOS), border, "grey")
         mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -667,15 +678,15 @@ def photo_and_mask(args, size):
 
 def check_flags(args, suffix):
     """ValueError for flags that would be without effect, or that no file can follow."""
-    expect(args.count >= 1, "--count", args.count, "at least 1")
-    expect(args.batch >= 1, "--batch", args.batch, "at least 1")
-    still = suffix != ".gif" and not args.growth
-    expect(still or not args.edit, "--edit", args.out, "a .png without --growth, an .npz or a folder to write")
-    expect(args.edit or not (args.mask or args.pad is not None or args.feather), "--mask, --pad, --feather", "no photo", "--edit PHOTO")
-    expect(not args.growth or suffix == ".png", "--growth", args.out, "a .png to write")
-    expect(args.weights or not args.scales, "--scales", args.run, "published --weights; a run folder's have their own")
-    expect(suffix in (".png", ".gif", ".npz") or suffix not in Image.registered_extensions(), "--out", args.out,
-           "a .png, .gif or .npz, or the name of a folder")
+    for name in ("count", "batch"):
+        require(getattr(args, name) >= 1, f"--{name}: got {getattr(args, name)}, expected at least 1")
+    still, out = suffix != ".gif" and not args.growth, f"got {args.out}, expected"
+    require(still or not args.edit, f"--edit: {out} a .png without --growth, an .npz or a folder to write")
+    require(args.edit or not (args.mask or args.pad is not None or args.feather), "--mask, --pad, --feather: expected --edit PHOTO too")
+    require(not args.growth or suffix == ".png", f"--growth: {out} a .png to write")
+    require(args.weights or not args.scales, f"--scales: got {args.run}, expected published --weights; a run folder's have their own")
+    known = suffix in (".png", ".gif", ".npz") or suffix not in Image.registered_extensions()
+    require(known, f"--out: {out} a .png, .gif or .npz, or the name of a folder")
 
 
 def run(args):
@@ -758,7 +769,7 @@ def write_folder(args, settings, make, labels):
     path = os.path.join(args.out, "settings.json")
     before = read_json(path) or settings
     changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in settings.items() if before.get(name) != value]
-    expect(not changed, "--out", f"{args.out}, whose images were drawn with other settings ({', '.join(changed)})", "another folder")
+    require(not changed, f"--out: the images in {args.out} were drawn with other settings ({', '.join(changed)}); expected another folder")
     barrier()  # every process has looked
     if rank() == 0:
         write_json(path, settings)
@@ -776,20 +787,8 @@ def compiled_network(device):
 
 
 def main(argv=None):
-    """The command: exit status 0, or with one line on stderr 2, or 130 where it was stopped."""
-    args = parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sample.py: stopped; with --out FILE.npz the same command goes on", file=sys.stderr)
-        return 130
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+    """The command; see `command`."""
+    return command("sample.py", run, parser().parse_args(argv), "stopped; with --out FILE.npz the same command goes on")
 
 
 if __name__ == "__main__":

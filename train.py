@@ -31,17 +31,11 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
-from sample import barrier, digest, load_tokenizer, load_transformer, rank, read_json, world, write_atomically, write_json
+from sample import barrier, digest, load_tokenizer, load_transformer, rank, read_json, require, world, write_atomically, write_json
 
 WEIGHTS = {"tokenizer": "tokenizer.pt", "next-scale": "hmar.pt", "masked": "hmar.pt"}  # what each stage leaves in the run folder
 STAGES = tuple(WEIGHTS)
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart")
-
-
-def require(fine, message):
-    """ValueError with the message unless all is fine."""
-    if not fine:
-        raise ValueError(message)
 
 
 def circle(points=48, radius=1.0, centre=0.0, start=0.0):
@@ -890,21 +884,8 @@ def train(args):
 
 
 def main(argv=None):
-    """The command: 0, or 2 with one line on stderr, or 130 where it was stopped and can go on."""
-    args = parser().parse_args(argv)
-    try:
-        train(args)
-    except (ValueError, OSError) as error:
-        text = re.sub(r"(?s)^Caught .*\n[\w.]+: ", "", str(error).strip())  # as a DataLoader's worker wraps it
-        print(f"train.py: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "stopped; the same command goes on", file=sys.stderr)
-        return 130
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+    """The command; see `sample.command`."""
+    return sample.command("train.py", train, parser().parse_args(argv), "stopped; the same command goes on")
 
 
 if __name__ == "__main__":
