@@ -627,8 +627,8 @@ def test_the_network_compiles_whole_and_draws_the_same(options):
     (dict(guidance=-1), "guidance: got -1, expected a number, 0 or more, or one for each of the 3 scales"),
     (dict(guidance=[1, 2]), r"guidance: got \[1, 2\]"), (dict(guidance=math.nan), "guidance: got nan"),
     (dict(guidance="a"), "guidance: got"), (dict(mask_guidance=[1, 2, -3]), "mask_guidance: got"), (dict(seed=1.5), "seed: got 1.5"),
-    (dict(seed=[1, 2]), "seed: got 2 seeds, expected a number or one for each of the 3 images"), (dict(seed=2 ** 70), "seed: got"),
-    (dict(schedule=((1,), (4,))), "schedule: has 2 entries, expected one for each of the 3 scales"), (dict(schedule=3), "schedule: got 3"),
+    (dict(seed=[1, 2]), "seed: got \\[1, 2\\], expected .* one for each of the 3 images"), (dict(seed=2 ** 70), "seed: got"),
+    (dict(schedule=((1,), (4,))), "schedule: got .* expected .* a tuple for each of the 3 scales"), (dict(schedule=3), "schedule: got 3"),
     (dict(schedule=((1,), (1, 2), (12,))), r"schedule: entry 1 is \(1, 2\), expected numbers that sum to 4"),
     (dict(schedule=((1,), (5, -1), (12,))), r"schedule: entry 1 is \(5, -1\)"), (dict(schedule=((1,), (), (12,))), "schedule: entry 1"),
     (dict(schedule=((1,), (1.5, 2.5), (12,))), "schedule: entry 1"), (dict(schedule=((1,), ("4",), (12,))), "schedule: entry 1"),
@@ -648,7 +648,7 @@ def test_bad_labels(labels, message):
 
 @pytest.mark.parametrize("call, message", [
     (lambda: sample.generate(PLAIN, TOKENIZER, LABELS, schedule=((1,), (1, 3), (12,))), "schedule: asks for masked.*no masked branch"),
-    (lambda: sample.generate(PARAMS, small(codes=32), LABELS), "tokenizer_params: has 32 codes of 8 dimensions, .* expects 16 of 8"),
+    (lambda: sample.generate(PARAMS, small(codes=32), LABELS), "tokenizer_params: got 32 codes of 8 dimensions, .* expects 16 of 8"),
     (lambda: sample.schedule(SCALES, -1), "steps: got .*expected a number, 0 or more"),
     (lambda: sample.schedule(SCALES, 1.5), r"steps: got 1.5"),
     (lambda: sample.schedule(SCALES, [1, 2]), r"steps: got \[1, 2\]"),

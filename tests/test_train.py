@@ -309,7 +309,7 @@ def test_a_run_that_is_asked_to_stop_saves_says_how_to_go_on_and_does(base, comm
     for number, stage, step in ((signal.SIGINT, "tokenizer", 5), (signal.SIGTERM, "next-scale", 10), (signal.SIGINT, "masked", 7)):
         job = commands.run("train", *flags, before=signalled(int(number), stage, step))
         assert job.status == 130, job.out + job.err
-        assert job.err == f"{stage}: stopped at step {step} of {STEPS} and saved; the same command continues there\n"
+        assert job.err == f"train.py: {stage}: stopped at step {step} of {STEPS} and saved; the same command continues there\n"
         assert weights(tmp_path / "run", f"{stage}.resume.pt")["step"] == step
     job = commands.run("train", *flags).done()
     assert f"masked: continues at step 7 of {STEPS}" in job.out and "tokenizer: finished before" in job.out
@@ -1383,7 +1383,7 @@ def test_a_folder_is_not_mixed_with_images_of_other_settings(base, tmp_path, cap
     flags = [base, "--labels", 1, "--device", "cpu", "--dtype", "fp32", "--out", tmp_path / "folder", "--count"]
     drawn(*flags, 3)
     before = {path: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
-    assert "other settings (count 3 -> 2), expected another folder" in refusal(capsys, *flags, 2, command=sample)
+    assert "other settings (count 3 -> 2); expected another folder" in refusal(capsys, *flags, 2, command=sample)
     drawn(*flags, 3)
     assert {path: path.read_bytes() for path in (tmp_path / "folder").iterdir()} == before
 
@@ -1394,7 +1394,7 @@ BAD_SAMPLING = {
     "missing run": (["{here}/nowhere"], "{here}/nowhere/hmar.pt is missing: python train.py makes it"),
     "schedule does not sum": (["--schedule", "1/1,3/16/60"], "schedule: entry 3 is (60,), expected numbers that sum to 64"),
     "schedule of words": (["--schedule", "1/a"], "--schedule: got '1/a'"),
-    "schedule of too few scales": (["--schedule", "1/4"], "schedule: has 2 entries, expected one for each of the 4 scales"),
+    "schedule of too few scales": (["--schedule", "1/4"], "a tuple for each of the 4 scales"),
     "mask steps": (["--mask-steps", 1, 2], "steps: got [1, 2]"),
     "no folder for the output": (["--out", "{here}/nowhere/a.png"], "{here}/nowhere/a.png: cannot be written: No such file or directory"),
     "no folder for an npz": (["--out", "{here}/nowhere/a.npz"], "nowhere/a"),
@@ -1402,15 +1402,15 @@ BAD_SAMPLING = {
     "output below a file": (["--out", "{here}/file.txt/folder"], "file.txt/folder"),
     "count": (["--count", 0], "--count: got 0, expected at least 1"),
     "batch": (["--batch", 0], "--batch: got 0, expected at least 1"),
-    "causal": (["--causal"], "expected a run that was trained with --causal"),
+    "causal": (["--causal"], "was trained without it"),
     "scales": (["--scales", 1, 2], "expected published --weights; a run folder's have their own"),
     "out is a JPEG": (["--out", "{here}/a.jpg"], "/a.jpg, expected a .png, .gif or .npz, or the name of a folder"),
     "gif of an edit": (["--edit", "{here}/one/a.png", "--pad", 0.2, "--out", "{here}/a.gif"], "--edit: got {here}/a.gif"),
     "growth of an edit": (["--edit", "{here}/one/a.png", "--pad", 0.2, "--growth"], "expected a .png without --growth"),
     "growth in a folder": (["--growth", "--out", "{here}/a"], "--growth: got {here}/a, expected a .png to write"),
-    "mask without a photo": (["--mask", "{here}/one/a.png"], "got no photo, expected --edit PHOTO"),
-    "feather without a photo": (["--feather", 2], "got no photo, expected --edit PHOTO"),
-    "pad without a photo": (["--pad", 0.1], "got no photo, expected --edit PHOTO"),
+    "mask without a photo": (["--mask", "{here}/one/a.png"], "--mask, --pad, --feather: expected --edit PHOTO too"),
+    "feather without a photo": (["--feather", 2], "--mask, --pad, --feather: expected --edit PHOTO too"),
+    "pad without a photo": (["--pad", 0.1], "--mask, --pad, --feather: expected --edit PHOTO too"),
     "temperature": (["--temperature", -1], "temperature: got -1.0, expected 0 or more"),
     "top-p": (["--top-p", 0], "top_p: got 0.0"),
     "guidance": (["--guidance", 1, 2], "guidance: got [1.0, 2.0], expected a number, 0 or more, or one for each of the 4 scales"),
