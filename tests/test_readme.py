@@ -2,12 +2,17 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+import sample
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("attention_kernels", "tokenizer", "hmar", "sample", "train")
@@ -37,6 +42,26 @@ def test_readme_example_runs():
     (example,) = blocks("python")
     printed = python("-c", example, cwd=ROOT)
     assert re.fullmatch(r"4\.1\d \(2, 3, 16, 16\)\n", printed), printed
+
+
+def test_readme_commands_run(tmp_path, monkeypatch):
+    """Every line of the shell blocks after the first, as it stands and in that order, on a few drawings and with few steps."""
+    monkeypatch.chdir(tmp_path)
+    for index in range(24):
+        folder = Path("my_images", ("bird", "cat", "dog", "fish")[index % 4])
+        folder.mkdir(parents=True, exist_ok=True)
+        train.draw_shape(index)[0].save(folder / f"{index}.png")
+    train.draw_shape(3)[0].save("photo.png")
+    Image.new("L", (8, 8), "white").save("mask.png")
+    _, *others = blocks("sh")
+    lines = "".join(others).splitlines()
+    assert len(lines) >= 11
+    for line in lines:
+        _, script, *flags = shlex.split(line.replace("RUN", "runs/my_images"), comments=True)
+        command, few = {"train.py": (train, "--steps 2 --batch 4 --workers 0"), "sample.py": (sample, "--count 2")}[script]
+        assert command.main([*flags, *few.split()]) == 0, line
+    for made in ("cats.png", "drawn/000000-0.png", "growing.gif", "samples.npz", "runs/large/tokenizer.pt", "runs/more/hmar.pt"):
+        assert Path(made).is_file(), made
 
 
 @pytest.mark.parametrize("names", [("attention_kernels",), ("tokenizer",), ("hmar", "attention_kernels")])
