@@ -598,7 +598,7 @@ def load_models(args, device):
     """(params, tokenizer_params, class names) of a run folder or of files, checked, on a device."""
     require(args.run is not None or args.weights and args.tokenizer, "expected a run folder, or both --weights and --tokenizer")
     weights, tokens = (path or os.path.join(args.run, name) for path, name in ((args.weights, "hmar.pt"), (args.tokenizer, "tokenizer.pt")))
-    require(args.weights or os.path.exists(weights), f"{weights} is missing: python train.py makes it")
+    require(args.weights or os.path.exists(weights), f"{weights} is missing: the next-scale stage of python train.py makes it")
     folder = os.path.dirname(args.weights) if args.weights else args.run  # a run's own file has the names of its classes beside it
     settings = read_json(os.path.join(folder, "args.json")).get("next-scale", {})
     require(args.weights or not args.causal or settings.get("causal"), f"--causal: {args.run} was trained without it")
@@ -662,7 +662,7 @@ def read_image(path, shortest=None):
 
 def photo_and_mask(args, size):
     """(image (1, 3, H, W) in [-1, 1], mask (1, 1, H, W) bool, True = repaint) of --edit and --mask or --pad; size is (width, height)."""
-    require((args.mask is None) != (args.pad is None), "--edit: expected either --mask IMAGE or --pad SHARE")
+    require((args.mask is None) != (args.pad is None), "--edit: expected one of --mask IMAGE and --pad SHARE")
     photo = ImageOps.fit(read_image(args.edit), size, Image.Resampling.LANCZOS)
     if args.mask:
         mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.Resampling.NEAREST)

@@ -785,7 +785,7 @@ def resolved(args, tokenizer_params=None):
         setattr(args, name, given if isinstance(given, dict) else dict.fromkeys(STAGES, given))
         require(min(getattr(args, name).values()) > 0, f"--{name}: got {given}, expected more than 0")
     step = 2 ** (len(args.multipliers) - 1) if tokenizer_params is None else tokenizer.downsampling(tokenizer_params)
-    require(args.size % step == 0, f"--size: {args.size} does not divide by the downsampling, {step}")
+    require(args.size % step == 0, f"--size: got {args.size}, expected a multiple of the downsampling, {step}")
     if args.accumulate is None:
         shares = [parts for parts in range(1, args.batch + 1) if args.batch % (parts * world()) == 0] or [1]
         args.accumulate = next((parts for parts in shares if args.batch <= parts * world() * at_once(args)), shares[-1])
@@ -819,7 +819,7 @@ def run_stage(args, stage, data, held_out):
     before = started[stage] if begun and not args.restart else {}
     changed = [f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in settings if before and before.get(name) != settings[name]]
     require(not changed, f"{args.out}: the {stage} stage was started with other settings ({', '.join(changed)}); "
-                         "--out NAME begins another run, --restart this one anew")
+                         "--out NAME begins another run, with --init FILE from its weights, --restart this one anew")
     made_for = started["tokenizer"] or settings
     fits = stage == "tokenizer" or all(made_for[name] == settings[name] for name in ("size", "scales"))
     require(fits, f"{args.out}: tokenizer.pt was made for --size {made_for['size']} --scales {sides(made_for['scales'])}, "
@@ -870,6 +870,8 @@ def train(args):
     stages = [stage for stage in stages if not (stage == "tokenizer" and args.tokenizer or stage == "masked" and args.causal)]
     say(f"{args.size} x {args.size} pixels, {args.batch} images a step, "
         f"steps: {', '.join(f'{stage} {args.steps[stage]:,}' for stage in stages)}")
+    if args.device.type == "cpu" and args.size > min(PRESETS):
+        say(f"a model of the published size, made for GPUs: its steps take minutes on a CPU; up to --size {min(PRESETS)} it is a small one")
     if given is not None:
         begun = any(os.path.exists(os.path.join(args.out, name)) for name in ("tokenizer.pt", "tokenizer.resume.pt"))
         same = not begun or saved.get("tokenizer", {}).get("made") == digest(given)

@@ -1011,7 +1011,7 @@ BAD = {  # what is wrong: (flags, what the line says)
     "empty data": (["--data", "{here}/empty"], "'{here}/empty', which holds none"),
     "one image": (["--data", "{here}/one"], "expected at least two images"),
     "all broken": (["--data", "{here}/broken"], "2 of 2 images cannot be read: {here}/broken/a.png"),
-    "size does not divide": (["--size", 15], "--size: 15 does not divide by the downsampling, 2"),
+    "size does not divide": (["--size", 15], "--size: got 15, expected a multiple of the downsampling, 2"),
     "negative size": (["--size", -4], "--size: got -4"),
     "drawings too small": (["--size", 4, "--scales", 1, 2], "size"),
     "scales finer than the latent": (["--scales", 1, 2, 16], "--scales: end at 16, expected the latent's side, 16 / 2"),
@@ -1083,7 +1083,7 @@ def test_other_settings_in_a_run_folder_are_refused_unless_restarted(base, folde
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     line = refusal(capsys, "next-scale", *flags, "--lr", 9, "--seed", 3, "--depth", 2)
     assert line == (f"train.py: {tmp_path / 'run'}: the next-scale stage was started with other settings (seed 0 -> 3, lr 0.003 -> 9.0); "
-                    "--out NAME begins another run, --restart this one anew")
+                    "--out NAME begins another run, with --init FILE from its weights, --restart this one anew")
     line = refusal(capsys, "next-scale", *flags, "--size", 8, "--scales", 1, 2, 4)
     assert "size 16 -> 8" in line or "tokenizer.pt was made for --size 16 --scales 1 2 4 8, not for 8 and 1 2 4" in line
     assert "tokenizer.pt was made for" in refusal(capsys, "next-scale", *flags, "--size", 8, "--scales", 1, 2, 4, "--restart")
@@ -1391,7 +1391,7 @@ def test_a_folder_is_not_mixed_with_images_of_other_settings(base, tmp_path, cap
 BAD_SAMPLING = {
     "unknown label": (["--labels", "dics"], "--labels: got 'dics', expected 0 to 2 or a name such as disc"),
     "number beyond the classes": (["--labels", 3], "--labels: got '3', expected 0 to 2"),
-    "missing run": (["{here}/nowhere"], "{here}/nowhere/hmar.pt is missing: python train.py makes it"),
+    "missing run": (["{here}/nowhere"], "{here}/nowhere/hmar.pt is missing: the next-scale stage of python train.py makes it"),
     "schedule does not sum": (["--schedule", "1/1,3/16/60"], "schedule: entry 3 is (60,), expected numbers that sum to 64"),
     "schedule of words": (["--schedule", "1/a"], "--schedule: got '1/a'"),
     "schedule of too few scales": (["--schedule", "1/4"], "a tuple for each of the 4 scales"),
@@ -1417,7 +1417,7 @@ BAD_SAMPLING = {
     "mistyped flag": (["--lables", 1], "no flag --lables; did you mean --labels?"),
     "photo is missing": (["--edit", "{here}/no.png", "--pad", 0.2], "{here}/no.png: missing"),
     "photo is text": (["--edit", "{here}/file.txt", "--pad", 0.2], "{here}/file.txt: no image of these formats"),
-    "edit without a mask": (["--edit", "{here}/one/a.png"], "--edit: expected either --mask IMAGE or --pad SHARE"),
+    "edit without a mask": (["--edit", "{here}/one/a.png"], "--edit: expected one of --mask IMAGE and --pad SHARE"),
     "pad": (["--edit", "{here}/one/a.png", "--pad", 0.6], "--pad: got 0.6, expected a share of the side between 0 and 0.5"),
     "weights without a tokenizer": (["--weights", "{here}/tensor.pt"], "tensor.pt"),
     "no run": ([], "expected a run folder, or both --weights and --tokenizer"),
