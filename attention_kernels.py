@@ -78,9 +78,9 @@ def _seen(x, block_lengths, is_causal):
 def _attention(query, key, value, scale):
     """Attention of (batch, tokens, heads, head_dim) without a mask."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[1] <= 256:  # plain products take half the time there
-        output = (q * scale if scale != 1 else q) @ k.mT
-        output = output.softmax(-1) @ v
+    if query.device.type == "cpu" and query.element_size() == 2 and key.shape[1] <= 256:  # the backward is then two to four times as fast
+        with torch.autocast("cpu", enabled=False):
+            output = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(query.dtype)
     else:
         output = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return output.transpose(1, 2)
@@ -350,9 +350,7 @@ def _backward(output_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor
     return dq, dk, dv
 
 
-@_backward.register_fake
-def _backward_shapes(output_gradient, query, key, value, output, logsumexp, block_lengths, is_causal, scale):
-    return _empty(query), _empty(query), _empty(query)
+_backward.register_fake(lambda output_gradient, query, *_: (_empty(query), _empty(query), _empty(query)))
 
 
 def _save(ctx, inputs, output):

@@ -4,7 +4,8 @@
 
 `steps` is the whole method as a Python generator, one item a pass, so that a caller can watch, stop or choose; `generate` and `edit`
 consume it. `guided` is where guidance is applied, `filtered` and `draw` make tokens of logits, `schedule` says how many of them each
-pass keeps. Every image has a stream of random numbers of its own, so it comes out the same whatever batch it is drawn in.
+pass keeps. Every image has a stream of random numbers of its own, so it comes out the same whatever batch it is drawn in: in fp32, for in
+bf16 a product's rounding depends on its size, and the nearest of draws fall otherwise.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024); classifier-free guidance (Ho and Salimans 2021);
 the Halton scheduler (Besnier et al. 2025).
@@ -201,6 +202,7 @@ def check_schedule(schedule, scales, has_masked_branch):
     if schedule is None:
         return published_schedule(scales) if has_masked_branch else tuple((count,) for count in counts)
     fits = isinstance(schedule, (list, tuple)) and len(schedule) == len(counts)
+    fits = fits and all(isinstance(passes, (int, list, tuple)) for passes in schedule)
     require(fits, f"schedule: got {schedule!r}, expected the tokens kept at each pass, a tuple for each of the {len(counts)} scales")
     schedule = tuple((passes,) if isinstance(passes, int) else tuple(passes) for passes in schedule)
     for k, (passes, count) in enumerate(zip(schedule, counts)):
@@ -318,9 +320,9 @@ def _check_options(params, tokenizer_params, labels, temperature, top_k, top_p, 
                                        f"{ours[0]} of {ours[1]}")
     given = f"{labels.dtype} {tuple(labels.shape)}" if torch.is_tensor(labels) else labels
     require(torch.is_tensor(labels) and labels.ndim == 1, f"labels: got {given}, expected int64 (B,)")
-    require(0 <= temperature < math.inf, f"temperature: got {temperature}, expected 0 or more")
+    require(isinstance(temperature, (int, float)) and 0 <= temperature < math.inf, f"temperature: got {temperature}, expected 0 or more")
     require(isinstance(top_k, int) and top_k >= 0, f"top_k: got {top_k}, expected an integer, 0 or more")
-    require(0 < top_p <= 1, f"top_p: got {top_p}, expected a share in (0, 1]")
+    require(isinstance(top_p, (int, float)) and 0 < top_p <= 1, f"top_p: got {top_p}, expected a share in (0, 1]")
     require(order in ORDERS, f"order: got {order!r}, expected one of {', '.join(ORDERS)}")
 
 
@@ -602,7 +604,7 @@ def load_models(args, device):
     folder = os.path.dirname(args.weights) if args.weights else args.run  # a run's own file has the names of its classes beside it
     settings = read_json(os.path.join(folder, "args.json")).get("next-scale", {})
     require(args.weights or not args.causal or settings.get("causal"), f"--causal: {args.run} was trained without it")
-    args.causal = args.causal or settings.get("causal", False) and not args.weights
+    args.causal = args.causal or settings.get("causal", False)
     trees = load_transformer(weights, args.scales, args.causal), load_tokenizer(tokens)
     params, tokenizer_params = pytree.tree_map(lambda tensor: tensor.to(device), trees)
     names, count = settings.get("class_names", ()), len(params["classes"]) - 1

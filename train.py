@@ -323,7 +323,8 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
             whole_state = [*state, *(summed(tensor) for tensor in extra)]
             save(resume, dict(step=step, state=whole_state, optimizer=optimizer.state_dict(), window=window))
         if stopped:
-            raise KeyboardInterrupt(f"{args.stage}: stopped at step {step} of {args.steps} and saved; the same command continues there")
+            raise KeyboardInterrupt(f"{args.stage}: stopped at step {step} of {args.steps} and saved; "
+                                    "the same command, without --restart, continues there")
     stop.restore()
     return with_leaves(params, average)
 
@@ -769,16 +770,12 @@ def resolved(args, tokenizer_params=None):
         args.size = 32 if args.data is None else 256
     preset = PRESETS[min(limit for limit in PRESETS if args.size <= limit)]
     vars(args).update({name: value for name, value in preset.items() if getattr(args, name, None) is None})
-    for name in ("size", "batch", "accumulate", "codes", "code_dim", "channels", "residual_blocks", "depth", "masked_blocks", "save_every",
-                 "log_every"):
-        value = getattr(args, name)
-        require(value is None or value >= 1, f"--{name.replace('_', '-')}: got {value}, expected at least 1")
-    ranges = [("views", 0, math.inf), ("workers", 0, math.inf), ("warmup", 0, math.inf), ("weight_decay", 0, math.inf), ("ema", 0, 1),
-              ("beta", 0, math.inf), ("revive_every", 0, math.inf), ("truncate", 0, 1), ("gan", 0, math.inf), ("label_drop", 0, 1),
-              ("depth_drop", 0, 23 / args.depth), ("clip", 1e-9, math.inf)]
-    for name, low, high in ranges:
-        fits = low <= getattr(args, name) <= high
-        require(fits, f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected a number from {low} to {high}")
+    least = {1: "size depth batch accumulate codes code_dim channels residual_blocks masked_blocks save_every log_every", 1e-9: "clip",
+             0: "views workers warmup weight_decay ema beta revive_every truncate gan label_drop depth_drop"}
+    for low, name in [(low, name) for low, names in least.items() for name in names.split()]:
+        value, high = getattr(args, name), dict(ema=1, truncate=1, label_drop=1, depth_drop=23 / max(1, args.depth)).get(name, math.inf)
+        fits = value is None or low <= value <= high
+        require(fits, f"--{name.replace('_', '-')}: got {value}, expected at least {low}" + f" and at most {high}" * (high < math.inf))
     require(not args.gan or args.size >= 16, f"--gan: the critic needs --size 16 or more, got {args.size}")
     for name in ("steps", "lr"):
         given = getattr(args, name)
@@ -815,6 +812,7 @@ def run_stage(args, stage, data, held_out):
     settings |= {earlier: started[earlier].get("made") for earlier in STAGES[:STAGES.index(stage)]}  # other weights are other settings
     fits = stage != "masked" or started["next-scale"].get("tokenizer") == started["tokenizer"].get("made")
     require(fits, f"{args.out}: hmar.pt was trained for another tokenizer.pt; train.py next-scale --restart trains it anew")
+    require(stage != "masked" or not started["next-scale"].get("causal"), f"{args.out}: VAR (--causal) has no masked stage")
     begun = os.path.exists(resume) or started[stage].get("finished") and os.path.exists(weights)
     before = started[stage] if begun and not args.restart else {}
     changed = [f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in settings if before and before.get(name) != settings[name]]
@@ -858,7 +856,7 @@ def train(args):
     data, held_out, args.class_names = data_sets(args)
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     if rank() == 0:
-        for path in Path(args.out).rglob("*.tmp"):  # what a kill left half written
+        for path in [*Path(args.out).glob("*.[0-9]*.tmp"), *Path(args.out, "samples").glob("*.[0-9]*.tmp")]:  # half written by a kill
             path.unlink()
     saved = read_json(os.path.join(args.out, "args.json"))
     known = [getattr(torch, saved[stage]["dtype"]) for stage in STAGES if stage in saved]  # so that a run continues as it began
@@ -866,8 +864,8 @@ def train(args):
     args.dtype = known[0] if known else sample.fast_dtype(args.device)
     say(f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, {len(args.class_names)} classes; {args.device}, "
         f"{str(args.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, {world()} process{'es' if world() > 1 else ''}")
-    stages = [stage for stage in STAGES if args.stage in ("all", stage)]
-    stages = [stage for stage in stages if not (stage == "tokenizer" and args.tokenizer or stage == "masked" and args.causal)]
+    left_out = ("tokenizer" if args.tokenizer else None, "masked" if args.causal else None)
+    stages = [stage for stage in STAGES if args.stage in ("all", stage) and stage not in left_out]
     say(f"{args.size} x {args.size} pixels, {args.batch} images a step, "
         f"steps: {', '.join(f'{stage} {args.steps[stage]:,}' for stage in stages)}")
     if args.device.type == "cpu" and args.size > min(PRESETS):
@@ -881,13 +879,13 @@ def train(args):
         finish(args, "tokenizer", stage_settings(args, "tokenizer"), given)
     for stage in stages:
         run_stage(args, stage, data, held_out)
-    following = "python train.py next-scale, with the same flags" if stages[-1] == "tokenizer" else f"python sample.py {args.out}"
+    following = "python train.py next-scale, with the same flags" if args.stage == "tokenizer" else f"python sample.py {args.out}"
     say(f"finished: weights, args.json, metrics.jsonl and samples/ are in {args.out}; next: {following}")
 
 
 def main(argv=None):
     """The command; see `sample.command`."""
-    return sample.command("train.py", train, parser().parse_args(argv), "stopped; the same command goes on")
+    return sample.command("train.py", train, parser().parse_args(argv), "stopped; the same command, without --restart, goes on")
 
 
 if __name__ == "__main__":

@@ -309,7 +309,8 @@ def test_a_run_that_is_asked_to_stop_saves_says_how_to_go_on_and_does(base, comm
     for number, stage, step in ((signal.SIGINT, "tokenizer", 5), (signal.SIGTERM, "next-scale", 10), (signal.SIGINT, "masked", 7)):
         job = commands.run("train", *flags, before=signalled(int(number), stage, step))
         assert job.status == 130, job.out + job.err
-        assert job.err == f"train.py: {stage}: stopped at step {step} of {STEPS} and saved; the same command continues there\n"
+        assert job.err == (f"train.py: {stage}: stopped at step {step} of {STEPS} and saved; "
+                           "the same command, without --restart, continues there\n")
         assert weights(tmp_path / "run", f"{stage}.resume.pt")["step"] == step
     job = commands.run("train", *flags).done()
     assert f"masked: continues at step 7 of {STEPS}" in job.out and "tokenizer: finished before" in job.out
@@ -960,6 +961,8 @@ def test_a_finished_tokenizer_is_taken_as_it_is(folder, tmp_path, capsys, layout
     assert difference(weights(tmp_path / "run", "tokenizer.pt"), TOKENIZER) == 0
     assert {line["stage"] for line in lines_of(tmp_path / "run")} == {"next-scale", "masked"}
     assert sample.main([str(tmp_path / "run"), "--count", "1", "--out", str(tmp_path / "a.png")]) == 0
+    run_main("tokenizer", "--data", folder, "--out", tmp_path / "alone", "--tokenizer", tmp_path / "given.pt")
+    assert difference(weights(tmp_path / "alone", "tokenizer.pt"), TOKENIZER) == 0
 
 
 # Folders of images, bad input, full disks.
@@ -1200,8 +1203,12 @@ def test_what_a_kill_left_half_written_is_cleared_away(base, commands, folder, t
            "    os.kill(os.getpid(), 9) if len(calls) == 3 else fsync(descriptor)\nos.fsync = dying")
     assert commands.run("train", *flags, before=die).status == -signal.SIGKILL
     assert weights(tmp_path / "run", "tokenizer.resume.pt")["step"] == 1
+    others = [tmp_path / "run" / name for name in ("draft.tmp", "notes/tokenizer.pt.7.tmp")]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("somebody's own")
     commands.run("train", *flags).done()
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert sorted((tmp_path / "run").rglob("*.tmp")) == others
 
 
 # python sample.py on a run folder.
@@ -1440,7 +1447,9 @@ def test_sampling_without_a_masked_branch_refuses_refinement(base, folder, tmp_p
     run_main("next-scale", "--data", folder, "--out", run, "--steps", 1, "--causal")
     assert "no masked branch" in refusal(capsys, run, "--schedule", "1/1,3/16/64", "--out", tmp_path / "a.png", command=sample)
     drawn(run, "--out", tmp_path / "a.png", "--count", 1)  # VAR, as args.json says
-    assert (tmp_path / "a.png").exists()
+    drawn("--weights", run / "hmar.pt", "--tokenizer", run / "tokenizer.pt", "--out", tmp_path / "b.png", "--count", 1)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "VAR (--causal) has no masked stage" in refusal(capsys, "masked", *TINY, "--data", folder, "--out", run)
 
 
 # What the flags steer, and what the reported numbers say.
