@@ -12,6 +12,7 @@ the Halton scheduler (Besnier et al. 2025).
 """
 import argparse
 import contextlib
+import ctypes
 import difflib
 import functools
 import hashlib
@@ -385,7 +386,16 @@ def start_processes(device):
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else all processes would meet on the first
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory():
+    """Asks glibc, where it is there, to keep what is freed: a small training step loses a fifth of its time by faulting it in again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):  # M_MMAP_THRESHOLD, which older versions limit
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def fast_dtype(device):

@@ -163,7 +163,6 @@ def attention(arguments):
         return attention_count(head_dim, dtype, device)
     card = torch.cuda.get_device_name() if device == "cuda" and dtype != torch.float32 else ""
     peak = next((tflops for name, tflops in PEAK.items() if name in card), None)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # once so much was freed, as by other layers in training, glibc keeps what is freed later
     rows, all_agree = [], True
     for lengths, is_causal in itertools.product(scale_lengths() if device == "cuda" else scale_lengths()[:1], (False, True)):
         qkv = torch.randn(batch, sum(lengths), 3, heads, head_dim, device=device).to(dtype)
@@ -701,6 +700,7 @@ def main():
     commands.add_parser("cost", help="what training takes at the published sizes, computed without a GPU").set_defaults(run=costs)
     commands.add_parser("curves", help="losses of 200 steps on drawings in bf16 and fp32").set_defaults(run=curves)
     arguments = parser.parse_args()
+    sample.keep_freed_memory()  # as the commands do, and for both ways
     try:
         return arguments.run(arguments)
     except (OSError, ValueError) as error:

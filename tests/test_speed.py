@@ -3,6 +3,10 @@ import argparse
 import contextlib
 import functools
 import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import benchmark
@@ -293,3 +297,14 @@ def test_computed_cost_of_the_tokenizer_is_that_of_a_real_step():
     assert computed["optimizer"] == 5 * sum(leaf.nbytes for leaf in leaves)  # weights, gradients, two moments, average
     assert computed["flops"] == counter.get_total_flops()
     assert computed["activations"] == kept_bytes(losses, pytree.tree_leaves((params, fast)))[1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator alone")
+def test_freed_memory_is_not_faulted_in_again():
+    script = ("import resource, sys, torch, sample\nif sys.argv[1] == 'keep': sample.keep_freed_memory()\n"
+              "def step(): [torch.ones(2**21) for _ in range(8)]\n"
+              "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+              "step()\nbefore = faults()\nfor _ in range(20): step()\nprint(faults() - before)")
+    plain, kept = (int(subprocess.run([sys.executable, "-c", script, way], cwd=Path(sample.__file__).parent, capture_output=True, text=True,
+                                      check=True).stdout) for way in ("plain", "keep"))
+    assert kept < plain / 10, (kept, plain)
