@@ -5,7 +5,7 @@
 `steps` is the whole method as a Python generator, one item a pass, so that a caller can watch, stop or choose; `generate` and `edit`
 consume it. `guided` is where guidance is applied, `filtered` and `draw` make tokens of logits, `schedule` says how many of them each
 pass keeps. Every image has a stream of random numbers of its own, so it comes out the same whatever batch it is drawn in: in fp32, for in
-bf16 a product's rounding depends on its size, and the nearest of draws fall otherwise.
+bf16 a product's rounding depends on its size, and a draw between two tokens may then fall to the other.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024); classifier-free guidance (Ho and Salimans 2021);
 the Halton scheduler (Besnier et al. 2025).
@@ -392,7 +392,7 @@ def start_processes(device):
 
 
 def keep_freed_memory():
-    """Asks glibc, where it is there, to keep what is freed: a small training step loses a fifth of its time by faulting it in again."""
+    """Asks glibc, where it is there, to keep what is freed: faulting it in again takes a tenth to a fifth of a small step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):  # M_MMAP_THRESHOLD, which older versions limit
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
