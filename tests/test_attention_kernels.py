@@ -503,9 +503,8 @@ def test_compiled_ahead_of_time():
         assert kernel[{80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[kernel["architecture"]]] > 0, kernel
 
 
-def compile_and_print(*job):
-    for result in compile_kernels(*job):
-        print(json.dumps(result), flush=True)
+def compile_in_worker(*job):  # a worker that printed would mix its lines with the other's
+    return list(compile_kernels(*job))
 
 
 def main():
@@ -513,7 +512,9 @@ def main():
     if all(Path(tool.path).exists() for tool in (tools.ptxas, tools.cuobjdump)):
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
             sizes = [*itertools.product(("bfloat16", "float16"), (64, 128)), ("float32", 256)]  # the last has the smallest steps
-            list(pool.map(compile_and_print, *zip(*((architecture, *size) for architecture in (80, 90, 100) for size in sizes))))
+            jobs = ((architecture, *size) for architecture in (80, 90, 100) for size in sizes)
+            for results in pool.map(compile_in_worker, *zip(*jobs)):
+                print(*map(json.dumps, results), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
