@@ -684,7 +684,7 @@ class Stop:
 PRESETS = {  # by the largest side of images they are meant for: a model for two CPU cores, and the published one
     64: dict(channels=32, multipliers=(1, 1, 2), residual_blocks=1, attention=False, codes=256, code_dim=16, depth=3, width=192, gamma=0.1,
              masked_blocks=2, loss_weights="token", batch=16, ema=0.998, warmup=100,
-             steps={"tokenizer": 3000, "next-scale": 2800, "masked": 400}, lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3}),
+             steps={"tokenizer": 2200, "next-scale": 2600, "masked": 400}, lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3}),
     math.inf: dict(channels=160, multipliers=(1, 1, 2, 2, 4), residual_blocks=2, attention=True, codes=4096, code_dim=32, depth=16,
                    width=None, gamma=None, masked_blocks=8, loss_weights="lognormal", batch=64, ema=0.9999, warmup=1000,
                    steps={"tokenizer": 200_000, "next-scale": 400_000, "masked": 80_000}, lr=dict.fromkeys(STAGES, 1e-4))}
