@@ -1555,7 +1555,7 @@ def test_the_tokenizer_is_trained_on_all_its_errors(monkeypatch):
     edges = edges + (made[..., 1:] - made[..., :-1] - images[..., 1:] + images[..., :-1]).abs().mean()
     expected = ((made - images) ** 2).mean() + 0.5 * (made - images).abs().mean() + 0.25 * edges + vq
     total, _ = train.tokenizer_loss(args, tree, images, True, None, 0.0, uniform)
-    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     with_gan, output = train.tokenizer_loss(args, tree, images, True, None, 0.3, uniform)
     real, fake = (tokenizer.discriminator(tokenizer.augmented(batch, uniform), tree["discriminator"]) for batch in (images, made))
     critic = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
