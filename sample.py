@@ -53,8 +53,20 @@ def generate(params, tokenizer_params, labels, **options):
     """(images (B, 3, H, W) in [-1, 1], tokens (B, L) int64) of labels (B,) int64. Keyword arguments are those of `steps`."""
     last = {step.scale: step for step in steps(params, tokenizer_params, labels, **options)}  # of each scale, its last pass
     with torch.no_grad():
-        images = tokenizer.decode_features(tokenizer_params, last[max(last)].f_hat)
+        images = decoded(tokenizer_params, last[max(last)].f_hat)
     return images, torch.cat([step.tokens for step in last.values()], 1)
+
+
+def decoded(tokenizer_params, f_hat):
+    """tokenizer.decode_features of a few images at a time, since the decoder's maps at full size outweigh everything else."""
+    few = at_once(math.prod(f_hat.shape[2:]) * tokenizer.downsampling(tokenizer_params) ** 2)
+    return torch.cat([tokenizer.decode_features(tokenizer_params, part) for part in f_hat.split(few)])
+
+
+def at_once(pixels):
+    """How many images of so many pixels pass through the tokenizer together: eight of 256 x 256, which with 160 channels take 13 GB in
+    training."""
+    return max(1, 2**19 // max(1, pixels))
 
 
 @torch.no_grad()
@@ -270,10 +282,11 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
     require(given == f"torch.bool {expected}", f"mask: got {given}, expected bool {expected}")
     require(len(labels) == len(images), f"labels: got {len(labels)}, expected one for each of the {len(images)} images")
     require(isinstance(feather, int) and feather >= 0, f"feather: got {feather!r}, expected pixels, 0 or more")
-    tokens = tokenizer.encode(tokenizer_params, images, scales)
+    parts = images.split(at_once(math.prod(images.shape[2:])))
+    tokens = torch.cat([tokenizer.encode(tokenizer_params, part, scales) for part in parts])
+    features = torch.cat([tokenizer.features(tokenizer_params, part) for part in parts])
     repaint = torch.cat([F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales], 1) > 0  # (B, L)
-    known = tokens, ~repaint, tokenizer.features(tokenizer_params, images)
-    painted, _ = generate(params, tokenizer_params, labels, known=known, **options)
+    painted, _ = generate(params, tokenizer_params, labels, known=(tokens, ~repaint, features), **options)
     outside, original = (~mask).to(painted.dtype), images.to(painted.dtype)
     repair = continued((original - painted) * outside, outside, 2 * tokenizer.downsampling(tokenizer_params))
     painted = (painted + repair).clamp(-1, 1)
@@ -553,6 +566,10 @@ def command(name, work, args, stopped):
         text = re.sub(r"(?s)^Caught .*\n[\w.]+: ", "", str(error).strip())  # as a DataLoader's worker wraps it
         print(f"{name}: {text}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        advice = "a smaller --batch, in training more --accumulate or --checkpointing, needs less"
+        print(f"{name}: {str(error).partition('. ')[0]}; {advice}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         print(f"{name}: {str(interrupt) or stopped}", file=sys.stderr)
         return 130
@@ -742,7 +759,7 @@ def run(args):
     elif suffix in (".png", ".gif"):
         names = [names[kind] for kind in kinds]
         growing = steps(*models, labels, seed=args.seed, **options)  # a generator: nothing is drawn until somebody asks
-        growing = ((step.scale, tokenizer.decode_features(models[1], step.f_hat)) for step in growing)
+        growing = ((step.scale, decoded(models[1], step.f_hat)) for step in growing)
         if suffix == ".gif":  # a page a pass
             pages = [sheet(images.split(args.count), names) for _, images in growing]
         elif args.growth:
@@ -792,10 +809,16 @@ def write_folder(args, settings, make, labels):
 
 
 def compiled_network(device):
-    """hmar's two functions for `steps`, compiled for each scale's shapes; on CUDA replayed as graphs, without the cost of launches."""
-    torch._dynamo.config.recompile_limit = 64  # one for each scale, with and without guidance
+    """hmar's two functions for `steps`, compiled for each scale's shapes; on CUDA replayed as graphs, without the cost of launches (but
+    for VAR, whose cache is new for each batch)."""
     mode = "reduce-overhead" if device.type == "cuda" else None
-    return tuple(torch.compile(call, dynamic=False, mode=mode) for call in (hmar.next_scale_features, hmar.masked_features))
+    return tuple(compiled(call, dynamic=False, mode=mode) for call in (hmar.next_scale_features, hmar.masked_features))
+
+
+def compiled(call, **options):
+    """torch.compile, with room for all that a call is compiled for anew: each scale, with and without guidance, each part of a loss."""
+    torch._dynamo.config.recompile_limit = 64  # beyond it, code would run as it is, and tell nobody
+    return torch.compile(call, **options)
 
 
 def main(argv=None):

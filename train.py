@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
-from sample import barrier, digest, load_tokenizer, load_transformer, rank, read_json, require, world, write_atomically, write_json
+from sample import at_once, barrier, digest, load_tokenizer, load_transformer, rank, read_json, require, world, write_atomically, write_json
 
 WEIGHTS = {"tokenizer": "tokenizer.pt", "next-scale": "hmar.pt", "masked": "hmar.pt"}  # what each stage leaves in the run folder
 STAGES = tuple(WEIGHTS)
@@ -211,11 +211,6 @@ def own_parts(args, batch):
     return batch.chunk(world() * args.accumulate)[rank() * args.accumulate:][:args.accumulate]
 
 
-def at_once(args):
-    """How many images pass through the tokenizer together: eight of 256 pixels, which with 160 channels take 13 GB in training."""
-    return max(1, 2**19 // args.size**2)
-
-
 def to_unit(images, device):
     """uint8 (B, 3, H, W) -> float in [-1, 1]."""
     return to_device(images, device).float() / 127.5 - 1
@@ -238,7 +233,7 @@ def token_cache(name, images, tokenizer_params, args):
         keys = [[(i, (args.seed, view, i)) for i in rows] for view in range(views)] or [[(i, None) for i in rows]]
         batches = [to_unit(torch.stack([image for image, _ in readers.map(images.__getitem__, own)]), args.device) for own in keys]
         batches += [batches[0].flip(-1)] if mirrored else []
-        tokens = torch.stack([torch.cat([tokenizer.encode(fast, part, args.scales) for part in pixels.split(at_once(args))])
+        tokens = torch.stack([torch.cat([tokenizer.encode(fast, part, args.scales) for part in pixels.split(at_once(args.size**2))])
                               for pixels in batches], 1)
         progress.show(rows.stop, len(rows))
         return tokens.cpu().numpy()
@@ -292,7 +287,7 @@ def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()
         for tensor in extra if rank() else ():  # saved as sums over the processes, which the first one carries on
             tensor.zero_()
         say(f"{args.stage}: continues at step {start} of {args.steps}")
-    call = torch.compile(model) if args.compile else model
+    call = sample.compiled(model) if args.compile else model
     if world() > 1:
         call = torch.nn.parallel.DistributedDataParallel(call, device_ids=[args.device] if args.device.type == "cuda" else None,
                                                          find_unused_parameters=args.stage == "tokenizer")
@@ -387,7 +382,7 @@ def train_tokenizer(args, data, held_out):
     def after_step(step, outputs, optimizer):
         if step == warm:
             with torch.no_grad():
-                pixels = whole(data, 512, args).split(at_once(args))
+                pixels = whole(data, 512, args).split(at_once(args.size**2))
                 features = torch.cat([tokenizer.features(tree["tokenizer"], part) for part in pixels])
             replace(codebook, tokenizer.data_codebook(tree["tokenizer"], features, scales, generator_of(args.seed, "codebook")))
         for k, tokens in [(k, tokens) for output in outputs for k, tokens in enumerate(output["tokens"])]:
@@ -422,7 +417,7 @@ def tokenizer_loss(args, tree, images, quantised, stop, gan, uniform):
     total = reconstruction + vq
     output = dict(loss=total.detach(), vq=vq.detach(), residuals=residuals, tokens=tokens)
     if gan:
-        last = fast["decoder"]["conv_out"]["weight"]
+        last = tree["tokenizer"]["decoder"]["conv_out"]["weight"]  # its cast may be an output of a compiled part
         fooled, critic = adversarial_losses(tree["discriminator"], images, made, reconstruction, last, uniform)
         total, output = total + gan * fooled + critic, output | dict(critic=critic.detach())
     return total, output
@@ -450,7 +445,7 @@ def judge_tokenizer(params, images, args):
     """{"psnr": dB on held-out images}; draws the reconstruction sheet: original, reconstruction, and the image after each scale."""
     made, psnr = reconstructed(params, images, args)
     with torch.no_grad():
-        images, made = (batch[:min(8, at_once(args))] for batch in (images, made))
+        images, made = (batch[:min(8, at_once(args.size**2))] for batch in (images, made))
         pyramid = tokenizer.quantise(params["codebook"], params["phi"], tokenizer.features(params, images), args.scales)
         rows = [images, made, *(tokenizer.decode_features(params, f_hat) for _, _, f_hat in pyramid)]
     names = ["original", "reconstruction", *(f"after {h}x{w}" for h, w in args.scales)]
@@ -461,7 +456,7 @@ def judge_tokenizer(params, images, args):
 def reconstructed(params, images, args):
     """(reconstructions of images (B, 3, H, W), their mean PSNR in dB)."""
     with torch.no_grad():
-        tokens = [tokenizer.encode(params, batch, args.scales) for batch in images.split(at_once(args))]
+        tokens = [tokenizer.encode(params, batch, args.scales) for batch in images.split(at_once(args.size**2))]
         made = torch.cat([tokenizer.decode(params, batch, args.scales) for batch in tokens])
     return made, float((10 * torch.log10(4 / (made - images).square().mean((1, 2, 3)))).mean())
 
@@ -526,7 +521,7 @@ def judge_transformer(params, tokenizer_params, labels, tokens, args):
     tokens, labels = torch.from_numpy(tokens[:512, 0].astype(np.int64)).to(args.device), labels[:512].to(args.device)
     lengths, sums = tokenizer.lengths(args.scales), 0
     with torch.no_grad():
-        batch = min(32, at_once(args))
+        batch = min(32, at_once(args.size**2))
         for number, (own, own_labels) in enumerate(zip(tokens.split(batch), labels.split(batch))):
             inputs = tokenizer.next_scale_inputs(tokenizer_params, own, args.scales)
             if args.stage == "masked":
@@ -785,7 +780,7 @@ def resolved(args, tokenizer_params=None):
     require(args.size % step == 0, f"--size: got {args.size}, expected a multiple of the downsampling, {step}")
     if args.accumulate is None:
         shares = [parts for parts in range(1, args.batch + 1) if args.batch % (parts * world()) == 0] or [1]
-        args.accumulate = next((parts for parts in shares if args.batch <= parts * world() * at_once(args)), shares[-1])
+        args.accumulate = next((parts for parts in shares if args.batch <= parts * world() * at_once(args.size**2)), shares[-1])
     side, parts = args.size // step, args.accumulate * world()
     args.scales = tuple(args.scales or default_scales(side))
     tokenizer.check_scales(args.scales)

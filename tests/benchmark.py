@@ -700,6 +700,7 @@ def main():
     commands.add_parser("cost", help="what training takes at the published sizes, computed without a GPU").set_defaults(run=costs)
     commands.add_parser("curves", help="losses of 200 steps on drawings in bf16 and fp32").set_defaults(run=curves)
     arguments = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # as the commands have it
     sample.keep_freed_memory()  # as the commands do, and for both ways
     try:
         return arguments.run(arguments)

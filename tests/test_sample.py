@@ -17,6 +17,7 @@ from test_hmar import published as published_transformer
 from test_hmar import tree
 from test_tokenizer import close, double, leaves_equal, normal, pyramids, quantiser, scrambled, small
 from test_tokenizer import published as published_tokenizer
+from torch._dynamo.testing import CompileCounter
 from torch.utils import _pytree as pytree
 
 import hmar
@@ -742,6 +743,40 @@ def test_an_interrupted_export_goes_on(run_folder, tmp_path):
     with np.load(tmp_path / "a.npz") as archive:
         pixels = sample.to_bytes(sample.generate(PARAMS, TOKENIZER, torch.tensor([0, 0, 1, 1, 2, 2]))[0])
         assert np.abs(archive["arr_0"].astype(int) - pixels).max() <= 1
+
+
+def test_what_is_compiled_anew_for_many_shapes_stays_compiled():
+    """A scale, a part of a loss: more than the eight variants after which Dynamo gives up."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    call = sample.compiled(lambda x, times: sum(x * i for i in range(1, times)), backend=counter, dynamic=False)
+    for times in range(2, 22):
+        assert call(torch.ones(1), times).item() == times * (times - 1) / 2
+    assert counter.frame_count == 20
+
+
+def test_out_of_memory_is_one_line(run_folder, tmp_path, monkeypatch, capsys):
+    def full(*given, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB")
+    monkeypatch.setattr(sample, "generate", full)
+    assert sample.main([str(run_folder), "--out", str(tmp_path / "drawn.png")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "out of memory" in lines[0] and "--batch" in lines[0] and not (tmp_path / "drawn.png").exists()
+
+
+def test_a_few_images_at_a_time_pass_through_the_tokenizer(run_folder, tmp_path, monkeypatch):
+    """Whether drawn, edited or growing: a hundred at once would not fit a GPU at 1024 pixels."""
+    images, mask, counts = torch.zeros(3, 3, 6, 8), masks("half", 3), []
+    expected = sample.generate(PARAMS, TOKENIZER, LABELS)[0], sample.edit(PARAMS, TOKENIZER, images, mask, LABELS)
+    features, decode = tokenizer.features, tokenizer.decode_features
+    monkeypatch.setattr(sample, "at_once", lambda pixels: 2)
+    monkeypatch.setattr(tokenizer, "features", lambda params, images: (counts.append(len(images)), features(params, images))[1])
+    monkeypatch.setattr(tokenizer, "decode_features", lambda params, f_hat: (counts.append(len(f_hat)), decode(params, f_hat))[1])
+    close(sample.generate(PARAMS, TOKENIZER, LABELS)[0], expected[0], 1e-5)
+    close(sample.edit(PARAMS, TOKENIZER, images, mask, LABELS), expected[1], 1e-5)
+    for flags in (["--out", tmp_path / "growing.gif"], ["--growth", "--out", tmp_path / "growth.png"]):
+        assert sample.main([str(flag) for flag in (run_folder, "--count", 5, "--device", "cpu", *flags)]) == 0
+    assert set(counts) == {1, 2}
 
 
 def test_the_command_compiles(run_folder, tmp_path, monkeypatch):
