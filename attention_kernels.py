@@ -54,8 +54,9 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     query, key, value: (batch, heads, tokens, head_dim), one device, one dtype (float16, bfloat16, float32, float64; under autocast cast to
     its dtype first), any strides, head_dim a multiple of 8 from 16 to 256. block_lengths: positive ints that sum to tokens. scale: positive
     factor on the scores, head_dim ** -0.5 if None. Returns (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim),
-    so that joining the heads copies nothing. Gradients are of the first order. ValueError on anything else. A
-    CUDA graph of your own needs a call before its capture, which makes the table of the block lengths.
+    so that joining the heads copies nothing. Gradients are of the first order. ValueError on anything else.
+
+    Before you capture a CUDA graph of your own, call it once: that makes the table of the block lengths.
     """
     query, key, value, block_lengths, scale = _checked(query, key, value, block_lengths, scale)
     if INTERPRETED or triton and query.is_cuda and query.dtype != torch.float64:

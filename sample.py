@@ -57,18 +57,6 @@ def generate(params, tokenizer_params, labels, **options):
     return images, torch.cat([step.tokens for step in last.values()], 1)
 
 
-def decoded(tokenizer_params, f_hat):
-    """tokenizer.decode_features of a few images at a time, since the decoder's maps at full size outweigh everything else."""
-    few = at_once(math.prod(f_hat.shape[2:]) * tokenizer.downsampling(tokenizer_params) ** 2)
-    return torch.cat([tokenizer.decode_features(tokenizer_params, part) for part in f_hat.split(few)])
-
-
-def at_once(pixels):
-    """How many images of so many pixels pass through the tokenizer together: eight of 256 x 256, which with 160 channels take 13 GB in
-    training."""
-    return max(1, 2**19 // max(1, pixels))
-
-
 @torch.no_grad()
 def steps(params, tokenizer_params, labels, *, schedule=None, guidance=1.5, mask_guidance=0.0, temperature=1.0, top_k=0, top_p=1.0, seed=0,
           is_causal=False, order="confidence", smooth=False, known=None, network=None):
@@ -282,9 +270,10 @@ def edit(params, tokenizer_params, images, mask, labels, *, feather=0, **options
     require(given == f"torch.bool {expected}", f"mask: got {given}, expected bool {expected}")
     require(len(labels) == len(images), f"labels: got {len(labels)}, expected one for each of the {len(images)} images")
     require(isinstance(feather, int) and feather >= 0, f"feather: got {feather!r}, expected pixels, 0 or more")
+    tokenizer.check_images(tokenizer_params, images, scales)
     parts = images.split(at_once(math.prod(images.shape[2:])))
-    tokens = torch.cat([tokenizer.encode(tokenizer_params, part, scales) for part in parts])
     features = torch.cat([tokenizer.features(tokenizer_params, part) for part in parts])
+    tokens = tokenizer.quantised(tokenizer_params, features, scales)
     repaint = torch.cat([F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales], 1) > 0  # (B, L)
     painted, _ = generate(params, tokenizer_params, labels, known=(tokens, ~repaint, features), **options)
     outside, original = (~mask).to(painted.dtype), images.to(painted.dtype)
@@ -308,6 +297,17 @@ def continued(error, known, reach):
         carried = torch.where(fresh, error * (1 - ring / (reach + 1)), carried)
         known = known + fresh
     return carried
+
+
+def decoded(tokenizer_params, f_hat):
+    """tokenizer.decode_features of a few images at a time, since the decoder's maps at full size outweigh everything else."""
+    few = at_once(math.prod(f_hat.shape[2:]) * tokenizer.downsampling(tokenizer_params) ** 2)
+    return torch.cat([tokenizer.decode_features(tokenizer_params, part) for part in f_hat.split(few)])
+
+
+def at_once(pixels):
+    """How many images of so many pixels pass through the tokenizer together: eight of 256 x 256, which take 13 GB in training."""
+    return max(1, 2**19 // max(1, pixels))
 
 
 def _streams(seed, count):

@@ -25,10 +25,14 @@ from torch.utils import _pytree as pytree
 
 def encode(params, images, scales):
     """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1]. ValueError on a wrong shape, dtype or range, or scales that do not fit."""
-    _check_images(params, images, scales)
+    check_images(params, images, scales)
     with torch.no_grad():
-        pyramid = quantise(params["codebook"], params["phi"], features(params, images), scales)
-        return torch.cat([tokens for _, tokens, _ in pyramid], 1)
+        return quantised(params, features(params, images), scales)
+
+
+def quantised(params, features, scales):
+    """Tokens (B, L) int64 of features (B, code_dim, h, w)."""
+    return torch.cat([tokens for _, tokens, _ in quantise(params["codebook"], params["phi"], features, scales)], 1)
 
 
 def decode(params, tokens, scales):
@@ -361,7 +365,8 @@ def _may_look(tensor):
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_images(params, images, scales):
+def check_images(params, images, scales):
+    """ValueError unless images are floats (B, 3, H, W) in [-1, 1] whose latent has the last scale's size."""
     check_scales(scales)
     step = downsampling(params)
     latent = tuple(side // step for side in images.shape[2:])

@@ -774,6 +774,7 @@ def test_a_few_images_at_a_time_pass_through_the_tokenizer(run_folder, tmp_path,
     monkeypatch.setattr(tokenizer, "decode_features", lambda params, f_hat: (counts.append(len(f_hat)), decode(params, f_hat))[1])
     close(sample.generate(PARAMS, TOKENIZER, LABELS)[0], expected[0], 1e-5)
     close(sample.edit(PARAMS, TOKENIZER, images, mask, LABELS), expected[1], 1e-5)
+    assert counts == [2, 1] * 3, "decoded, encoded, decoded: each image once"
     for flags in (["--out", tmp_path / "growing.gif"], ["--growth", "--out", tmp_path / "growth.png"]):
         assert sample.main([str(flag) for flag in (run_folder, "--count", 5, "--device", "cpu", *flags)]) == 0
     assert set(counts) == {1, 2}
