@@ -349,14 +349,16 @@ def test_the_adversarial_loss_compiles_in_bf16():
     tree = dict(tokenizer=train.trainable(params), discriminator=train.trainable(tokenizer.init_discriminator(channels=8)))
     args = argparse.Namespace(dtype=torch.bfloat16, scales=SCALES, beta=0.1)
     model = train.Trained(tree, functools.partial(train.tokenizer_loss, args))
-    batch = torch.rand(2, 3, 16, 16) * 2 - 1, True, None, 0.3, torch.rand(2, 4)
+    generator = torch.Generator().manual_seed(0)
+    pixels, uniform = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1, torch.rand(2, 4, generator=generator)
+    batch = pixels, False, None, 0.3, uniform  # not quantised: in bf16 the choice between two codes may fall to the other
     torch.compiler.reset()
     gradients = []
     for call in (model, torch.compile(model, backend="aot_eager")):
         call(*batch)[0].backward()
         gradients.append(torch.cat([leaf.grad.flatten() for leaf in model.leaves if leaf.grad is not None]))
         model.zero_grad()
-    assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+    assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
 # A toy stage: the tokenizer's loop on one matrix.
