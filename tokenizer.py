@@ -1,20 +1,27 @@
 """Multi-scale residual VQ tokenizer: images <-> a pyramid of token maps, coarse to fine.
 
-    images (B, 3, H, W) in [-1, 1] -> features (B, code_dim, h, w) -> tokens (B, L) int64 -> f_hat (B, code_dim, h, w) -> images
+    images (B, 3, H, W) in [-1, 1] -> features (B, code_dim, h, w) -> tokens (B, L) int64
+    tokens -> f_hat (B, code_dim, h, w) -> images
 
-`scales` is ((h_0, w_0), ..., (h, w)), coarse to fine, the last one being the latent's size. The tokens of all scales stand in one row of L
-= sum h_k w_k, row-major inside a scale. Each scale quantises what the coarser ones left over (the residual), and its codes are added to the
-running reconstruction f_hat. A model is a tree of tensors whose keys are the argument names of the functions below, its shapes are its
-configuration. `quantise`, `contribution` and `next_scale_inputs` are the method; then come the convnet, training and published weights.
+`scales` is ((h_0, w_0), ..., (h, w)), coarse to fine; the last one is the latent's size. The tokens
+of all scales stand in one row of L = sum h_k w_k, row-major inside a scale. Each scale quantises
+what the coarser ones left over (the residual), and its codes are added to the running
+reconstruction f_hat. A model, `codec`, is a tree of tensors whose keys are the argument names of
+the functions below; its shapes are its configuration. The method comes first, then the convnet,
+training, and published weights.
 
-    >>> params = init(codes=64, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
+    >>> codec = init(codes=64, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
     >>> scales = ((1, 1), (2, 2), (4, 4))
-    >>> tokens = encode(params, torch.zeros(2, 3, 8, 8), scales)
-    >>> tokens.shape, decode(params, tokens, scales).shape, next_scale_inputs(params, tokens, scales).shape
-    (torch.Size([2, 21]), torch.Size([2, 3, 8, 8]), torch.Size([2, 20, 8]))
+    >>> tokens = encode(codec, torch.zeros(2, 3, 8, 8), scales)
+    >>> tokens.shape, decode(codec, tokens, scales).shape
+    (torch.Size([2, 21]), torch.Size([2, 3, 8, 8]))
+    >>> next_scale_inputs(codec, tokens, scales).shape
+    torch.Size([2, 20, 8])
 
-Sources: VAR (Tian et al. 2024, section 3.2 and algorithms 1, 2); HMAR (Kumbong et al. 2025); the convnet is VQGAN's (Esser et al. 2021).
+Sources: VAR (Tian et al. 2024, section 3.2, algorithms 1 and 2); HMAR (Kumbong et al. 2025); the
+convnet is VQGAN's (Esser et al. 2021).
 """
+
 import itertools
 import re
 
@@ -23,69 +30,86 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 
-def encode(params, images, scales):
-    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1]. ValueError on a wrong shape, dtype or range, or scales that do not fit."""
-    check_images(params, images, scales)
+def encode(codec, images, scales):
+    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1].
+
+    ValueError on a wrong shape, dtype or range, or scales that do not fit.
+    """
+    check_images(codec, images, scales)
+
     with torch.no_grad():
-        return quantised(params, features(params, images), scales)
+        return quantised(codec, encode_features(codec, images), scales)
 
 
-def quantised(params, features, scales):
+def quantised(codec, features, scales):
     """Tokens (B, L) int64 of features (B, code_dim, h, w)."""
-    return torch.cat([tokens for _, tokens, _ in quantise(params["codebook"], params["phi"], features, scales)], 1)
+    pyramid = quantise(codec["codebook"], codec["phi"], features, scales)
+    return torch.cat([tokens for _, tokens, _ in pyramid], 1)
 
 
-def decode(params, tokens, scales):
-    """Images (B, 3, H, W) in [-1, 1], fp32, of tokens (B, L) int64. ValueError on tokens that do not fit the scales or the codebook."""
-    return decode_features(params, accumulate(params, tokens, scales))
+def decode(codec, tokens, scales):
+    """Images (B, 3, H, W) in [-1, 1], fp32, of tokens (B, L) int64.
+
+    ValueError on tokens that do not fit the scales or the codebook.
+    """
+    return decode_features(codec, accumulate(codec, tokens, scales))
 
 
-def accumulate(params, tokens, scales):
-    """f_hat (B, code_dim, h, w): the sum of all scales' contributions. tokens (B, L) int64 (VAR, algorithm 2)."""
-    return _running_f_hat(params, tokens, scales)[-1]
+def accumulate(codec, tokens, scales):
+    """f_hat (B, code_dim, h, w), the sum of all scales' contributions (VAR, algorithm 2)."""
+    return f_hat_by_scale(codec, tokens, scales)[-1]
 
 
-def next_scale_inputs(params, tokens, scales):
+def next_scale_inputs(codec, tokens, scales):
     """What the transformer sees of scales 1, 2, ...: tokens (B, L) -> (B, L - len_0, code_dim).
 
-    For each, f_hat of all coarser scales, area-resized to its size. It knows no more of them than this map: HMAR's Markov property.
+    For each, f_hat of all coarser scales, area-resized to its size. It knows no more of them than
+    this map: HMAR's Markov property.
     """
-    inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(_running_f_hat(params, tokens, scales), scales[1:])]
-    return torch.cat(inputs or [F.embedding(tokens[:, :0], params["codebook"])], 1)
+    coarser = f_hat_by_scale(codec, tokens, scales)[:-1]
+    inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(coarser, scales[1:])]
+    return torch.cat([_no_features(codec, tokens), *inputs], 1)
 
 
-def masked_inputs(params, tokens, scales, mask=None):
-    """What the masked branch sees of scales 1, 2, ... themselves: tokens (B, L) -> (B, L - len_0, code_dim).
+def masked_inputs(codec, tokens, scales, mask=None):
+    """What the masked branch sees of scales 1, 2, ... themselves: (B, L - len_0, code_dim).
 
-    For each scale it is the scale's own contribution, not accumulated, area-resized to its size. mask (B, L - len_0) bool, True = hidden:
-    hidden codes are zeroed before they are resized, lest anything of them leak into their neighbours; None is the published way: it does.
+    For each scale it is the scale's own contribution, not accumulated, area-resized to its size.
+    mask (B, L - len_0) bool, True = hidden: hidden codes are zeroed before they are resized, lest
+    anything of them leak into their neighbours; with None, the published way, it does.
     """
-    _check_tokens(params, tokens, scales)
+    _check_tokens(codec, tokens, scales)
     first, *finer = lengths(scales)
-    if mask is not None and (mask.shape != (len(tokens), sum(finer)) or mask.dtype != torch.bool):
-        raise ValueError(f"mask: got {tuple(mask.shape)} {mask.dtype}, expected bool {(len(tokens), sum(finer))}")
+    expected = (len(tokens), sum(finer))
+    if mask is not None and (mask.shape != expected or mask.dtype != torch.bool):
+        raise ValueError(f"mask: got {mask.dtype} {tuple(mask.shape)}, expected bool {expected}")
+
+    inputs = [_no_features(codec, tokens)]
     hidden = [None] * len(finer) if mask is None else mask.split(finer, 1)
-    scale_tokens = enumerate(zip(tokens[:, first:].split(finer, 1), hidden), 1)
-    inputs = [masked_scale_input(params, own, k, scales, hide) for k, (own, hide) in scale_tokens]
-    return torch.cat(inputs or [F.embedding(tokens[:, :0], params["codebook"])], 1)
+    for k, own in enumerate(tokens[:, first:].split(finer, 1), 1):
+        inputs.append(masked_scale_input(codec, own, k, scales, hidden[k - 1]))
+
+    return torch.cat(inputs, 1)
 
 
-def masked_scale_input(params, tokens, k, scales, hidden=None):
-    """`masked_inputs` of scale k alone: tokens (B, n_k), hidden (B, n_k) bool or None -> (B, n_k, code_dim)."""
-    codes = F.embedding(tokens, params["codebook"])
+def masked_scale_input(codec, tokens, k, scales, hidden=None):
+    """`masked_inputs` of scale k alone: tokens, hidden (B, n_k) -> (B, n_k, code_dim)."""
+    codes = F.embedding(tokens, codec["codebook"])
     if hidden is not None:
         codes = codes.masked_fill(hidden[..., None], 0)
-    return resize_to_scale(contribution(params["phi"], codes, k, scales), scales[k])
+    return resize_to_scale(contribution(codec["phi"], codes, k, scales), scales[k])
 
 
 def quantise(codebook, phi, features, scales):
-    """The residual pyramid (VAR, algorithm 1): for each scale yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat).
+    """Yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat) of each scale.
 
-    features, f_hat (B, code_dim, h, w). `residual` is what the scale's tokens were chosen for, f_hat the map accumulated up to and with
-    this scale. In fp32 (fp64 if the features are); gradients reach codebook and phi through f_hat, none passes the choice of a token.
+    features, f_hat (B, code_dim, h, w). `residual` is what the scale's tokens were chosen for,
+    f_hat the map accumulated up to and with this scale (VAR, algorithm 1). In fp32, or fp64 if the
+    features are; gradients reach codebook and phi through f_hat, none passes the choice of a token.
     """
-    features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+    features = _wide(features.detach())
     f_hat = torch.zeros_like(features)
+
     for k, size in enumerate(scales):
         residual = resize_to_scale(features - f_hat.detach(), size)  # (B, n_k, code_dim)
         tokens = nearest(codebook, residual)
@@ -94,32 +118,47 @@ def quantise(codebook, phi, features, scales):
 
 
 def nearest(codebook, vectors):
-    """Index (...) of the code in codebook (V, code_dim) nearest to each of vectors (..., code_dim), by squared L2 distance."""
+    """Index (...) of the code (V, code_dim) nearest to each of vectors (..., code_dim), by L2."""
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         codebook = codebook.to(vectors.dtype)
         squares = codebook.square().sum(1)  # a vector's own square moves no minimum
-        parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 128 MiB of distances at a time
-        return torch.cat([torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]).view(vectors.shape[:-1])
+        parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 128 MiB at a time
+        indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
+        return torch.cat(indices).view(vectors.shape[:-1])
 
 
 def contribution(phi, codes, k, scales):
-    """What scale k adds to f_hat (B, code_dim, h, w): its codes (B, n_k, code_dim), resized bicubically to that size, through its phi."""
-    codes = codes.to(torch.promote_types(codes.dtype, torch.float32)).transpose(1, 2).unflatten(2, scales[k])
+    """What scale k adds to f_hat, (B, code_dim, h, w), of its codes (B, n_k, code_dim)."""
+    codes = _wide(codes).transpose(1, 2).unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
     if k < len(scales) - 1:
-        codes = F.interpolate(codes, scales[-1], mode="bicubic")
+        codes = F.interpolate(codes, scales[-1], mode="bicubic")  # (B, code_dim, h, w)
+
     with torch.autocast(codes.device.type, enabled=False):
         return 0.5 * codes + 0.5 * convolution(codes, **phi[phi_index(k, len(scales), len(phi))])
 
 
 def phi_index(k, scale_count, phi_count=4):
-    """Which phi serves scale k: the nearest of evenly spread ticks, in float64, whose rounding decided the published ties at ten scales."""
-    edge, place = 1 / 3 / phi_count, k / max(scale_count - 1, 1)
-    ticks = [edge + i * ((1 - edge - edge) / max(phi_count - 1, 1)) for i in range(phi_count)]
-    return min(range(phi_count), key=lambda i: abs(ticks[i] - place))
+    """Which phi serves scale k: the nearest of evenly spread ticks.
+
+    In float64, whose rounding decided the ties that ten scales have in the published model.
+    """
+    place = k / max(scale_count - 1, 1)
+    edge = 1 / 3 / phi_count
+    step = (1 - edge - edge) / max(phi_count - 1, 1)
+    return min(range(phi_count), key=lambda i: abs(edge + i * step - place))
+
+
+def f_hat_by_scale(codec, tokens, scales):
+    """f_hat after each scale, [(B, code_dim, h, w), ...], of tokens (B, L)."""
+    _check_tokens(codec, tokens, scales)
+    added = []
+    for k, own in enumerate(tokens.split(lengths(scales), 1)):
+        added.append(contribution(codec["phi"], F.embedding(own, codec["codebook"]), k, scales))
+    return list(itertools.accumulate(added))
 
 
 def resize_to_scale(f_hat, size):
-    """f_hat (B, code_dim, h, w), area-resized to a scale's size (h_k, w_k), as a row of features (B, h_k w_k, code_dim)."""
+    """f_hat (B, code_dim, h, w), area-resized to (h_k, w_k), as a row (B, h_k w_k, code_dim)."""
     if size != tuple(f_hat.shape[2:]):
         f_hat = F.interpolate(f_hat, size, mode="area")
     return f_hat.flatten(2).transpose(1, 2)
@@ -130,35 +169,58 @@ def lengths(scales):
     return [h * w for h, w in scales]
 
 
-def features(params, images):
-    """The encoder's output (B, code_dim, h, w), before quantisation, of images (B, 3, H, W) in [-1, 1]."""
-    return convolution(encoder(images, **params["encoder"]), **params["quant_conv"])
+def _no_features(codec, tokens):
+    """(B, 0, code_dim): what there is to see where there is one scale alone."""
+    return _wide(F.embedding(tokens[:, :0], codec["codebook"]))
 
 
-def decode_features(params, f_hat):
+def _wide(x):
+    """x in fp32, or fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---- the convnet
+
+
+def encode_features(codec, images):
+    """The encoder's output (B, code_dim, h, w), before quantisation, of images in [-1, 1]."""
+    return convolution(encoder(images, **codec["encoder"]), **codec["quant_conv"])
+
+
+def decode_features(codec, f_hat):
     """Images (B, 3, H, W) in [-1, 1], fp32, of an accumulated map f_hat (B, code_dim, h, w)."""
-    images = decoder(convolution(f_hat, **params["post_quant_conv"]), **params["decoder"])
-    return images.to(torch.promote_types(images.dtype, torch.float32)).clamp(-1, 1)
+    return _wide(unclamped(codec, f_hat)).clamp(-1, 1)
+
+
+def unclamped(codec, f_hat):
+    """`decode_features` before its range is enforced, as training needs it."""
+    return decoder(convolution(f_hat, **codec["post_quant_conv"]), **codec["decoder"])
 
 
 def encoder(x, conv_in, down, middle, norm_out, conv_out):
-    """Images (B, 3, H, W) -> (B, code_dim, h, w): levels that halve the sides, then the middle blocks (VQGAN)."""
+    """Images (B, 3, H, W) -> (B, code_dim, h, w): levels that halve the sides, then the middle."""
     x = convolution(x, **conv_in)
+
     for level in down:
         x = residual_blocks(x, level["blocks"], level["attentions"])
         if "downsample" in level:
             x = convolution(F.pad(x, (0, 1, 0, 1)), **level["downsample"], stride=2, padding=0)
+
     x = residual_blocks(x, **middle)
     return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
 
 
 def decoder(x, conv_in, middle, up, norm_out, conv_out):
-    """(B, code_dim, h, w) -> images (B, 3, H, W), not clamped: the encoder's way back."""
-    x = residual_blocks(convolution(x, **conv_in), **middle)
+    """(B, code_dim, h, w) -> images (B, 3, H, W): the encoder's way back."""
+    x = convolution(x, **conv_in)
+    x = residual_blocks(x, **middle)
+
     for level in up:  # deepest first
         x = residual_blocks(x, level["blocks"], level["attentions"])
         if "upsample" in level:
-            x = convolution(F.interpolate(x, scale_factor=2, mode="nearest"), **level["upsample"])
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = convolution(x, **level["upsample"])
+
     return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
 
 
@@ -180,14 +242,17 @@ def residual_block(x, norm1, conv1, norm2, conv2, shortcut=None):
 
 def self_attention(x, norm, qkv, project):
     """Single-head attention over all positions, scale channels^-0.5."""
-    h, w = x.shape[2:]
-    q, k, v = convolution(group_norm(x, **norm), **qkv).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B, 1, h w, channels)
-    return x + convolution(F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, (h, w)), **project)
+    height, width = x.shape[2:]
+    rows = convolution(group_norm(x, **norm), **qkv).flatten(2).transpose(1, 2)
+    q, k, v = rows.unsqueeze(1).chunk(3, -1)  # (B, 1, h w, channels) each
+    attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+    return x + convolution(attended.unflatten(2, (height, width)), **project)
 
 
 def convolution(x, weight, bias, stride=1, padding=None):
-    """In the weight's dtype, so that a tree from `cast` computes in bf16 with norms and quantiser in fp32."""
-    return F.conv2d(x.to(weight.dtype), weight, bias.to(weight.dtype), stride, weight.shape[-1] // 2 if padding is None else padding)
+    """In the weight's dtype: with a tree from `cast` in bf16, norms and quantiser in fp32."""
+    padding = weight.shape[-1] // 2 if padding is None else padding
+    return F.conv2d(x.to(weight.dtype), weight, bias.to(weight.dtype), stride, padding)
 
 
 def group_norm(x, weight, bias):
@@ -195,244 +260,384 @@ def group_norm(x, weight, bias):
     return F.group_norm(x.to(weight.dtype), 32, weight, bias, eps=1e-6)
 
 
-def training_pass(params, images, scales, beta=0.25, quantised=True, stop=None):
-    """One differentiable pass: (reconstruction (B, 3, H, W), not clamped; quantisation loss; residuals a scale; tokens a scale).
+# ---- training
 
-    The loss, averaged over scales on the accumulated map (VAR, equation 5): codebook term |f_hat_k - sg(f)|^2 plus beta times commitment
-    term |sg(f_hat_k) - f|^2. The decoder's gradient passes straight through to the encoder. quantised=False is a plain autoencoder;
-    with stop the image is decoded from the first `stop` scales only.
+
+def training_pass(codec, images, scales, stops, commitment=0.1):
+    """One differentiable pass over images (B, 3, H, W), as a dict.
+
+    images: reconstructions (B, 3, H, W), not clamped. coarse: (n, 3, H, W), the first n images
+    decoded from their scales 0 to stops (n,) int64 alone, which makes an image of every scale;
+    else the coarse scales of flat pictures say nothing. loss: of the quantiser, averaged over
+    scales on the accumulated map (VAR, equation 5): the codebook's |f_hat_k - sg(f)|^2 plus
+    `commitment` times |sg(f_hat_k) - f|^2. residuals, tokens: of each scale.
+
+    The decoder's gradient passes straight through the quantiser; that of a coarse image through
+    the cell means of its scale, which are all that its tokens can say of the features.
     """
-    f = features(params, images)
-    f = f.to(torch.promote_types(f.dtype, torch.float32))
-    loss, residuals, tokens, f_hat = f.new_zeros(()), [], [], f
-    if quantised:
-        for residual, own, f_hat in itertools.islice(quantise(params["codebook"], params["phi"], f, scales), stop):
-            loss = loss + (F.mse_loss(f_hat, f.detach()) + beta * F.mse_loss(f, f_hat.detach())) / (stop or len(scales))
-            residuals.append(residual)
-            tokens.append(own)
-        f_hat = f + (f_hat - f).detach()
-    return decoder(convolution(f_hat, **params["post_quant_conv"]), **params["decoder"]).to(f.dtype), loss, residuals, tokens
+    f = _wide(encode_features(codec, images))  # (B, code_dim, h, w)
+    loss, residuals, tokens, maps, means = 0.0, [], [], [], []
+    for k, (residual, own, f_hat) in enumerate(
+        quantise(codec["codebook"], codec["phi"], f, scales)
+    ):
+        codebook_loss = F.mse_loss(f_hat, f.detach())
+        loss = loss + codebook_loss + commitment * F.mse_loss(f, f_hat.detach())
+        residuals.append(residual)
+        tokens.append(own)
+        maps.append(f_hat[: len(stops)])
+        means.append(cell_means(f[: len(stops)], scales[k]))
+
+    rows = torch.arange(len(stops), device=f.device)
+    smooth = torch.cat([f, torch.stack(means)[stops, rows]])
+    coded = torch.cat([f_hat, torch.stack(maps)[stops, rows]])
+    made = unclamped(codec, smooth + (coded - smooth).detach()).to(f.dtype)
+
+    whole, coarse = made.split([len(images), len(stops)])
+    loss = loss / len(scales)
+    return dict(images=whole, coarse=coarse, loss=loss, residuals=residuals, tokens=tokens)
 
 
-def data_codebook(params, features, scales, generator, rounds=10):
+def cell_means(features, size):
+    """features (B, code_dim, h, w) as a scale of (h_k, w_k) cells could say them at best."""
+    means = F.interpolate(features, size, mode="area")
+    return F.interpolate(means, features.shape[2:], mode="bicubic")
+
+
+def data_codebook(codec, features, scales, generator, rounds=10):
     """A codebook (V, code_dim) made of features (B, code_dim, h, w) of some hundred images.
 
-    Each scale in turn gets an equal share of codes, by k-means over its residuals, given the shares before. It starts from a draw with
-    jitter, and with repetition where a scale has fewer vectors than codes.
+    Each scale in turn gets an equal share of codes, by k-means over its residuals, given the
+    shares before it.
     """
-    f, count, made = features.detach().float(), len(params["codebook"]), []
-    f_hat = torch.zeros_like(f)
+    features = _wide(features.detach())
+    count = len(codec["codebook"])
+    f_hat = torch.zeros_like(features)
+    codebook = features.new_empty(0, features.shape[1])
+
     for k, size in enumerate(scales):
-        vectors = resize_to_scale(f - f_hat, size).flatten(0, 1)
         share = count * (k + 1) // len(scales) - count * k // len(scales)
-        if share == 0:
-            continue
-        order = torch.randperm(len(vectors), generator=generator)
-        centres = vectors[order[torch.arange(share) % len(order)]]
-        centres = centres + 1e-3 * vectors.std() * torch.randn(centres.shape, generator=generator).to(centres.device)
-        for _ in range(rounds):
-            nearest_centre = nearest(centres, vectors)
-            sums, sizes = (torch.zeros_like(centres[:, :x.shape[1]]).index_add_(0, nearest_centre, x)
-                           for x in (vectors, torch.ones_like(vectors[:, :1])))
-            centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-        made.append(centres)
-        codes = F.embedding(nearest(torch.cat(made), vectors), torch.cat(made)).view(len(f), -1, f.shape[1])
-        f_hat = f_hat + contribution(params["phi"], codes, k, scales).detach()
-    return torch.cat(made)
+        vectors = resize_to_scale(features - f_hat, size)  # (B, n_k, code_dim)
+        centres = k_means(vectors.flatten(0, 1), share, generator, rounds)
+        codebook = torch.cat([codebook, centres])
+        codes = F.embedding(nearest(codebook, vectors), codebook)
+        f_hat = f_hat + contribution(codec["phi"], codes, k, scales).detach()
+
+    return codebook
 
 
-def discriminator(images, layers):
-    """Realness (B, h, w) of overlapping patches of images (B, 3, H, W): a small PatchGAN (Isola et al. 2017) under spectral norm."""
-    *halving, last = layers
-    for layer in halving:
-        images = F.leaky_relu(F.conv2d(images, spectrally_normalised(layer["weight"]), layer["bias"], stride=2, padding=1), 0.2)
-    return F.conv2d(images, spectrally_normalised(last["weight"]), last["bias"], padding=1).squeeze(1)
+def k_means(vectors, count, generator, rounds):
+    """`count` centres of vectors (N, C), begun at drawn ones with jitter, as N may be small."""
+    order = torch.randperm(len(vectors), generator=generator)
+    centres = vectors[order[torch.arange(count) % len(order)]]
+    jitter = torch.randn(centres.shape, generator=generator).to(centres)
+    centres = centres + 1e-3 * vectors.std() * jitter
 
+    for _ in range(rounds if count else 0):
+        chosen = nearest(centres, vectors)
+        sums = torch.zeros_like(centres).index_add_(0, chosen, vectors)
+        sizes = torch.bincount(chosen, minlength=count)[:, None]
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
 
-def spectrally_normalised(weight):
-    """A weight over its largest singular value, by power iteration from a fixed start, so that no state is kept (Miyato et al. 2018)."""
-    matrix = weight.flatten(1)
-    with torch.no_grad():
-        v = torch.ones_like(matrix[0])
-        for _ in range(8):
-            u = F.normalize(matrix @ v, dim=0)
-            v = F.normalize(matrix.T @ u, dim=0)
-    return weight / (u @ matrix @ v)
-
-
-def init_discriminator(channels=64, seed=0):
-    """Layers for `discriminator`: three that halve the image, one that judges."""
-    generator, sizes = torch.Generator().manual_seed(seed), itertools.pairwise((3, channels, 2 * channels, 4 * channels, 1))
-    return [dict(weight=torch.empty(outputs, inputs, 4, 4).normal_(0, 0.02, generator=generator), bias=torch.zeros(outputs))
-            for inputs, outputs in sizes]
-
-
-def augmented(images, uniform):
-    """Images (B, 3, H, W) for the discriminator, as uniform (B, 4) in [0, 1) says: mirrored, moved by up to an eighth, lighter, darker."""
-    mirror, x, y, light = uniform.to(images.dtype).T
-    move = torch.zeros(len(images), 2, 3, dtype=images.dtype, device=images.device)
-    move[:, 0, 0], move[:, 1, 1] = torch.where(mirror < 0.5, -1.0, 1.0), 1
-    move[:, 0, 2], move[:, 1, 2] = (x - 0.5) / 2, (y - 0.5) / 2
-    grid = F.affine_grid(move, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False) + (light[:, None, None, None] - 0.5) / 2
+    return centres
 
 
 def revive_codes(codebook, counts, residuals, generator):
-    """(codebook, dead (V,) bool): codes never chosen (counts (V,) == 0) become random vectors of residuals [(B, n_k, code_dim), ...]."""
+    """(codebook, dead (V,) bool): codes never chosen become random vectors that needed one.
+
+    counts (V,) says how often each was chosen, residuals [(B, n_k, code_dim), ...] for what.
+    """
     dead = counts == 0
     vectors = torch.cat([residual.flatten(0, 1) for residual in residuals])
-    chosen = torch.randint(len(vectors), (len(codebook),), generator=generator)
-    return torch.where(dead[:, None], vectors[chosen.to(vectors.device)].to(codebook.dtype), codebook), dead
+    drawn = torch.randint(len(vectors), (len(codebook),), generator=generator)
+    fresh = vectors[drawn.to(vectors.device)].to(codebook.dtype)
+    return torch.where(dead[:, None], fresh, codebook), dead
 
 
-def init(*, codes=4096, code_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), residual_blocks=2, attention=True, phis=4, seed=0):
-    """A new tokenizer tree, fp32; the defaults are the published sizes, with 108,948,355 parameters.
+def init(
+    *,
+    codes=4096,
+    code_dim=32,
+    channels=160,
+    multipliers=(1, 1, 2, 2, 4),
+    residual_blocks=2,
+    attention=True,
+    phis=4,
+    seed=0,
+):
+    """A new codec, fp32; the defaults are the published sizes, with 108,948,355 parameters.
 
-    Channels a level are channels * multiplier and must divide by 32 (group norm). Downsampling is 2 ** (len(multipliers) - 1). The decoder
-    has one residual block a level more than the encoder; with attention, one follows each of the deepest level. Nothing is allocated under
-    torch.device("meta"). ValueError on sizes below 1 or channels that do not divide.
+    A level has channels * multiplier channels, which must divide by 32 (group norm); the
+    downsampling is 2 ** (len(multipliers) - 1). The decoder has one residual block a level more
+    than the encoder; with attention, one follows each of the deepest level. Nothing is allocated
+    under torch.device("meta"). ValueError on sizes below 1 or channels that do not divide.
     """
     widths = [channels * multiplier for multiplier in multipliers]
     if not widths or any(width <= 0 or width % 32 for width in widths):
-        raise ValueError(f"channels, multipliers: got {channels}, {multipliers}, expected products that are positive multiples of 32")
-    if min(codes, code_dim, residual_blocks, phis) < 1:
-        raise ValueError(f"codes, code_dim, residual_blocks, phis: got {(codes, code_dim, residual_blocks, phis)}, expected 1 or more")
+        got = f"{channels}, {tuple(multipliers)}"
+        raise ValueError(f"channels, multipliers: got {got}, expected products of multiples of 32")
+    sizes = (codes, code_dim, residual_blocks, phis)
+    if min(sizes) < 1:
+        raise ValueError(f"codes, code_dim, residual_blocks, phis: got {sizes}, expected 1 or more")
     generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
 
     def conv(inputs, outputs, size=3):
         bound = (inputs * size * size) ** -0.5
-        return dict(weight=torch.empty(outputs, inputs, size, size).uniform_(-bound, bound, generator=generator), bias=torch.zeros(outputs))
+        weight = torch.empty(outputs, inputs, size, size)
+        return dict(
+            weight=weight.uniform_(-bound, bound, generator=generator), bias=torch.zeros(outputs)
+        )
 
     def norm(width):
         return dict(weight=torch.ones(width), bias=torch.zeros(width))
 
     def block(inputs, outputs):
-        tree = dict(norm1=norm(inputs), conv1=conv(inputs, outputs), norm2=norm(outputs), conv2=conv(outputs, outputs))
-        return tree if inputs == outputs else tree | dict(shortcut=conv(inputs, outputs, 1))
+        tree = dict(
+            norm1=norm(inputs),
+            conv1=conv(inputs, outputs),
+            norm2=norm(outputs),
+            conv2=conv(outputs, outputs),
+        )
+        if inputs != outputs:
+            tree["shortcut"] = conv(inputs, outputs, 1)
+        return tree
 
-    def attend(width):
-        return dict(norm=norm(width), qkv=conv(width, 3 * width, 1), project=conv(width, width, 1))
+    def blocks(inputs, outputs, count, attentions):
+        made = [block(inputs, outputs)]
+        made += [block(outputs, outputs) for _ in range(count - 1)]
+        attend = [
+            dict(
+                norm=norm(outputs),
+                qkv=conv(outputs, 3 * outputs, 1),
+                project=conv(outputs, outputs, 1),
+            )
+            for _ in range(attentions if attention else 0)
+        ]
+        return dict(blocks=made, attentions=attend)
 
-    def level(inputs, outputs, count, deepest):
-        blocks = [block(inputs if i == 0 else outputs, outputs) for i in range(count)]
-        return dict(blocks=blocks, attentions=[attend(outputs) for _ in blocks] if deepest and attention else [])
+    deepest = len(widths) - 1
+    middle = widths[-1]
 
-    def middle():
-        return dict(blocks=[block(widths[-1], widths[-1]) for _ in range(2)], attentions=[attend(widths[-1])] if attention else [])
+    def encoder_level(i):
+        inputs = widths[i - 1] if i else channels
+        count = residual_blocks
+        level = blocks(inputs, widths[i], count, count if i == deepest else 0)
+        if i < deepest:
+            level["downsample"] = conv(widths[i], widths[i])
+        return level
 
-    last, inputs, down, up = len(widths) - 1, [channels, *widths], [], []  # level i of the encoder reads inputs[i] channels
-    for i, width in enumerate(widths):
-        down.append(level(inputs[i], width, residual_blocks, i == last) | (dict(downsample=conv(width, width)) if i < last else {}))
-    for i, width in reversed(list(enumerate(widths))):
-        up.append(level(widths[min(i + 1, last)], width, residual_blocks + 1, i == last) | (dict(upsample=conv(width, width)) if i else {}))
+    def decoder_level(i):
+        inputs = widths[min(i + 1, deepest)]
+        count = residual_blocks + 1
+        level = blocks(inputs, widths[i], count, count if i == deepest else 0)
+        if i:
+            level["upsample"] = conv(widths[i], widths[i])
+        return level
+
     return dict(
-        encoder=dict(conv_in=conv(3, channels), down=down, middle=middle(), norm_out=norm(widths[-1]), conv_out=conv(widths[-1], code_dim)),
+        encoder=dict(
+            conv_in=conv(3, channels),
+            down=[encoder_level(i) for i in range(len(widths))],
+            middle=blocks(middle, middle, 2, 1),
+            norm_out=norm(middle),
+            conv_out=conv(middle, code_dim),
+        ),
         quant_conv=conv(code_dim, code_dim),
         codebook=torch.empty(codes, code_dim).normal_(generator=generator),
         phi=[conv(code_dim, code_dim) for _ in range(phis)],
         post_quant_conv=conv(code_dim, code_dim),
-        decoder=dict(conv_in=conv(code_dim, widths[-1]), middle=middle(), up=up, norm_out=norm(widths[0]), conv_out=conv(widths[0], 3)))
+        decoder=dict(
+            conv_in=conv(code_dim, middle),
+            middle=blocks(middle, middle, 2, 1),
+            up=[decoder_level(i) for i in reversed(range(len(widths)))],
+            norm_out=norm(widths[0]),
+            conv_out=conv(widths[0], 3),
+        ),
+    )
 
 
-def cast(params, dtype):
-    """The same tree with the encoder's and decoder's convolutions in dtype, norms, codebook and phi as they are. Gradients pass through."""
-    nets = dict(encoder=params["encoder"], decoder=params["decoder"])
-    return params | pytree.tree_map(lambda tensor: tensor.to(dtype) if tensor.ndim == 4 else tensor, nets)
+def cast(codec, dtype):
+    """The same tree with the encoder's and decoder's convolutions in dtype, the rest as it is.
+
+    Gradients pass through to the tree it was made from.
+    """
+
+    def move(tensor):
+        return tensor.to(dtype) if tensor.ndim == 4 else tensor
+
+    nets = dict(encoder=codec["encoder"], decoder=codec["decoder"])
+    return codec | pytree.tree_map(move, nets)
 
 
-def downsampling(params):
+def downsampling(codec):
     """Image pixels per side of a latent position, 2 ** (levels - 1)."""
-    return 2 ** (len(params["encoder"]["down"]) - 1)
+    return 2 ** (len(codec["encoder"]["down"]) - 1)
 
 
-def _running_f_hat(params, tokens, scales):
-    """f_hat after each scale, [(B, code_dim, h, w), ...]."""
-    _check_tokens(params, tokens, scales)
-    codes = (F.embedding(own, params["codebook"]) for own in tokens.split(lengths(scales), 1))
-    return list(itertools.accumulate(contribution(params["phi"], own, k, scales) for k, own in enumerate(codes)))
+# ---- checks
 
 
 def check_scales(scales):
-    """ValueError unless scales is a sequence of (height, width) pairs, none smaller than the one before."""
-    pairs = isinstance(scales, (tuple, list)) and len(scales) > 0 and all(
-        isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size) for size in scales)
-    if not pairs or any(h < before_h or w < before_w for (before_h, before_w), (h, w) in itertools.pairwise(scales)):
-        raise ValueError(f"scales: got {scales}, expected (height, width) pairs of positive integers, coarse to fine")
+    """ValueError unless scales are (height, width) pairs, none smaller than the one before."""
+    message = f"scales: got {scales}, expected (height, width) pairs of positive integers"
+    if not isinstance(scales, (tuple, list)) or not scales:
+        raise ValueError(message)
+
+    before = (1, 1)
+    for size in scales:
+        pair = isinstance(size, (tuple, list)) and len(size) == 2
+        if not pair or not all(isinstance(side, int) for side in size):
+            raise ValueError(message)
+        if size[0] < before[0] or size[1] < before[1]:
+            raise ValueError(f"{message}, coarse to fine")
+        before = size
+
+
+def check_images(codec, images, scales):
+    """ValueError unless images are floats (B, 3, H, W) in [-1, 1] whose latent fits the scales."""
+    check_scales(scales)
+    described = _described(images)
+    if not torch.is_tensor(images) or not images.is_floating_point():
+        raise ValueError(f"images: got {described}, expected a float tensor (B, 3, H, W)")
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"images: got {described}, expected a float tensor (B, 3, H, W)")
+
+    step = downsampling(codec)
+    height, width = images.shape[2:]
+    if height % step or width % step:
+        message = f"images: got {height}x{width} pixels, expected sides that divide by"
+        raise ValueError(f"{message} the downsampling, {step}")
+    latent = (height // step, width // step)
+    if tuple(scales[-1]) != latent:
+        message = f"scales: the last is {tuple(scales[-1])}, expected the latent's size"
+        raise ValueError(f"{message} {latent}")
+    if _may_look(images) and not images.abs().amax() <= 1.001:
+        message = f"images: got values from {images.min():.3g} to {images.max():.3g}"
+        raise ValueError(f"{message}, expected [-1, 1]")
+
+
+def _check_tokens(codec, tokens, scales):
+    check_scales(scales)
+    expected = f"int64 (B, {sum(lengths(scales))}) for scales {tuple(scales)}"
+    fits = torch.is_tensor(tokens) and tokens.dtype == torch.int64 and tokens.ndim == 2
+    if not fits or tokens.shape[1] != sum(lengths(scales)):
+        raise ValueError(f"tokens: got {_described(tokens)}, expected {expected}")
+
+    codes = len(codec["codebook"])
+    if _may_look(tokens) and len(tokens) and not 0 <= tokens.min() <= tokens.max() < codes:
+        message = f"tokens: got values from {tokens.min()} to {tokens.max()}"
+        raise ValueError(f"{message}, expected 0 to {codes - 1}")
 
 
 def _may_look(tensor):
-    """Whether values can be checked: on an accelerator a look would stall its queue, in a compiled function it would cut the graph."""
+    """Whether values can be checked: on a GPU a look would stall its queue, compiling cut a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_images(params, images, scales):
-    """ValueError unless images are floats (B, 3, H, W) in [-1, 1] whose latent has the last scale's size."""
-    check_scales(scales)
-    step = downsampling(params)
-    latent = tuple(side // step for side in images.shape[2:])
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}, expected a float tensor (B, 3, H, W)")
-    if images.shape[2] % step or images.shape[3] % step or 0 in images.shape:
-        raise ValueError(f"images: got {images.shape[2]}x{images.shape[3]} pixels, expected sides that divide by the downsampling, {step}")
-    if tuple(scales[-1]) != latent:
-        raise ValueError(f"scales: the last is {tuple(scales[-1])}, expected the latent's size {latent}")
-    if _may_look(images) and not images.abs().amax() <= 1.001:
-        raise ValueError(f"images: got values from {images.min():.3g} to {images.max():.3g}, expected [-1, 1]")
+def _described(value):
+    """ "torch.int64 (2, 21)" of a tensor, the type's name of anything else."""
+    return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
 
 
-def _check_tokens(params, tokens, scales):
-    check_scales(scales)
-    total, codes = sum(lengths(scales)), len(params["codebook"])
-    if tokens.ndim != 2 or tokens.shape[1] != total or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected int64 (B, {total}) for scales {scales}")
-    if _may_look(tokens) and len(tokens) and not 0 <= tokens.min() <= tokens.max() < codes:
-        raise ValueError(f"tokens: got values from {tokens.min()} to {tokens.max()}, expected 0 to {codes - 1}")
+# ---- published weights
+
+PUBLISHED_NAMES = (  # patterns of published names and ours, applied in order
+    (r"^quantize\.embedding\.weight$", "codebook"),
+    (r"^quantize\.quant_resi\.qresi_ls\.", "phi."),
+    (r"\.mid\.block_1\.", ".middle.blocks.0."),
+    (r"\.mid\.block_2\.", ".middle.blocks.1."),
+    (r"\.mid\.attn_1\.", ".middle.attentions.0."),
+    (r"\.block\.", ".blocks."),
+    (r"\.attn\.", ".attentions."),
+    (r"nin_shortcut", "shortcut"),
+    (r"proj_out", "project"),
+    (r"(down|up)sample\.conv", r"\1sample"),
+)
 
 
-PUBLISHED_NAMES = (  # patterns of our names, applied in order
-    (r"^codebook$", "quantize.embedding.weight"), (r"^phi\.", "quantize.quant_resi.qresi_ls."), (r"middle\.blocks\.0", "mid.block_1"),
-    (r"middle\.blocks\.1", "mid.block_2"), (r"middle\.attentions\.0", "mid.attn_1"), (r"\.blocks\.", ".block."),
-    (r"\.attentions\.", ".attn."), (r"shortcut", "nin_shortcut"), (r"project", "proj_out"), (r"(down|up)sample", r"\1sample.conv"))
+def check(codec):
+    """ValueError unless codec is a whole tree: its names, shapes, float dtypes, finite numbers."""
+    _fitted("codec", dict(_named_leaves(codec)))
 
 
 def from_published(state_dict, *, dtype=torch.float32):
-    """A tree from a published VAR or HMAR tokenizer of any size, or a VAR trainer's file. ValueError: missing, unexpected, other shapes."""
+    """A codec in dtype from a published VAR or HMAR tokenizer of any size, or a VAR trainer's file.
+
+    ValueError that lists, by our names, what is missing, unexpected or of another shape.
+    """
     state = state_dict
     for name in ("trainer", "vae_local"):  # of a VAR trainer's file
-        state = state.get(name, state) if isinstance(state, dict) else {}
-    state = {str(name): tensor for name, tensor in state.items()} if isinstance(state, dict) else {}
-    state.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
-    sizes = ("encoder.conv_in.bias", "quantize.embedding.weight")
-    if missing := [name for name in sizes if not torch.is_tensor(state.get(name))]:
-        raise ValueError("state_dict: expected a published tokenizer, "
-                         f"got {type(state_dict).__name__} with {', '.join(list(state)[:10]) or 'no names'}, without {', '.join(missing)}")
+        state = state.get(name, state) if isinstance(state, dict) else state
+
+    leaves = {}
+    for name, leaf in _named_leaves(state):
+        for published, ours in PUBLISHED_NAMES:
+            name = re.sub(published, ours, name)
+        leaves[name] = leaf
+    leaves.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
+
+    codec = _fitted("state_dict", leaves)
+    codec["decoder"]["up"].reverse()  # published by level, ours in the order they run
+    return pytree.tree_map(lambda leaf: leaf.to(dtype), codec)
+
+
+def _named_leaves(tree, prefix="", depth=0):
+    """Pairs ("decoder.up.0.blocks.1.norm1.bias", leaf) of nested dicts and lists."""
+    if not isinstance(tree, (dict, list)):
+        yield prefix, tree
+        return
+    if depth > 20:
+        raise ValueError(f"{prefix[:80]}: nested too deep, expected a tree of weights")
+    for key, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from _named_leaves(branch, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+
+
+def _leaf_problem(leaf, shape):
+    """What is wrong with a leaf, or None."""
+    if not torch.is_tensor(leaf) or leaf.layout != torch.strided or not leaf.is_floating_point():
+        return f"is {_described(leaf)}, expected floats {tuple(shape)}"
+    if leaf.shape != shape:
+        return f"is {tuple(leaf.shape)}, expected {tuple(shape)}"
+    if _may_look(leaf) and not leaf.isfinite().all():
+        return "has values that are not finite"
+    return None
+
+
+def _fitted(argument, leaves):
+    """The tree of named leaves, whose sizes they tell themselves. ValueError where they do not."""
 
     def count(pattern):
-        return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=0)
+        return len({found[1] for name in leaves if (found := re.match(pattern, name))})
 
-    def width(level):  # it stands in three biases, some of which may be missing or wrong
-        return max(len(state.get(f"encoder.down.{level}.block.0.{part}.bias", ())) for part in ("conv1", "conv2", "norm2"))
-    channels = max(32, len(state["encoder.conv_in.bias"]) // 32 * 32)  # what does not divide is told below
-    multipliers = [max(1, width(level) // channels) for level in range(count(r"encoder\.down\.(\d+)\."))]
-    codes, code_dim = state["quantize.embedding.weight"].shape
+    def size(name):
+        leaf = leaves.get(name)
+        if not torch.is_tensor(leaf) or leaf.ndim == 0:
+            got = ", ".join(list(leaves)[:5]) or "nothing"
+            raise ValueError(f"{argument}: {name} is missing, expected a tokenizer; got {got}")
+        return leaf.shape
+
+    channels = size("encoder.conv_in.bias")[0]
+    levels = range(count(r"encoder\.down\.(\d+)\."))
+    widths = [size(f"encoder.down.{i}.blocks.0.norm2.bias")[0] for i in levels]
     with torch.device("meta"):
-        template = init(codes=codes, code_dim=code_dim, channels=channels, multipliers=multipliers,
-                        residual_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), attention=any(".attn" in name for name in state),
-                        phis=count(r"quantize\.quant_resi\.qresi_ls\.(\d+)"))
-    template["decoder"]["up"].reverse()  # published by level, ours in the order they run
-    names = {}  # published name -> the template's tensor
-    for path, tensor in pytree.tree_flatten_with_path(template)[0]:
-        name = ".".join(re.findall(r"\w+", pytree.keystr(path)))
-        for pattern, published in PUBLISHED_NAMES:
-            name = re.sub(pattern, published, name)
-        names[name] = tensor
-    problems = [f"{name} is missing" for name in names if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in names]
-    problems += [f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}" for name, tensor in names.items()
-                 if name in state and state[name].shape != tensor.shape]
+        template = init(
+            codes=size("codebook")[0],
+            code_dim=size("codebook")[-1],
+            channels=channels,
+            multipliers=[width // max(1, channels) for width in widths],
+            residual_blocks=count(r"encoder\.down\.0\.blocks\.(\d+)\."),
+            attention=any(".attentions." in name for name in leaves),
+            phis=count(r"phi\.(\d+)\."),
+        )
+    if argument == "state_dict":
+        template["decoder"]["up"].reverse()
+
+    expected = dict(_named_leaves(template))
+    problems = {name: "is unexpected" for name in leaves.keys() - expected.keys()}
+    for name, leaf in expected.items():
+        problems[name] = _leaf_problem(leaves[name], leaf.shape) if name in leaves else "is missing"
+    problems = [f"{name} {problem}" for name, problem in sorted(problems.items()) if problem]
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"state_dict: does not fit the published tokenizer: {', '.join(problems[:10])}{more}")
-    params = pytree.tree_unflatten([state[name].to(dtype) for name in names], pytree.tree_structure(template))
-    params["decoder"]["up"].reverse()
-    return params
+        raise ValueError(f"{argument}: {', '.join(problems[:10])}{more}")
+    fitted = [leaves[name] for name in expected]
+    return pytree.tree_unflatten(fitted, pytree.tree_structure(template))

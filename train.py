@@ -1,25 +1,27 @@
-"""Training: drawn shapes or a folder of images -> tokenizer.pt and hmar.pt; and the command `python train.py`.
+"""Training: drawn shapes or a folder of images -> tokenizer.pt and hmar.pt; `python train.py`.
 
-    files -> Images, uint8 (3, size, size) -> tokenizer stage -> token cache (N, views, L) -> next-scale stage -> masked stage
+    images -> tokenizer stage -> tokens (N, views, L) -> next-scale stage -> masked stage
 
-Data come first (`draw_shape`, `list_images`, `Images`), then `fit`, the loop of all three stages, then what each stage gives it: a tree of
-weights, a loss, the batches of each step. All randomness and the order of the data are functions of seed and step, so that nothing of them
-is saved and a run that was killed continues bit for bit. The flags and what happens to a run folder stand at the end.
+First the settings and `fit`, the loop of all stages; then each stage, top to bottom; then how they
+are judged; then data. All randomness and the order of the data are functions of seed and step, so
+that nothing of them is saved and a run that was killed continues bit for bit. The command and what
+happens to a run folder stand at the end.
 """
+
 import argparse
 import colorsys
 import contextlib
+import ctypes
+import fcntl
 import functools
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
 import re
 import signal
 import sys
-import warnings
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -31,167 +33,640 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
-from sample import at_once, barrier, digest, load_tokenizer, load_transformer, rank, read_json, require, world, write_atomically, write_json
+from sample import at_once, digest, load_tokenizer, load_transformer, read_json, require
+from sample import write_atomically
 
-WEIGHTS = {"tokenizer": "tokenizer.pt", "next-scale": "hmar.pt", "masked": "hmar.pt"}  # what each stage leaves in the run folder
-STAGES = tuple(WEIGHTS)
-SHAPES = ("disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart")
+STAGES = {
+    "tokenizer": "tokenizer.pt",
+    "next-scale": "hmar.pt",
+    "masked": "hmar.pt",
+}  # what each leaves
+
+SMALL = dict(  # for images up to 64 pixels: a model for two CPU cores
+    channels=32,
+    multipliers=(1, 1, 2),
+    residual_blocks=1,
+    attention=False,
+    codes=256,
+    code_dim=16,
+    depth=3,
+    width=192,
+    gamma=0.1,
+    masked_blocks=2,
+    loss_weights="token",
+    batch=16,
+    ema=0.998,
+    warmup=100,
+    steps={"tokenizer": 2200, "next-scale": 2600, "masked": 400},
+    lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3},
+)
+PUBLISHED = dict(  # above: the published model, for GPUs
+    channels=160,
+    multipliers=(1, 1, 2, 2, 4),
+    residual_blocks=2,
+    attention=True,
+    codes=4096,
+    code_dim=32,
+    depth=16,
+    width=None,
+    gamma=None,
+    masked_blocks=8,
+    loss_weights="lognormal",
+    batch=64,
+    ema=0.9999,
+    warmup=1000,
+    steps={"tokenizer": 200_000, "next-scale": 400_000, "masked": 80_000},
+    lr=dict.fromkeys(STAGES, 1e-4),
+)
+
+LARGEST_SMALL = 64  # pixels
+CLIP = 1.0  # largest gradient norm
+WEIGHT_DECAY = 0.05  # of AdamW, on matrices alone
+BETAS = (0.9, 0.95)
+LABEL_DROP = 0.1  # labels made null, for guidance
+DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
+REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
+COARSE_SHARE = 0.25  # images of a batch that are decoded from their coarse scales too
+COARSE_WEIGHT = 0.5  # of the squared error of these
+LOG_EVERY = 50  # steps
+JUDGEMENTS = 12  # times in a stage that held-out images are looked at
+JUDGED = 512  # of these, at most
+PATIENCE = 1 / 3  # of the steps without a better held-out loss end a stage
+HELD_OUT = 0.05  # share of the images
+VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
+MOST_VIEWS = 16  # but not in more than these
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+TOKENIZER_SIZES = ("codes", "code_dim", "channels", "multipliers", "residual_blocks", "attention")
+UNRECORDED = (  # flags that change no result
+    "stage", "stages", "out", "restart", "save_every", "workers", "device", "accumulate",
+    "class_names", "lock", "checkpointing",
+)  # fmt: skip
+LIMITS = dict(  # of flags, least and most
+    size=(1, 16384),
+    workers=(0, 1024),
+    seed=(0, 2**62),
+    save_every=(1, 10**9),
+    steps=(1, 10**9),
+    batch=(1, 10**6),
+    accumulate=(1, 10**6),
+    lr=(1e-12, 1e3),
+    warmup=(0, 10**9),
+    ema=(0, 1),
+    codes=(1, 2**24),
+    code_dim=(1, 2**16),
+    depth=(1, 1000),
+    width=(1, 2**20),
+    masked_blocks=(1, 1000),
+)
 
 
-def circle(points=48, radius=1.0, centre=0.0, start=0.0):
-    """The corners (points, 2) of a regular polygon around (centre, 0), the first at the angle start in radians, y pointing down."""
+def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
+    """`tree` with those moving averages of its parameters that were best on held-out images.
+
+    loss(tree, **batch) -> (scalar, {name: tensor}), which is reported; batches(start) yields each
+    step's batch in parts, a dict each; evaluate(tree) -> {name: numbers}, where the lowest "loss"
+    is best; after_step(step, reports, optimizer) may change parameters, extra are tensors that it
+    keeps. A step depends on its number and the checkpoint alone.
+    """
+    model = Trained(tree, loss)
+    leaves = list(model.leaves)
+    average = [leaf.detach().clone() for leaf in leaves]
+    run = Checkpoint(args, [leaf.data for leaf in leaves], average, extra, adamw(tree, args))
+    call = wrapped(model, args)
+    stop = StopSignal()
+    window = []  # what was reported since the last line of metrics
+
+    for step, parts in enumerate(batches(run.step), run.step + 1):
+        rate = learning_rate(step, args)
+        reports, norm = optimise(call, parts, leaves, run.optimizer, rate)
+        decay = min(args.ema, step / (step + 10))
+        torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - decay)
+        if after_step is not None:
+            after_step(step, reports, run.optimizer)
+
+        window += [{"gradient": norm} | shown(report) for report in reports]
+        if step % LOG_EVERY == 0 or step == args.steps:
+            log(args, step, rate=rate, **means(window))
+            window.clear()
+        if step % args.judge_every == 0 or step == args.steps:
+            numbers = evaluate(with_leaves(tree, average))
+            log(args, step, **{f"held_out_{name}": value for name, value in numbers.items()})
+            run.keep_best(step, numbers["loss"])
+        if run.is_over(step):
+            break
+
+        stopped = stop.agreed(step)
+        if stopped or step % args.save_every == 0:
+            run.save(step)
+        if stopped:
+            raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
+
+    return with_leaves(tree, run.best())
+
+
+def optimise(call, parts, leaves, optimizer, rate):
+    """(reports of the loss, norm of the gradient) of one step over a batch in parts."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+    reports = []
+    for number, batch in enumerate(parts, 1):
+        alone = world() > 1 and number < len(parts)  # gradients are added up with the last part's
+        with call.no_sync() if alone else contextlib.nullcontext():
+            value, report = call(**batch)
+            (value / len(parts)).backward()
+        reports.append(report)
+
+    norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return reports, norm
+
+
+def adamw(tree, args):
+    """AdamW whose decay spares biases, norms, embeddings, temperatures and the codebook."""
+    spared = "classes|start|levels|positions|log_temperature|codebook|mask_embedding|bias|norm"
+    decayed, others = [], []
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, torch.nn.Parameter):
+            is_spared = re.search(spared, pytree.keystr(path))
+            (others if is_spared else decayed).append(leaf)
+    groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0)]
+    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
+
+
+def learning_rate(step, args):
+    """Of step 1, 2, ...: linear warm-up, then a cosine to zero."""
+    decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
+    return args.lr * decay * min(1, step / max(1, args.warmup))
+
+
+# Stage one
+
+
+def train_tokenizer(args, data, held_out):
+    """Images -> a codec each of whose scales is an image; dead codes are replaced on the way."""
+    codec = trainable(initial_tokenizer(args))
+    codebook, scales = codec["codebook"], args.scales
+    chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
+    reserved = first_images(held_out, 256, args)
+    coarse = int(COARSE_SHARE * args.batch) if len(scales) > 1 else 0
+
+    def loss(codec, images, stops):
+        made = tokenizer.training_pass(tokenizer.cast(codec, args.dtype), images, scales, stops)
+        error = reconstruction_loss(made["images"], images)
+        coarse_error = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
+        coarse_error = coarse_error / (COARSE_SHARE * len(images))
+        total = error + COARSE_WEIGHT * coarse_error + made["loss"]
+        numbers = dict(loss=total, coarse=coarse_error, quantisation=made["loss"])
+        return total, numbers | dict(tokens=made["tokens"], residuals=made["residuals"])
+
+    def batches(start):
+        for step, (images, _) in enumerate(loader(args, data, start), start):
+            generator = generator_of(args.seed, "tokenizer", step)
+            stops = torch.randint(max(1, len(scales) - 1), (coarse,), generator=generator)
+            images = to_unit(images, args.device).tensor_split(args.accumulate)
+            stops = own_parts(args, stops.to(args.device))
+            yield [dict(images=pixels, stops=own) for pixels, own in zip(images, stops)]
+
+    def after_step(step, reports, optimizer):
+        for tokens in itertools.chain.from_iterable(report["tokens"] for report in reports):
+            chosen.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
+        if step % REVIVE_EVERY == 0 and step <= 0.8 * args.steps:
+            generator = generator_of(args.seed, "revive", step)
+            residuals = reports[-1]["residuals"]
+            counts = summed(chosen)
+            new, dead = tokenizer.revive_codes(codebook.detach(), counts, residuals, generator)
+            replace(codebook, new)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[codebook][moment][dead] = 0
+            chosen.zero_()
+
+    def evaluate(codec):
+        return judge_tokenizer(args, codec, reserved)
+
+    return fit(args, codec, loss, batches, evaluate, after_step, extra=[chosen])
+
+
+def reconstruction_loss(made, images):
+    """Squared, absolute and edge errors of reconstructions (B, 3, H, W)."""
+    edges = sum(F.l1_loss(made.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
+    return F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges
+
+
+def judge_tokenizer(args, codec, images):
+    """Held-out squared error; PSNR in dB after each scale; codes used and their perplexity a scale.
+
+    Draws samples/reconstructions.png: the original and the image after each scale.
+    """
+    errors, tokens, rows = [], [], []
+    for part in images.split(at_once(args.size**2)):
+        made, own = after_each_scale(args, codec, part)
+        errors.append((made - part).square().mean((2, 3, 4)))  # (S, B)
+        tokens.append(own)
+        rows = rows or [part[:8], *made[:, :8]]
+
+    names = ["original", *(f"after {h}x{w}" for h, w in args.scales)]
+    write_sheet(args, "reconstructions", rows, names)
+    errors = torch.cat(errors, 1)
+    by_scale = torch.cat(tokens).split(tokenizer.lengths(args.scales), 1)
+    counts = [torch.bincount(own.flatten(), minlength=len(codec["codebook"])) for own in by_scale]
+    return dict(
+        loss=errors[-1].mean().item(),
+        psnr=(10 * torch.log10(4 / errors)).mean(1).tolist(),
+        codes_used=int((sum(counts) > 0).sum()),
+        perplexity=[perplexity(row) for row in counts],
+    )
+
+
+@torch.no_grad()
+def after_each_scale(args, codec, images):
+    """(images decoded after each scale (S, B, 3, H, W), tokens (B, L)) of images (B, 3, H, W)."""
+    features = tokenizer.encode_features(codec, images)
+    pyramid = tokenizer.quantise(codec["codebook"], codec["phi"], features, args.scales)
+    made, tokens = [], []
+    for _, own, f_hat in pyramid:
+        made.append(tokenizer.decode_features(codec, f_hat))
+        tokens.append(own)
+    return torch.stack(made), torch.cat(tokens, 1)
+
+
+def perplexity(counts):
+    """How many codes are in even use, exp of the entropy, of counts (V,)."""
+    share = counts.double() / counts.sum()
+    return torch.exp(-torch.xlogy(share, share).sum()).item()
+
+
+# Stages two and three
+
+
+def train_next_scale(args, data, held_out):
+    """Tokens -> a transformer that predicts every token from the coarser scales."""
+    codec = finished(args, "tokenizer")
+    params = trainable(initial_transformer(args, codec))
+    cache = token_cache(args, "train", data, codec)
+    reserved = token_cache(args, "held-out", held_out, codec)
+    weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)
+
+    def loss(params, labels, tokens, gates):
+        inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
+        losses = hmar.next_scale_losses(
+            hmar.cast(params, args.dtype),
+            labels,
+            tokens,
+            inputs,
+            args.causal,
+            gates=gates,
+            checkpointing=args.checkpointing,
+        )  # (B, L)
+        total = (losses * weights).sum(1).mean()
+        return total, dict(loss=total, scale_losses=by_scale(args, losses.mean(0)))
+
+    def batches(start):
+        for step in range(start, args.steps):
+            yield in_parts(args, transformer_batch(args, step, params, data.labels, cache))
+
+    def evaluate(params):
+        return judge_transformer(args, params, codec, held_out.labels, reserved)
+
+    return fit(args, params, loss, batches, evaluate)
+
+
+def train_masked(args, data, held_out):
+    """hmar.pt -> the same with a masked branch: hidden tokens from the others of their scale.
+
+    The trunk and the next-scale branch stay as they are (HMAR, stage two).
+    """
+    codec = finished(args, "tokenizer")
+    params = initial_masked(args)
+    params = params | trainable(dict(masked=params["masked"]))
+    cache = token_cache(args, "train", data, codec)
+    reserved = token_cache(args, "held-out", held_out, codec)
+    first = tokenizer.lengths(args.scales)[0]
+
+    def loss(params, labels, tokens, gates, mask, places, share):
+        inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
+        own_inputs = tokenizer.masked_inputs(codec, tokens, args.scales, mask)
+        losses = hmar.masked_losses(
+            hmar.cast(params, args.dtype),
+            labels,
+            tokens,
+            inputs,
+            own_inputs,
+            mask,
+            places=places,
+            gates=gates,
+            checkpointing=args.checkpointing,
+        )  # (M,)
+        total = (losses * share).sum()  # in all parts together, the mean over hidden tokens
+        return total, dict(loss=total)
+
+    def batches(start):
+        for step in range(start, args.steps):
+            batch = transformer_batch(args, step, params, data.labels, cache)
+            generator = generator_of(args.seed, "mask", step)
+            ratio = torch.rand(
+                args.batch, 1, generator=generator
+            )  # of hidden tokens, a sample each
+            numbers = torch.rand(args.batch, cache.shape[2] - first, generator=generator)
+            mask = numbers < ratio
+            share = world() * args.accumulate / mask.sum().clamp(min=1)
+            parts = in_parts(args, batch | dict(mask=mask))
+            for part, own in zip(parts, own_parts(args, mask)):
+                places = own.flatten().nonzero()[:, 0]
+                part |= to_device(dict(places=places, share=share), args.device)
+            yield parts
+
+    def evaluate(params):
+        return judge_transformer(args, params, codec, held_out.labels, reserved)
+
+    return fit(args, params, loss, batches, evaluate)
+
+
+def transformer_batch(args, step, params, labels, cache):
+    """dict(labels (B,), tokens (B, L), gates (B, depth, 2)) of a step's whole batch.
+
+    Each image in one of its views, some labels null, some branches dropped.
+    """
+    generator = generator_of(args.seed, args.stage, step)
+    rows = [index for index, _ in step_items(args, step, len(labels))]
+    views = torch.randint(cache.shape[1], (args.batch,), generator=generator).numpy()
+    tokens = torch.from_numpy(cache[rows, views].astype(np.int64))
+
+    null = len(params["classes"]) - 1
+    dropped = torch.rand(args.batch, generator=generator) < LABEL_DROP
+    chosen = torch.tensor(labels)[rows].masked_fill(dropped, null)
+
+    frozen = len(params["trunk"]) if args.stage == "masked" else 0  # blocks that drop nothing
+    depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
+    uniform = torch.rand(args.batch, depth - frozen, 2, generator=generator)
+    gates = hmar.stochastic_depth(uniform, DEPTH_DROP * depth / 24)
+    gates = F.pad(gates, (0, 0, frozen, 0), value=1)
+    return dict(labels=chosen, tokens=tokens, gates=gates)
+
+
+def in_parts(args, batch):
+    """This process's parts of a step's batch, [dict, ...], on the device."""
+    split = {name: own_parts(args, tensor) for name, tensor in batch.items()}
+    parts = [dict(zip(split, values)) for values in zip(*split.values())]
+    return to_device(parts, args.device)
+
+
+@torch.no_grad()
+def judge_transformer(args, params, codec, labels, cache):
+    """Held-out loss (nats) and token accuracy, in all and a scale, of the hidden half if masked.
+
+    Draws samples/<stage>.png: eight samples of each of the first ten classes.
+    """
+    device, is_masked = args.device, args.stage == "masked"
+    tokens = torch.from_numpy(cache[:JUDGED, 0].astype(np.int64)).to(device)
+    labels = torch.tensor(labels[:JUDGED], device=device)
+    lengths = tokenizer.lengths(args.scales)
+    generator = generator_of("held-out mask")
+    sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=device)
+
+    for own, own_labels in zip(tokens.split(32), labels.split(32)):
+        inputs = tokenizer.next_scale_inputs(codec, own, args.scales)
+        judged = torch.ones_like(own, dtype=torch.bool)
+        if is_masked:
+            mask = (torch.rand(inputs.shape[:2], generator=generator) < 0.5).to(device)
+            own_inputs = tokenizer.masked_inputs(codec, own, args.scales, mask)
+            logits = hmar.masked_logits(params, own_labels, inputs, own_inputs, mask)
+            judged = F.pad(mask, (lengths[0], 0))  # scale 0 is never masked
+        else:
+            logits = hmar.next_scale_logits(params, own_labels, inputs, args.causal)
+        losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
+        numbers = torch.stack([losses, (logits.argmax(-1) == own).float(), torch.ones_like(losses)])
+        sums += (numbers * judged).sum(1)
+
+    draw_samples(args, params, codec)
+    loss, accuracy, count = sums.sum(1).tolist()
+    scale_sums = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)
+    scale_losses, accuracies = (scale_sums[:2] / scale_sums[2].clamp(min=1)).tolist()
+    numbers = dict(loss=loss / max(1, count), accuracy=accuracy / max(1, count))
+    return numbers | dict(scale_losses=scale_losses, scale_accuracies=accuracies)
+
+
+def draw_samples(args, params, codec):
+    """Writes the sheet samples/<stage>.png."""
+    names = args.class_names[:10]
+    rows = []
+    for label in range(len(names)):
+        labels = torch.full((8,), label, device=args.device)
+        images, _ = sample.generate(params, codec, labels, seed=8 * label, is_causal=args.causal)
+        rows.append(images)
+    write_sheet(args, args.stage, rows, names)
+
+
+def by_scale(args, values):
+    """Means (S,) of values (L,) over each scale."""
+    return torch.stack([own.mean() for own in values.split(tokenizer.lengths(args.scales))])
+
+
+# ---- data
+
+SHAPES = (
+    "disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart",
+)  # fmt: skip
+
+
+def polygon(points=48, radius=1.0, centre=0.0, start=0.0):
+    """The corners (points, 2) of a regular one around (centre, 0); y points down, angles in rad."""
     angle = start + np.arange(points) * (2 * np.pi / points)
     return np.stack([centre + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
 @functools.cache
 def outlines():
-    """For each of SHAPES the polygon (N, 2) that fills it within about the unit circle, then the polygons cut out of it."""
+    """For each of SHAPES the polygon that fills it, about the unit circle, then what is cut out."""
     angle = np.linspace(0, 2 * np.pi, 48)
     height = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
-    star = np.stack([circle(points=5, start=-np.pi / 2), circle(points=5, radius=0.4, start=-np.pi * 0.3)], axis=1).reshape(10, 2)
+    heart = np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1)
+    outer = polygon(points=5, start=-np.pi / 2)
+    inner = polygon(points=5, radius=0.4, start=-np.pi * 0.3)
+    square = [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]
+    triangle = [(0, -1), (0.95, 0.7), (-0.95, 0.7)]
+    arm = np.array([(-0.3, -0.3), (-0.3, -1), (0.3, -1)])
+    cross = [arm @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+    arrow = [(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)]
     return dict(
-        disc=[circle()], ring=[circle(), circle(radius=0.5)], crescent=[circle(), circle(radius=0.75, centre=0.5)],
-        hexagon=[circle(points=6)], star=[star], heart=[np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1)],
-        square=[np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)])],
-        triangle=[np.array([(0, -1), (0.95, 0.7), (-0.95, 0.7)])],
-        cross=[np.array([(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
-                         (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)])],
-        arrow=[np.array([(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)])])
+        disc=[polygon()],
+        ring=[polygon(), polygon(radius=0.5)],
+        square=[np.array(square)],
+        triangle=[np.array(triangle)],
+        star=[np.stack([outer, inner], axis=1).reshape(10, 2)],
+        cross=[np.concatenate(cross)],
+        crescent=[polygon(), polygon(radius=0.75, centre=0.5)],
+        hexagon=[polygon(points=6)],
+        arrow=[np.array(arrow)],
+        heart=[heart],
+    )
 
 
 def draw_shape(index, size=32):
-    """The built-in data set: (RGB image of size x size, label), a pure function of the index; label = index % 10, an index into SHAPES.
-    Bright fill on a dark background that is flat or blends two colours; the shape's colour, place, size and rotation (within .25 rad)
-    vary. The random numbers do not depend on size, so sizes show the same picture. ValueError for index < 0 or size < 8."""
+    """The built-in data set: (RGB image of size x size, label), a pure function of the index.
+
+    label = index % 10, an index into SHAPES. Bright fill on a dark background that is flat or
+    blends two colours; the shape's colour, place, size and rotation (within .25 rad) vary. The
+    numbers do not depend on size, so sizes show the same picture. ValueError: index < 0, size < 8.
+    """
     for name, value, least in (("index", index, 0), ("size", size, 8)):
-        fine = isinstance(value, (int, np.integer)) and value >= least
-        require(fine, f"{name}: expected an integer of at least {least}, got {value!r}")
+        fits = isinstance(value, (int, np.integer)) and value >= least
+        require(fits, f"{name}: got {value!r}, expected an integer of at least {least}")
+
     label = int(index) % len(SHAPES)
-    hue, saturation, value, radius, x, y, turn, blend, direction, *dark = np.random.default_rng(int(index)).random(15).tolist()
+    numbers = np.random.default_rng(int(index)).random(15).tolist()
+    hue, saturation, value, radius, x, y, turn, blend, direction, *dark = numbers
     fill = np.float32(colorsys.hsv_to_rgb(hue, 0.5 + 0.5 * saturation, 0.85 + 0.15 * value))
-    first, second = (np.float32(colorsys.hsv_to_rgb(dark[i], dark[i + 1], 0.3 * dark[i + 2])) for i in (0, 3))
-    radius, angle = (9.5 + 4 * radius) / 32, 0.5 * turn - 0.25
-    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    first = np.float32(colorsys.hsv_to_rgb(dark[0], dark[1], 0.3 * dark[2]))
+    second = np.float32(colorsys.hsv_to_rgb(dark[3], dark[4], 0.3 * dark[5]))
+
+    angle = 0.5 * turn - 0.25
+    rotation = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
     centre = np.array([12 + 8 * x, 12 + 8 * y]) / 32
-    mask = Image.new("L", (4 * size, 4 * size))  # drawn at four times the size, then averaged: smooth edges
-    for polygon, ink in zip(outlines()[SHAPES[label]], (255, 0)):
-        ImageDraw.Draw(mask).polygon(((centre + radius * polygon @ rotation) * 4 * size).ravel().tolist(), fill=ink)
+    radius = (9.5 + 4 * radius) / 32
+    mask = Image.new("L", (4 * size, 4 * size))  # four times the size, then averaged: soft edges
+    for outline, ink in zip(outlines()[SHAPES[label]], (255, 0)):
+        corners = (centre + radius * outline @ np.array(rotation)) * 4 * size
+        ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=ink)
     cover = np.asarray(mask.reduce(4), dtype=np.float32)[:, :, None] / 255
-    ramp, way, ground = np.linspace(-0.5, 0.5, size, dtype=np.float32), 2 * np.pi * direction, first
+
+    ground = first
     if blend < 0.5:
-        ground = first + (second - first) * (0.5 + (np.cos(way) * ramp + np.sin(way) * ramp[:, None]) / 2**0.5)[:, :, None]
+        ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
+        way = 2 * np.pi * direction
+        along = (np.cos(way) * ramp + np.sin(way) * ramp[:, None]) / 2**0.5  # (size, size)
+        ground = first + (second - first) * (0.5 + along)[:, :, None]
     picture = ground + cover * (fill - ground)  # (size, size, 3) in [0, 1]
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), label
 
 
-def list_images(folder):
-    """([(path, label), ...], class names) of a folder: one sub-folder a class, searched to any depth, or images alone as one class.
-    Sorted by name; a label is an index into the names. Hidden files, and files that are no images by suffix, are passed over;
-    directories that cannot be read are named on stderr. ValueError for a folder that is missing, without images, or of both kinds."""
-    def walk(top):  # (sub-folders, paths of images) of each folder; links are not followed, so that loops end
-        for place, folders, names in os.walk(top, onerror=lambda error: print(f"passed over: {error}", file=sys.stderr)):
-            folders[:], names = (sorted(name for name in found if not name.startswith(".")) for found in (folders, names))
-            suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-            yield folders, [os.path.join(place, name) for name in names if name.lower().endswith(suffixes)]
-
-    folder, state = os.fspath(folder), "no folder" if os.path.exists(folder) else "missing"
-    require(os.path.isdir(folder), f"data: expected a folder of images, got {folder!r}, which is {state}")
-    home, (names, own) = Path(folder).resolve(), next(walk(folder), ([], []))
-    groups = {name: [path for _, paths in walk(os.path.join(folder, name)) for path in paths] for name in names
-              if Path(folder, name).resolve() not in (home, *home.parents)}  # a link back up to the folder is no class
-    groups = {name: paths for name, paths in groups.items() if paths}
-    require(own or groups, f"data: expected PNG, JPEG, WebP, BMP or GIF images, got {folder!r}, which holds none")
-    if own and groups:
-        both = f"{os.path.basename(own[0])!r} beside the sub-folder {next(iter(groups))!r}"
-        raise ValueError(f"data: expected one sub-folder a class or images alone, got both in {folder!r}: {both}")
-    groups = groups or {home.name: own}
-    return [(path, label) for label, paths in enumerate(groups.values()) for path in paths], tuple(groups)
-
-
-def check_images(files):
-    """The files [(path, label), ...] that can be read, after decoding each once; every other one is named on stderr. ValueError with
-    a list when more than 5 % (and more than ten) are broken, or none is left."""
-    def fault(file):
-        try:
-            sample.read_image(file[0], shortest=1)
-        except ValueError as error:
-            return str(error)
-
-    with warnings.catch_warnings(), ThreadPool(os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-        faults = pool.map(fault, files, chunksize=32)
-    broken = [reason for reason in faults if reason]
-    if len(broken) > max(0.05 * len(files), 10) or len(broken) == len(files):
-        more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
-        raise ValueError(f"data: {len(broken)} of {len(files)} images cannot be read: {'; '.join(broken[:10])}{more}")
-    for reason in broken:
-        print(f"skipped: {reason}", file=sys.stderr)
-    return [file for file, reason in zip(files, faults) if not reason]
-
-
-def split_held_out(files, folder, fraction=0.05):
-    """(training, held out) parts of [(path, label), ...], told apart by a hash of the path inside the folder, so that a file stays
-    in its part when others come or go, and in the order of that hash, so that its first ones are of all classes. Neither part is empty.
-    ValueError for fewer than two files or a fraction outside [0, 1)."""
-    require(len(files) >= 2, f"data: expected at least two images, one to train on and one held out, got {len(files)} in {folder}")
-    require(0 <= fraction < 1, f"fraction: expected the held-out part of the images, at least 0 and below 1, got {fraction}")
-    names = [os.path.relpath(path, folder).replace(os.sep, "/") for path, _ in files]
-    places = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64 for name in names]
-    limit = min(max(fraction, min(places)), np.nextafter(max(places), 0))
-    ordered = sorted(zip(places, files))
-    return [file for at, file in ordered if at > limit], [file for at, file in ordered if at <= limit]
-
-
-def crop(image, size, seed=None, flip=True):
-    """An image of any size -> size x size: the shorter side is resized to size and the centre cut out. With a seed (what
-    numpy.random.default_rng takes) the shorter side becomes size to 1.125 size, the place is random, and half are mirrored (flip)."""
-    width, height = image.size
-    reach = min(width, height)  # of the source, so that no resized image of an extreme shape is ever made
-    left, top, mirror = (width - reach) // 2, (height - reach) // 2, False
-    if seed is not None:
-        zoom, x, y, coin = np.random.default_rng(seed).random(4).tolist()
-        reach /= 1 + zoom / 8
-        left, top, mirror = x * (width - reach), y * (height - reach), flip and coin < 0.5
-    box = (left, top, left + reach, top + reach)
-    image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=2.0)
-    return ImageOps.mirror(image) if mirror else image
-
-
 class Images(torch.utils.data.Dataset):
-    """Images as (uint8 (3, size, size), label). items: a sequence of (path, label), or of numbers of drawings, such as range(20_000).
-    A key is a pair (index, seed), so that a sampler decides the randomness: seed None is the centre crop, any other one decides crop and
-    flip alone. Drawings vary enough by themselves and are always whole."""
-    def __init__(self, items, size, flip=True):
+    """Images as (uint8 (3, size, size), label), of paths and labels or of numbers of drawings.
+
+    A key is (index, seed), so that a sampler decides the randomness: seed None is the centre crop,
+    another one decides crop and flip. A file that cannot be read is named once and replaced by the
+    next of its class; ValueError when these are more than 5 % and more than ten.
+    """
+
+    def __init__(self, items, size, flip=False):
         self.items, self.size, self.flip = items, size, flip
-        self.labels = [item % len(SHAPES) if isinstance(item, (int, np.integer)) else item[1] for item in items]
+        self.is_drawn = isinstance(items, range)
+        self.labels = [i % len(SHAPES) if self.is_drawn else i[1] for i in items]
+        self.broken = {}  # index -> reason
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, key):
         index, seed = key
-        item = self.items[index]
-        if isinstance(item, (int, np.integer)):
-            image, _ = draw_shape(item, self.size)
+        if self.is_drawn:  # these vary enough by themselves
+            image, _ = draw_shape(self.items[index], self.size)
         else:
-            image = crop(sample.read_image(item[0], shortest=2 * self.size), self.size, seed, self.flip)
+            image = crop(self.readable(index), self.size, seed, self.flip)
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), self.labels[index]
+
+    def readable(self, index):
+        """The image of an index, or of the next one of its class that can be read."""
+        for other in itertools.chain(range(index, len(self)), range(index)):
+            if self.labels[other] != self.labels[index] or other in self.broken:
+                continue
+            try:
+                return sample.read_image(self.items[other][0], shortest=2 * self.size)
+            except ValueError as error:
+                self.broken[other] = str(error)
+                print(f"skipped: {sample.printable(error)}", file=sys.stderr)
+            if len(self.broken) > max(10, 0.05 * len(self)):
+                reasons = "; ".join(list(self.broken.values())[:10])
+                raise ValueError(f"--data: more than 5 % of the images cannot be read: {reasons}")
+        path = self.items[index][0]
+        raise ValueError(f"--data: no image of the class of {path} can be read")
+
+
+def crop(image, size, seed=None, flip=False):
+    """An image -> size x size: the shorter side is resized to size and the centre cut out.
+
+    With a seed (what numpy.random.default_rng takes) the shorter side becomes size to 1.125 size,
+    the place is random, and with flip half are mirrored.
+    """
+    width, height = image.size
+    reach = min(width, height)  # of the source, so that no resized image of extreme shape is made
+    left, top, is_mirrored = (width - reach) // 2, (height - reach) // 2, False
+    if seed is not None:
+        zoom, x, y, coin = np.random.default_rng(seed).random(4).tolist()
+        reach /= 1 + zoom / 8
+        left, top = x * (width - reach), y * (height - reach)
+        is_mirrored = flip and coin < 0.5
+
+    box = (left, top, left + reach, top + reach)
+    image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=2.0)
+    return ImageOps.mirror(image) if is_mirrored else image
 
 
 def data_sets(args):
     """(training Images, held-out Images, class names) of --data, or of drawings."""
     if args.data is None:
-        return Images(range(20_000), args.size), Images(range(20_000, 20_500), args.size), SHAPES
-    with contextlib.redirect_stderr(sys.stderr if rank() == 0 else io.StringIO()):  # each process looks, one speaks
-        files, names = list_images(args.data)
-        train, held_out = split_held_out(check_images(files), args.data, args.val)
-    return Images(train, args.size, args.flip), Images(held_out, args.size, args.flip), names
+        held_out = Images(range(20_000, 20_500), args.size)
+        return Images(range(20_000), args.size), held_out, SHAPES
+    files, names = list_images(args.data)
+    train, held_out = split_held_out(files, args.data)
+    return Images(train, args.size, args.flip), Images(held_out, args.size), names
+
+
+def list_images(folder):
+    """([(path, label), ...], class names) of a folder: one sub-folder a class, or images alone.
+
+    Sorted by name, searched to any depth; hidden files and files that are no images by suffix are
+    passed over, links to folders not followed. ValueError for a folder that is missing, without
+    images, or of both kinds.
+    """
+    state = "no folder" if os.path.exists(folder) else "missing"
+    require(os.path.isdir(folder), f"--data: got {folder!r}, which is {state}")
+    groups = {}
+    for place, folders, names in os.walk(folder, onerror=warn):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        parts = Path(place).relative_to(folder).parts
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                groups.setdefault(parts[:1], []).append(os.path.join(place, name))
+
+    kinds = "PNG, JPEG, WebP, BMP or GIF images"
+    require(groups, f"--data: got {folder!r}, which holds no {kinds}")
+    own = groups.get((), [""])[0]
+    message = f"--data: got images alone in {folder!r} and {os.path.basename(own)!r} beside them"
+    require(not own or len(groups) == 1, f"{message}, expected one sub-folder a class or no folder")
+    groups = sorted(groups.items())
+    names = [parts[0] if parts else Path(folder).resolve().name for parts, _ in groups]
+    return [(path, i) for i, (_, paths) in enumerate(groups) for path in paths], names
+
+
+def warn(error):
+    """Names a folder that cannot be read."""
+    print(f"passed over: {sample.printable(error)}", file=sys.stderr)
+
+
+def split_held_out(files, folder, fraction=HELD_OUT):
+    """(training, held out) parts of [(path, label), ...], in the order of a hash of the path.
+
+    The path inside the folder, so that a file stays in its part when others come or go. Neither
+    part is empty. ValueError for fewer than two files.
+    """
+    require(len(files) >= 2, f"--data: got {len(files)} image in {folder}, expected at least two")
+    places = []
+    for path, _ in files:
+        name = os.path.relpath(path, folder).replace(os.sep, "/")
+        place = hashlib.sha256(os.fsencode(name)).digest()[:8]
+        places.append(int.from_bytes(place, "big") / 2**64)
+    limit = min(max(fraction, min(places)), np.nextafter(max(places), 0))
+    ordered = sorted(zip(places, files))
+    train = [file for place, file in ordered if place > limit]
+    return train, [file for place, file in ordered if place <= limit]
 
 
 def generator_of(*key):
-    """Randomness as a function of where it is used (seed, stage, step, ...), so that none of it has to be saved to continue a run."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
+    """Randomness as a function of where it is used: (seed, stage, step, ...)."""
+    number = hashlib.sha256(repr(key).encode()).digest()[:7]
+    return torch.Generator().manual_seed(int.from_bytes(number, "big"))
 
 
 @functools.lru_cache(2)
@@ -201,14 +676,29 @@ def epoch_order(seed, epoch, count):
 
 
 def step_items(args, step, count):
-    """[(index, draw), ...]: the items of a step, every item once an epoch in a new order; draw numbers them over the whole run."""
+    """[(index, draw), ...] of a step: every item once an epoch; draw numbers them over the run."""
     draws = range(step * args.batch, (step + 1) * args.batch)
     return [(epoch_order(args.seed, draw // count, count)[draw % count], draw) for draw in draws]
 
 
-def own_parts(args, batch):
-    """This process's part of a tensor with a row a sample, in --accumulate parts: all processes together see what one alone would."""
-    return batch.chunk(world() * args.accumulate)[rank() * args.accumulate:][:args.accumulate]
+def loader(args, data, start):
+    """Batches (uint8 images (B / processes, 3, size, size), labels) from step `start` on."""
+    share = args.batch // world()
+    own = slice(rank() * share, (rank() + 1) * share)
+
+    def keys():
+        for step in range(start, args.steps):
+            items = step_items(args, step, len(data))[own]
+            yield [(index, (args.seed, draw)) for index, draw in items]
+
+    workers = dict(num_workers=args.workers, worker_init_fn=stand_apart)
+    return torch.utils.data.DataLoader(data, batch_sampler=keys(), **workers)
+
+
+def first_images(data, count, args):
+    """The first `count` images, centre crops, (B, 3, size, size) in [-1, 1]."""
+    rows = range(min(len(data), count))
+    return to_unit(torch.stack([data[index, None][0] for index in rows]), args.device)
 
 
 def to_unit(images, device):
@@ -216,382 +706,527 @@ def to_unit(images, device):
     return to_device(images, device).float() / 127.5 - 1
 
 
-def token_cache(name, images, tokenizer_params, args):
-    """Tokens of all images, a memory-mapped (N, views, L) array in the run folder, encoded once by the finished tokenizer. Keyed by the
-    tokenizer's weights and the list of images; continued where it was interrupted; made anew, and said so, when either changed. The
-    views are the centre crop and its mirror image, or --views random crops; drawings have one."""
-    views = args.views if args.data is not None else 0
-    mirrored = args.data is not None and args.flip and not views
-    settings = (args.scales, args.size, views, mirrored, args.dtype, args.seed if views else None)
-    key = hashlib.sha256(repr((digest(tokenizer_params), settings)).encode())
-    for item in images.items:
-        key.update(repr(item if args.data is None else (item, os.path.getsize(item[0]), os.path.getmtime(item[0]))).encode())
-    fast = tokenizer.cast(tokenizer_params, args.dtype)
-    progress = sample.Progress(f"encoding {name}", len(images))
+def token_cache(args, name, data, codec):
+    """Tokens of all images, a memory-mapped array (N, views, L), encoded once by the codec.
 
-    def encode(rows):
-        keys = [[(i, (args.seed, view, i)) for i in rows] for view in range(views)] or [[(i, None) for i in rows]]
-        batches = [to_unit(torch.stack([image for image, _ in readers.map(images.__getitem__, own)]), args.device) for own in keys]
-        batches += [batches[0].flip(-1)] if mirrored else []
-        tokens = torch.stack([torch.cat([tokenizer.encode(fast, part, args.scales) for part in pixels.split(at_once(args.size**2))])
-                              for pixels in batches], 1)
-        progress.show(rows.stop, len(rows))
-        return tokens.cpu().numpy()
-
-    shape = (len(images), max(1, views) + mirrored, sum(tokenizer.lengths(args.scales)))
-    with ThreadPool(max(1, args.workers)) as readers:
-        return sample.fill_array(os.path.join(args.out, f"tokens-{name}"), dict(key=key.hexdigest()), shape, np.int32, 64, encode)
-
-
-class Trained(torch.nn.Module):
-    """The thinnest module that DDP and torch.compile take: the trainable leaves of a tree as parameters, a loss as forward."""
-    def __init__(self, params, loss):
-        super().__init__()
-        self.leaves = torch.nn.ParameterList(leaf for leaf in pytree.tree_leaves(params) if isinstance(leaf, torch.nn.Parameter))
-        self.params, self.loss = params, loss
-
-    def forward(self, *batch):
-        return self.loss(self.params, *batch)
-
-
-def trainable(params, branches=None):
-    """The tree with its leaves as parameters, all or those of some branches."""
-    if branches is not None:
-        return params | trainable({name: params[name] for name in branches})
-    return pytree.tree_map(lambda tensor: torch.nn.Parameter(tensor.clone()), params)
-
-
-def with_leaves(params, leaves):
-    """The tree with its trainable leaves replaced, in order, and detached."""
-    leaves = iter(leaves)
-    return pytree.tree_map(lambda leaf: next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf, params)
-
-
-def fit(args, params, loss, batches, *, after_step=None, evaluate=None, extra=()):
-    """Trains the parameters in the tree `params` for args.steps and returns the tree with their moving averages.
-
-    loss(params, *batch) -> (loss, {name: tensor}); batches(start) yields for each step one batch for each of the --accumulate parts;
-    after_step(step, outputs of the parts, optimizer) may change parameters; evaluate(averaged tree) -> numbers to report; extra: tensors of
-    state that after_step keeps. A step depends on its number and the checkpoint alone: a run that was killed continues bit for bit.
+    The first view is the centre crop; a small folder's images have several random crops besides.
+    Kept in the run folder, made anew where codec or images changed, or it is not whole.
     """
-    model, resume, start = Trained(params, loss), os.path.join(args.out, f"{args.stage}.resume.pt"), 0
-    leaves, optimizer = list(model.leaves), adamw(params, args)
-    average = [leaf.detach().clone() for leaf in leaves]
-    state, window = [leaf.data for leaf in leaves] + average, {}  # window: what was measured since the last report
-    if os.path.exists(resume):
-        saved = sample.load(resume)
-        start, window = saved["step"], to_device(saved["window"], args.device)
-        optimizer.load_state_dict(saved["optimizer"])
-        torch._foreach_copy_([*state, *extra], saved["state"])
-        del saved
-        for tensor in extra if rank() else ():  # saved as sums over the processes, which the first one carries on
-            tensor.zero_()
-        say(f"{args.stage}: continues at step {start} of {args.steps}")
-    call = sample.compiled(model) if args.compile else model
-    if world() > 1:
-        call = torch.nn.parallel.DistributedDataParallel(call, device_ids=[args.device] if args.device.type == "cuda" else None,
-                                                         find_unused_parameters=args.stage == "tokenizer")
-    progress, note, stop = sample.Progress(args.stage, args.steps, start), "", Stop()
-    metrics = Metrics(os.path.join(args.out, "metrics.jsonl"), args.stage, start)
-    for step, micro_batches in enumerate(batches(start), start + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, args)
-        outputs, norm = optimise(call, micro_batches, leaves, optimizer, args.clip)
-        torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - min(args.ema, step / (step + 10)))
-        numbers = after_step and after_step(step, outputs, optimizer) or {}
-        for name, value in [pair for output in (*outputs, dict(gradient=norm)) for pair in output.items()]:
-            if torch.is_tensor(value):  # lists are for after_step alone
-                window.setdefault(name, []).append(value.detach())
-        if step % args.log_every == 0 or step == args.steps:
-            means = {name: torch.stack(tensors).mean(0).tolist() for name, tensors in window.items()}
-            window.clear()
-            metrics.write(step, lr=learning_rate(step - 1, args), **means, **numbers)
-            note = "  ".join(f"{name} {value:.4g}" for name, value in (means | numbers).items() if name in ("loss", "psnr_now"))
-        progress.show(step, args.batch, note)
-        if evaluate is not None and (step % args.eval_every == 0 or step == args.steps):
-            numbers = evaluate(with_leaves(params, average))
-            metrics.write(step, **numbers)
-            shown = "  ".join(" ".join([name, *(f"{number:.4g}" for number in np.atleast_1d(value))]) for name, value in numbers.items())
-            say(f"{args.stage} {step}/{args.steps}  {shown}")
-        stopped = stop.agreed(step, args.device)
-        if step % args.save_every == 0 or stopped or step == args.steps:
-            whole_state = [*state, *(summed(tensor) for tensor in extra)]
-            save(resume, dict(step=step, state=whole_state, optimizer=optimizer.state_dict(), window=window))
-        if stopped:
-            raise KeyboardInterrupt(f"{args.stage}: stopped at step {step} of {args.steps} and saved; "
-                                    "the same command, without --restart, continues there")
-    stop.restore()
-    return with_leaves(params, average)
+    views = 1
+    if not data.is_drawn and name == "train":
+        views = min(MOST_VIEWS, max(1 + args.flip, VIEWS_IN_ALL // len(data)))
+    dtype = np.uint16 if len(codec["codebook"]) <= 2**16 else np.int32
+    shape = (len(data), views, sum(tokenizer.lengths(args.scales)))
+    path = os.path.join(args.out, f"tokens-{name}.npy")
+    key = dict(codec=digest(codec), images=fingerprint(data), dtype=str(args.dtype), seed=args.seed)
+    key |= dict(
+        shape=shape, flip=args.flip, size=os.path.getsize(path) if os.path.exists(path) else 0
+    )
+
+    if json.loads(json.dumps(key)) != read_json(f"{path}.json"):
+        rows = range(len(data))
+        own = rows[rank() * len(rows) // world() : (rank() + 1) * len(rows) // world()]
+        save_array(f"{path}.{rank()}", encoded(args, name, data, codec, own, views).astype(dtype))
+        barrier()
+        if rank() == 0:
+            parts = [f"{path}.{number}" for number in range(world())]
+            save_array(path, np.concatenate([np.load(part) for part in parts]))
+            write_json(f"{path}.json", key | dict(size=os.path.getsize(path)))
+            for part in parts:
+                os.remove(part)
+    barrier()
+    return np.load(path, mmap_mode="r")
 
 
-def optimise(call, micro_batches, leaves, optimizer, clip):
-    """One step from a batch in parts: (what the loss reports for each part, the norm of the gradient before clipping)."""
-    outputs = []
-    for i, batch in enumerate(micro_batches, 1):
-        with call.no_sync() if world() > 1 and i < len(micro_batches) else contextlib.nullcontext():
-            loss, output = call(*batch)
-            (loss / len(micro_batches)).backward()
-        outputs.append(output)
-    norm = torch.nn.utils.clip_grad_norm_(leaves, clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return outputs, norm
+def encoded(args, name, data, codec, rows, views):
+    """Tokens (len(rows), views, L) of a range of images."""
+    fast = tokenizer.cast(codec, args.dtype)
+    tokens = []
+    for first in rows[::64]:
+        part = range(first, min(first + 64, rows.stop))
+        keys = [(i, (args.seed, view, i) if view else None) for i in part for view in range(views)]
+        images = to_unit(torch.stack([data[key][0] for key in keys]), args.device)
+        for few in images.split(at_once(args.size**2)):
+            tokens.append(tokenizer.encode(fast, few, args.scales).cpu())
+        if part.stop % 4096 < 64 or part.stop == rows.stop:
+            say(f"encoding {name} {part.stop}/{rows.stop}")
+    return torch.cat(tokens).unflatten(0, (len(rows), views)).numpy()
 
 
-def adamw(params, args):
-    """AdamW (0.9, 0.95) whose decay spares biases, norms, embeddings, positions, temperatures and the codebook."""
-    spared = re.compile(r"classes|start|levels|positions|scale$|codebook|mask_embedding|bias|norm")
-    groups = {True: [], False: []}
-    for path, leaf in pytree.tree_flatten_with_path(params)[0]:
-        if isinstance(leaf, torch.nn.Parameter):
-            groups[not spared.search(path_name(path))].append(leaf)
-    return torch.optim.AdamW([dict(params=leaves, weight_decay=args.weight_decay * decays) for decays, leaves in groups.items()],
-                             lr=args.lr, betas=(0.9, 0.95), fused=args.device.type in ("cpu", "cuda"))
+# ---- the command
 
 
-def learning_rate(step, args):
-    """Linear warm-up, then cosine or linear decay to zero."""
-    decay = 0.5 * (1 + math.cos(math.pi * (step / args.steps))) if args.decay == "cosine" else 1 - step / args.steps
-    return args.lr * min(1, (step + 1) / max(1, args.warmup)) * decay
+def parser():
+    """The flags of `python train.py`."""
+    top = argparse.ArgumentParser(
+        usage="python train.py [STAGE] [flags]",
+        description="Train HMAR from nothing: tokenizer, next-scale, masked stage. (auto) follows "
+        "--size.",
+        formatter_class=sample.Help,
+        allow_abbrev=False,
+    )
+    add = top.add_argument_group("data").add_argument
+    add("--data", metavar="FOLDER", help="images, a sub-folder a class or all in one (drawings)")
+    add("--size", type=int, metavar="PIXELS", help="side of the images (drawings 32, else 256)")
+    add("--flip", action="store_true", help="mirror images at random")
+    add("--workers", type=int, default=os.cpu_count() // 4, metavar="N", help="that decode images")
+    add = top.add_argument_group("run").add_argument
+    stages = ("all", *STAGES)
+    add("stage", nargs="?", default="all", choices=stages, metavar="STAGE", help=", ".join(stages))
+    add("--out", metavar="RUN", help="run folder (runs/shapes or runs/<data folder>)")
+    add("--init", metavar="FILE", help="start the one stage from these weights, ours or published")
+    add("--tokenizer", metavar="FILE", help="use this finished tokenizer, ours or published")
+    add("--restart", action="store_true", help="begin the run folder anew")
+    add("--seed", type=int, default=0, metavar="N", help="of all randomness")
+    add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoints to go on from")
+    add("--device", metavar="D", help="cuda or cpu (the first there is)")
+    add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
+    add("--compile", action="store_true", help="torch.compile the training step")
+    add = top.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, metavar="N", help="of each stage (auto)")
+    add("--batch", type=int, metavar="N", help="images a step, over all processes (auto)")
+    add("--accumulate", type=int, metavar="N", help="parts of a batch, to save memory (auto)")
+    add("--lr", type=float, metavar="RATE", help="peak learning rate (auto)")
+    add("--warmup", type=int, metavar="STEPS", help="to the peak learning rate (auto)")
+    add("--ema", type=float, metavar="DECAY", help="of the average that is saved (auto)")
+    add("--checkpointing", action="store_true", help="compute activations twice: less memory")
+    add = top.add_argument_group("model").add_argument
+    add("--scales", nargs="+", type=sample.scale_pair, metavar="SIDE", help="4 or 2x3 each (auto)")
+    add("--codes", type=int, metavar="V", help="codebook size (auto)")
+    add("--code-dim", type=int, metavar="N", help="dimensions of a code (auto)")
+    add("--channels", type=int, metavar="N", help="tokenizer's, a multiple of 32 (auto)")
+    add("--multipliers", nargs="+", type=int, metavar="M", help="of channels, a level each (auto)")
+    add("--depth", type=int, metavar="N", help="transformer blocks (auto)")
+    add("--width", type=int, metavar="N", help="of the transformer (auto)")
+    add("--masked-blocks", type=int, metavar="N", help="the masked branch's own (auto)")
+    add("--loss-weights", choices=("token", "scale", "lognormal"), help="(auto)")
+    add("--causal", action="store_true", help="VAR: attend to coarser scales, no masked stage")
+    return top
 
 
-def train_tokenizer(args, data, held_out):
-    """Stage one, images -> tokenizer.pt: a plain autoencoder, then a codebook made of data, whose dead codes are replaced as it trains."""
-    tree = dict(tokenizer=trainable(initial_tokenizer(args)))
-    if args.gan:
-        tree["discriminator"] = trainable(to_device(tokenizer.init_discriminator(seed=args.seed), args.device))
-    codebook, scales = tree["tokenizer"]["codebook"], args.scales
-    warm = 0 if args.init else min(200, args.steps // 10)
-    chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # how often, since dead codes were last replaced
-    window = torch.zeros(len(scales), len(codebook), dtype=torch.int64, device=args.device)  # the same a scale, since the last report
-    reserved = whole(held_out, 256, args)
+def train(args):
+    """The stages that the flags ask for, in order."""
+    args.device = start_processes(args.device)
+    args.dtype = sample.find_dtype(args.dtype, args.device)
+    args = resolved(args)
+    data, held_out, args.class_names = data_sets(args)
+    claim_folder(args, data, held_out)
+    say(
+        f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, "
+        f"{len(args.class_names)} classes; {args.device}, {str(args.dtype)[6:]}, "
+        f"{torch.get_num_threads()} threads, processes: {world()}"
+    )
+    if args.device.type == "cpu" and args.size > LARGEST_SMALL:
+        say("a model of the published size, made for GPUs: on a CPU its steps take minutes")
 
-    def batches(start):
-        own = slice(rank() * args.batch // world(), (rank() + 1) * args.batch // world())
-        keys = ([(index, (args.seed, draw)) for index, draw in step_items(args, step, len(data))[own]] for step in range(start, args.steps))
-        loader = torch.utils.data.DataLoader(data, batch_sampler=keys, num_workers=args.workers, worker_init_fn=stand_apart)
-        for step, (images, _) in enumerate(loader, start):
-            generator = generator_of(args.seed, "tokenizer", step)
-            coin, depth = torch.rand(2, generator=generator).tolist()
-            stop = int(depth * len(scales)) + 1 if coin < args.truncate else None
-            gan = args.gan * min(1, max(0, 5 * step / args.steps - 1))  # from a fifth of the steps on, in full from two fifths
-            parts = to_unit(images, args.device).chunk(args.accumulate)
-            uniform = to_device(own_parts(args, torch.rand(args.batch, 4, generator=generator)), args.device)
-            yield [(pixels, step >= warm, stop, gan, numbers) for pixels, numbers in zip(parts, uniform)]
-
-    def after_step(step, outputs, optimizer):
-        if step == warm:
-            with torch.no_grad():
-                pixels = whole(data, 512, args).split(at_once(args.size**2))
-                features = torch.cat([tokenizer.features(tree["tokenizer"], part) for part in pixels])
-            replace(codebook, tokenizer.data_codebook(tree["tokenizer"], features, scales, generator_of(args.seed, "codebook")))
-        for k, tokens in [(k, tokens) for output in outputs for k, tokens in enumerate(output["tokens"])]:
-            window[k].index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
-            chosen.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
-        if args.revive_every and step > warm and step % args.revive_every == 0 and step <= 0.8 * args.steps:
-            counts = summed(chosen)
-            new, dead = tokenizer.revive_codes(codebook.detach(), counts, outputs[-1]["residuals"], generator_of(args.seed, "revive", step))
-            replace(codebook, new)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[codebook][moment][dead] = 0
-            chosen.zero_()
-        if args.unit_codes:
-            replace(codebook, F.normalize(codebook.detach(), dim=1))
-        if step % args.log_every == 0 and step > warm:
-            counts = summed(window)
-            window.zero_()
-            _, psnr = reconstructed(tokenizer.cast(tree["tokenizer"], args.dtype), reserved[:16], args)
-            return dict(psnr_now=psnr, codes_used=int((counts.sum(0) > 0).sum()), usage=code_usage(counts))
-
-    params = fit(args, tree, functools.partial(tokenizer_loss, args), batches, after_step=after_step, extra=[chosen, window],
-                 evaluate=lambda average: judge_tokenizer(average["tokenizer"], reserved, args))["tokenizer"]
-    return params | dict(codebook=F.normalize(params["codebook"], dim=1)) if args.unit_codes else params  # an average is shorter
+    work = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}
+    for stage in args.stages:
+        path = os.path.join(args.out, STAGES[stage])
+        if stage in read_run(args)["made"]:
+            say(f"{stage}: finished before, {path}")
+            continue
+        own = dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage])
+        own["judge_every"] = max(1, own["steps"] // JUDGEMENTS)
+        tree = work[stage](argparse.Namespace(**vars(args) | own), data, held_out)
+        finish(args, stage, tree)
+    say(f"finished: {args.out} holds weights, metrics.jsonl and samples/")
+    say(f"next: python sample.py {args.out}")
 
 
-def tokenizer_loss(args, tree, images, quantised, stop, gan, uniform):
-    """(loss, what is reported) of images (B, 3, H, W): squared, absolute and edge errors, quantisation, and with gan adversarial losses."""
-    fast = tokenizer.cast(tree["tokenizer"], args.dtype)
-    made, vq, residuals, tokens = tokenizer.training_pass(fast, images, args.scales, args.beta, quantised, stop)
-    edges = sum(F.l1_loss(made.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
-    reconstruction = F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges
-    total = reconstruction + vq
-    output = dict(loss=total.detach(), vq=vq.detach(), residuals=residuals, tokens=tokens)
-    if gan:
-        last = tree["tokenizer"]["decoder"]["conv_out"]["weight"]  # its cast may be an output of a compiled part
-        fooled, critic = adversarial_losses(tree["discriminator"], images, made, reconstruction, last, uniform)
-        total, output = total + gan * fooled + critic, output | dict(critic=critic.detach())
-    return total, output
+def resolved(args):
+    """The flags with every 'auto' filled in. ValueError that names the flag for what does not fit."""
+    if args.size is None:
+        args.size = 32 if args.data is None else 256
+    preset = SMALL if args.size <= LARGEST_SMALL else PUBLISHED
+    for name, value in preset.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    for name, (least, most) in LIMITS.items():
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        fits = value is None or isinstance(value, dict) or least <= value <= most
+        require(fits, f"{flag}: got {value}, expected {least:g} to {most:g}")
+    for name in ("steps", "lr"):
+        value = getattr(args, name)
+        setattr(args, name, value if isinstance(value, dict) else dict.fromkeys(STAGES, value))
+
+    default = "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data))
+    args.out = args.out or os.path.join("runs", default)
+    left_out = ["tokenizer"] * bool(args.tokenizer) + ["masked"] * args.causal
+    args.stages = [args.stage] if args.stage != "all" else [s for s in STAGES if s not in left_out]
+    require(args.stage not in left_out, f"{args.stage}: not with --tokenizer or --causal")
+    fits = args.init is None or args.stage in ("tokenizer", "next-scale")
+    require(fits, "--init: needs the stage that it starts, tokenizer or next-scale")
+
+    step = 2 ** (len(args.multipliers) - 1)
+    own = os.path.join(args.out, "tokenizer.pt")
+    given = args.init if args.stage == "tokenizer" else args.tokenizer
+    if given or args.stage in ("next-scale", "masked") and os.path.exists(own):
+        step = tokenizer.downsampling(load_tokenizer(given or own))
+    side = args.size // step
+    require(args.size % step == 0, f"--size: got {args.size}, expected a multiple of {step}")
+    args.scales = tuple(args.scales or default_scales(side))
+    tokenizer.check_scales(args.scales)
+    fits = args.scales[-1] == (side, side) and len(args.scales) > 1
+    message = f"--scales: got {sides(args.scales)}, expected two or more that end at"
+    require(fits, f"{message} {side}, {args.size} pixels / {step}")
+    with torch.device("meta"):  # what does not fit is told before the first stage, not after it
+        tokenizer.init(**{name: getattr(args, name) for name in TOKENIZER_SIZES})
+        hmar.init(depth=args.depth, width=args.width, scales=args.scales, codes=args.codes)
+
+    processes = world()
+    if args.accumulate is None:
+        wanted = args.batch / (processes * at_once(args.size**2))
+        parts = range(1, args.batch + 1)
+        fitting = [n for n in parts if args.batch % (n * processes) == 0] or [1]
+        args.accumulate = next((n for n in fitting if n >= wanted), fitting[-1])
+    fits = args.batch % (args.accumulate * processes) == 0
+    message = f"--batch: got {args.batch}, expected a multiple of {args.accumulate} parts on"
+    require(fits, f"{message} {processes} processes")
+    return args
 
 
-def adversarial_losses(layers, images, made, reconstruction, last, uniform):
-    """(the tokenizer's loss, the discriminator's hinge loss); the first balanced by gradient norms at the decoder's last weight (VQGAN)."""
-    frozen = pytree.tree_map(torch.Tensor.detach, layers)
-    fooled = -tokenizer.discriminator(tokenizer.augmented(made, uniform), frozen).mean()
-    gradients = (torch.autograd.grad(value, last, retain_graph=True)[0] for value in (reconstruction, fooled))
-    ours, theirs = (summed(gradient.float()).norm() for gradient in gradients)
-    real, fake = (tokenizer.discriminator(tokenizer.augmented(batch, uniform), layers) for batch in (images, made.detach()))
-    return fooled * (ours / (theirs + 1e-6)).clamp(max=1e4).detach(), F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+def default_scales(latent):
+    """Scales for a latent of latent x latent: published ones, else sides that grow by about 3/2."""
+    for published in hmar.SCALES.values():
+        if published[-1][0] == latent:
+            return published
+    made = [latent]
+    while made[0] > 1:
+        made.insert(0, max(1, min(made[0] - 1, round(made[0] / 1.4))))
+    return tuple((side, side) for side in made)
 
 
-def code_usage(counts):
-    """For each row of counts (S, V): distinct codes, their perplexity, and the most that could have been used, min(V, tokens seen)."""
-    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    perplexity = torch.exp(-torch.xlogy(share, share).sum(1))
-    return [dict(distinct=int((row > 0).sum()), perplexity=round(float(p), 1), most=min(len(row), int(row.sum())))
-            for row, p in zip(counts, perplexity)]
-
-
-def judge_tokenizer(params, images, args):
-    """{"psnr": dB on held-out images}; draws the reconstruction sheet: original, reconstruction, and the image after each scale."""
-    made, psnr = reconstructed(params, images, args)
-    with torch.no_grad():
-        images, made = (batch[:min(8, at_once(args.size**2))] for batch in (images, made))
-        pyramid = tokenizer.quantise(params["codebook"], params["phi"], tokenizer.features(params, images), args.scales)
-        rows = [images, made, *(tokenizer.decode_features(params, f_hat) for _, _, f_hat in pyramid)]
-    names = ["original", "reconstruction", *(f"after {h}x{w}" for h, w in args.scales)]
-    write_sheet(os.path.join(args.out, "samples", "reconstructions.png"), rows, names)
-    return dict(psnr=psnr)
-
-
-def reconstructed(params, images, args):
-    """(reconstructions of images (B, 3, H, W), their mean PSNR in dB)."""
-    with torch.no_grad():
-        tokens = [tokenizer.encode(params, batch, args.scales) for batch in images.split(at_once(args.size**2))]
-        made = torch.cat([tokenizer.decode(params, batch, args.scales) for batch in tokens])
-    return made, float((10 * torch.log10(4 / (made - images).square().mean((1, 2, 3)))).mean())
-
-
-def train_transformer(args, data, held_out):
-    """Stage two, tokens -> hmar.pt: every token from the coarser scales. Stage three, hmar.pt -> hmar.pt with its masked branch: hidden
-    tokens from the others of their scale, while the trunk and the rest stay as they are."""
-    tokenizer_params, is_masked = finished(args, "tokenizer"), args.stage == "masked"
-    params = initial_transformer(args, tokenizer_params)
-    params = trainable(params, ["masked"] if is_masked else [name for name in params if name != "trunk" or not args.freeze_trunk])
-    tokens, reserved = (token_cache(name, images, tokenizer_params, args) for name, images in (("train", data), ("held-out", held_out)))
-    labels, held_out_labels, null = torch.tensor(data.labels), torch.tensor(held_out.labels), len(params["classes"]) - 1
-    depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
-    always = len(params["trunk"]) if is_masked else 0  # the frozen blocks drop nothing
-    weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)
-
-    def loss(params, labels, tokens, keep, mask=None, places=None, share=None):
-        inputs = tokenizer.next_scale_inputs(tokenizer_params, tokens, args.scales)
-        fast, options = hmar.cast(params, args.dtype), dict(keep=keep, checkpointing=args.checkpointing)
-        if mask is None:
-            losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
-            total = (losses * weights).sum(1).mean()
-            return total, dict(loss=total.detach(), scale_losses=by_scale(losses.detach().mean(0), args.scales))
-        own_inputs = tokenizer.masked_inputs(tokenizer_params, tokens, args.scales, mask)
-        losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask, places=places, **options)
-        total = (losses * share).sum()  # the mean over the whole step's hidden tokens, in however many parts it runs
-        return total, dict(loss=total.detach())
-
-    def batches(start):
-        for step in range(start, args.steps):
-            chosen, own, generator = *token_batch(args, step, labels, tokens), generator_of(args.seed, args.stage, step)
-            chosen = torch.where(torch.rand(args.batch, generator=generator) < args.label_drop, null, chosen)
-            keep = hmar.stochastic_depth(torch.rand(args.batch, depth - always, 2, generator=generator), args.depth_drop * depth / 24)
-            keep = torch.cat([torch.ones(args.batch, always, 2), keep], 1)
-            parts = [own_parts(args, tensor) for tensor in (chosen, own, keep)]
-            if is_masked:
-                ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens, for each sample
-                mask = torch.rand(args.batch, own.shape[1] - tokenizer.lengths(args.scales)[0], generator=generator) < ratio
-                masks, share = own_parts(args, mask), torch.tensor(world() * args.accumulate / max(1, int(mask.sum())))
-                parts += [masks, [hidden.flatten().nonzero()[:, 0] for hidden in masks], [share] * args.accumulate]
-            yield to_device(list(zip(*parts)), args.device)
-
-    return fit(args, params, loss, batches,
-               evaluate=lambda average: judge_transformer(average, tokenizer_params, held_out_labels, reserved, args))
-
-
-def token_batch(args, step, labels, tokens):
-    """(labels (B,), tokens (B, L)) of a step's whole batch, a random view of each image."""
-    indices = [index for index, _ in step_items(args, step, len(labels))]
-    views = torch.randint(tokens.shape[1], (len(indices),), generator=generator_of(args.seed, "views", step)).numpy()
-    return labels[indices], torch.from_numpy(tokens[indices, views].astype(np.int64))
-
-
-def by_scale(values, scales):
-    """Means (S,) of values (L,) over each scale."""
-    return torch.stack([own.mean() for own in values.split(tokenizer.lengths(scales))])
-
-
-def judge_transformer(params, tokenizer_params, labels, tokens, args):
-    """Held-out loss (nats) and token accuracy, over all tokens and a scale; in the masked stage of the hidden half of the tokens alone.
-    Draws the sample sheet, samples/<stage>.png: a row a class, eight samples each, of the first ten classes."""
-    tokens, labels = torch.from_numpy(tokens[:512, 0].astype(np.int64)).to(args.device), labels[:512].to(args.device)
-    lengths, sums = tokenizer.lengths(args.scales), 0
-    with torch.no_grad():
-        batch = min(32, at_once(args.size**2))
-        for number, (own, own_labels) in enumerate(zip(tokens.split(batch), labels.split(batch))):
-            inputs = tokenizer.next_scale_inputs(tokenizer_params, own, args.scales)
-            if args.stage == "masked":
-                mask = (torch.rand(inputs.shape[:2], generator=generator_of("held-out mask", 32 * number)) < 0.5).to(args.device)
-                own_inputs = tokenizer.masked_inputs(tokenizer_params, own, args.scales, mask)
-                logits, judged = hmar.masked_logits(params, own_labels, inputs, own_inputs, mask), F.pad(mask, (lengths[0], 0))
-            else:
-                logits, judged = hmar.next_scale_logits(params, own_labels, inputs, args.causal), torch.ones_like(own)
-            losses, hits = F.cross_entropy(logits.transpose(1, 2), own, reduction="none"), logits.argmax(-1) == own
-            sums = sums + (torch.stack([losses, hits, torch.ones_like(losses)]) * judged).double().sum(1)  # (3, L)
-    names = args.class_names[:10]
-    rows = [sample.generate(params, tokenizer_params, torch.full((8,), label, device=args.device), seed=8 * label, is_causal=args.causal)[0]
-            for label in range(len(names))]
-    write_sheet(os.path.join(args.out, "samples", f"{args.stage}.png"), rows, names)
-    loss, accuracy, count = sums.sum(1).tolist()
-    scale_sums = torch.stack([own.sum(1) for own in sums.split(lengths, 1)], 1)[:, args.stage == "masked":]  # scale 0 is never masked
-    scale_losses, scale_accuracies = (scale_sums[:2] / scale_sums[2].clamp(min=1)).tolist()
-    return dict(held_out_loss=loss / count, ln_codes=math.log(len(tokenizer_params["codebook"])), accuracy=accuracy / count,
-                held_out_scale_losses=scale_losses, scale_accuracies=scale_accuracies)
+def sides(scales):
+    """The scales as --scales takes them."""
+    return " ".join(str(h) if h == w else f"{h}x{w}" for h, w in scales)
 
 
 def initial_tokenizer(args):
-    """A new tokenizer of the flags' sizes, or --init's: a tree of ours or a published state dict."""
-    names = ("codes", "code_dim", "channels", "multipliers", "residual_blocks", "attention", "seed")
-    new = load_tokenizer(args.init) if args.init else tokenizer.init(**{name: getattr(args, name) for name in names})
-    return to_device(new, args.device)
+    """A new codec of the flags' sizes, or --init's."""
+    if args.init is not None:
+        return to_device(load_tokenizer(args.init), args.device)
+    sizes = {name: getattr(args, name) for name in TOKENIZER_SIZES}
+    return to_device(tokenizer.init(**sizes, seed=args.seed), args.device)
 
 
-def initial_transformer(args, tokenizer_params):
-    """What a stage starts from: hmar.pt with a new masked branch; or a new transformer of the flags' sizes; or --init's, with positions
-    resampled for other scales and a new class embedding for other classes."""
-    codes, code_dim = tokenizer_params["codebook"].shape
-    new = dict(classes=len(args.class_names), codes=codes, code_dim=code_dim, scales=args.scales, gamma=args.gamma, seed=args.seed)
-    if args.stage != "masked" and args.init is None:
-        return to_device(hmar.init(depth=args.depth, width=args.width, **new), args.device)
-    params = finished(args, "next-scale") if args.stage == "masked" else load_transformer(args.init)
-    params.pop("masked", None)  # trained before: start over
+def initial_transformer(args, codec):
+    """A new transformer of the flags' sizes; or --init's, for other scales or classes if need be."""
+    codes, code_dim = codec["codebook"].shape
+    sizes = dict(codes=codes, code_dim=code_dim, classes=len(args.class_names), scales=args.scales)
+    if args.init is None:
+        own = dict(depth=args.depth, width=args.width, gamma=args.gamma, seed=args.seed)
+        return to_device(hmar.init(**sizes, **own), args.device)
+
+    params = load_transformer(args.init)
+    params.pop("masked", None)
     blocks = params["trunk"] + params["next_scale"]["blocks"]
-    if args.stage == "masked":
-        return hmar.add_masked_branch(params, min(args.masked_blocks, len(blocks)), seed=args.seed)
-    params = params | dict(trunk=blocks, next_scale=params["next_scale"] | dict(blocks=[]))
+    params |= dict(trunk=blocks, next_scale=params["next_scale"] | dict(blocks=[]))
     if hmar.scales(params) != args.scales:
-        say(f"--init: positions resampled from {sides(hmar.scales(params))} to {sides(args.scales)}")
+        say(f"--init: positions resampled for the scales {sides(args.scales)}")
         params = hmar.resize_positions(params, args.scales)
     if len(params["classes"]) != len(args.class_names) + 1:
-        say(f"--init: a new class embedding for {len(args.class_names)} classes in place of {len(params['classes']) - 1}")
-        params = params | dict(classes=hmar.init(depth=1, width=params["classes"].shape[1], **new)["classes"])
-    fits = (len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]) == (codes, code_dim)
-    require(fits, f"--init: {args.init} does not fit tokenizer.pt's {codes} codes of {code_dim} dimensions")
+        say(f"--init: a new class embedding for {len(args.class_names)} classes")
+        width = params["classes"].shape[1]
+        new = hmar.init(**sizes, depth=1, width=width, heads=1, seed=args.seed)
+        params["classes"] = new["classes"]
+    got = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
+    message = f"--init: got {got[0]} codes of {got[1]} dimensions, expected the tokenizer's"
+    require(got == (codes, code_dim), f"{message} {codes} of {code_dim}")
     return to_device(params, args.device)
 
 
+def initial_masked(args):
+    """hmar.pt with a new masked branch."""
+    params = finished(args, "next-scale")
+    params.pop("masked", None)
+    blocks = min(args.masked_blocks, len(params["trunk"]) + len(params["next_scale"]["blocks"]))
+    return hmar.add_masked_branch(params, blocks, seed=args.seed)
+
+
+# ---- run folders and processes
+
+
+class Trained(torch.nn.Module):
+    """The thinnest module that DDP and torch.compile take: a tree's parameters, a loss."""
+
+    def __init__(self, tree, loss):
+        super().__init__()
+        leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.nn.Parameter)]
+        self.leaves, self.tree, self.loss = torch.nn.ParameterList(leaves), tree, loss
+
+    def forward(self, **batch):
+        return self.loss(self.tree, **batch)
+
+
+def trainable(tree):
+    """The tree with its leaves as parameters."""
+    return pytree.tree_map(lambda tensor: torch.nn.Parameter(tensor.clone()), tree)
+
+
+def with_leaves(tree, leaves):
+    """The tree with its parameters replaced, in order, and everything detached."""
+    leaves = iter(leaves)
+
+    def replaced(leaf):
+        return next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf
+
+    return pytree.tree_map(lambda leaf: replaced(leaf).detach(), tree)
+
+
+def wrapped(model, args):
+    """What is called for the loss: the model itself, compiled, or spread over the processes."""
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # parts of different sizes each compile anew
+        model = torch.compile(model)
+    if world() == 1:
+        return model
+    devices = [args.device] if args.device.type == "cuda" else None
+    unused = args.stage == "tokenizer"  # a phi that serves no scale
+    wrap = torch.nn.parallel.DistributedDataParallel
+    return wrap(model, device_ids=devices, find_unused_parameters=unused)
+
+
+class Checkpoint:
+    """What a stage goes on from after a kill, STAGE.resume.pt, and its best weights, STAGE.best.pt.
+
+    All tensors are written over in place when a run goes on.
+    """
+
+    def __init__(self, args, leaves, average, extra, optimizer):
+        self.args, self.average, self.optimizer = args, average, optimizer
+        self.state, self.extra = [*leaves, *average], list(extra)
+        self.step, self.best_step, self.best_loss = 0, 0, math.inf
+        self.path = os.path.join(args.out, f"{args.stage}.resume.pt")
+        self.best_path = os.path.join(args.out, f"{args.stage}.best.pt")
+        if os.path.exists(self.path):
+            self.load()
+        drop_metrics(args, self.step)
+
+    def load(self):
+        saved = sample.load(self.path)
+        try:
+            self.step, self.best_step, self.best_loss = saved["progress"]
+            self.optimizer.load_state_dict(saved["optimizer"])
+            torch._foreach_copy_([*self.state, *self.extra], saved["state"])
+        except Exception as error:
+            raise ValueError(f"{self.path}: expected this stage's checkpoint") from error
+        for tensor in self.extra if rank() else ():  # saved as sums, which the first one carries on
+            tensor.zero_()
+        say(f"{self.args.stage}: continues at step {self.step} of {self.args.steps}")
+
+    def save(self, step):
+        state = [*self.state, *(summed(tensor) for tensor in self.extra)]
+        progress = (step, self.best_step, self.best_loss)
+        saved = dict(progress=progress, state=state, optimizer=self.optimizer.state_dict())
+        save(self.path, saved)
+
+    def keep_best(self, step, loss):
+        if loss < self.best_loss:
+            self.best_step, self.best_loss = step, loss
+            save(self.best_path, self.average)
+
+    def is_over(self, step):
+        """Whether all steps are done, or the held-out loss has long stopped to fall."""
+        wait = PATIENCE * self.args.steps
+        if step < self.args.steps and step - self.best_step >= wait:
+            say(f"{self.args.stage}: stopped early at step {step}; best at {self.best_step}")
+            return True
+        return step == self.args.steps
+
+    def best(self):
+        say(f"{self.args.stage}: kept step {self.best_step}, loss {self.best_loss:.4g} held out")
+        barrier()
+        return to_device(sample.load(self.best_path), self.args.device)
+
+
+class StopSignal:
+    """Whether Ctrl-C or SIGTERM asked the run to save and end; a second one ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, signal.default_int_handler)
+
+    def agreed(self, step):
+        """The same answer on every process, asked every tenth step where there are several."""
+        if world() == 1:
+            return self.asked
+        return step % 10 == 0 and bool(summed(torch.tensor(float(self.asked))))
+
+
+def claim_folder(args, data, held_out):
+    """Makes the run folder this run's own: one process at a time, one set of flags, one data set.
+
+    args.json holds the flags, class names, a fingerprint of the images and the digests of what is
+    made. ValueError where the folder is in use, is somebody else's, or was begun differently.
+    """
+    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    if rank() == 0:
+        args.lock = open(os.path.join(args.out, "lock"), "w")  # held while the process lives
+        try:
+            fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{args.out}: in use by another process") from error
+
+    flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
+    flags |= dict(dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
+    run = dict(flags=flags, class_names=list(args.class_names), causal=args.causal, made={})
+    run |= dict(images=[fingerprint(data), fingerprint(held_out)])
+    run = json.loads(json.dumps(run))  # as it comes back from a file
+    own = [f"{stage}.{kind}.pt" for stage in STAGES for kind in ("resume", "best")]
+    own += ["tokenizer.pt", "hmar.pt", "metrics.jsonl", "tokens-train.npy", "tokens-held-out.npy"]
+    own = [os.path.join(args.out, name) for name in own]
+
+    before = read_run(args)
+    there = [path for path in own if os.path.exists(path)]
+    advice = "--out NAME begins another run, --restart this one anew"
+    if before is None:
+        message = f"{args.out}: holds {', '.join(there)} without args.json"
+        require(not there or args.restart, f"{message}; {advice}")
+    elif not args.restart:
+        stay = [name for name in ("init", "tokenizer") if flags[name] is None]  # need no repeating
+        changed = [
+            name for name in flags.keys() - stay if before["flags"].get(name) != run["flags"][name]
+        ]
+        shown = [f"{name} {before['flags'].get(name)} -> {flags[name]}" for name in changed]
+        require(not changed, f"{args.out}: begun with other flags: {', '.join(shown)}; {advice}")
+        fits = before["images"] == run["images"]
+        require(
+            fits, f"{args.out}: the images in {args.data} are not those it began with; {advice}"
+        )
+        run["made"] = before["made"]
+    barrier()  # every process has looked
+
+    if rank() == 0:
+        for path in there if args.restart else ():
+            os.remove(path)
+        if before is None or args.restart:
+            write_json(os.path.join(args.out, "args.json"), run)
+        if args.tokenizer is not None and "tokenizer" not in run["made"]:
+            finish(args, "tokenizer", load_tokenizer(args.tokenizer))
+    barrier()
+
+
+def read_run(args):
+    """args.json as a dict, None where there is none. ValueError where it is something else."""
+    path = os.path.join(args.out, "args.json")
+    if not os.path.exists(path):
+        return None
+    run = read_json(path)
+    kinds = dict(flags=dict, made=dict, class_names=list, images=list)
+    fits = isinstance(run, dict) and all(isinstance(run.get(name), kinds[name]) for name in kinds)
+    require(fits, f"{path}: expected what train.py wrote; --restart begins the run anew")
+    return run
+
+
+def finish(args, stage, tree):
+    """Writes a stage's weights, then their digest into args.json; its checkpoints go."""
+    save(os.path.join(args.out, STAGES[stage]), tree)
+    if rank() == 0:
+        run = read_run(args)
+        run["made"][stage] = digest(tree)
+        write_json(os.path.join(args.out, "args.json"), run)
+        for kind in ("resume", "best"):
+            path = os.path.join(args.out, f"{stage}.{kind}.pt")
+            if os.path.exists(path):
+                os.remove(path)
+    barrier()
+
+
 def finished(args, stage):
-    """The weights that an earlier stage left in the run folder; ValueError that says which command makes them."""
-    path = os.path.join(args.out, WEIGHTS[stage])
-    command = f"python train.py {stage} --out {args.out} ..."
-    require(os.path.exists(path), f"{args.stage}: {path} is missing; the {stage} stage makes it: {command}")
-    return to_device(load_tokenizer(path) if stage == "tokenizer" else load_transformer(path), args.device)
+    """The weights that an earlier stage left. ValueError where they are missing or others."""
+    path = os.path.join(args.out, STAGES[stage])
+    require(os.path.exists(path), f"{path} is missing; python train.py {stage} makes it")
+    tree = load_tokenizer(path) if stage == "tokenizer" else load_transformer(path)
+    made = read_run(args)["made"]
+    known = [made.get(name) for name in STAGES if STAGES[name] == STAGES[stage]]
+    require(digest(tree) in known, f"{path}: not what this run made; --restart begins it anew")
+    return to_device(tree, args.device)
 
 
-def whole(images, count, args):
-    """The first `count` images, centre crops, (B, 3, size, size) in [-1, 1]."""
-    return to_unit(torch.stack([images[index, None][0] for index in range(min(len(images), count))]), args.device)
+def fingerprint(data):
+    """A digest of the list of images: names, sizes and times of files, or numbers of drawings."""
+    total = hashlib.sha256()
+    for item in [data.items] if data.is_drawn else data.items:
+        stat = () if data.is_drawn else os.stat(item[0])
+        total.update(repr((item, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+    return total.hexdigest()[:16]
 
 
-def replace(parameter, value):
-    """parameter = value, the same on every process."""
-    parameter.data.copy_(value)
+def log(args, step, **numbers):
+    """Adds a line of JSON to metrics.jsonl and prints it. ValueError where a number is not finite."""
+    line = json.dumps(dict(stage=args.stage, step=step, **numbers))
+    fits = not re.search(r"\b(NaN|Infinity)\b", line)
+    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help;"
+    require(fits, f"{message} the last checkpoint is kept")
+    if rank() == 0:
+        with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
+            file.write(line + "\n")
+        shown = [
+            f"{name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, list)
+        ]
+        say(f"{args.stage} {step}/{args.steps}  {'  '.join(shown)}")
+
+
+def drop_metrics(args, step):
+    """Removes the lines past the step that a stage goes on from, which it will write again."""
+    path = os.path.join(args.out, "metrics.jsonl")
+    if rank() or not os.path.exists(path):
+        return
+    kept = []
+    for line in Path(path).read_text().splitlines(True):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill may have cut the last
+            if json.loads(line)["stage"] != args.stage or json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+
+def shown(report):
+    """What of a loss's report is for metrics: the tensors, detached; lists are for after_step."""
+    return {name: value.detach() for name, value in report.items() if torch.is_tensor(value)}
+
+
+def means(window):
+    """{name: mean number or numbers} of reports, over the steps and over all processes."""
+    stacked = {name: torch.stack([report[name] for report in window]) for name in window[0]}
+    return {name: (summed(rows.mean(0)) / world()).tolist() for name, rows in stacked.items()}
+
+
+def own_parts(args, rows):
+    """This process's part of a tensor with a row a sample, in --accumulate parts."""
+    parts = rows.tensor_split(world() * args.accumulate)
+    return parts[rank() * args.accumulate :][: args.accumulate]
+
+
+def to_device(tree, device):
+    """The tree on a device; from pinned memory to CUDA, so that nothing waits for the copy."""
+
+    def send(tensor):
+        pinned = device.type == "cuda" and tensor.is_cpu
+        return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+
+    return pytree.tree_map(send, tree)
+
+
+def rank():
+    """This process's number among those that torchrun started, else 0."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world():
+    """How many processes torchrun started, else 1."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def barrier():
+    """Waits for the other processes."""
     if world() > 1:
-        torch.distributed.broadcast(parameter.data, 0)
+        torch.distributed.barrier()
 
 
 def summed(tensor):
@@ -602,285 +1237,79 @@ def summed(tensor):
     return tensor
 
 
-def path_name(path):
-    """ "trunk.0.mlp.expand.weight" of a leaf's path."""
-    return ".".join(re.findall(r"\w+", pytree.keystr(path)))
+def replace(parameter, value):
+    """parameter = value, the same on every process."""
+    parameter.data.copy_(value)
+    if world() > 1:
+        torch.distributed.broadcast(parameter.data, 0)
 
 
-def to_device(tree, device):
-    """The tree on a device; from pinned memory to CUDA, so that nothing waits for the copy."""
-    def send(tensor):
-        pinned = torch.device(device).type == "cuda" and tensor.is_cpu
-        return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
-    return pytree.tree_map(send, tree)
+def start_processes(device):
+    """Joins torchrun's processes, if there are several, and returns this one's device."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = sample.find_device(device)
+    if several:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def keep_freed_memory():
+    """Asks glibc to keep what is freed: faulting it in again takes a tenth of a small step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def stand_apart(_):
+    """Of a worker that decodes: Ctrl-C is for the run alone, which saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def say(line):
     """Prints a line, once however many processes there are."""
     if rank() == 0:
-        print(line, flush=True)
+        print(sample.printable(line), flush=True)
 
 
 def save(path, tree):
-    """Writes a tree of tensors so that either the old file or the whole new one is there, whatever happens. OSError if it cannot."""
+    """Writes a tree of tensors: the old file or the whole new one. OSError if it cannot."""
     if rank() == 0:
-        plain = pytree.tree_map(lambda leaf: leaf.detach().cpu() if torch.is_tensor(leaf) else leaf, tree)  # any machine can load it
+        plain = pytree.tree_map(lambda x: x.detach().cpu() if torch.is_tensor(x) else x, tree)
         write_atomically(path, lambda file: torch.save(plain, file))
 
 
-def write_sheet(path, rows, names):
-    """A PNG of `sample.sheet`, whole or not at all."""
+def save_array(path, array):
+    """Writes an .npy file, whole or not at all."""
+    write_atomically(path, lambda file: np.save(file, array))
+
+
+def write_json(path, value):
+    """Writes a JSON file, whole or not at all."""
+    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def write_sheet(args, name, rows, names):
+    """Writes samples/<name>.png."""
     if rank() == 0:
-        write_atomically(path, lambda file: sample.sheet(rows, names).save(file, "PNG"))
-
-
-class Metrics:
-    """metrics.jsonl: one JSON object a line with stage, step and numbers; lines past the step that a run continues from are dropped."""
-    def __init__(self, path, stage, step):
-        self.path, self.stage = path, stage
-        if rank() == 0 and os.path.exists(path):
-            lines = [line for line in Path(path).read_text().splitlines(True) if line.endswith("\n")]  # a kill may have cut the last one
-            kept = [line for line in lines if json.loads(line)["stage"] != stage or json.loads(line)["step"] <= step]
-            write_atomically(path, lambda file: file.write("".join(kept).encode()))
-
-    def write(self, step, **numbers):
-        if rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(dict(stage=self.stage, step=step, **numbers)) + "\n")
-
-
-def stand_apart(_):
-    """Of a worker that decodes: out of the run's process group, so that Ctrl-C and torchrun's SIGTERM reach the run alone, which saves."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
-class Stop:
-    """Whether the run was asked to end by Ctrl-C or SIGTERM; a second signal ends it at once."""
-    def __init__(self):
-        self.asked = False
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        self.asked = True
-        self.restore()
-        if rank() == 0 and os.isatty(2):  # somebody waits
-            os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not be called inside of itself
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def agreed(self, step, device):
-        """The same answer on every process, asked every tenth step where there are several."""
-        return self.asked if world() == 1 else step % 10 == 0 and bool(summed(torch.tensor(self.asked, dtype=torch.int64, device=device)))
-
-
-PRESETS = {  # by the largest side of images they are meant for: a model for two CPU cores, and the published one
-    64: dict(channels=32, multipliers=(1, 1, 2), residual_blocks=1, attention=False, codes=256, code_dim=16, depth=3, width=192, gamma=0.1,
-             masked_blocks=2, loss_weights="token", batch=16, ema=0.998, warmup=100,
-             steps={"tokenizer": 2200, "next-scale": 2600, "masked": 400}, lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3}),
-    math.inf: dict(channels=160, multipliers=(1, 1, 2, 2, 4), residual_blocks=2, attention=True, codes=4096, code_dim=32, depth=16,
-                   width=None, gamma=None, masked_blocks=8, loss_weights="lognormal", batch=64, ema=0.9999, warmup=1000,
-                   steps={"tokenizer": 200_000, "next-scale": 400_000, "masked": 80_000}, lr=dict.fromkeys(STAGES, 1e-4))}
-
-
-def default_scales(latent):
-    """Scales for a latent of latent x latent: the published ones for 16, 32 and 64, else sides that grow by about a half."""
-    published = {scales[-1][0]: scales for scales in hmar.SCALES.values()}
-    made = [latent]
-    while made[0] > 1:
-        made.insert(0, max(1, min(made[0] - 1, round(made[0] / 1.5))))
-    return published.get(latent, tuple((side, side) for side in made))
-
-
-def sides(scales):
-    """The scales as --scales takes them."""
-    return " ".join(str(h) if h == w else f"{h}x{w}" for h, w in scales)
-
-
-def parser():
-    """The flags of `python train.py`."""
-    top = sample.Parser(usage="python train.py [STAGE] [flags]",
-                        description="Train HMAR from nothing: the tokenizer, the next-scale and the masked stage. (auto) follows --size.")
-    data = top.add_argument_group("data").add_argument
-    data("--data", metavar="FOLDER", help="images, one sub-folder a class or all in one (drawn shapes)")
-    data("--size", type=int, default=None, metavar="PIXELS", help="side of the square images (32 for drawings, else 256)")
-    data("--val", type=float, default=0.05, metavar="SHARE", help="held out by a hash of the file name (0.05)")
-    data("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random (on)")
-    data("--views", type=int, default=0, metavar="N", help="random crops encoded an image; 0: centre crop and mirror image (0)")
-    data("--workers", type=int, default=min(4, max(0, os.cpu_count() // 2 - 1)), metavar="N", help="that decode images (by the cores)")
-    run = top.add_argument_group("run").add_argument
-    run("stage", nargs="?", default="all", choices=("all", *STAGES), metavar="STAGE", help=f"{', '.join(STAGES)} or all (all)")
-    run("-h", "--help", action="help", help="show this and exit")
-    run("--out", metavar="RUN", help="run folder (runs/shapes, or runs/<name of the data folder>)")
-    run("--init", metavar="FILE", help="start the stage from these weights, ours or published (a single stage only)")
-    run("--tokenizer", metavar="FILE", help="use this finished tokenizer, ours or published, instead of training one")
-    run("--freeze-trunk", action="store_true", help="next-scale: train embeddings and head only")
-    run("--restart", action="store_true", help="begin the stages anew, whatever the run folder holds")
-    run("--seed", type=int, default=0, metavar="N", help="of all randomness (0)")
-    run("--save-every", type=int, default=500, metavar="STEPS", help="checkpoints to go on from (500)")
-    run("--log-every", type=int, default=50, metavar="STEPS", help="lines of metrics.jsonl (50)")
-    run("--eval-every", type=int, metavar="STEPS", help="held-out numbers and sample sheets (a quarter of the steps)")
-    run("--device", help="cuda or cpu (the first there is)")
-    run("--dtype", choices=("auto", "bf16", "fp32"), default="auto", metavar="TYPE", help="bf16, fp32 or whichever is faster (auto)")
-    run("--compile", action="store_true", help="torch.compile the training step")
-    loop = top.add_argument_group("optimisation (auto follows --size)").add_argument
-    loop("--steps", type=int, metavar="N", help="of each stage (auto)")
-    loop("--batch", type=int, metavar="N", help="images a step, over all processes (auto)")
-    loop("--accumulate", type=int, metavar="N", help="parts of a step's batch, to save memory (8 images of 256 pixels in each)")
-    loop("--lr", type=float, metavar="RATE", help="peak learning rate (auto)")
-    loop("--warmup", type=int, metavar="STEPS", help="until the learning rate is at its peak (auto)")
-    loop("--decay", choices=("cosine", "linear"), default="cosine", metavar="CURVE", help="cosine or linear, of the learning rate (cosine)")
-    loop("--weight-decay", type=float, default=0.05, metavar="W", help="of AdamW, on matrices alone (0.05)")
-    loop("--clip", type=float, default=1.0, metavar="NORM", help="largest gradient norm (1)")
-    loop("--ema", type=float, metavar="DECAY", help="decay of the moving average of weights, which is what is saved (auto)")
-    loop("--checkpointing", action="store_true", help="compute activations twice to save memory")
-    tok = top.add_argument_group("tokenizer").add_argument
-    tok("--scales", nargs="+", type=sample.scale_pair, metavar="SIDE", help="coarse to fine, 4 or 2x3 each (auto)")
-    tok("--codes", type=int, metavar="V", help="codebook size (auto)")
-    tok("--code-dim", type=int, metavar="N", help="dimensions of a code (auto)")
-    tok("--channels", type=int, metavar="N", help="a multiple of 32 (auto)")
-    tok("--multipliers", nargs="+", type=int, metavar="M", help="of channels, a level each; n levels downsample by 2^(n-1) (auto)")
-    tok("--residual-blocks", type=int, metavar="N", help="a level (auto)")
-    tok("--beta", type=float, default=0.1, metavar="B", help="weight of the commitment loss (0.1)")
-    tok("--revive-every", type=int, default=20, metavar="STEPS", help="dead codes are replaced, until 80 %% of the run; 0: never (20)")
-    tok("--truncate", type=float, default=0.0, metavar="P", help="chance that a step decodes from a random number of coarse scales (0)")
-    tok("--gan", type=float, default=0.0, metavar="WEIGHT", help="adversarial loss, from a fifth of the steps on (0)")
-    tok("--unit-codes", action="store_true", help="keep codes at length one")
-    model = top.add_argument_group("transformer").add_argument
-    model("--depth", type=int, metavar="N", help="blocks (auto)")
-    model("--width", type=int, metavar="N", help="(auto; 64 * depth where published)")
-    model("--masked-blocks", type=int, metavar="N", help="the masked branch's own (auto)")
-    model("--loss-weights", choices=("token", "scale", "lognormal"), metavar="KIND", help="token, scale or lognormal (auto)")
-    model("--label-drop", type=float, default=0.1, metavar="P", help="labels made null in training, for guidance (0.1)")
-    model("--depth-drop", type=float, default=0.1, metavar="P", help="stochastic depth of the last block at depth 24 (0.1)")
-    model("--causal", action="store_true", help="VAR: attend to coarser scales too (no masked stage)")
-    return top
-
-
-def resolved(args, tokenizer_params=None):
-    """The flags with every 'auto' filled in. ValueError that names the flag for whatever does not fit."""
-    if args.size is None:
-        args.size = 32 if args.data is None else 256
-    preset = PRESETS[min(limit for limit in PRESETS if args.size <= limit)]
-    vars(args).update({name: value for name, value in preset.items() if getattr(args, name, None) is None})
-    least = {1: "size depth batch accumulate codes code_dim channels residual_blocks masked_blocks save_every log_every", 1e-9: "clip",
-             0: "views workers warmup weight_decay ema beta revive_every truncate gan label_drop depth_drop"}
-    for low, name in [(low, name) for low, names in least.items() for name in names.split()]:
-        value, high = getattr(args, name), dict(ema=1, truncate=1, label_drop=1, depth_drop=23 / max(1, args.depth)).get(name, math.inf)
-        fits = value is None or low <= value <= high
-        require(fits, f"--{name.replace('_', '-')}: got {value}, expected at least {low}" + f" and at most {high}" * (high < math.inf))
-    require(not args.gan or args.size >= 16, f"--gan: the critic needs --size 16 or more, got {args.size}")
-    for name in ("steps", "lr"):
-        given = getattr(args, name)
-        setattr(args, name, given if isinstance(given, dict) else dict.fromkeys(STAGES, given))
-        require(min(getattr(args, name).values()) > 0, f"--{name}: got {given}, expected more than 0")
-    step = 2 ** (len(args.multipliers) - 1) if tokenizer_params is None else tokenizer.downsampling(tokenizer_params)
-    require(args.size % step == 0, f"--size: got {args.size}, expected a multiple of the downsampling, {step}")
-    if args.accumulate is None:
-        shares = [parts for parts in range(1, args.batch + 1) if args.batch % (parts * world()) == 0] or [1]
-        args.accumulate = next((parts for parts in shares if args.batch <= parts * world() * at_once(args.size**2)), shares[-1])
-    side, parts = args.size // step, args.accumulate * world()
-    args.scales = tuple(args.scales or default_scales(side))
-    tokenizer.check_scales(args.scales)
-    end = sides(args.scales[-1:])
-    require(args.scales[-1] == (side, side), f"--scales: end at {end}, expected the latent's side, {args.size} / {step}")
-    require(args.batch % parts == 0, f"--batch: {args.batch} does not divide into {args.accumulate} parts on {world()} processes")
-    require(args.stage in ("tokenizer", "next-scale") or not args.init, "--init: needs the stage that it starts, tokenizer or next-scale")
-    require(args.stage != "masked" or not args.causal, "--causal: VAR has no masked stage")
-    return args
-
-
-def stage_settings(args, stage):
-    """What decides a stage's result, as JSON holds it: the flags, with the stage's own steps and learning rate."""
-    others = ("stage", "out", "restart", "save_every", "log_every", "eval_every", "workers", "device", "tokenizer", "accumulate")
-    own = dict(steps=args.steps[stage], lr=args.lr[stage], dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
-    return json.loads(json.dumps({name: value for name, value in (vars(args) | own).items() if name not in others}))
-
-
-def run_stage(args, stage, data, held_out):
-    """Trains one stage, unless the run folder says that it is finished; refuses other settings than those it was started with."""
-    path, weights, resume = (os.path.join(args.out, name) for name in ("args.json", WEIGHTS[stage], f"{stage}.resume.pt"))
-    saved, settings = read_json(path), stage_settings(args, stage)
-    started = {name: {} for name in STAGES} | saved
-    settings |= {earlier: started[earlier].get("made") for earlier in STAGES[:STAGES.index(stage)]}  # other weights are other settings
-    fits = stage != "masked" or started["next-scale"].get("tokenizer") == started["tokenizer"].get("made")
-    require(fits, f"{args.out}: hmar.pt was trained for another tokenizer.pt; train.py next-scale --restart trains it anew")
-    require(stage != "masked" or not started["next-scale"].get("causal"), f"{args.out}: VAR (--causal) has no masked stage")
-    begun = os.path.exists(resume) or started[stage].get("finished") and os.path.exists(weights)
-    before = started[stage] if begun and not args.restart else {}
-    changed = [f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in settings if before and before.get(name) != settings[name]]
-    require(not changed, f"{args.out}: the {stage} stage was started with other settings ({', '.join(changed)}); "
-                         "--out NAME begins another run, with --init FILE from its weights, --restart this one anew")
-    made_for = started["tokenizer"] or settings
-    fits = stage == "tokenizer" or all(made_for[name] == settings[name] for name in ("size", "scales"))
-    require(fits, f"{args.out}: tokenizer.pt was made for --size {made_for['size']} --scales {sides(made_for['scales'])}, "
-                 f"not for {settings['size']} and {sides(settings['scales'])}")
-    if before.get("finished") and os.path.exists(weights):
-        return say(f"{stage}: finished before, {weights}")
-    if rank() == 0:
-        if args.restart and os.path.exists(resume):
-            os.remove(resume)
-        write_json(path, saved | {stage: settings})
-    barrier()
-    own = dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage], eval_every=args.eval_every or max(1, args.steps[stage] // 4))
-    train_stage = train_tokenizer if stage == "tokenizer" else train_transformer
-    finish(args, stage, settings, train_stage(argparse.Namespace(**vars(args) | own), data, held_out))
-
-
-def finish(args, stage, settings, params):
-    """Writes a stage's weights, then into args.json what they were made with and their digest."""
-    save(os.path.join(args.out, WEIGHTS[stage]), params)
-    if rank() == 0:
-        path = os.path.join(args.out, "args.json")
-        saved = read_json(path) | {stage: settings | dict(finished=True, made=digest(params))}
-        if stage == "next-scale":  # whose hmar.pt has no masked branch
-            saved.get("masked", {}).pop("finished", None)
-        write_json(path, saved)
-    barrier()
-
-
-def train(args):
-    """The stages that the flags ask for, in order."""
-    args.device = sample.start_processes(args.device)
-    args.out = args.out or os.path.join("runs", "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data)))
-    given, own = load_tokenizer(args.tokenizer) if args.tokenizer else None, os.path.join(args.out, "tokenizer.pt")
-    source = args.init if args.stage == "tokenizer" else own if args.stage != "all" and os.path.exists(own) else None
-    args = resolved(args, load_tokenizer(source) if given is None and source else given)
-    data, held_out, args.class_names = data_sets(args)
-    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-    if rank() == 0:
-        for path in [*Path(args.out).glob("*.[0-9]*.tmp"), *Path(args.out, "samples").glob("*.[0-9]*.tmp")]:  # half written by a kill
-            path.unlink()
-    saved = read_json(os.path.join(args.out, "args.json"))
-    known = [getattr(torch, saved[stage]["dtype"]) for stage in STAGES if stage in saved]  # so that a run continues as it began
-    known = dict(bf16=[torch.bfloat16], fp32=[torch.float32]).get(args.dtype, known)
-    args.dtype = known[0] if known else sample.fast_dtype(args.device)
-    say(f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, {len(args.class_names)} classes; {args.device}, "
-        f"{str(args.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, {world()} process{'es' if world() > 1 else ''}")
-    left_out = ("tokenizer" if args.tokenizer else None, "masked" if args.causal else None)
-    stages = [stage for stage in STAGES if args.stage in ("all", stage) and stage not in left_out]
-    say(f"{args.size} x {args.size} pixels, {args.batch} images a step, "
-        f"steps: {', '.join(f'{stage} {args.steps[stage]:,}' for stage in stages)}")
-    if args.device.type == "cpu" and args.size > min(PRESETS):
-        say(f"a model of the published size, made for GPUs: its steps take minutes on a CPU; up to --size {min(PRESETS)} it is a small one")
-    if given is not None:
-        begun = any(os.path.exists(os.path.join(args.out, name)) for name in ("tokenizer.pt", "tokenizer.resume.pt"))
-        same = not begun or saved.get("tokenizer", {}).get("made") == digest(given)
-        require(same or args.restart, f"{args.out}: has another tokenizer than {args.tokenizer}; --out NAME begins another run, "
-                                      "--restart replaces it")
-        barrier()  # every process has looked
-        finish(args, "tokenizer", stage_settings(args, "tokenizer"), given)
-    for stage in stages:
-        run_stage(args, stage, data, held_out)
-    following = "python train.py next-scale, with the same flags" if args.stage == "tokenizer" else f"python sample.py {args.out}"
-    say(f"finished: weights, args.json, metrics.jsonl and samples/ are in {args.out}; next: {following}")
+        path = os.path.join(args.out, "samples", f"{name}.png")
+        page = sample.sheet(rows, names)
+        write_atomically(path, lambda file: page.save(file, "PNG"))
 
 
 def main(argv=None):
     """The command; see `sample.command`."""
-    return sample.command("train.py", train, parser().parse_args(argv), "stopped; the same command, without --restart, goes on")
+    try:
+        return sample.command("train.py", train, parser(), argv)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
