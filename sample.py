@@ -214,7 +214,7 @@ def uniforms(seeds, k, number, hidden):
 
 def surest(confidence, hidden, keep):
     """The `keep` (B,) most confident of the hidden tokens, (B, n) bool; ties break by position."""
-    order = confidence.masked_fill(~hidden, -math.inf).argsort(-1, descending=True, stable=True)
+    order = confidence.masked_fill(~hidden, -math.inf).argsort(dim=-1, descending=True, stable=True)
     place = order.argsort(-1)
     return hidden & (place < keep[:, None])
 
@@ -350,7 +350,7 @@ def check_sampling(params, codec, labels, temperature, top_k, top_p):
 
 
 def check_schedule(schedule, scales, has_masked_branch):
-    """The schedule as tuples, with None replaced. ValueError unless each entry sums to its scale."""
+    """The schedule as tuples, with None replaced. ValueError unless entries sum to their scale."""
     counts = tokenizer.lengths(scales)
     if schedule is None:
         plain = tuple((count,) for count in counts)
@@ -638,8 +638,8 @@ def draw_folder(args, folder, settings, make, labels):
     paths = [
         os.path.join(folder, f"{i:06d}-{label}.png") for i, label in enumerate(labels.tolist())
     ]
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     for rows in batches(args, labels)[rank::world]:
         missing = [i for i in rows if not os.path.exists(paths[i])]
         for i, pixels in zip(rows, to_bytes(make(rows)) if missing else ()):
@@ -814,14 +814,14 @@ def printable(text):
 
 
 def command(name, work, parser, argv):
-    """Runs work(flags). Exit status 0; 2 with one line for bad input; 1 for a fault; 130 stopped."""
+    """Exit status of work(flags): 0; 2, one line, for bad input; 1 for a fault; 130 if stopped."""
     try:
         work(parser.parse_args(argv))
         return 0
     except KeyboardInterrupt as interrupt:
         print(f"{name}: {interrupt or 'stopped; the same command goes on'}", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         if os.environ.get("HMAR_TRACEBACK"):
             traceback.print_exc()
         bad_input = isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError))

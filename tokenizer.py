@@ -276,23 +276,25 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     the cell means of its scale, which are all that its tokens can say of the features.
     """
     f = _wide(encode_features(codec, images))  # (B, code_dim, h, w)
-    loss, residuals, tokens, maps, means = 0.0, [], [], [], []
-    for k, (residual, own, f_hat) in enumerate(
-        quantise(codec["codebook"], codec["phi"], f, scales)
-    ):
+    pyramid = quantise(codec["codebook"], codec["phi"], f, scales)
+    count = len(stops)
+    loss = 0.0
+    residuals, tokens, maps, means = [], [], [], []
+
+    for size, (residual, own, f_hat) in zip(scales, pyramid):
         codebook_loss = F.mse_loss(f_hat, f.detach())
         loss = loss + codebook_loss + commitment * F.mse_loss(f, f_hat.detach())
         residuals.append(residual)
         tokens.append(own)
-        maps.append(f_hat[: len(stops)])
-        means.append(cell_means(f[: len(stops)], scales[k]))
+        maps.append(f_hat[:count])
+        means.append(cell_means(f[:count], size))
 
-    rows = torch.arange(len(stops), device=f.device)
+    rows = torch.arange(count, device=f.device)
     smooth = torch.cat([f, torch.stack(means)[stops, rows]])
     coded = torch.cat([f_hat, torch.stack(maps)[stops, rows]])
     made = unclamped(codec, smooth + (coded - smooth).detach()).to(f.dtype)
 
-    whole, coarse = made.split([len(images), len(stops)])
+    whole, coarse = made.split([len(images), count])
     loss = loss / len(scales)
     return dict(images=whole, coarse=coarse, loss=loss, residuals=residuals, tokens=tokens)
 
@@ -301,44 +303,6 @@ def cell_means(features, size):
     """features (B, code_dim, h, w) as a scale of (h_k, w_k) cells could say them at best."""
     means = F.interpolate(features, size, mode="area")
     return F.interpolate(means, features.shape[2:], mode="bicubic")
-
-
-def data_codebook(codec, features, scales, generator, rounds=10):
-    """A codebook (V, code_dim) made of features (B, code_dim, h, w) of some hundred images.
-
-    Each scale in turn gets an equal share of codes, by k-means over its residuals, given the
-    shares before it.
-    """
-    features = _wide(features.detach())
-    count = len(codec["codebook"])
-    f_hat = torch.zeros_like(features)
-    codebook = features.new_empty(0, features.shape[1])
-
-    for k, size in enumerate(scales):
-        share = count * (k + 1) // len(scales) - count * k // len(scales)
-        vectors = resize_to_scale(features - f_hat, size)  # (B, n_k, code_dim)
-        centres = k_means(vectors.flatten(0, 1), share, generator, rounds)
-        codebook = torch.cat([codebook, centres])
-        codes = F.embedding(nearest(codebook, vectors), codebook)
-        f_hat = f_hat + contribution(codec["phi"], codes, k, scales).detach()
-
-    return codebook
-
-
-def k_means(vectors, count, generator, rounds):
-    """`count` centres of vectors (N, C), begun at drawn ones with jitter, as N may be small."""
-    order = torch.randperm(len(vectors), generator=generator)
-    centres = vectors[order[torch.arange(count) % len(order)]]
-    jitter = torch.randn(centres.shape, generator=generator).to(centres)
-    centres = centres + 1e-3 * vectors.std() * jitter
-
-    for _ in range(rounds if count else 0):
-        chosen = nearest(centres, vectors)
-        sums = torch.zeros_like(centres).index_add_(0, chosen, vectors)
-        sizes = torch.bincount(chosen, minlength=count)[:, None]
-        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-
-    return centres
 
 
 def revive_codes(codebook, counts, residuals, generator):
@@ -478,58 +442,49 @@ def downsampling(codec):
 
 def check_scales(scales):
     """ValueError unless scales are (height, width) pairs, none smaller than the one before."""
-    message = f"scales: got {scales}, expected (height, width) pairs of positive integers"
-    if not isinstance(scales, (tuple, list)) or not scales:
-        raise ValueError(message)
-
+    fits = isinstance(scales, (tuple, list)) and len(scales) > 0
+    fits = fits and all(isinstance(size, (tuple, list)) and len(size) == 2 for size in scales)
     before = (1, 1)
-    for size in scales:
-        pair = isinstance(size, (tuple, list)) and len(size) == 2
-        if not pair or not all(isinstance(side, int) for side in size):
-            raise ValueError(message)
-        if size[0] < before[0] or size[1] < before[1]:
-            raise ValueError(f"{message}, coarse to fine")
+    for size in scales if fits else ():
+        fits = fits and all(isinstance(side, int) for side in size)
+        fits = fits and size[0] >= before[0] and size[1] >= before[1]
         before = size
+    if not fits:
+        expected = "(height, width) pairs of positive integers, coarse to fine"
+        raise ValueError(f"scales: got {scales}, expected {expected}")
 
 
 def check_images(codec, images, scales):
     """ValueError unless images are floats (B, 3, H, W) in [-1, 1] whose latent fits the scales."""
     check_scales(scales)
-    described = _described(images)
-    if not torch.is_tensor(images) or not images.is_floating_point():
-        raise ValueError(f"images: got {described}, expected a float tensor (B, 3, H, W)")
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"images: got {described}, expected a float tensor (B, 3, H, W)")
+    fits = torch.is_tensor(images) and images.is_floating_point() and images.ndim == 4
+    if not fits or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"images: got {_described(images)}, expected floats (B, 3, H, W)")
 
     step = downsampling(codec)
-    height, width = images.shape[2:]
-    if height % step or width % step:
-        message = f"images: got {height}x{width} pixels, expected sides that divide by"
-        raise ValueError(f"{message} the downsampling, {step}")
-    latent = (height // step, width // step)
-    if tuple(scales[-1]) != latent:
-        message = f"scales: the last is {tuple(scales[-1])}, expected the latent's size"
-        raise ValueError(f"{message} {latent}")
+    expected = tuple(step * side for side in scales[-1])
+    if tuple(images.shape[2:]) != expected:
+        message = f"images: got {_described(images)}, expected (height, width) {expected}: the last"
+        raise ValueError(f"{message} of scales times the downsampling, {step}")
     if _may_look(images) and not images.abs().amax() <= 1.001:
-        message = f"images: got values from {images.min():.3g} to {images.max():.3g}"
-        raise ValueError(f"{message}, expected [-1, 1]")
+        low, high = images.aminmax()
+        raise ValueError(f"images: got values from {low:.3g} to {high:.3g}, expected [-1, 1]")
 
 
 def _check_tokens(codec, tokens, scales):
     check_scales(scales)
-    expected = f"int64 (B, {sum(lengths(scales))}) for scales {tuple(scales)}"
+    total, codes = sum(lengths(scales)), len(codec["codebook"])
     fits = torch.is_tensor(tokens) and tokens.dtype == torch.int64 and tokens.ndim == 2
-    if not fits or tokens.shape[1] != sum(lengths(scales)):
+    if not fits or tokens.shape[1] != total:
+        expected = f"int64 (B, {total}) for scales {tuple(scales)}"
         raise ValueError(f"tokens: got {_described(tokens)}, expected {expected}")
-
-    codes = len(codec["codebook"])
     if _may_look(tokens) and len(tokens) and not 0 <= tokens.min() <= tokens.max() < codes:
-        message = f"tokens: got values from {tokens.min()} to {tokens.max()}"
-        raise ValueError(f"{message}, expected 0 to {codes - 1}")
+        low, high = tokens.aminmax()
+        raise ValueError(f"tokens: got values from {low} to {high}, expected 0 to {codes - 1}")
 
 
 def _may_look(tensor):
-    """Whether values can be checked: on a GPU a look would stall its queue, compiling cut a graph."""
+    """Whether values can be checked: a look would stall a GPU's queue, or cut a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

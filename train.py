@@ -232,7 +232,7 @@ def train_tokenizer(args, data, held_out):
     def after_step(step, reports, optimizer):
         for tokens in itertools.chain.from_iterable(report["tokens"] for report in reports):
             chosen.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
-        if step % REVIVE_EVERY == 0 and step <= 0.8 * args.steps:
+        if step == 1 or step % REVIVE_EVERY == 0 and step <= 0.8 * args.steps:
             generator = generator_of(args.seed, "revive", step)
             residuals = reports[-1]["residuals"]
             counts = summed(chosen)

@@ -1,4 +1,5 @@
 """Where there is no GPU the attention kernels are imported for Triton's interpreter. Only their own tests run them so: it is slow."""
+
 import os
 import sys
 from pathlib import Path
@@ -10,5 +11,7 @@ if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
     import attention_kernels
 
-    attention_kernels.INTERPRETED = False  # the entry takes the PyTorch path; test_attention_kernels.py sets this for itself
+    attention_kernels.INTERPRETED = (
+        False  # the entry takes the PyTorch path; test_attention_kernels.py sets this for itself
+    )
     del os.environ["TRITON_INTERPRET"]

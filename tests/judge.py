@@ -1,10 +1,18 @@
-"""An independent judge of drawn shapes: a small classifier that never sees the model, and the Frechet distance in its features.
+"""Three yardsticks: classifiers that never see the model, and Frechet distances in their features.
 
-python tests/judge.py samples.npz        arr_0 (N, H, W, 3) uint8, labels (N,) int: accuracy over all and a class, and the distance
+python tests/judge.py shapes RUN              drawings of train.py
+python tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a wrong one
+python tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
+python tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
+
+RUN is a run folder, sampled with sample.py's defaults and the flags after --, such as -- --guidance 2.
+Prints the share of samples that are of the class asked for, the Frechet distance (Heusel et al.
+2017, section 2) of samples, of reconstructions and of held-out images to the reference images, and
+the PSNR of held-out images after each scale.
 """
+
 import argparse
 import itertools
-import os
 import sys
 import tempfile
 import zlib
@@ -12,122 +20,250 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train import SHAPES, draw_shape
+import hmar
+import sample
+import tokenizer
+import train
 
-TRAINING, HELD_OUT = 1_000_000, 2_000_000  # first indices of the judge's own drawings, far from those the model is trained on
+LETTERS = "2345GJKRSQ"  # none is like its mirror image
 FEATURES = 64
 
 
-def drawings(first, count):
-    """Drawings number first to first + count: images (count, 3, 32, 32) float in [-1, 1], labels (count,) int64."""
-    pairs = [draw_shape(index) for index in range(first, first + count)]
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in pairs]))
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor([label for _, label in pairs])
+def draw_letter(index, size=32):
+    """(RGB image, label) of a letter, a pure function of the index: ink on paper, grey.
+
+    Stroke, slant, size, proportion, place, rotation and both greys vary; label = index % 10.
+    """
+    label = index % len(LETTERS)
+    numbers = np.random.default_rng((7, index)).random(9)
+    big = 4 * size  # drawn at four times the size, then averaged
+    page = Image.new("L", (2 * big, 2 * big))
+    font = ImageFont.load_default(big * (0.55 + 0.3 * numbers[0]))
+    stroke = round(numbers[1] * big * 0.035)
+    where = dict(font=font, anchor="mm", stroke_width=stroke)
+    ImageDraw.Draw(page).text((big, big), LETTERS[label], 255, **where)
+
+    slant, turn = 0.6 * (numbers[2] - 0.5), 0.5 * (numbers[3] - 0.5)
+    stretch = np.exp(0.4 * (numbers[4] - 0.5))
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    forward = rotation @ np.array([[1, slant], [0, 1]]) @ np.diag([stretch, 1 / stretch])
+    inverse = np.linalg.inv(forward)
+    centre = big / 2 + 0.2 * big * (numbers[5:7] - 0.5)
+    offset = big - inverse @ centre
+    rows = (*inverse[0], offset[0], *inverse[1], offset[1])
+    page = page.transform((big, big), Image.Transform.AFFINE, rows, Image.Resampling.BILINEAR)
+
+    cover = np.asarray(page.reduce(4), dtype=np.float32) / 255
+    paper, ink = 0.8 + 0.2 * numbers[7], 0.3 * numbers[8]
+    grey = paper + (ink - paper) * cover
+    return Image.fromarray((grey * 255 + 0.5).astype(np.uint8)).convert("RGB"), label
 
 
-def network():
-    """Images (B, 3, 32, 32) -> logits (B, 10); all but the last layer give the features, of unit variance over the training drawings."""
-    widths = (3, 24, 48, 64, 64)
+def drawn(draw, first, count):
+    """Images (count, 3, 32, 32) in [-1, 1] and labels (count,), numbers first to first + count."""
+    pairs = [draw(index) for index in range(first, first + count)]
+    return as_tensors([picture for picture, _ in pairs], [label for _, label in pairs])
+
+
+def as_tensors(pictures, labels):
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor(labels)
+
+
+def read_folder(folder):
+    files, _ = train.list_images(str(folder))
+    pictures = [sample.read_image(path).resize((32, 32)) for path, _ in files]
+    return as_tensors(pictures, [label for _, label in files])
+
+
+def images_of(kind, data=None):
+    """((images, labels) to train the judge on, the same to compare with), none seen by a model.
+
+    But for cifar10, where the judge is trained on the model's own training images.
+    """
+    if kind == "cifar10":
+        return read_folder(Path(data) / "train"), read_folder(Path(data) / "test")
+    draw = dict(shapes=train.draw_shape, letters=draw_letter)[kind]
+    return drawn(draw, 1_000_000, 16_000), drawn(draw, 2_000_000, 2_000)
+
+
+def network(classes):
+    """Images (B, 3, 32, 32) -> logits; all but the last layer give features of unit variance."""
+    widths = (3, 32, 64, 96, 96)
     layers = []
-    for level, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
-        layers += [nn.Conv2d(width_in, width_out, 3, stride=2 if level else 1, padding=1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()]
-    layers += [nn.Flatten(), nn.Linear(widths[-1] * 4 * 4, FEATURES), nn.BatchNorm1d(FEATURES, affine=False)]
-    return nn.Sequential(*layers, nn.Linear(FEATURES, len(SHAPES)))
+    for level, (before, after) in enumerate(itertools.pairwise(widths)):
+        stride = 2 if level else 1
+        layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(after), nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(widths[-1] * 4 * 4, FEATURES)]
+    return nn.Sequential(
+        *layers, nn.BatchNorm1d(FEATURES, affine=False), nn.Linear(FEATURES, classes)
+    )
 
 
 def roughen(images, generator):
-    """Blur and noise of a random strength an image (none for about a third), so that slightly soft drawings are judged fairly."""
+    """Blur and noise of random strength, so that slightly soft images are judged fairly."""
     kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
     blurred = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
-    blur, noise = (1.5 * torch.rand(2, len(images), 1, 1, 1, generator=generator) - 0.5).clamp(min=0)
-    return images + blur * (blurred - images) + 0.1 * noise * torch.randn(images.shape, generator=generator)
+    strength = 1.5 * torch.rand(2, len(images), 1, 1, 1, generator=generator) - 0.5
+    blur, noise = strength.clamp(min=0)
+    grain = torch.randn(images.shape, generator=generator)
+    return images + blur * (blurred - images) + 0.1 * noise * grain
 
 
-def train_judge(seed=0, cache=None, count=16_000, epochs=4, batch=64):
-    """The trained network in eval mode; cache: a file to keep it in, used again while drawings, seed and sizes stay the same."""
-    same = [zlib.crc32(drawings(TRAINING, 20)[0].numpy().tobytes()), seed, count, epochs, batch]
+def moved(images, generator):
+    """Images shifted by up to two pixels and half of them mirrored: CIFAR-10 is small."""
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
+    x, y, mirror = torch.randint(5, (3,), generator=generator).tolist()
+    images = padded[:, :, y : y + images.shape[2], x : x + images.shape[3]]
+    return images.flip(-1) if mirror % 2 else images
+
+
+def train_judge(kind, images, labels, epochs, cache=None, seed=0, batch=64):
+    """The trained network in eval mode; of letters it has ten more classes, their mirror images."""
+    mirrored = kind == "letters"
+    same = [zlib.crc32(images[:20].numpy().tobytes()), len(images), epochs, seed]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = network()
+        judge = network(20 if mirrored else 10)
     if cache is not None and Path(cache).exists():
         kept = torch.load(cache, weights_only=True)
         if kept["same"] == same:
             judge.load_state_dict(kept["state"])
             return judge.eval()
-    images, labels = drawings(TRAINING, count)
+
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * (count // batch))
+    total = epochs * (len(images) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)
     for _ in range(epochs):
-        for rows in torch.randperm(count, generator=generator)[: count - count % batch].split(batch):
-            loss = F.cross_entropy(judge(roughen(images[rows], generator)), labels[rows])
+        order = torch.randperm(len(images), generator=generator)
+        for rows in order[: len(order) - len(order) % batch].split(batch):
+            pictures, targets = roughen(images[rows], generator), labels[rows]
+            if kind == "cifar10":
+                pictures = moved(pictures, generator)
+            if mirrored:
+                flip = torch.rand(len(rows), generator=generator) < 0.3
+                pictures = torch.where(flip[:, None, None, None], pictures.flip(-1), pictures)
+                targets = targets + 10 * flip
+            loss = F.cross_entropy(judge(pictures), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     if cache is not None:
-        temporary = Path(f"{cache}.{os.getpid()}")
-        torch.save({"same": same, "state": judge.state_dict()}, temporary)
-        temporary.replace(cache)
+        torch.save({"same": same, "state": judge.state_dict()}, cache)
     return judge.eval()
 
 
 @torch.no_grad()
 def features(judge, images):
-    """images (B, 3, 32, 32) float in [-1, 1] -> (B, 64) float64."""
+    """images (B, 3, 32, 32) in [-1, 1] -> (B, FEATURES) float64."""
     return torch.cat([judge[:-1](part) for part in images.float().split(500)]).double()
 
 
 @torch.no_grad()
-def predictions(judge, images):
-    """images (B, 3, 32, 32) float in [-1, 1] -> the likeliest label (B,) int64."""
-    return torch.cat([judge(part).argmax(1) for part in images.float().split(500)])
-
-
 def accuracy(judge, images, labels):
-    """The part of the images (B, 3, 32, 32) that the judge takes for the shape in labels (B,), from 0 to 1."""
-    return (predictions(judge, images) == labels).double().mean().item()
+    """The share of images that the judge takes for the class in labels (B,)."""
+    taken = torch.cat([judge(part).argmax(1) for part in images.float().split(500)])
+    return (taken == labels).double().mean().item()
 
 
 def frechet(features_a, features_b):
-    """Frechet distance |m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2) of Gaussians fitted to (N, D) and (M, D) (Heusel et al. 2017, section 2)."""
+    """|m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2) of Gaussians fitted to (N, D) and (M, D)."""
     a, b = features_a.double(), features_b.double()
-    covariance_a, covariance_b = ((x - x.mean(0)).T @ (x - x.mean(0)) / (len(x) - 1) for x in (a, b))
+    covariance_a, covariance_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    middle = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()  # the trace of (A B)^1/2
-    return ((a.mean(0) - b.mean(0)).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * middle).item()
+    middle = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    traces = covariance_a.trace() + covariance_b.trace() - 2 * middle
+    return ((a.mean(0) - b.mean(0)).square().sum() + traces).item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", help=".npz file")
-    parser.add_argument("--cache", default=Path(tempfile.gettempdir()) / "shape_judge.pt", help="file that keeps the trained judge")
-    arguments = parser.parse_args()
-    with np.load(arguments.samples) as file:
-        images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        labels = torch.from_numpy(file["labels"]).long()
-    if images.shape[-2:] != (32, 32):
-        images = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
-    judge = train_judge(cache=arguments.cache)
-    held_out, held_out_labels = drawings(HELD_OUT, 2000)
-    others = drawings(HELD_OUT + 2000, len(images))[0]
-    right = predictions(judge, images) == labels
-    print(f"judge: {accuracy(judge, held_out, held_out_labels):.2%} right on 2,000 held-out drawings")
-    print(f"samples: {right.double().mean().item():.2%} of {len(images)} are the shape asked for")
-    for label, shape in enumerate(SHAPES):
-        if (labels == label).any():
-            taken = predictions(judge, images[labels == label])[~right[labels == label]].tolist()
-            wrong = ", ".join(f"{taken.count(other)} {SHAPES[other]}" for other in sorted(set(taken)))
-            print(f"  {shape:9} {right[labels == label].double().mean().item():8.2%}{'  taken for: ' + wrong if wrong else ''}")
-    reference = features(judge, held_out)
-    print(f"Frechet distance to held-out drawings: {frechet(features(judge, images), reference):.3f}"
-          f" (as many other held-out drawings: {frechet(features(judge, others), reference):.3f})")
+@torch.no_grad()
+def after_each_scale(codec, images, scales):
+    """(S, B, 3, H, W): images (B, 3, H, W) in [-1, 1], decoded after each scale."""
+    made = []
+    for part in images.split(64):
+        f = tokenizer.encode_features(codec, part)
+        pyramid = tokenizer.quantise(codec["codebook"], codec["phi"], f, scales)
+        made.append(
+            torch.stack([tokenizer.decode_features(codec, f_hat) for _, _, f_hat in pyramid])
+        )
+    return torch.cat(made, 1)
+
+
+def report(kind, judge, held_out, run, flags=()):
+    """Prints a line of numbers of a run folder, and returns them as a dict."""
+    images, labels = held_out
+    reference = features(judge, images)
+    others = features(judge, images[1::2])
+    scales = hmar.scales(sample.load_transformer(f"{run}/hmar.pt"))
+    codec = sample.load_tokenizer(f"{run}/tokenizer.pt")
+    made = after_each_scale(codec, images[:1000], scales)
+    errors = (made - images[:1000]).square().mean((2, 3, 4))
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/samples.npz"
+        wanted = ["--labels", "all", "--count", "50", "--seed", "7000", "--out", path]
+        if sample.main([str(run), *wanted, *flags]):
+            raise SystemExit(2)
+        with np.load(path) as file:
+            pixels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            asked = torch.from_numpy(file["labels"]).long()
+
+    numbers = dict(
+        judge=accuracy(judge, images, labels),
+        right=accuracy(judge, pixels, asked),
+        samples=frechet(features(judge, pixels), reference),
+        reconstructions=frechet(features(judge, made[-1]), reference),
+        held_out=frechet(others, features(judge, images[::2])),
+        psnr=(10 * torch.log10(4 / errors)).mean(1).tolist(),
+    )
+    print(
+        f"{kind} {run} {' '.join(flags)}: right {numbers['right']:.1%} (the judge on held-out images "
+        f"{numbers['judge']:.1%}); Frechet distance of samples {numbers['samples']:.2f}, "
+        f"reconstructions {numbers['reconstructions']:.2f}, halves of the held-out images "
+        f"{numbers['held_out']:.2f}; PSNR after each scale "
+        f"{' '.join(f'{value:.1f}' for value in numbers['psnr'])} dB"
+    )
+    return numbers
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=("shapes", "letters", "cifar10"))
+    parser.add_argument("run", nargs="*", help="run folders")
+    parser.add_argument("--data", help="of cifar10")
+    parser.add_argument("--write", metavar="DIR", help="write the letters instead")
+    argv = sys.argv[1:] if argv is None else argv
+    ours, flags = argv, []
+    if "--" in argv:
+        ours, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    args = parser.parse_args(ours)
+
+    if args.write:
+        for index in range(4000):
+            picture, label = draw_letter(index)
+            folder = Path(args.write, LETTERS[label])
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"{index:05d}.png")
+        return
+    training, held_out = images_of(args.kind, args.data)
+    cache = Path(tempfile.gettempdir()) / f"judge-{args.kind}.pt"
+    judge = train_judge(
+        args.kind, *training, epochs=16 if args.kind == "cifar10" else 4, cache=cache
+    )
+    for run in args.run:
+        report(args.kind, judge, held_out, run, flags)
 
 
 if __name__ == "__main__":
