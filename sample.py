@@ -510,12 +510,9 @@ def digest(tree):
 
 def parser():
     """The flags of `python sample.py`."""
-    top = argparse.ArgumentParser(
-        usage="python sample.py RUN [flags]",
-        description="Draw images, or repaint a part of one, from a run folder of train.py or from "
-        "published weights.",
-        formatter_class=Help,
-        allow_abbrev=False,
+    top = Parser(
+        "python sample.py RUN [flags]: draw images, or repaint a part of one, from a run folder of "
+        "train.py or from published weights."
     )
     add = top.add_argument_group("what").add_argument
     add("run", nargs="?", metavar="RUN", help="run folder of train.py")
@@ -549,14 +546,36 @@ def parser():
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, but for those that say nothing; one line a flag."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=100)
+    """Help with those defaults that say something."""
 
     def _get_help_string(self, action):
         plain = action.default in (None, False) or action.nargs == 0
         return action.help if plain else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """The stock parser, with one line for an error."""
+
+    def __init__(self, description):
+        form = partial(Help, max_help_position=26, width=100)
+        options = dict(formatter_class=form, usage=argparse.SUPPRESS, allow_abbrev=False)
+        super().__init__(description=description, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
+
+
+def number(kind, least, most=10**9):
+    """Of a parser: the type of a number of a kind within limits."""
+
+    def parse(text):
+        value = kind(text) if len(text) < 100 else math.inf
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"got {text[:100]}, expected {least:g} to {most:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # in the message for what is no number
+    return parse
 
 
 def scale_pair(text):
