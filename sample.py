@@ -36,10 +36,7 @@ PUBLISHED_PASSES = {4: (1, 3), 9: (1, 1, 2, 5)}  # tokens of a scale -> kept at 
 
 
 def generate(params, codec, labels, **options):
-    """(images (B, 3, H, W) in [-1, 1], tokens (B, L) int64) of labels (B,) int64.
-
-    Keyword arguments are those of `steps`.
-    """
+    """(images (B, 3, H, W) in [-1, 1], tokens (B, L) int64); arguments as for `steps`."""
     last = {step.scale: step for step in steps(params, codec, labels, **options)}
 
     tokens = torch.cat([step.tokens for step in last.values()], 1)
@@ -47,11 +44,7 @@ def generate(params, codec, labels, **options):
 
 
 class Step(NamedTuple):
-    """What `steps` yields after each pass.
-
-    A scale is drawn from what f_hat holds after the last pass of the one before, so a caller may
-    write the best candidate's map over the others'.
-    """
+    """What `steps` yields after each pass; the next scale is drawn from what f_hat then holds."""
 
     scale: int
     number: int  # of the pass in its scale: 0 is the next-scale draw, later ones refine it
@@ -162,10 +155,9 @@ def refined(params, codec, labels, inputs, tokens, hidden, k, t):
 
 
 def guided(predict, params, labels, t, *features, both=False):
-    """Guided features, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
+    """Features, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
 
-    With t = 0 the unconditional half is not computed, unless a cache needs both. The head is
-    affine, so that it may follow guidance: once, not for both halves.
+    The head, which is affine, may follow. With t = 0 one half is enough, unless a cache needs both.
     """
     if t == 0 and not both:
         return predict(labels, *features)
@@ -263,10 +255,9 @@ def published_schedule(scales):
 
 
 def kept_counts(passes, hidden, has_masked_branch):
-    """How many of its hidden tokens (B, n) each image keeps at each pass, [(B,), ...].
+    """[(B,), ...]: how many of its hidden tokens (B, n) each image keeps at each pass, in proportion.
 
-    The schedule's numbers in proportion to them. An image of which some tokens are given takes a
-    pass of refinement at least, since only the masked branch sees them.
+    Where some are given there is one masked pass at least, since no other sees them.
     """
     count, total = hidden.sum(1), hidden.shape[1]
     partly = (count > 0) & (count < total)
@@ -306,10 +297,7 @@ def edit(params, codec, images, mask, labels, **options):
 
 
 def continued(error, known, reach):
-    """error (B, C, H, W) carried from the known pixels (B, 1, H, W) into the others, fading.
-
-    So no seam shows where a decoder mixes both sides of an edge.
-    """
+    """error (B, C, H, W) carried on from known pixels (B, 1, H, W), fading, lest a seam show."""
     carried = torch.zeros_like(error)
     for ring in range(1, reach + 1):
         share = F.avg_pool2d(known, 3, stride=1, padding=1)
@@ -472,10 +460,7 @@ def load_tokenizer(path):
 
 
 def load_transformer(path, scales=None, is_causal=None):
-    """A transformer's tree from a file, ours or published. ValueError that names the file.
-
-    is_causal: which kind published weights must be, None for either.
-    """
+    """A transformer's tree from a file, ours or published: of VAR if is_causal, None for either."""
 
     def whole(state):
         if isinstance(state, dict) and "trunk" in state:
@@ -500,17 +485,11 @@ def digest(tree):
 # ---- the command
 
 OPTIONS = ("schedule", "guidance", "mask_guidance", "temperature", "top_k", "top_p")  # of `steps`
-UNRECORDED = ("run", "weights", "tokenizer", "out", "batch", "device")  # flags that draw the same
 
 
 def parser():
     """The flags of `python sample.py`."""
-    top = argparse.ArgumentParser(
-        usage="python sample.py RUN [flags]",
-        description="Draw images, or repaint a part of one, with a run folder's or other weights.",
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
+    top = argparse.ArgumentParser(formatter_class=Help, allow_abbrev=False)
     add = top.add_argument
     add("run", nargs="?", help="run folder of train.py")
     add("--weights", help="transformer, ours or published (RUN/hmar.pt)")
@@ -567,15 +546,12 @@ def run(args):
     dtype = find_dtype(args.dtype, device)
     params, codec, names, is_causal = load_models(args)
     classes = chosen_classes(args.labels, names, 10 if suffix in (".png", ".gif") else None)
-    settings = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
-    settings |= dict(labels=classes, dtype=str(dtype), causal=is_causal)
-    settings |= dict(models=[digest(params), digest(codec)])
-
+    labels = torch.tensor(classes, device=device).repeat_interleave(args.count)
+    given = photo_and_mask(args, params, codec) if args.edit else ()
     options = {name: getattr(args, name) for name in OPTIONS} | dict(is_causal=is_causal)
     if args.mask_steps is not None:
         options["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
-    labels = torch.tensor(classes, device=device).repeat_interleave(args.count)
-    given = photo_and_mask(args, params, codec) if args.edit else ()
+    settings = dict(labels=classes, dtype=str(dtype), models=[digest(params), digest(codec)])
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models = pytree.tree_map(lambda leaf: leaf.to(device), models)
 
@@ -588,14 +564,14 @@ def run(args):
             return edit(*models, *same, own, seed=seeds, **options).cpu()
         return generate(*models, own, seed=seeds, **options)[0].cpu()
 
-    row_names = [names[label] for label in classes]
+    names = [names[label] for label in classes]
     if suffix == ".png":
         images = torch.cat([make(part) for part in in_parts(range(len(labels)), args.batch)])
-        write_image(args.out, sheet(images.split(args.count), row_names))
+        write_image(args.out, sheet(images.split(args.count), names))
     elif suffix == ".gif":
         walk = steps(*models, labels, seed=args.seed, **options)
         maps = (decoded(models[1], step.f_hat) for step in walk)
-        pages = [sheet(images.split(args.count), row_names) for images in maps]
+        pages = [sheet(images.split(args.count), names) for images in maps]
         times = [400] * (len(pages) - 1) + [2000]  # milliseconds
         more = dict(save_all=True, append_images=pages[1:], duration=times, loop=0)
         write_image(args.out, pages[0], "GIF", **more)
@@ -604,12 +580,10 @@ def run(args):
 
 
 def fill_folder(args, settings, labels, make):
-    """Draws what is missing of number-label.png files, this process's share, and packs an .npz.
-
-    ValueError for a folder that holds anything else, or images of other settings.
-    """
+    """Draws this process's share of what is missing of number-label.png files; packs an .npz."""
     folder = args.out.removesuffix(".npz")
     path = os.path.join(folder, "settings.json")
+    settings = vars(args) | dict(settings, out=folder, device=None, batch=None)  # no matter
     settings = json.loads(json.dumps(settings))  # as they come back from a file
     os.makedirs(folder, exist_ok=True)
     others = [name for name in os.listdir(folder) if not name.endswith(".tmp")]
@@ -639,14 +613,14 @@ def in_parts(numbers, size):
 def check_flags(args):
     """The suffix of --out. ValueError for flags that would be without effect."""
     suffix = os.path.splitext(args.out)[1].lower()
-    known = suffix in (".png", ".gif", ".npz") or suffix not in Image.registered_extensions()
-    require(known, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
+    fits = suffix not in (".jpg", ".jpeg", ".webp", ".bmp")
+    require(fits, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
     check_number("--count", args.count, 1, 1e9)
     check_number("--batch", args.batch, 1, 1e9)
     check_number("--pad", args.pad or 0.25, 0.01, 0.49)
     fits = bool(args.edit) == (args.mask is not None or args.pad is not None)
-    require(fits, "--edit: expected with one of --mask and --pad")
-    require(not args.edit or suffix != ".gif", "--edit: expected without a .gif")
+    fits = fits and not (args.edit and suffix == ".gif")
+    require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
     fits = args.run is not None or (args.weights and args.tokenizer)
     require(fits, "expected a run folder, or both --weights and --tokenizer")
     return suffix
@@ -735,10 +709,7 @@ def read_json(path):
 
 
 def write_atomically(path, write):
-    """write(file) to a temporary file, then to disk, then renamed: the old one or the whole new.
-
-    OSError if it cannot be written.
-    """
+    """write(file) to a temporary file, then renamed: the old one or the whole new. OSError else."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
