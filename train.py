@@ -777,9 +777,12 @@ def encoded(args, name, data, codec, rows, views):
 
 def parser():
     """The flags of `python train.py`."""
-    top = sample.Parser(
-        "python train.py [STAGE] [flags]: train HMAR from nothing. STAGE is tokenizer, "
-        "next-scale, masked or all. (auto) follows --size."
+    top = argparse.ArgumentParser(
+        formatter_class=sample.Help,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        description="python train.py [STAGE] [flags]: train HMAR from nothing. "
+        "(auto) follows --size.",
     )
     positive = sample.number(int, 1)
     add = top.add_argument_group("data").add_argument
