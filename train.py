@@ -960,7 +960,6 @@ def initial_transformer(args, codec):
 def initial_masked(args):
     """hmar.pt with a new masked branch."""
     params = finished(args, "next-scale")
-    params.pop("masked", None)
     blocks = min(args.masked_blocks, len(params["trunk"]) + len(params["next_scale"]["blocks"]))
     return hmar.add_masked_branch(params, blocks, seed=args.seed)
 
@@ -1171,13 +1170,16 @@ def finish(args, stage, tree):
 
 
 def finished(args, stage):
-    """The weights that an earlier stage left. ValueError where they are missing or others."""
+    """The weights that an earlier stage left. ValueError where they are missing or others.
+
+    A masked branch goes: a kill may have come when hmar.pt had it and args.json did not say so.
+    """
     path = os.path.join(args.out, STAGES[stage])
     require(os.path.exists(path), f"{path} is missing; python train.py {stage} makes it")
     tree = load_tokenizer(path) if stage == "tokenizer" else load_transformer(path)
-    made = read_run(args)["made"]
-    known = [made.get(name) for name in STAGES if STAGES[name] == STAGES[stage]]
-    require(digest(tree) in known, f"{path}: not what this run made; --restart begins it anew")
+    tree.pop("masked", None)
+    made = read_run(args)["made"].get(stage)
+    require(digest(tree) == made, f"{path}: not what this run made; --restart begins it anew")
     return to_device(tree, args.device)
 
 
