@@ -151,6 +151,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
 
         stopped = stop.agreed(step)
         if stopped or step % args.save_every == 0:
+            require_finite(args, step, norm.isfinite())  # of weights that are not, it is not
             run.save(step)
         if stopped:
             raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
@@ -1195,9 +1196,7 @@ def fingerprint(data):
 def log(args, step, **numbers):
     """Adds a line to metrics.jsonl and prints it. ValueError where a number is not finite."""
     line = json.dumps(dict(stage=args.stage, step=step, **numbers))
-    fits = not re.search(r"\b(NaN|Infinity)\b", line)
-    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help;"
-    require(fits, f"{message} the last checkpoint is kept")
+    require_finite(args, step, not re.search(r"\b(NaN|Infinity)\b", line))
     if rank() == 0:
         with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
             file.write(line + "\n")
@@ -1205,6 +1204,12 @@ def log(args, step, **numbers):
             f"{name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, list)
         ]
         say(f"{args.stage} {step}/{args.steps}  {'  '.join(shown)}")
+
+
+def require_finite(args, step, fits):
+    """ValueError that says what to do, unless all was finite."""
+    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help;"
+    require(fits, f"{message} the last checkpoint is kept")
 
 
 def drop_metrics(args, step):
