@@ -156,6 +156,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
         if stopped:
             raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
 
+    stop.close()
     return with_leaves(tree, run.best())
 
 
@@ -1066,8 +1067,8 @@ class StopSignal:
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.ask) for number in signals}
 
     def ask(self, number, frame):
         self.asked = True
@@ -1078,6 +1079,13 @@ class StopSignal:
         if world() == 1:
             return self.asked
         return step % 10 == 0 and bool(summed(torch.tensor(float(self.asked))))
+
+    def close(self):
+        """Ends the watch; what was asked during the last step ends the run now."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 def claim_folder(args, data, held_out):
