@@ -96,7 +96,7 @@ NOT_FOR_MUON = (  # what faces other than features, and modulation
 LABEL_DROP = 0.1  # labels made null, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
-COARSE_SHARE = 0.25  # images of a batch that are decoded from their coarse scales too
+COARSE_EVERY = 4  # of which images of a batch one is decoded from its coarse scales too
 COARSE_WEIGHT = 0.5  # of the squared error of these
 LOG_EVERY = 50  # steps
 JUDGEMENTS = 12  # times in a stage that held-out images are looked at
@@ -234,13 +234,13 @@ def train_tokenizer(args, data, held_out):
     codebook, scales = codec["codebook"], args.scales
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
     reserved = first_images(held_out, 256, args)
-    coarse = int(COARSE_SHARE * args.batch) if len(scales) > 1 else 0
+    is_coarse = torch.arange(args.batch) % COARSE_EVERY == COARSE_EVERY - 1
 
     def loss(codec, images, stops):
         made = tokenizer.training_pass(tokenizer.cast(codec, args.dtype), images, scales, stops)
         error = reconstruction_loss(made["images"], images)
         coarse_error = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
-        coarse_error = coarse_error / (COARSE_SHARE * len(images))
+        coarse_error = coarse_error * (COARSE_EVERY / len(images))
         total = error + COARSE_WEIGHT * coarse_error + made["loss"]
         numbers = dict(loss=total, coarse=coarse_error, quantisation=made["loss"])
         return total, numbers | dict(tokens=made["tokens"], residuals=made["residuals"])
@@ -248,20 +248,26 @@ def train_tokenizer(args, data, held_out):
     def batches(start):
         for step, (images, _) in enumerate(loader(args, data, start), start):
             generator = generator_of(args.seed, "tokenizer", step)
-            stops = torch.randint(max(1, len(scales) - 1), (coarse,), generator=generator)
-            images = to_unit(images, args.device).tensor_split(args.accumulate)
-            stops = own_parts(args, stops.to(args.device))
-            yield [dict(images=pixels, stops=own) for pixels, own in zip(images, stops)]
+            stops = torch.randint(len(scales) - 1, (args.batch,), generator=generator)
+            stops = stops.masked_fill(~is_coarse, -1)
+            parts = []
+            images = images.tensor_split(args.accumulate)
+            for pixels, own in zip(images, own_parts(args, stops)):
+                order = own.argsort(descending=True)  # those with a stop come first
+                pixels = to_unit(pixels[order], args.device)
+                parts.append(dict(images=pixels, stops=own[order][: (own >= 0).sum()]))
+            yield to_device(parts, args.device)
 
     def after_step(step, reports, optimizer):
         for tokens in itertools.chain.from_iterable(report["tokens"] for report in reports):
             chosen.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
         if step == 1 or step % REVIVE_EVERY == 0 and step <= 0.8 * args.steps:
             generator = generator_of(args.seed, "revive", step)
-            residuals = reports[-1]["residuals"]
+            by_scale = zip(*(report["residuals"] for report in reports))
+            residuals = [gathered(torch.cat(parts)) for parts in by_scale]
             counts = summed(chosen)
             new, dead = tokenizer.revive_codes(codebook.detach(), counts, residuals, generator)
-            replace(codebook, new)
+            codebook.data.copy_(new)
             optimizer.forget(codebook, dead)
             chosen.zero_()
 
@@ -1284,11 +1290,13 @@ def summed(tensor):
     return tensor
 
 
-def replace(parameter, value):
-    """parameter = value, the same on every process."""
-    parameter.data.copy_(value)
-    if world() > 1:
-        torch.distributed.broadcast(parameter.data, 0)
+def gathered(tensor):
+    """The rows of all processes, each of which has as many."""
+    if world() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def start_processes(device):
