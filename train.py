@@ -988,8 +988,13 @@ class Trained(torch.nn.Module):
 
 
 def trainable(tree):
-    """The tree with its leaves as parameters."""
-    return pytree.tree_map(lambda tensor: torch.nn.Parameter(tensor.clone()), tree)
+    """The tree with its leaves as parameters, contiguous, since Muon works on views of them."""
+    order = torch.contiguous_format
+
+    def fresh(tensor):
+        return torch.nn.Parameter(tensor.clone(memory_format=order))
+
+    return pytree.tree_map(fresh, tree)
 
 
 def with_leaves(tree, leaves):
