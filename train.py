@@ -1105,7 +1105,7 @@ def claim_folder(args, data, held_out):
     args.json holds the flags, the class names, a fingerprint of the images and the digests of what
     is made. ValueError where the folder is in use, somebody else's, or was begun differently.
     """
-    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    os.makedirs(args.out, exist_ok=True)
     args.lock = locked(args) if rank() == 0 else None
     before = read_run(args)
     run = json.loads(json.dumps(run_record(args, data, held_out)))  # as it comes back from a file
@@ -1127,6 +1127,9 @@ def claim_folder(args, data, held_out):
         require(fits, f"{args.out}: the images in {args.data} have changed; {advice}")
     barrier()  # every process has looked
 
+    if rank() == 0:
+        remove_unfinished(args)
+        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     if rank() == 0 and (before is None or args.restart):
         for path in there:
             os.remove(path)
@@ -1144,6 +1147,14 @@ def locked(args):
     except OSError as error:
         raise ValueError(f"{args.out}: another process trains in it") from error
     return file
+
+
+def remove_unfinished(args):
+    """Removes what a kill left half written, of the run's own files alone."""
+    own = "|".join(re.escape(os.path.basename(path)) for path in own_files(args))
+    for name in os.listdir(args.out):
+        if re.fullmatch(rf"(args\.json|{own})(\.\d+)?\.\d+\.tmp", name):
+            os.remove(os.path.join(args.out, name))
 
 
 def run_record(args, data, held_out):
@@ -1207,8 +1218,10 @@ def fingerprint(data):
     """A digest of the list of images: names, sizes and times of files, or numbers of drawings."""
     total = hashlib.sha256()
     for item in [data.items] if data.is_drawn else data.items:
-        stat = () if data.is_drawn else os.stat(item[0])
-        total.update(repr((item, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+        if not data.is_drawn:
+            stat = os.stat(item[0])
+            item = (os.path.abspath(item[0]), item[1], stat.st_size, stat.st_mtime_ns)
+        total.update(repr(item).encode())
     return total.hexdigest()[:16]
 
 
