@@ -793,9 +793,10 @@ def parser():
         "(auto) follows --size.",
     )
     positive = sample.number(int, 1)
+    size = sample.number(int, 1, 2**16)  # more only takes for ever to be refused
     add = top.add_argument_group("data").add_argument
     add("--data", metavar="FOLDER", help="images, a sub-folder a class or all in one (drawings)")
-    add("--size", type=positive, metavar="PIXELS", help="side of the images (256, drawings 32)")
+    add("--size", type=size, metavar="PIXELS", help="side of the images (256, drawings 32)")
     add("--flip", action="store_true", help="mirror images at random")
     add("--workers", type=sample.number(int, 0, 1024), default=0, metavar="N", help="that decode")
     add = top.add_argument_group("run").add_argument
@@ -811,8 +812,8 @@ def parser():
     add("--compile", action="store_true", help="torch.compile the training step")
     add = top.add_argument_group("optimisation").add_argument
     add("--steps", type=positive, metavar="N", help="of each stage (auto)")
-    add("--batch", type=positive, metavar="N", help="images a step, over all processes (auto)")
-    add("--accumulate", type=positive, metavar="N", help="parts of a batch, saves memory (auto)")
+    add("--batch", type=size, metavar="N", help="images a step, over all processes (auto)")
+    add("--accumulate", type=size, metavar="N", help="parts of a batch, saves memory (auto)")
     add("--lr", type=sample.number(float, 1e-9, 1e3), metavar="RATE", help="at its peak (auto)")
     add("--warmup", type=sample.number(int, 0), metavar="STEPS", help="to the peak (auto)")
     add("--ema", type=sample.number(float, 0, 1), metavar="DECAY", help="of saved weights (auto)")
@@ -820,12 +821,18 @@ def parser():
     add = top.add_argument_group("model").add_argument
     add("--scales", nargs="+", type=sample.scale_pair, metavar="SIDE", help="4 or 2x3 each (auto)")
     add("--codes", type=positive, metavar="V", help="codebook size (auto)")
-    add("--code-dim", type=positive, metavar="N", help="dimensions of a code (auto)")
-    add("--channels", type=positive, metavar="N", help="tokenizer's, a multiple of 32 (auto)")
-    add("--multipliers", nargs="+", type=positive, metavar="M", help="a level each (auto)")
-    add("--depth", type=positive, metavar="N", help="transformer blocks (auto)")
-    add("--width", type=positive, metavar="N", help="of the transformer (auto)")
-    add("--masked-blocks", type=positive, metavar="N", help="the masked branch's own (auto)")
+    add("--code-dim", type=size, metavar="N", help="dimensions of a code (auto)")
+    add("--channels", type=size, metavar="N", help="tokenizer's, a multiple of 32 (auto)")
+    add(
+        "--multipliers",
+        nargs="+",
+        type=sample.number(int, 1, 64),
+        metavar="M",
+        help="a level each (auto)",
+    )
+    add("--depth", type=sample.number(int, 1, 1000), metavar="N", help="transformer blocks (auto)")
+    add("--width", type=size, metavar="N", help="of the transformer (auto)")
+    add("--masked-blocks", type=size, metavar="N", help="the masked branch's own (auto)")
     add("--loss-weights", choices=("token", "scale", "lognormal"), help="(auto)")
     add("--causal", action="store_true", help="VAR: attend to coarser scales, no masked stage")
     return top
