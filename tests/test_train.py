@@ -197,7 +197,7 @@ def difference(ours, theirs):
     """The largest absolute difference of two trees' tensors; the trees have the same structure."""
     (ours, structure), (theirs, other) = pytree.tree_flatten(ours), pytree.tree_flatten(theirs)
     assert structure == other
-    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, theirs))
+    return max((a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs))
 
 
 def contents(out):
@@ -311,11 +311,10 @@ def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on(base, start, fold
 
 def test_a_signal_to_the_whole_group_stops_the_run_and_not_its_workers(start, folder, tmp_path):
     """As Ctrl-C on a terminal and torchrun send it."""
-    flags = ["tokenizer", "--data", folder, "--out", tmp_path / "run", "--workers", 2]
+    flags = ["tokenizer", "--data", folder, "--out", tmp_path / "run", "--workers", 1]
     hook = partial(ask_at, "tokenizer", 3, signal.SIGTERM, group=True)
     said = start(*flags, hook=hook).ended(130).said("err")
     assert said == "train.py: tokenizer: stopped and saved at step 3\n"
-    start(*flags).ended()
 
 
 def raises(error):
@@ -333,7 +332,7 @@ def test_an_interruption_before_the_first_step_says_that_it_goes_on(tmp_path, ca
 
 def test_two_processes_stop_together_and_go_on_bit_for_bit(start, folder, tmp_path):
     """The second is told at step 7, both agree at step 10, between reports and revivals."""
-    flags = ["--data", folder, "--accumulate", 2, "--out"]
+    flags = ["tokenizer", "--data", folder, "--accumulate", 2, "--out"]
     whole = start_two(start, *flags, tmp_path / "whole")
     hook = partial(ask_at, "tokenizer", 7, signal.SIGTERM, rank="1")
     for job in start_two(start, *flags, tmp_path / "cut", hook=hook):
@@ -343,4 +342,430 @@ def test_two_processes_stop_together_and_go_on_bit_for_bit(start, folder, tmp_pa
     assert jobs[1].ended().said("out") == ""  # the first speaks for both
     for job in (*jobs, *whole):
         job.ended()
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    name = "tokenizer.pt"
+    assert difference(weights(tmp_path / "cut", name), weights(tmp_path / "whole", name)) == 0
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
+
+
+# The loop, on a stage that is a linear regression
+
+
+class Killed(BaseException):
+    pass
+
+
+def toy_args(out, **changes):
+    Path(out).mkdir(exist_ok=True)
+    flags = dict(out=str(out), stage="tokenizer", steps=12, lr=0.1, warmup=2, ema=0.9, accumulate=1)
+    flags |= dict(judge_every=1, save_every=2, compile=False, device=torch.device("cpu"))
+    return argparse.Namespace(**flags | changes)
+
+
+def toy_batches(args, start):
+    for step in range(start, args.steps):
+        x = torch.randn(4, 3, generator=train.generator_of("toy", step))
+        yield [dict(x=x, y=x @ torch.tensor([[1.0, 2.0], [0.0, -1.0], [3.0, 0.5]]))]
+
+
+def toy_loss(params, x, y):
+    value = (hmar.linear(x, **params) - y).square().mean()
+    return value, dict(loss=value)
+
+
+def toy_fit(args, evaluate=lambda tree: dict(loss=1.0), after_step=None):
+    params = train.trainable(dict(weight=torch.zeros(2, 3), bias=torch.zeros(2)))
+    batches = partial(toy_batches, args)
+    return train.fit(args, params, toy_loss, batches, evaluate, after_step)
+
+
+def stop_at(step, stop, now, reports, optimizer):
+    """As after_step: calls stop at a step."""
+    if now == step:
+        stop()
+
+
+def past_a_size(trees=()):
+    """An evaluate: a loss that falls until the weights have a size, then rises."""
+
+    def evaluate(tree):
+        trees.append(copy.deepcopy(tree))
+        return dict(loss=abs(float(tree["weight"].norm()) - 0.1))
+
+    trees = []
+    return trees, evaluate
+
+
+def test_the_loop_is_muon_and_adamw_with_clipping_a_schedule_and_averages(tmp_path):
+    """Against a loop that is written out."""
+    args = toy_args(tmp_path, steps=9, warmup=3)
+    falling = iter(range(99, 0, -1))
+    ours = toy_fit(args, lambda tree: dict(loss=float(next(falling))))
+    theirs = dict(weight=torch.zeros(2, 3), bias=torch.zeros(2))
+    for leaf in theirs.values():
+        leaf.requires_grad_()
+    muon = torch.optim.Muon([theirs["weight"]], weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([theirs["bias"]], betas=(0.9, 0.95), weight_decay=0)
+    average = {name: leaf.detach().clone() for name, leaf in theirs.items()}
+
+    for step, (batch,) in enumerate(toy_batches(args, 0), 1):
+        toy_loss(theirs, **batch)[0].backward()
+        norm = math.sqrt(sum(float(leaf.grad.square().sum()) for leaf in theirs.values()))
+        rate = 0.1 * min(1, step / 3) * 0.5 * (1 + math.cos(math.pi * (step - 1) / 9))
+        for leaf in theirs.values():
+            leaf.grad /= max(1, norm)
+        for optimizer in (muon, adamw):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, leaf in theirs.items():
+            average[name].lerp_(leaf.detach(), 1 - min(0.9, step / (step + 10)))
+        line = lines_of(tmp_path, name="rate")[step - 1]
+        assert line["rate"] == pytest.approx(rate)
+        assert line["gradient"] == pytest.approx(norm, rel=1e-4)
+    assert difference(ours, average) < 1e-5
+
+
+def test_the_rate_warms_up_and_ends_near_zero():
+    args = toy_args("/tmp", steps=100, warmup=10)
+    rates = [train.learning_rate(step, args) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.01) and np.argmax(rates) in (9, 10)
+    assert all(np.diff(rates[10:]) < 0) and 0 < rates[-1] < 1e-4
+    assert rates[50] == pytest.approx(0.05)
+
+
+def test_the_best_weights_are_kept_and_the_run_ends_early_across_a_kill_too(tmp_path, capsys):
+    trees, evaluate = past_a_size()
+    whole = toy_fit(toy_args(tmp_path / "whole"), evaluate)
+    losses = [line["held_out_loss"] for line in lines_of(tmp_path / "whole", name="held_out_loss")]
+    best = int(np.argmin(losses))
+    assert 0 < best < 7 and len(losses) == best + 1 + 4  # a third of 12 steps of patience
+    assert difference(whole, trees[best]) == 0 < difference(whole, trees[-1])
+    said = f"tokenizer: stopped early at step {best + 5}; best at {best + 1}\n"
+    assert said in capsys.readouterr().out
+
+    for step in (best, best + 3):  # killed before the best step, and after it
+        with pytest.raises(Killed):
+            toy_fit(toy_args(tmp_path / "cut"), evaluate, partial(stop_at, step, raises(Killed)))
+    again = toy_fit(toy_args(tmp_path / "cut"), evaluate)
+    assert said in capsys.readouterr().out and difference(again, whole) == 0
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
+
+
+def test_a_kill_during_a_judgement_loses_no_line(tmp_path):
+    _, evaluate = past_a_size()
+    expected = toy_fit(toy_args(tmp_path / "whole", judge_every=4), evaluate)
+    with pytest.raises(Killed):
+        toy_fit(toy_args(tmp_path / "cut", judge_every=4), raises(Killed))
+    assert difference(toy_fit(toy_args(tmp_path / "cut", judge_every=4), evaluate), expected) == 0
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
+
+
+def test_a_second_signal_ends_the_run_at_once_and_one_at_the_end_is_heeded(tmp_path):
+    def ask():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def twice():
+        ask()
+        ask()
+        pytest.fail("still running")
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        toy_fit(toy_args(tmp_path / "a"), after_step=partial(stop_at, 3, twice))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        toy_fit(toy_args(tmp_path / "b", steps=2), after_step=partial(stop_at, 2, ask))
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "LOG_EVERY", 50)
+    batches = toy_batches
+
+    def broken(args, start):
+        for step, parts in enumerate(batches(args, start), start + 1):
+            yield [
+                dict(x=part["x"] * (math.inf if step >= 5 else 1), y=part["y"]) for part in parts
+            ]
+
+    monkeypatch.setitem(globals(), "toy_batches", broken)
+    for _ in range(2):  # the same command says so again
+        with pytest.raises(ValueError, match="tokenizer: loss or gradient is not finite at step 6"):
+            toy_fit(toy_args(tmp_path, judge_every=4))
+    saved = weights(tmp_path, "tokenizer.resume.pt")
+    assert saved["progress"][0] == 4 and all(leaf.isfinite().all() for leaf in saved["state"])
+
+
+def test_a_rate_that_is_too_high_ends_in_one_line(folder, tmp_path, refused):
+    line = refused("tokenizer", "--data", folder, "--out", tmp_path, "--lr", 1000, "--warmup", 0)
+    assert re.search(r"tokenizer: loss or gradient is not finite at step \d+; a lower --lr", line)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text and not (tmp_path / "tokenizer.pt").exists()
+
+
+def test_muon_takes_matrices_through_views_and_adamw_the_rest():
+    shapes = dict(weight=(8, 4, 3, 3), flat=(6, 5), bias=(8,), head=(7, 5), codebook=(16, 4))
+    generator = torch.Generator().manual_seed(0)
+    tree = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tree["weight"] = tree["weight"].contiguous(memory_format=torch.channels_last)
+    params = train.trainable(tree)
+    optimizer = train.Optimizer(params)
+    assert [id(leaf) for leaf, _ in optimizer.pairs] == [id(params[x]) for x in ("weight", "flat")]
+
+    plain = {name: torch.nn.Parameter(tree[name].flatten(1).clone()) for name in ("weight", "flat")}
+    rest = {name: torch.nn.Parameter(tree[name].clone()) for name in shapes if name not in plain}
+    options = dict(weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(plain.values(), lr=0.1, **options)
+    adamw = torch.optim.AdamW(rest.values(), lr=0.1, betas=(0.9, 0.95), weight_decay=0)
+    state = None
+    for step in range(4):
+        if step == 2:  # as after a kill
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = train.Optimizer(params)
+            optimizer.load_state_dict(state)
+        for name, leaf in params.items():
+            leaf.grad = torch.randn(leaf.shape, generator=generator)
+            if name in plain:
+                plain[name].grad = leaf.grad.flatten(1).clone()
+            else:
+                rest[name].grad = leaf.grad.clone()
+        optimizer.step(0.1)
+        muon.step()
+        adamw.step()
+        for name, leaf in (plain | rest).items():
+            assert difference(params[name].flatten(), leaf.flatten()) < 1e-6, name
+        assert all(leaf.grad is None for leaf in params.values())
+
+    optimizer.forget(params["codebook"], torch.arange(16) < 3)
+    moment = optimizer.adamw.state[params["codebook"]]["exp_avg"].abs().sum(1)
+    assert (moment[:3] == 0).all() and (moment[3:] > 0).all()
+
+
+def test_muon_is_for_what_maps_features_to_features():
+    codec = tokenizer.init(codes=32, code_dim=8, channels=32, multipliers=(1, 2))
+    params = hmar.init(depth=2, width=32, classes=3, codes=32, code_dim=8, scales=SCALES)
+    tree = train.trainable(dict(codec=codec, hmar=hmar.add_masked_branch(params, 1)))
+    chosen = {id(leaf) for leaf, _ in train.Optimizer(tree).pairs}
+    kinds = "conv1|conv2|shortcut|upsample|downsample|qkv|project|expand|contract"
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        name = pytree.keystr(path)
+        expected = leaf.ndim > 1 and re.search(rf"'({kinds})'\](\['weight'\])?$", name) is not None
+        assert (id(leaf) in chosen) == expected, name
+
+
+def test_every_item_comes_once_an_epoch_in_a_new_order():
+    args, count = argparse.Namespace(seed=3, batch=4), 10
+    drawn = [item for step in range(20) for item in train.step_items(args, step, count)]
+    assert [draw for _, draw in drawn] == list(range(80))
+    epochs = [[index for index, _ in drawn[first : first + count]] for first in range(0, 80, count)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 8
+    args.seed = 4
+    assert [index for index, _ in train.step_items(args, 0, count)] != epochs[0][:4]
+
+
+# Several processes and parts of a batch are one
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_two_processes_or_two_parts_are_one_with_the_whole(base, start, folder, tmp_path, stage):
+    """Two channels share a norm, else gradients that should be 0 make AdamW step by rounding."""
+    lr = 1e-4
+    flags = [stage, "--data", folder, "--lr", lr, "--batch", 16, "--channels", 64, "--out"]
+    earlier = list(train.STAGES)[: list(train.STAGES).index(stage)]
+    for name in ("one", "parts", "two"):
+        if earlier:
+            recorded = dict(lr=dict.fromkeys(train.STAGES, lr), batch=16, channels=64)
+            continued(base, tmp_path / name, *earlier, **recorded)
+    one = start(*flags, tmp_path / "one")
+    parts = start(*flags, tmp_path / "parts", "--accumulate", 2)
+    for job in (one, parts, *start_two(start, *flags, tmp_path / "two")):
+        job.ended()
+
+    file = train.STAGES[stage]
+    whole = weights(tmp_path / "one", file)
+    metrics = lines_of(tmp_path / "one", stage)
+    for name in ("parts", "two"):
+        made = weights(tmp_path / name, file)
+        assert difference(made, whole) < 0.2 * lr, name  # Muon multiplies in bf16
+        for ours, line in zip(lines_of(tmp_path / name, stage), metrics, strict=True):
+            for key, value in line.items():
+                if key not in ("stage", "held_out_codes_used", "held_out_perplexity"):
+                    assert ours[key] == pytest.approx(value, rel=2e-4, abs=2e-4), (name, key)
+    if stage == "masked":
+        before = weights(base, "hmar.pt")
+        assert difference(whole.pop("masked"), before.pop("masked")) > 1e-4
+        assert difference(whole, before) == 0  # the rest stays
+
+
+@pytest.mark.parametrize(
+    "flags, processes, parts",
+    [
+        ("--size 32", 1, 1),
+        ("--size 256", 1, 8),
+        ("--size 256", 8, 1),
+        ("--size 1024", 2, 32),
+        ("--size 256 --batch 36", 1, 6),
+        ("--size 256 --batch 10", 2, 1),
+        ("--size 256 --accumulate 2", 1, 2),
+    ],
+)
+def test_a_batch_is_cut_into_as_few_parts_as_fit(monkeypatch, flags, processes, parts):
+    monkeypatch.setattr(train, "world", lambda: processes)
+    assert train.resolved(train.parser().parse_args(flags.split())).accumulate == parts
+
+
+def watched(monkeypatch, module, name):
+    """Lists the calls of a function, (result, arguments, options) each."""
+    function, calls = getattr(module, name), []
+
+    def call(*arguments, **options):
+        calls.append((function(*arguments, **options), arguments, options))
+        return calls[-1][0]
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+def test_nothing_puts_more_images_through_the_tokenizer_than_fit(folder, tmp_path, monkeypatch):
+    """Judging, encoding, and drawing a sheet's rows of eight."""
+    for module in (train, sample):
+        monkeypatch.setattr(module, "at_once", lambda pixels: 3)
+    calls = watched(monkeypatch, tokenizer, "encode_features")
+    decoded = watched(monkeypatch, tokenizer, "decode_features")
+    run("--data", folder, "--out", tmp_path, "--steps", 1, "--accumulate", 2)
+    assert {len(arguments[1]) for _, arguments, _ in calls + decoded} <= {1, 2, 3}
+
+
+def test_a_compiled_run_has_the_losses_of_an_eager_one(folder, tmp_path, monkeypatch):
+    """Each stage's step is one graph; Dynamo's interpreter runs it: a backend would take minutes."""
+    graphs, compile = [], torch.compile
+    torch.compiler.reset()
+
+    def captured(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    whole = partial(compile, backend=captured, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
+    runs = []
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        run("--data", folder, "--out", tmp_path / name, "--steps", 2, *flags)
+        assert bool(graphs) == bool(flags)
+        runs.append([line["loss"] for line in lines_of(tmp_path / name, name="loss")])
+    assert len(runs[0]) == 6
+    np.testing.assert_allclose(*runs, rtol=1e-5)
+
+
+def test_workers_change_nothing(base, folder, tmp_path):
+    flags = ["tokenizer", "--data", folder, "--workers", 1]
+    run(*flags, "--out", tmp_path)
+    assert difference(weights(tmp_path, "tokenizer.pt"), weights(base, "tokenizer.pt")) == 0
+
+
+# What the stages compute
+
+
+def test_the_tokenizer_is_trained_on_all_its_errors(folder, tmp_path, monkeypatch):
+    calls = watched(monkeypatch, tokenizer, "training_pass")
+    run("tokenizer", "--data", folder, "--out", tmp_path, "--steps", 5, "--batch", 8)
+    stops = []
+    for (made, (_, images, scales, own), _), line in zip(calls, lines_of(tmp_path, name="loss")):
+        stops += own.tolist()
+        rest = made["images"] - images
+        expected = rest.square().mean() + 0.5 * rest.abs().mean() + made["loss"]
+        for dim in (2, 3):
+            expected = expected + 0.25 * rest.diff(dim=dim).abs().mean()
+        coarse = F.mse_loss(made["coarse"], images[: len(own)])
+        assert line["coarse"] == pytest.approx(coarse.item(), rel=1e-4)
+        assert line["loss"] == pytest.approx((expected + 0.5 * coarse).item(), rel=1e-4)
+    assert len(stops) == 10 and set(stops) == {0, 1}  # a quarter of the images; not the last scale
+
+
+def test_dead_codes_alone_are_replaced_and_their_moments_forgotten(folder, tmp_path, monkeypatch):
+    revivals = watched(monkeypatch, tokenizer, "revive_codes")
+    forgotten = watched(monkeypatch, train.Optimizer, "forget")
+    flags = ["tokenizer", "--data", folder, "--batch", 2, "--codes", 128]
+    run(*flags, "--out", tmp_path)
+    counts = [int(arguments[1].sum()) for _, arguments, _ in revivals]
+    assert counts == [2 * 81 * n for n in (1, 4)]  # at steps 1 and 5, not 10: past 80 % of 12
+    for ((new, dead), (old, counts, residuals, _), _), (_, told, _) in zip(revivals, forgotten):
+        assert torch.equal(dead, counts == 0) and 0 < dead.sum() < 128
+        vectors = torch.cat([residual.flatten(0, 1) for residual in residuals])
+        assert all((vectors == row).all(1).any() for row in new[dead])
+        optimizer, leaf, rows = told
+        assert leaf.shape == (128, 8) and torch.equal(rows, dead)
+
+
+def held_out(folder):
+    """The held-out images in [-1, 1] and labels."""
+    _, kept = train.split_held_out(train.list_images(folder)[0], folder)
+    pixels = [np.asarray(Image.open(path).convert("RGB")) for path, _ in kept]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+    return images, torch.tensor([label for _, label in kept])
+
+
+def test_held_out_numbers_are_those_of_the_weights_that_are_saved(base, folder):
+    images, labels = held_out(folder)
+    codec, params = weights(base, "tokenizer.pt"), weights(base, "hmar.pt")
+    best = {}
+    for line in lines_of(base, name="held_out_loss"):
+        stage = line["stage"]
+        best[stage] = min(best.get(stage, line), line, key=lambda line: line["held_out_loss"])
+    tokens = tokenizer.encode(codec, images, SCALES)
+    edges = (0, 1, 17, 81)
+    line = best["tokenizer"]
+    decoded = tokenizer.decode(codec, tokens, SCALES)
+    errors = (decoded - images).double().square().mean((1, 2, 3))
+    psnr = (10 * (4 / errors).log10()).mean().item()
+    assert line["held_out_loss"] == pytest.approx(errors.mean().item(), rel=1e-4)
+    assert line["held_out_psnr"][-1] == pytest.approx(psnr, abs=1e-3)
+    assert line["held_out_codes_used"] == len(tokens.unique())
+    for k in range(3):
+        counts = torch.bincount(tokens[:, edges[k] : edges[k + 1]].flatten()).double()
+        entropy = -sum(n * math.log(n) for n in (counts / counts.sum()).tolist() if n)
+        assert line["held_out_perplexity"][k] == pytest.approx(math.exp(entropy), rel=1e-4)
+
+    inputs = tokenizer.next_scale_inputs(codec, tokens, SCALES)
+    logits = hmar.next_scale_logits(params, labels, inputs)
+    surprise = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+    line = best["next-scale"]
+    accuracy = (logits.argmax(-1) == tokens).double().mean().item()
+    assert line["held_out_loss"] == pytest.approx(surprise.mean().item(), rel=1e-4)
+    assert line["held_out_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    expected = [surprise[:, edges[k] : edges[k + 1]].mean().item() for k in range(3)]
+    assert line["held_out_scale_losses"] == pytest.approx(expected, rel=1e-4)
+
+    mask = torch.rand(len(images), 80, generator=train.generator_of("held-out mask")) < 0.5
+    own_inputs = tokenizer.masked_inputs(codec, tokens, SCALES, mask)
+    logits = hmar.masked_logits(params, labels, inputs, own_inputs, mask)
+    surprise = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")[:, 1:][mask]
+    assert best["masked"]["held_out_loss"] == pytest.approx(surprise.mean().item(), rel=1e-4)
+
+
+def test_labels_are_dropped_and_the_share_of_hidden_tokens_is_uniform(base, folder, monkeypatch):
+    flags = ["masked", "--data", str(folder), "--batch", "50", "--depth", "1"]
+    args = train.resolved(train.parser().parse_args([*TINY, *flags, "--accumulate", "2"]))
+    more = dict(stage="masked", steps=40, out=str(base), class_names=range(3))
+    args = argparse.Namespace(
+        **vars(args) | more | dict(device=torch.device("cpu"), dtype=torch.float32)
+    )
+    seen = []
+    monkeypatch.setattr(train, "token_cache", lambda *_: np.zeros((30, 2, 81), np.uint16))
+    monkeypatch.setattr(
+        train, "fit", lambda args, tree, loss, batches, evaluate: seen.append(batches)
+    )
+    data = argparse.Namespace(labels=[0, 1, 2] * 10)
+    train.train_masked(args, data, data)
+    batches = [parts for parts in seen[0](30)]
+    assert len(batches) == 10 and all(len(parts) == 2 for parts in batches)
+    ratios = torch.cat([part["mask"].float().mean(1) for parts in batches for part in parts])
+    assert np.histogram(ratios, 4, (0, 1))[0].min() > 90  # of 500
+    labels = torch.cat([part["labels"] for parts in batches for part in parts])
+    assert 25 < (labels == 3).sum() < 85  # a tenth
+    for parts in batches:
+        hidden = sum(part["mask"].sum() for part in parts)
+        assert all(part["share"] == 2 / hidden for part in parts)
+        assert all(
+            torch.equal(part["places"], part["mask"].flatten().nonzero()[:, 0]) for part in parts
+        )
