@@ -64,8 +64,8 @@ SMALL = dict(  # for images up to 64 pixels: a model for two CPU cores
     batch=16,
     ema=0.998,
     warmup=100,
-    steps={"tokenizer": 2200, "next-scale": 2600, "masked": 400},
-    lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3},
+    steps={"tokenizer": 1200, "next-scale": 1300, "masked": 300},
+    lr={"tokenizer": 4e-3, "next-scale": 4e-3, "masked": 2e-3},
 )
 PUBLISHED = dict(  # above: the published model, for GPUs
     channels=160,
