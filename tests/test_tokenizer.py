@@ -6,6 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import (
+    close, double, leaves_equal, normal, pyramids, quantiser, random_tokens, scrambled, slow_bicubic)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
@@ -25,45 +27,8 @@ def one_thread():  # two on a busy machine wait for each other more than they wo
     torch.set_num_threads(threads)
 
 
-@st.composite
-def pyramids(draw, largest=4, most=4):
-    heights = sorted(draw(st.lists(st.integers(1, largest), min_size=1, max_size=most)))
-    widths = sorted(draw(st.lists(st.integers(1, largest), min_size=len(heights), max_size=len(heights))))
-    return tuple(zip(heights, widths))
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def scrambled(tree, seed=0, scale=0.3):
-    """The tree in float64 with every leaf random, so that no bias, gain or gate is at a value that hides it."""
-    leaves, structure = pytree.tree_flatten(tree)
-    return pytree.tree_unflatten([normal(*leaf.shape, seed=seed + i, scale=scale) for i, leaf in enumerate(leaves)], structure)
-
-
-def quantiser(codes, code_dim, phis=4, seed=0):
-    """The part of a tree that the quantiser reads."""
-    phi = [dict(weight=normal(code_dim, code_dim, 3, 3, seed=seed + i, scale=0.3), bias=normal(code_dim, seed=seed + 9 + i, scale=0.3))
-           for i in range(phis)]
-    return dict(codebook=normal(codes, code_dim, seed=seed + 20), phi=phi)
-
-
 def small(seed=0, **options):
     return tokenizer.init(**(dict(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1, seed=seed) | options))
-
-
-def double(tree):
-    return pytree.tree_map(torch.Tensor.double, tree)
-
-
-def random_tokens(batch, scales, codes, seed=0):
-    return torch.randint(codes, (batch, sum(h * w for h, w in scales)), generator=torch.Generator().manual_seed(seed))
-
-
-def leaves_equal(tree, other):
-    same = pytree.tree_structure(tree) == pytree.tree_structure(other)
-    return same and all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(tree), pytree.tree_leaves(other)))
 
 
 def slow_area(grid, size):
@@ -75,24 +40,6 @@ def slow_area(grid, size):
         for x in range(size[1]):
             values = [grid[a, b] for a in covered(y, grid.shape[0], size[0]) for b in covered(x, grid.shape[1], size[1])]
             out[y, x] = sum(values) / len(values)
-    return out
-
-
-def slow_bicubic(grid, size):
-    """grid (h, w) -> size: Keys's kernel with a = -0.75, cell centres at halves, the edge repeated."""
-    def kernel(t, a=-0.75):
-        t = abs(t)
-        return (a + 2) * t ** 3 - (a + 3) * t ** 2 + 1 if t <= 1 else a * (t ** 3 - 5 * t ** 2 + 8 * t - 4) if t < 2 else 0.0
-
-    def taps(i, inputs, outputs):
-        centre = (i + 0.5) * inputs / outputs - 0.5
-        return [(min(max(j, 0), inputs - 1), kernel(centre - j)) for j in range(math.floor(centre) - 1, math.floor(centre) + 3)]
-    out = np.zeros(size)
-    for y in range(size[0]):
-        for x in range(size[1]):
-            for a, row in taps(y, grid.shape[0], size[0]):
-                for b, column in taps(x, grid.shape[1], size[1]):
-                    out[y, x] += row * column * grid[a, b]
     return out
 
 
@@ -136,10 +83,6 @@ def slow_quantise(params, feature, scales):
 def rows(maps):
     """(C, h, w) -> (h w, C), a row of features."""
     return torch.from_numpy(maps.reshape(len(maps), -1).T.copy())
-
-
-def close(ours, truth, tolerance=1e-10):
-    torch.testing.assert_close(ours, torch.as_tensor(np.asarray(truth)), rtol=tolerance, atol=tolerance)
 
 
 @quick
