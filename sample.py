@@ -3,24 +3,21 @@
     labels (B,) -> for each scale: logits -> guidance -> filter -> draw -> masked refinement
     -> f_hat (B, code_dim, h, w) -> images (B, 3, H, W)
 
-`steps` is the whole method as a generator, one item a pass, so that a caller can watch, stop or
-choose; `generate` and `edit` consume it. `guided` is where guidance is applied, `filtered` and
-`draw` make tokens of logits, `masked_schedule` says how many of them each pass keeps. The random
-numbers of an image follow from its seed, the scale and the pass alone, so they do not depend on
-the batch that it is drawn in.
+`steps` is the method as a generator, one item a pass, so that a caller can watch, stop or choose;
+`generate` and `edit` consume it. `draft` and `refined` make the two kinds of logits, `guided` is
+where guidance is applied, `filtered` and `draw` make tokens of logits. The random numbers of an
+image follow from its seed, the scale and the pass alone, so they do not depend on its batch.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024);
 classifier-free guidance (Ho and Salimans 2021).
 """
 
 import argparse
-import difflib
 import hashlib
 import itertools
 import json
 import math
 import os
-import re
 import sys
 import traceback
 from functools import partial
@@ -38,12 +35,16 @@ import tokenizer
 PUBLISHED_PASSES = {4: (1, 3), 9: (1, 1, 2, 5)}  # tokens of a scale -> kept at each pass; else one
 
 
-class Step(NamedTuple):
-    """What `steps` yields after each pass.
+def generate(params, codec, labels, **options):
+    """(images (B, 3, H, W) in [-1, 1], tokens (B, L) int64); arguments as for `steps`."""
+    last = {step.scale: step for step in steps(params, codec, labels, **options)}
 
-    A scale is drawn from what f_hat holds after the last pass of the one before, so a caller may
-    write the best candidate's map over the others'.
-    """
+    tokens = torch.cat([step.tokens for step in last.values()], 1)
+    return decoded(codec, last[max(last)].f_hat), tokens
+
+
+class Step(NamedTuple):
+    """What `steps` yields after each pass; the next scale is drawn from what f_hat then holds."""
 
     scale: int
     number: int  # of the pass in its scale: 0 is the next-scale draw, later ones refine it
@@ -52,18 +53,6 @@ class Step(NamedTuple):
     f_hat: torch.Tensor  # (B, code_dim, h, w), all scales up to this: decode_features shows it
 
 
-def generate(params, codec, labels, **options):
-    """(images (B, 3, H, W) in [-1, 1], tokens (B, L) int64) of labels (B,) int64.
-
-    Keyword arguments are those of `steps`.
-    """
-    last = {step.scale: step for step in steps(params, codec, labels, **options)}
-
-    tokens = torch.cat([step.tokens for step in last.values()], 1)
-    return decoded(codec, last[max(last)].f_hat), tokens
-
-
-@torch.no_grad()
 def steps(
     params,
     codec,
@@ -82,73 +71,93 @@ def steps(
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
     labels (B,) int64. schedule: for each scale the tokens kept at each pass, as `masked_schedule`
-    makes it; None is the published one where the tree has a masked branch, else one pass a scale.
-    guidance, mask_guidance: a number g >= 0, rising over scales as g k / (S - 1), or one a scale;
-    where it is 0 the unconditional half is not computed. temperature >= 0 divides the logits,
-    0 = arg max; then top_k >= 0 codes stay, 0 = all; then top_p in (0, 1] of the probability.
-    Image i draws the numbers of seed + i, or of seed[i]. is_causal: VAR, with a key/value cache.
-    known: (tokens (B, L), given (B, L) bool) of an image, for `edit`. ValueError on bad arguments.
+    makes it; None is the published one where there is a masked branch, else one pass a scale.
+    guidance, mask_guidance: a number g, rising over scales as g k / (S - 1), or one a scale; 0 is
+    cheaper by half. temperature divides the logits, below 0.001 arg max; then top_k codes
+    stay, 0 = all; then top_p of the probability. Image i draws the numbers of seed + i, or seed[i].
+    is_causal: VAR, with a key/value cache. known: (tokens (B, L), given (B, L) bool) of an image,
+    for `edit`. ValueError on what does not fit.
     """
-    check_sampling(params, codec, labels, temperature, top_k, top_p)
     scales = hmar.scales(params)
+    sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
+    got = tuple(codec["codebook"].shape)
+    require(got == sizes, f"codec: got (codes, code_dim) {got}, the transformer has {sizes}")
+    require(torch.is_tensor(labels) and labels.ndim == 1, "labels: expected an int64 tensor (B,)")
+    check_number("temperature", temperature, 0, 1e4)
+    check_number("top_k", top_k, 0, 2**31, int)
+    check_number("top_p", top_p, 1e-9, 1)
+    seeds = check_seeds(seed, len(labels))
+    choose = partial(chosen, seeds=seeds, temperature=temperature, top_k=top_k, top_p=top_p)
     schedule = check_schedule(schedule, scales, "masked" in params)
     guidance = per_scale("guidance", guidance, scales)
     mask_guidance = per_scale("mask_guidance", mask_guidance, scales)
-    seeds = check_seeds(seed, len(labels))
+    return passes(
+        params, codec, labels, known, schedule, guidance, mask_guidance, choose, is_causal
+    )
+
+
+@torch.no_grad()
+def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choose, is_causal):
+    """The loop of `steps`, its arguments settled. choose: as `chosen`."""
+    scales = hmar.scales(params)
     counts = tokenizer.lengths(scales)
-    codebook, phi = codec["codebook"], codec["phi"]
+    nothing = torch.zeros(len(labels), sum(counts), dtype=torch.int64, device=labels.device)
+    known_tokens, given = known or (nothing, nothing.bool())
+    known_maps = tokenizer.f_hat_by_scale(codec, known_tokens, scales)
+    known_tokens, given = known_tokens.split(counts, 1), given.split(counts, 1)
+    stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of an edit
 
-    if known is None:  # nothing is given
-        nothing = torch.zeros(len(labels), sum(counts), dtype=torch.int64, device=labels.device)
-        known = nothing, nothing.bool()
-    known_tokens, given = (row.split(counts, 1) for row in known)
-    stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of the edit
-
-    both = is_causal and any(guidance)  # a cache takes in both halves from the first scale on
-    cache = hmar.new_cache(params, len(labels) * (1 + both)) if is_causal else None
-    f_hat = torch.zeros(len(labels), codebook.shape[1], *scales[-1], device=labels.device)
-    known_f_hat = f_hat
+    halves = 2 if any(guidance) else 1  # a cache takes in both from the first scale on
+    cache = hmar.new_cache(params, halves * len(labels)) if is_causal else None
+    f_hat = torch.zeros_like(known_maps[0])  # (B, code_dim, h, w)
 
     for k, size in enumerate(scales):
         inputs = tokenizer.resize_to_scale(f_hat, size) if k else None  # (B, n_k, code_dim)
-        tokens, hidden = known_tokens[k], ~given[k]  # hidden: what is to be drawn
-        known_codes = F.embedding(tokens, codebook)
-        known_f_hat = known_f_hat + tokenizer.contribution(phi, known_codes, k, scales)
+        tokens = known_tokens[k]
+        hidden = ~given[k]  # (B, n_k), what is to be drawn
 
         for number, keep in enumerate(kept_counts(schedule[k], hidden, k and "masked" in params)):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
-                predict = partial(hmar.scale_features, params, k=k, cache=cache)
-                features = guided(predict, params, labels, guidance[k], inputs, both=both)
-                head = params["next_scale"]["head"]
+                logits = draft(params, labels, inputs, k, guidance[k], cache)
             else:
-                # published trees, without an own_input, saw the hidden draft leak through
-                zeroed = hidden if "own_input" in params["masked"] else None
-                own = tokenizer.masked_scale_input(codec, tokens, k, scales, zeroed)
-                predict = partial(hmar.masked_scale_features, params, k=k)
-                seen = (inputs, own, hidden)
-                features = guided(predict, params, labels, mask_guidance[k], *seen)
-                head = params["masked"]["head"]
+                t = mask_guidance[k]
+                logits = refined(params, codec, labels, inputs, tokens, hidden, k, t)
 
-            # the head is affine, so that it may follow guidance: once, not for both halves
-            logits = hmar.logits(features, **head) / (temperature or 1)  # (B, n_k, codes)
-            numbers = uniforms(seeds, k, number, hidden) if temperature else None
-            drawn, confidence = draw(*filtered(logits, top_k, top_p), numbers)
+            drawn, confidence = choose(logits, k, number)
             tokens = torch.where(hidden, drawn, tokens)
             hidden = hidden & ~surest(confidence, hidden, keep)
 
-            added = tokenizer.contribution(phi, F.embedding(tokens, codebook), k, scales)
-            grown = torch.where(stays, known_f_hat, f_hat + added)
+            codes = F.embedding(tokens, codec["codebook"])
+            grown = f_hat + tokenizer.contribution(codec["phi"], codes, k, scales)
+            grown = torch.where(stays, known_maps[k], grown)
             yield Step(k, number, tokens, hidden, grown)
 
         f_hat = grown  # what the next scale is drawn from
 
 
-def guided(predict, params, labels, t, *features, both=False):
-    """Guided features, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
+def draft(params, labels, inputs, k, t, cache=None):
+    """Logits (B, n_k, codes) of scale k given the coarser ones, inputs (B, n_k, code_dim)."""
+    predict = partial(hmar.scale_features, params, k=k, cache=cache)
+    both = cache is not None and cache[0].shape[1] > len(labels)
+    features = guided(predict, params, labels, t, inputs, both=both)
+    return hmar.logits(features, **params["next_scale"]["head"])
 
-    predict(labels, *features) is called once, with both halves in one batch; with t = 0 without
-    the unconditional half, unless `both` says that a cache needs it.
+
+def refined(params, codec, labels, inputs, tokens, hidden, k, t):
+    """Logits (B, n_k, codes) given the scale's own tokens (B, n_k) too, where not hidden."""
+    # published trees, without an own_input, saw the hidden draft leak into its neighbours
+    zeroed = hidden if "own_input" in params["masked"] else None
+    own_inputs = tokenizer.masked_scale_input(codec, tokens, k, hmar.scales(params), zeroed)
+    predict = partial(hmar.masked_scale_features, params, k=k)
+    features = guided(predict, params, labels, t, inputs, own_inputs, hidden)
+    return hmar.logits(features, **params["masked"]["head"])
+
+
+def guided(predict, params, labels, t, *features, both=False):
+    """Features, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
+
+    The head, which is affine, may follow. With t = 0 one half is enough, unless a cache needs both.
     """
     if t == 0 and not both:
         return predict(labels, *features)
@@ -159,12 +168,19 @@ def guided(predict, params, labels, t, *features, both=False):
     return (1 + t) * conditional - t * unconditional
 
 
+def chosen(logits, k, number, *, seeds, temperature, top_k, top_p):
+    """(tokens, confidence), (B, n_k) each, of logits (B, n_k, codes) at a pass of scale k."""
+    if temperature < 0.001:
+        return draw(*filtered(logits, top_k, top_p))
+    numbers = uniforms(seeds, k, number, logits.shape[1]).to(logits.device)
+    return draw(*filtered(logits / temperature, top_k, top_p), numbers)
+
+
 def filtered(logits, top_k=0, top_p=1.0):
     """(values, codes), (..., K) each: the logits of codes that may be drawn, the surest first.
 
-    Of logits (..., V) those below the top_k-th go (ties stay), then the tail that holds at most
-    1 - top_p of what is left; -inf stands where a row has fewer than another. Unfiltered they are
-    all there, in their own order.
+    Of logits (..., V) those below the top_k-th go (ties stay), then those whose betters hold top_p
+    of what is left; -inf stands where a row has fewer than another. Unfiltered none is moved.
     """
     everything = logits.shape[-1]
     if not 0 < top_k < everything and top_p >= 1:
@@ -177,14 +193,13 @@ def filtered(logits, top_k=0, top_p=1.0):
         values, codes = values[..., :most], codes[..., :most]
         values = values.masked_fill(values < least, -math.inf)
     if top_p < 1:
-        ascending = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # of this code and all below
-        tail = ascending <= 1 - top_p
-        tail[..., 0] = False  # the best always stays
-        values = values.masked_fill(tail, -math.inf)
+        probability = values.softmax(-1)
+        before = probability.cumsum(-1) - probability  # what surer codes hold: of the best, 0
+        values = values.masked_fill(before >= top_p, -math.inf)
     return values, codes
 
 
-def draw(values, codes, uniform):
+def draw(values, codes, uniform=None):
     """(tokens (...) int64, confidence (...)) drawn from codes (..., K) with logits values.
 
     Their cumulative sum is inverted at uniform (...) fp64 in [0, 1); None draws the likeliest.
@@ -202,14 +217,10 @@ def draw(values, codes, uniform):
     return codes.gather(-1, place)[..., 0], probability.gather(-1, place)[..., 0]
 
 
-def uniforms(seeds, k, number, hidden):
-    """Numbers in [0, 1), (B, n_k) fp64 for hidden (B, n_k): a function of (seed, k, number).
-
-    They are made on the CPU, the same for every device.
-    """
-    count = hidden.shape[1]
+def uniforms(seeds, k, number, count):
+    """Numbers in [0, 1), (B, count) fp64: a function of (seed, k, number), on the CPU."""
     rows = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
-    return torch.from_numpy(np.array(rows).reshape(-1, count)).to(hidden.device)
+    return torch.from_numpy(np.array(rows).reshape(-1, count))
 
 
 def surest(confidence, hidden, keep):
@@ -219,25 +230,19 @@ def surest(confidence, hidden, keep):
     return hidden & (place < keep[:, None])
 
 
-def masked_schedule(scales, passes, curve="cosine"):
+def masked_schedule(scales, passes):
     """For each scale the tokens kept at each pass, ((1,), (1, 3), ...): a draw, then `passes`.
 
-    passes: masked passes, a number or one a scale. curve: "cosine" keeps few first, most last
-    (MaskGIT, section 3.3), "linear" alike. Never more passes than a scale has tokens, one at the
-    first scale. ValueError on others.
+    Few are kept at first, most last, after a cosine (MaskGIT, section 3.3); one at least at each.
     """
-    passes = [passes] * len(scales) if isinstance(passes, int) else passes
-    passes = per_scale("passes", passes, scales, kinds=int)
-    require(curve in ("cosine", "linear"), f"curve: got {curve!r}, expected 'cosine' or 'linear'")
-
+    check_number("passes", passes, 0, 1e4, int)
     schedule = []
     for k, count in enumerate(tokenizer.lengths(scales)):
-        number = min(passes[k] + 1, count) if k else 1
-        kept = [0]
+        number = min(passes + 1, count) if k else 1
+        kept = [0]  # after each pass
         for i in range(1, number + 1):
-            share = i / number if curve == "linear" else 1 - math.cos(math.pi / 2 * i / number)
-            least, most = kept[-1] + 1, count - number + i  # one at least for this and each other
-            kept.append(min(max(round(share * count), least), most))
+            share = 1 - math.cos(math.pi / 2 * i / number)
+            kept.append(min(max(round(share * count), i), count - number + i))
         schedule.append(tuple(after - before for before, after in itertools.pairwise(kept)))
     return tuple(schedule)
 
@@ -250,10 +255,9 @@ def published_schedule(scales):
 
 
 def kept_counts(passes, hidden, has_masked_branch):
-    """How many of its hidden tokens (B, n) each image keeps at each pass, [(B,), ...].
+    """[(B,), ...]: how many of its hidden tokens (B, n) each image keeps at each pass, in proportion.
 
-    The schedule's numbers in proportion, as some tokens may be given. Such an image takes at least
-    one pass of refinement, since only the masked branch sees them.
+    Where some are given there is one masked pass at least, since no other sees them.
     """
     count, total = hidden.sum(1), hidden.shape[1]
     partly = (count > 0) & (count < total)
@@ -269,19 +273,16 @@ def kept_counts(passes, hidden, has_masked_branch):
 def edit(params, codec, images, mask, labels, **options):
     """images (B, 3, H, W) in [-1, 1], of which labels (B,) int64 are drawn under the mask.
 
-    mask (B, 1, H, W) bool, True = repaint. At each scale the tokens whose cells lie outside the
-    mask are the image's; the others are drawn by the next-scale branch, then by the masked branch,
-    which sees the given ones (HMAR, editing). Pixels outside the mask are the original ones; what
-    decoding did to them at its edge is taken back inside too, fading over two latent cells.
-    Keyword arguments are those of `steps`. ValueError on a mask of another shape or type, or as
-    `encode` and `steps`.
+    mask (B, 1, H, W) bool, True = repaint. At each scale the tokens whose cells lie outside are
+    the image's; the others are drawn, then refined by the masked branch, which sees the given ones
+    (HMAR, editing). Pixels outside are the original ones; what decoding did to them at the edge is
+    taken back inside too, fading over two latent cells. Keyword arguments are those of `steps`.
     """
     scales = hmar.scales(params)
     tokenizer.check_images(codec, images, scales)
     expected = (len(images), 1, *images.shape[2:])
-    got = f"{mask.dtype} {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
-    require(got == f"torch.bool {expected}", f"mask: got {got}, expected torch.bool {expected}")
-    require(len(labels) == len(images), f"labels: got {len(labels)}, expected {len(images)}")
+    fits = torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == expected
+    require(fits, f"mask: expected a bool tensor {expected}")
 
     parts = images.split(at_once(images[0, 0].numel()))
     tokens = torch.cat([tokenizer.encode(codec, part, scales) for part in parts])
@@ -290,18 +291,13 @@ def edit(params, codec, images, mask, labels, **options):
     painted, _ = generate(params, codec, labels, known=(tokens, given), **options)
 
     outside = (~mask).to(painted.dtype)
-    original = images.to(painted.dtype)
-    error = (original - painted) * outside
+    error = (images.to(painted.dtype) - painted) * outside
     painted = painted + continued(error, outside, 2 * tokenizer.downsampling(codec))
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
 
 
 def continued(error, known, reach):
-    """error (B, C, H, W) of the known pixels, carried into the others, fading over `reach` pixels.
-
-    known (B, 1, H, W) is 1 or 0. Returns (B, C, H, W), 0 where known. So no seam shows where a
-    decoder mixes both sides of an edge.
-    """
+    """error (B, C, H, W) carried on from known pixels (B, 1, H, W), fading, lest a seam show."""
     carried = torch.zeros_like(error)
     for ring in range(1, reach + 1):
         share = F.avg_pool2d(known, 3, stride=1, padding=1)
@@ -325,7 +321,7 @@ def at_once(pixels):
     return max(1, 2**19 // max(1, pixels))
 
 
-# ---- checks
+# ---- what fits
 
 
 def require(fine, message):
@@ -334,65 +330,49 @@ def require(fine, message):
         raise ValueError(message)
 
 
-def check_sampling(params, codec, labels, temperature, top_k, top_p):
-    """ValueError for arguments of `steps` that do not fit."""
-    codes, code_dim = codec["codebook"].shape
-    expected = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
-    message = f"codec: got {codes} codes of {code_dim} dimensions, the transformer expects"
-    require((codes, code_dim) == expected, f"{message} {expected[0]} of {expected[1]}")
-    fits = torch.is_tensor(labels) and labels.ndim == 1
-    require(fits, f"labels: got {labels}, expected an int64 tensor (B,)")
-    fits = _is_number(temperature) and (temperature == 0 or 1e-3 <= temperature < math.inf)
-    require(fits, f"temperature: got {temperature}, expected 0 or at least 0.001")
-    fits = isinstance(top_k, int) and top_k >= 0
-    require(fits, f"top_k: got {top_k}, expected an integer, 0 or more")
-    require(_is_number(top_p) and 0 < top_p <= 1, f"top_p: got {top_p}, expected a share in (0, 1]")
+def check_number(name, value, least, most, kind=(int, float)):
+    """ValueError unless value is a number of this kind and range."""
+    fits = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+    what = "an integer" if kind is int else "a number"
+    require(fits, f"{name}: got {value!r}, expected {what} from {least:g} to {most:g}")
+
+
+def per_scale(name, value, scales):
+    """One number a scale: a single one g rises as g k / (S - 1)."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    count = len(scales)
+    require(len(values) in (1, count), f"{name}: got {value}, expected one number, or {count}")
+    for number in values:
+        check_number(name, number, 0, 1e4)
+    if len(values) == count:
+        return values
+    return [values[0] * k / (count - 1) for k in range(count)]
 
 
 def check_schedule(schedule, scales, has_masked_branch):
-    """The schedule as tuples, with None replaced. ValueError unless entries sum to their scale."""
+    """The schedule, None replaced. ValueError unless each entry sums to its scale's tokens."""
     counts = tokenizer.lengths(scales)
     if schedule is None:
-        plain = tuple((count,) for count in counts)
-        return published_schedule(scales) if has_masked_branch else plain
+        return published_schedule(scales) if has_masked_branch else [[count] for count in counts]
 
     fits = isinstance(schedule, (list, tuple)) and len(schedule) == len(counts)
-    message = f"schedule: got {schedule!r}, expected the tokens kept at each pass, a tuple for each"
-    require(fits, f"{message} of the {len(counts)} scales")
-    for k, passes in enumerate(schedule):
-        fits = isinstance(passes, (list, tuple)) and len(passes) > 0
-        fits = fits and all(isinstance(kept, int) and kept >= 0 for kept in passes)
-        fits = fits and sum(passes) == counts[k] and (k > 0 or len(passes) == 1)
-        kind = "numbers that sum to" if k else "one number,"
-        require(fits, f"schedule: entry {k} is {passes}, expected {kind} {counts[k]}")
-        fits = has_masked_branch or len(passes) == 1
-        require(fits, "schedule: asks for masked passes; these weights have no masked branch")
-    return tuple(tuple(passes) for passes in schedule)
+    require(fits, f"schedule: got {schedule!r}, expected an entry for each of {len(counts)} scales")
+    for k, kept in enumerate(schedule):
+        fits = isinstance(kept, (list, tuple))
+        fits = fits and all(isinstance(number, int) and number >= 0 for number in kept)
+        fits = fits and sum(kept) == counts[k] and (len(kept) == 1 or (k > 0 and has_masked_branch))
+        expected = f"numbers that sum to {counts[k]}, one if there is no masked branch"
+        require(fits, f"schedule: entry {k} is {kept!r}, expected {expected}")
+    return schedule
 
 
 def check_seeds(seed, count):
-    """[seed of each image]. ValueError unless there is one for each, 0 <= seed < 2 ** 63."""
-    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else seed
+    """[seed of each image]."""
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else seed
     fits = isinstance(seeds, (list, tuple)) and len(seeds) == count
     fits = fits and all(isinstance(number, int) and 0 <= number < 2**63 for number in seeds)
     require(fits, f"seed: got {seed!r}, expected an integer from 0 to 2^63, or {count} of them")
     return seeds
-
-
-def per_scale(name, value, scales, kinds=(int, float)):
-    """One number a scale, 0 to 10,000: a single one rises over the scales as value k / (S - 1)."""
-    values = value
-    if _is_number(value):
-        values = [value * k / max(1, len(scales) - 1) for k in range(len(scales))]
-    fits = isinstance(values, (list, tuple)) and len(values) == len(scales)
-    fits = fits and all(isinstance(number, kinds) and 0 <= number <= 1e4 for number in values)
-    message = f"{name}: got {value}, expected a number from 0 to 10,000, or one for each of the"
-    require(fits, f"{message} {len(scales)} scales")
-    return values
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # ---- pictures and weights
@@ -400,6 +380,7 @@ def _is_number(value):
 
 def sheet(rows, names):
     """A PIL image of rows of images (n, 3, H, W) in [-1, 1], each row's name at its left."""
+    names = [printable(name)[:40] for name in names]
     font = ImageFont.load_default(12)
     zoom = max(1, 64 // rows[0].shape[-1])  # small images grow by whole pixels
     left = 12 + max(int(font.getlength(name)) for name in names)
@@ -436,65 +417,61 @@ def read_image(path, shortest=None):
                 raise OSError(f"{image.width} x {image.height} pixels, more than 100 million")
             if shortest is not None:
                 image.draft(None, (shortest, shortest))
-            return _rgb(ImageOps.exif_transpose(image))
+            return as_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "no image of these formats"
-        raise ValueError(f"{path}: {str(reason) or type(error).__name__}") from error
+        raise ValueError(f"{path}: {reason}") from error
 
 
-def _rgb(image):
+def as_rgb(image):
     """An image of any mode as viewers show it."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
-        grey = np.asarray(image)
-        grey = np.where(grey == image.info.get("transparency"), 65535, grey).clip(0, 65535)
-        return Image.fromarray((grey / 257 + 0.5).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info or "A" in image.getbands():
+        grey = np.asarray(image).clip(0, 65535) / 257 + 0.5
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def load(path):
-    """A tree on the CPU. ValueError for any other file, a pickle with code in it among them."""
+def load(path, convert=lambda tree: tree):
+    """convert(what a file of weights holds), on the CPU. ValueError that names any other file."""
     with open(path, "rb") as file:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return convert(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:
-            message = f"{path}: expected a file of weights that can be read safely"
-            raise ValueError(f"{message}; {type(error).__name__}") from error
+            text = f"no weights that can be read safely, {type(error).__name__}"
+            text = error if isinstance(error, ValueError) else text
+            raise ValueError(f"{path}: {text}") from error
 
 
 def load_tokenizer(path):
     """A codec from a file, ours or published. ValueError that names the file."""
-    state = load(path)
-    try:
+
+    def whole(state):
         if not isinstance(state, dict) or "codebook" not in state:
             return tokenizer.from_published(state)
         tokenizer.check(state)
         return state
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+
+    return load(path, whole)
 
 
 def load_transformer(path, scales=None, is_causal=None):
-    """A transformer's tree from a file, ours or published. ValueError that names the file.
+    """A transformer's tree from a file, ours or published: of VAR if is_causal, None for either."""
 
-    is_causal: which kind published weights must be, None for either.
-    """
-    state = load(path)
-    try:
+    def whole(state):
         if isinstance(state, dict) and "trunk" in state:
             hmar.check(state)
             return state
-        params = hmar.from_published(state, scales)
         found = hmar.published_is_causal(state)
         kind = "VAR's: add --causal" if found else "HMAR's: leave out --causal"
         require(None in (found, is_causal) or found == is_causal, f"holds weights of {kind}")
-        return params
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        return hmar.from_published(state, scales)
+
+    return load(path, whole)
 
 
 def digest(tree):
@@ -507,56 +484,72 @@ def digest(tree):
 
 # ---- the command
 
+OPTIONS = ("schedule", "guidance", "mask_guidance", "temperature", "top_k", "top_p")  # of `steps`
+
 
 def parser():
     """The flags of `python sample.py`."""
-    top = argparse.ArgumentParser(
-        usage="python sample.py RUN [flags]",
-        description="Draw images, or repaint a part of one, from a run folder of train.py or from "
-        "published weights.",
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
-    add = top.add_argument_group("what").add_argument
-    add("run", nargs="?", metavar="RUN", help="run folder of train.py")
-    add("--weights", metavar="FILE", help="transformer, ours or published, for a run's own")
-    add("--tokenizer", metavar="FILE", help="its tokenizer, ours or published")
+    top = Parser("python sample.py RUN [flags]: draw images, or repaint a part of one.")
+    add = top.add_argument
+    add("run", nargs="?", help="run folder of train.py")
+    add("--weights", help="transformer, ours or published (RUN/hmar.pt)")
+    add("--tokenizer", help="ours or published (RUN/tokenizer.pt)")
     add("--causal", action="store_true", help="the weights are VAR's")
-    add("--scales", nargs="+", type=scale_pair, metavar="SIDE", help="of weights, 4 or 2x3 each")
-    add("--labels", nargs="+", metavar="L", help="class names or numbers (all; 10 in a sheet)")
-    add("--count", type=int, default=8, metavar="N", help="images a label")
-    add("--seed", type=int, default=0, metavar="N", help="of the first; image i has seed + i")
-    add("--out", default="samples.png", metavar="O", help=".png sheet, .gif, .npz or a folder")
-    add = top.add_argument_group("sampling").add_argument
-    add(
-        "--guidance", nargs="+", type=float, default=1.5, metavar="G", help="rising, or one a scale"
-    )
-    add("--mask-guidance", nargs="+", type=float, default=0, metavar="G", help="of masked passes")
-    add("--temperature", type=float, default=1, metavar="T", help="0: arg max")
-    add("--top-k", type=int, default=0, metavar="K", help="codes that may be drawn, 0: all")
-    add("--top-p", type=float, default=1, metavar="P", help="probability that may be drawn")
-    add("--mask-steps", nargs="+", type=int, metavar="M", help="masked passes (as published)")
-    add("--schedule", metavar="S", help="published, or kept at each pass: '1 / 1,3 / 16'")
-    add = top.add_argument_group("editing").add_argument
-    add("--edit", metavar="PHOTO", help="image to repaint")
-    add("--mask", metavar="IMAGE", help="white: repaint; any size")
-    add("--pad", type=float, metavar="SHARE", help="outpaint a border of this share of the side")
-    add = top.add_argument_group("machine").add_argument
-    add("--batch", type=int, default=50, metavar="N", help="images at a time")
-    add("--device", metavar="D", help="cuda or cpu (the first there is)")
+    add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
+    add("--labels", nargs="+", default=["all"], help="class names or numbers (all)")
+    add("--count", type=int, default=8, help="images a label (8)")
+    add("--seed", type=int, default=0, help="of the first image, the next has one more (0)")
+    add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
+    add("--guidance", nargs="+", type=float, default=[1.5], help="at the last scale, or each (1.5)")
+    add("--mask-guidance", nargs="+", type=float, default=[0], help="of masked passes (0)")
+    add("--temperature", type=float, default=1, help="0: arg max (1)")
+    add("--top-k", type=int, default=0, help="codes that may be drawn, 0: all (0)")
+    add("--top-p", type=float, default=1, help="probability that may be drawn (1)")
+    either = top.add_mutually_exclusive_group().add_argument
+    either("--mask-steps", type=int, help="masked passes a scale (as published)")
+    either("--schedule", type=kept_numbers, help="tokens kept at each pass: '1 / 1,3 / 16'")
+    add("--edit", help="image to repaint")
+    either = top.add_mutually_exclusive_group().add_argument
+    either("--mask", help="image, white: repaint; any size")
+    either("--pad", type=float, help="outpaint a border, this share of the side")
+    add("--batch", type=int, default=50, help="images at a time (50)")
+    add("--device", help="cuda or cpu (the first there is)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     return top
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, but for those that say nothing; one line a flag."""
+class Help(argparse.HelpFormatter):
+    """One line a flag, with its first letter for a value."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=100)
+        super().__init__(prog, max_help_position=30, width=100)
 
-    def _get_help_string(self, action):
-        plain = action.default in (None, False) or action.nargs == 0
-        return action.help if plain else super()._get_help_string(action)
+    def _get_default_metavar_for_optional(self, action):
+        return action.dest[0].upper()
+
+
+class Parser(argparse.ArgumentParser):
+    """The stock parser, with one line for an error."""
+
+    def __init__(self, description):
+        options = dict(formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False)
+        super().__init__(description=description, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
+
+
+def number(kind, least, most=10**9):
+    """Of a parser: the type of a number of a kind within limits."""
+
+    def parse(text):
+        value = kind(text) if len(text) < 100 else math.inf
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"got {text[:100]}, expected {least:g} to {most:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # in the message for what is no number
+    return parse
 
 
 def scale_pair(text):
@@ -565,122 +558,108 @@ def scale_pair(text):
     return int(height), int(width or height)
 
 
+def kept_numbers(text):
+    """Of the parser: "1 / 1,3 / 16" -> [[1], [1, 3], [16]]."""
+    return [list(map(int, entry.split(","))) for entry in text.split("/")]
+
+
 def run(args):
     """What the command does once its flags are read."""
-    suffix = os.path.splitext(args.out)[1].lower()
-    check_flags(args, suffix)
+    suffix = check_flags(args)
     device = find_device(args.device)
-    params, codec, names, digests = load_models(args, device)
-    labels, options = chosen_labels(args, names, suffix), sampling_options(args, params)
     dtype = find_dtype(args.dtype, device)
+    params, codec, names, is_causal = load_models(args)
+    classes = chosen_classes(args.labels, names, 10 if suffix in (".png", ".gif") else None)
+    labels = torch.tensor(classes, device=device).repeat_interleave(args.count)
+    given = photo_and_mask(args, params, codec) if args.edit else ()
+    options = {name: getattr(args, name) for name in OPTIONS} | dict(is_causal=is_causal)
+    if args.mask_steps is not None:
+        options["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
+    settings = dict(labels=classes, dtype=str(dtype), models=[digest(params), digest(codec)])
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
-    photo, mask = photo_and_mask(args, params, codec) if args.edit else (None, None)
-    settings = dict(labels=labels, seed=args.seed, dtype=str(dtype), **digests)
-    settings |= options | dict(count=args.count, batch=args.batch)
-    settings |= dict(edit=args.edit, mask=args.mask, pad=args.pad)
-    every = torch.tensor(labels, device=device).repeat_interleave(args.count)
+    models = pytree.tree_map(lambda leaf: leaf.to(device), models)
 
-    def make(rows):
-        """Images (n, 3, H, W) of a range of the images asked for."""
-        own, seed = every[rows.start : rows.stop], args.seed + rows.start
-        if photo is None:
-            return generate(*models, own, seed=seed, **options)[0]
-        same = [x.to(device).expand(len(own), -1, -1, -1) for x in (photo, mask)]
-        return edit(*models, *same, own, seed=seed, **options)
+    def make(numbers):
+        """Images (n, 3, H, W) of these numbers, of all that are asked for."""
+        own = labels[numbers]
+        seeds = [args.seed + i for i in numbers]
+        same = [x.to(device).expand(len(own), -1, -1, -1) for x in given]
+        if same:
+            return edit(*models, *same, own, seed=seeds, **options).cpu()
+        return generate(*models, own, seed=seeds, **options)[0].cpu()
 
-    def rows_of(images):
-        return [images[i : i + args.count] for i in range(0, len(images), args.count)]
-
-    row_names = [names[label] for label in labels]
-    if suffix == ".gif":  # a page a pass
-        walk = steps(*models, every, seed=args.seed, **options)
-        pages = [sheet(rows_of(decoded(codec, step.f_hat)), row_names) for step in walk]
+    names = [names[label] for label in classes]
+    if suffix == ".png":
+        images = torch.cat([make(part) for part in in_parts(range(len(labels)), args.batch)])
+        write_image(args.out, sheet(images.split(args.count), names))
+    elif suffix == ".gif":
+        walk = steps(*models, labels, seed=args.seed, **options)
+        maps = (decoded(models[1], step.f_hat) for step in walk)
+        pages = [sheet(images.split(args.count), names) for images in maps]
         times = [400] * (len(pages) - 1) + [2000]  # milliseconds
         more = dict(save_all=True, append_images=pages[1:], duration=times, loop=0)
-        write_atomically(args.out, lambda file: pages[0].save(file, "GIF", **more))
-    elif suffix == ".png":
-        images = torch.cat([make(rows).cpu() for rows in batches(args, every)])
-        rows = rows_of(images)
-        if photo is not None:
-            rows = [torch.cat([photo, row]) for row in rows]
-        page = sheet(rows, row_names)
-        write_atomically(args.out, lambda file: page.save(file, "PNG"))
+        write_image(args.out, pages[0], "GIF", **more)
     else:
-        folder = args.out.removesuffix(".npz")
-        paths = draw_folder(args, folder, settings, make, every)
-        if suffix == ".npz" and all(map(os.path.exists, paths)):  # of all processes
-            pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
-            arrays = dict(arr_0=pixels, labels=every.cpu().numpy())
-            write_atomically(args.out, lambda file: np.savez(file, **arrays))
-    print(f"wrote {printable(args.out)}")
+        fill_folder(args, settings, labels.tolist(), make)
 
 
-def draw_folder(args, folder, settings, make, labels):
-    """Draws number-label.png files beside settings.json and returns the paths of all.
-
-    What is there is skipped, and the work split over torchrun's processes. ValueError for a folder
-    that holds anything else, or images of other settings.
-    """
-    settings = json.loads(json.dumps(settings))  # as they come back from a file
+def fill_folder(args, settings, labels, make):
+    """Draws this process's share of what is missing of number-label.png files; packs an .npz."""
+    folder = args.out.removesuffix(".npz")
     path = os.path.join(folder, "settings.json")
+    settings = vars(args) | dict(settings, out=folder, device=None, batch=None)  # no matter
+    settings = json.loads(json.dumps(settings))  # as they come back from a file
     os.makedirs(folder, exist_ok=True)
-    names = [name for name in sorted(os.listdir(folder)) if not name.startswith("settings.json.")]
-    if "settings.json" in names:
-        before = read_json(path)
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        message = f"--out: {folder} holds images drawn with other settings"
-        require(not changed, f"{message} ({', '.join(changed)}), expected another folder")
-    else:
-        message = f"--out: {folder} holds {names[:1]}, not drawn by this command"
-        require(not names, f"{message}, expected a new or empty folder")
-        write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))
+    others = [name for name in os.listdir(folder) if not name.endswith(".tmp")]
+    message = f"--out: {folder} holds something else, or images of other settings"
+    require(not others or read_json(path) == settings, f"{message}; expected a new folder")
+    write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))
 
-    paths = [
-        os.path.join(folder, f"{i:06d}-{label}.png") for i, label in enumerate(labels.tolist())
-    ]
-    rank = int(os.environ.get("RANK", "0"))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    for rows in batches(args, labels)[rank::world]:
-        missing = [i for i in rows if not os.path.exists(paths[i])]
-        for i, pixels in zip(rows, to_bytes(make(rows)) if missing else ()):
-            picture = Image.fromarray(pixels)
-            write_atomically(paths[i], lambda file, picture=picture: picture.save(file, "PNG"))
-        print(f"drawing {rows.stop}/{len(labels)}", flush=True)
-    return paths
+    paths = [os.path.join(folder, f"{i:06d}-{label}.png") for i, label in enumerate(labels)]
+    rank, world = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    own = range(len(paths))[rank::world]
+    missing = [i for i in own if not os.path.exists(paths[i])]
+    for numbers in in_parts(missing, args.batch):
+        for i, pixels in zip(numbers, to_bytes(make(numbers))):
+            write_image(paths[i], Image.fromarray(pixels))
+        print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
+
+    if args.out != folder and all(map(os.path.exists, paths)):  # of all processes
+        pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
+        write_atomically(args.out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
 
-def batches(args, labels):
-    """Ranges of at most --batch images."""
-    every = range(len(labels))
-    return [every[first : first + args.batch] for first in every[:: args.batch]]
+def in_parts(numbers, size):
+    """[at most size numbers, ...]."""
+    return [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
 
 
-def check_flags(args, suffix):
-    """ValueError for flags that would be without effect, or that no file can follow."""
-    for name in ("count", "batch"):
-        value = getattr(args, name)
-        require(1 <= value <= 10**9, f"--{name}: got {value}, expected 1 to a billion")
-    known = suffix in (".png", ".gif", ".npz") or suffix not in Image.registered_extensions()
-    require(known, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
-    fits = not args.edit or suffix != ".gif"
-    require(fits, f"--edit: got {args.out}, expected --out to be a .png, an .npz or a folder")
-    ways = (args.mask is not None) + (args.pad is not None)
-    require(ways == bool(args.edit), "--edit: expected with one of --mask IMAGE and --pad SHARE")
-    fits = args.pad is None or 0 < args.pad < 0.5
-    require(fits, f"--pad: got {args.pad}, expected a share of the side between 0 and 0.5")
-    whole = args.run is not None or args.weights and args.tokenizer
-    require(whole, "expected a run folder, or both --weights and --tokenizer")
+def check_flags(args):
+    """The suffix of --out. ValueError for flags that would be without effect."""
+    suffix = os.path.splitext(args.out)[1].lower()
+    fits = suffix not in (".jpg", ".jpeg", ".webp", ".bmp")
+    require(fits, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
+    check_number("--count", args.count, 1, 1e9)
+    check_number("--batch", args.batch, 1, 1e9)
+    check_number("--pad", args.pad or 0.25, 0.01, 0.49)
+    fits = bool(args.edit) == (args.mask is not None or args.pad is not None)
+    fits = fits and not (args.edit and suffix == ".gif")
+    require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
+    fits = args.run is not None or (args.weights and args.tokenizer)
+    require(fits, "expected a run folder, or both --weights and --tokenizer")
+    return suffix
 
 
 def find_device(name):
-    """The torch.device of --device, by default a GPU where there is one."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The torch.device of --device, by default this process's GPU or the CPU."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # the quantiser is in fp32
-    require(name.startswith(("cuda", "cpu")), f"--device: got {name!r}, expected cuda or cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: got {name!r}, which this machine does not have") from error
+        device = torch.empty(0, device=name or own).device
+        require(device.type in ("cuda", "cpu"), "no float64")
+        return device
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"--device: got {name!r}, expected cpu or a cuda that is here") from error
 
 
 def find_dtype(name, device):
@@ -693,107 +672,68 @@ def find_dtype(name, device):
     return dict(bf16=torch.bfloat16, fp32=torch.float32)[name]
 
 
-def load_models(args, device):
-    """(params, codec, class names, digests) of a run folder or of files, checked, on a device."""
+def load_models(args):
+    """(params, codec, class names, whether it is VAR's), by args.json beside the weights."""
     weights = args.weights or os.path.join(args.run, "hmar.pt")
-    codec_path = args.tokenizer or os.path.join(args.run, "tokenizer.pt")
-    for path in (weights, codec_path):
-        require(os.path.exists(path), f"{path} is missing; python train.py makes it")
-    run_folder = os.path.dirname(weights) if args.weights else args.run
-    settings = read_json(os.path.join(run_folder, "args.json"))
-    settings = settings if isinstance(settings, dict) else {}
-    trained = settings.get("next-scale", {})
-    causal = args.causal or bool(settings.get("causal"))
+    path = os.path.join(os.path.dirname(weights), "args.json")
+    trained = dict(class_names=[], causal=False, made={}) | read_json(path)
+    names, causal, made = (trained[name] for name in ("class_names", "causal", "made"))
+    fits = isinstance(names, list) and isinstance(made, dict) and isinstance(causal, bool)
+    fits = fits and all(isinstance(name, str) for name in names)
+    require(fits, f"{path}: expected what train.py writes")
 
-    params, codec = load_transformer(weights, args.scales, causal), load_tokenizer(codec_path)
-    digests = dict(transformer=digest(params), tokenizer=digest(codec), is_causal=causal)
-    expected = trained.get("tokenizer", digests["tokenizer"])
-    fits = args.tokenizer or expected == digests["tokenizer"]
-    require(fits, f"{weights} was trained for another tokenizer than {codec_path}")
-
-    names, classes = settings.get("class_names", []), len(params["classes"]) - 1
+    params = load_transformer(weights, args.scales, causal or args.causal)
+    codec = load_tokenizer(args.tokenizer or os.path.join(args.run, "tokenizer.pt"))
+    fits = made.get("tokenizer") in (None, digest(codec))
+    require(fits, f"{weights}: trained for another tokenizer than this")
+    classes = len(params["classes"]) - 1
     if len(names) != classes:
         names = [str(label) for label in range(classes)]
-    params, codec = pytree.tree_map(lambda leaf: leaf.to(device), (params, codec))
-    return params, codec, names, digests
+    return params, codec, names, causal or args.causal
 
 
-def chosen_labels(args, names, suffix):
-    """The labels that --labels names, by default all, of which a sheet shows ten."""
-    if args.labels is None or args.labels == ["all"]:
-        return list(range(len(names)))[: 10 if suffix in (".png", ".gif") else None]
-
-    labels = []
-    for text in args.labels:
-        number = int(text) if text.isdecimal() and len(text) < 10 else len(names)
-        near = ", ".join(difflib.get_close_matches(text, names, 3) or names[:3])
-        fits = text in names or number < len(names)
-        message = f"--labels: got {text!r}, expected 0 to {len(names) - 1} or a name such as"
-        require(fits, f"{message} {near}")
-        labels.append(names.index(text) if text in names else number)
-    return labels
-
-
-def sampling_options(args, params):
-    """The keyword arguments of `steps` that the flags ask for."""
-    scales, schedule = hmar.scales(params), None
-    if args.schedule == "published":
-        schedule = published_schedule(scales)
-    elif args.schedule is not None:
-        fits = re.fullmatch(r"[\d ,/]+", args.schedule)
-        require(fits, f"--schedule: got {args.schedule!r}, expected numbers as in '1 / 1,3 / 9'")
-        entries = [re.findall(r"\d+", entry) for entry in args.schedule.split("/")]
-        schedule = [[int(kept) for kept in entry] for entry in entries]
-    elif args.mask_steps is not None:
-        single = len(args.mask_steps) == 1
-        schedule = masked_schedule(scales, args.mask_steps[0] if single else args.mask_steps)
-
-    def number(value):
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
-
-    return dict(
-        schedule=check_schedule(schedule, scales, "masked" in params),
-        guidance=number(args.guidance),
-        mask_guidance=number(args.mask_guidance),
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        is_causal=args.causal,
-    )
+def chosen_classes(texts, names, most):
+    """The numbers of the classes that --labels names; of all at most so many."""
+    if texts == ["all"]:
+        return list(range(len(names)))[:most]
+    numbers = {str(number): number for number in range(len(names))}
+    numbers |= {name: number for number, name in enumerate(names)}
+    for text in texts:
+        expected = f"0 to {len(names) - 1} or such as {', '.join(names[:5])}"
+        require(text in numbers, f"--labels: got {text!r}, expected {expected}")
+    return [numbers[text] for text in texts]
 
 
 def photo_and_mask(args, params, codec):
-    """(image (1, 3, H, W) in [-1, 1], mask (1, 1, H, W) bool) of --edit and --mask or --pad."""
+    """Image (1, 3, H, W) in [-1, 1] and mask (1, 1, H, W) bool of --edit and --mask or --pad."""
     size = [tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1][::-1]]
     photo = ImageOps.fit(read_image(args.edit), size, Image.Resampling.LANCZOS)
     if args.mask is not None:
         mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.Resampling.NEAREST)
     else:
-        border = tuple(round(side * args.pad) for side in size)
-        inner = [max(1, side - 2 * edge) for side, edge in zip(size, border)]
-        photo = photo.resize(inner, Image.Resampling.LANCZOS)
-        photo = ImageOps.pad(photo, size, color="grey", method=Image.Resampling.NEAREST)
+        border = tuple(int(side * args.pad) for side in size)
+        inner = [side - 2 * edge for side, edge in zip(size, border)]
+        photo = ImageOps.expand(photo.resize(inner), border, "grey")
         mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
     return pixels, torch.from_numpy(np.array(mask))[None, None] > 127
 
 
 def read_json(path):
-    """What a JSON file holds, {} where there is no file. ValueError that names a broken one."""
+    """The object in a JSON file, {} where there is no file. ValueError for anything else."""
     if not os.path.exists(path):
         return {}
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            value = json.load(file)
+        require(isinstance(value, dict), f"got a {type(value).__name__}")
+        return value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, {type(error).__name__}") from error
+        raise ValueError(f"{path}: expected a JSON object; {error}") from error
 
 
 def write_atomically(path, write):
-    """write(file) to a temporary file, then to disk, then renamed: the old one or the whole new.
-
-    OSError if it cannot be written.
-    """
+    """write(file) to a temporary file, then renamed: the old one or the whole new. OSError else."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -808,6 +748,11 @@ def write_atomically(path, write):
         raise OSError(f"{path}: cannot be written: {reason}") from error
 
 
+def write_image(path, image, kind="PNG", **options):
+    """Writes an image file, whole or not at all."""
+    write_atomically(path, lambda file: image.save(file, kind, **options))
+
+
 def printable(text):
     """The text on one line, without what a terminal would obey."""
     return "".join(mark if mark.isprintable() else "?" for mark in str(text))
@@ -815,6 +760,11 @@ def printable(text):
 
 def command(name, work, parser, argv):
     """Exit status of work(flags): 0; 2, one line, for bad input; 1 for a fault; 130 if stopped."""
+
+    def refuse(message):  # in one line too
+        raise ValueError(message)
+
+    parser.error = refuse
     try:
         work(parser.parse_args(argv))
         return 0
