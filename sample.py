@@ -255,7 +255,7 @@ def published_schedule(scales):
 
 
 def kept_counts(passes, hidden, has_masked_branch):
-    """[(B,), ...]: how many of its hidden tokens (B, n) each image keeps at each pass, in proportion.
+    """[(B,), ...]: how many of its hidden tokens (B, n) an image keeps at each pass, in proportion.
 
     Where some are given there is one masked pass at least, since no other sees them.
     """
@@ -283,8 +283,9 @@ def edit(params, codec, images, mask, labels, **options):
     expected = (len(images), 1, *images.shape[2:])
     fits = torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == expected
     require(fits, f"mask: expected a bool tensor {expected}")
+    require(len(labels) == len(images), f"labels: got {len(labels)}, expected {len(images)}")
 
-    parts = images.split(at_once(images[0, 0].numel()))
+    parts = images.split(at_once(images.shape[2:].numel()))
     tokens = torch.cat([tokenizer.encode(codec, part, scales) for part in parts])
     touched = [F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales]
     given = torch.cat(touched, 1) == 0  # (B, L)
@@ -312,7 +313,7 @@ def continued(error, known, reach):
 @torch.no_grad()
 def decoded(codec, f_hat):
     """tokenizer.decode_features of a few images at a time: a decoder's maps outweigh the rest."""
-    few = at_once(f_hat[0, 0].numel() * tokenizer.downsampling(codec) ** 2)
+    few = at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
     return torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
 
 
@@ -615,8 +616,9 @@ def check_flags(args):
     suffix = os.path.splitext(args.out)[1].lower()
     fits = suffix not in (".jpg", ".jpeg", ".webp", ".bmp")
     require(fits, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
-    check_number("--count", args.count, 1, 1e9)
-    check_number("--batch", args.batch, 1, 1e9)
+    check_number("--count", args.count, 1, 1e6)
+    check_number("--batch", args.batch, 1, 1e6)
+    check_number("--seed", args.seed, 0, 2**62)
     check_number("--pad", args.pad or 0.25, 0.01, 0.49)
     fits = bool(args.edit) == (args.mask is not None or args.pad is not None)
     fits = fits and not (args.edit and suffix == ".gif")
@@ -745,7 +747,8 @@ def command(name, work, parser, argv):
         work(parser.parse_args(argv))
         return 0
     except KeyboardInterrupt as interrupt:
-        print(f"{name}: {interrupt or 'stopped; the same command goes on'}", file=sys.stderr)
+        text = printable(interrupt) or "stopped; the same command goes on"
+        print(f"{name}: {text}", file=sys.stderr)
         return 130
     except Exception as error:  # noqa: BLE001
         if os.environ.get("HMAR_TRACEBACK"):
