@@ -1,22 +1,26 @@
 """The HMAR transformer: from a pyramid of token maps, as features, to logits of every token.
 
-    labels (B,), inputs (B, L - len_0, code_dim) -> sequence (B, L, C) -> blocks -> logits (B, L, codes)
+    labels (B,), inputs (B, L - len_0, code_dim) -> x (B, L, C) -> blocks -> logits (B, L, codes)
 
-A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and the class, each later
-one of `inputs`, the accumulated reconstruction of those before it. Attention stays inside a scale
-(block-diagonal), so no scale needs another's keys: that is the Markov property, and why sampling keeps
-no cache. With is_causal=True the same functions are VAR, where a scale attends to the coarser ones too.
-The masked branch shares the first blocks (the trunk) and sees, besides, the visible tokens of the scale
-itself: `masked_input` is where the mask goes.
+A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and the class, a later
+one of `inputs`, the accumulated reconstruction of those before it. Attention stays inside a scale,
+so no scale needs another's keys: the Markov property, and why sampling keeps no cache. With
+is_causal=True the same functions are VAR, where a scale attends to the coarser ones too. The masked
+branch shares the first blocks (the trunk) and sees the visible tokens of its own scale besides:
+`masked_input` is where the mask goes.
 
 A model is a tree of tensors: its keys are argument names of the functions below, its shapes are its
-configuration.
+configuration. Arguments that do not fit it are a ValueError. They are
 
-    >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
-    >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
-    torch.Size([2, 5, 64])
+    labels      (B,) int64, the last one is the null class
+    inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
+    own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
+    mask        (B, L - len_0) bool, True = hidden; scale 0 is never masked
+    tokens      (B, L) int64
+    gates       (B, depth, 2), from stochastic_depth
+    k           computes scale k alone, from its own part of the others; scale 0 has no inputs: None
 
-Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024), adaptive layer norm of DiT (Peebles 2023).
+Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024), adaptive layer norm as in DiT (2023).
 """
 
 import math
@@ -31,136 +35,104 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_kernels import block_sparse_attention
 
-
-def _squares(*sides):
-    return tuple((side, side) for side in sides)
-
-
-SCALES = {  # published, by the image's side in pixels, for a tokenizer that downsamples by 16
-    256: _squares(1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    512: _squares(1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-    1024: _squares(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+SCALES = {  # published: an image's side in pixels -> scales, for a tokenizer that downsamples by 16
+    16 * sides[-1]: tuple(zip(sides, sides))
+    for sides in (
+        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+        (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+    )
 }
 LOSS_SLICE = 1 << 25  # logits that the loss holds at once: 128 MiB of fp32
 
 
 def scales(params):
-    """((h_0, w_0), ...): the scales that a tree is made for, read off its positions."""
+    """((h_0, w_0), ...): the scales that a tree is made for."""
     return tuple(tuple(position.shape[:2]) for position in params["positions"])
 
 
 def next_scale_logits(params, labels, inputs, is_causal=False):
-    """Logits (B, L, codes), fp32, of every token given the coarser scales (VAR; HMAR, next-scale branch).
-
-    labels (B,) int64, 0 to the number of classes, which is the null class. inputs (B, L - len_0,
-    code_dim) from tokenizer.next_scale_inputs. is_causal: attend to coarser scales too (VAR).
-    ValueError on what does not fit the tree.
-    """
-    features = next_scale_features(params, labels, inputs, is_causal)
+    """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR, section 3)."""
+    later = next_scale_input(params, labels, inputs)
+    features = branch_features(params, "next_scale", labels, later, is_causal=is_causal)
     return logits(features, **params["next_scale"]["head"])
 
 
 def masked_logits(params, labels, inputs, own_inputs, mask):
-    """Logits (B, L, codes), fp32, given the scale's visible tokens too (HMAR, masked branch).
-
-    labels, inputs: as above. own_inputs (B, L - len_0, code_dim) from tokenizer.masked_inputs. mask
-    (B, L - len_0) bool, True = hidden; scale 0 never is. ValueError on what does not fit the tree.
-    """
-    features = masked_features(params, labels, inputs, own_inputs, mask)
+    """Logits (B, L, codes), fp32, given visible tokens of the own scale too (HMAR, section 3)."""
+    later = masked_input(params, labels, inputs, own_inputs, mask)
+    features = branch_features(params, "masked", labels, later)
     return logits(features, **params["masked"]["head"])
-
-
-def next_scale_features(params, labels, inputs, is_causal=False, gates=None, checkpointing=False):
-    """(B, L, C), fp32: what the next-scale head reads; arguments as for next_scale_losses."""
-    lengths = _checked_lengths(params, labels, inputs)
-    x = sequence(params, labels, linear(inputs, **params["input"]))
-    attend = partial(block_sparse_attention, block_lengths=lengths, is_causal=is_causal, scale=1.0)
-    return run(params, params["next_scale"], labels, x, attend, gates, checkpointing)
-
-
-def masked_features(params, labels, inputs, own_inputs, mask, gates=None, checkpointing=False):
-    """(B, L, C), fp32: what the masked head reads; arguments as for masked_losses."""
-    lengths = _checked_lengths(params, labels, inputs)
-    x = sequence(params, labels, masked_input(params, inputs, own_inputs, mask))
-    attend = partial(block_sparse_attention, block_lengths=lengths, scale=1.0)
-    return run(params, params["masked"], labels, x, attend, gates, checkpointing)
 
 
 def scale_features(params, labels, inputs, k, cache=None):
     """(B, n_k, C), fp32: what the next-scale head reads at scale k alone.
 
-    inputs (B, n_k, code_dim), None for scale 0. With a cache from new_cache it is VAR: scale k attends
-    to those before it, and its keys and values go in. ValueError on what does not fit the tree.
+    cache, from new_cache: VAR. Scale k sees those before, and puts its keys and values in.
     """
-    lengths = _checked_lengths(params, labels, inputs, k)
-    x = linear(inputs, **params["input"]) if k else start_tokens(params, labels)
-    attend = partial(block_sparse_attention, block_lengths=lengths, scale=1.0)
-    if cache is not None:
-        end = sum(h * w for h, w in scales(params)[: k + 1])
-        attend = [partial(cached_attention, past=layer[..., :end, :]) for layer in cache]
-    return run(params, params["next_scale"], labels, x + places(params, k), attend)
+    later = next_scale_input(params, labels, inputs, k)
+    return branch_features(params, "next_scale", labels, later, k, cache=cache)
 
 
 def masked_scale_features(params, labels, inputs, own_inputs, mask, k):
-    """(B, n_k, C), fp32: what the masked head reads at scale k >= 1 alone.
-
-    inputs and own_inputs (B, n_k, code_dim), mask (B, n_k). ValueError on what does not fit the tree.
-    """
-    lengths = _checked_lengths(params, labels, inputs, k, least=1)
-    x = masked_input(params, inputs, own_inputs, mask)
-    attend = partial(block_sparse_attention, block_lengths=lengths, scale=1.0)
-    return run(params, params["masked"], labels, x + places(params, k), attend)
+    """(B, n_k, C), fp32: what the masked head reads at scale k alone, k >= 1."""
+    later = masked_input(params, labels, inputs, own_inputs, mask, k)
+    return branch_features(params, "masked", labels, later, k)
 
 
-def masked_input(params, inputs, own_inputs, mask):
-    """(B, n, C): the coarser scales plus the own tokens, or the mask embedding where these are hidden."""
+def next_scale_input(params, labels, inputs, k=None):
+    """(B, n, C): what is coarser than the scales from 1 on, or than scale k."""
+    _check_arguments(params, labels, inputs, k)
+    return None if k == 0 else linear(inputs, **params["input"])
+
+
+def masked_input(params, labels, inputs, own_inputs, mask, k=None):
+    """(B, n, C): that plus the scale's own tokens, or the mask embedding where they are hidden."""
     if "masked" not in params:
         raise ValueError("params: this tree has no masked branch; add_masked_branch makes one")
+    _check_arguments(params, labels, inputs, k, least=1)
     _expect("own_inputs", own_inputs, inputs.shape)
     _expect("mask", mask, inputs.shape[:2], torch.bool)
 
     branch = params["masked"]
-    weight = branch.get("own_input", params["input"]["weight"])  # published trees share it
-    own = linear(own_inputs, weight)
+    own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
     own = torch.where(mask[..., None], branch["mask_embedding"].to(own.dtype), own)
     return linear(inputs, **params["input"]) + own
 
 
-def start_tokens(params, labels):
-    """(B, len_0, C): scale 0 knows the class alone."""
-    return F.embedding(labels, params["classes"])[:, None] + params["start"]
-
-
-def places(params, k):
-    """(n_k, C): what tells the tokens of scale k where they are."""
-    return params["positions"][k].flatten(0, 1) + params["levels"][k]
-
-
-def sequence(params, labels, later):
-    """(B, L, C): start tokens and later (B, L - len_0, C), all told where they are."""
-    everywhere = [places(params, k) for k in range(len(params["positions"]))]
-    return torch.cat([start_tokens(params, labels), later], 1) + torch.cat(everywhere)
-
-
-def run(params, branch, labels, x, attend, gates=None, checkpointing=False):
-    """(B, n, C): x through the trunk, a branch's blocks and its layer norm.
-
-    attend: as for block, or a list of one for each block.
-    """
-    blocks = params["trunk"] + branch["blocks"]
+def branch_features(
+    params, branch, labels, later, k=None, is_causal=False, cache=None, gates=None, recompute=False
+):
+    """(B, n, C), fp32: what a branch's head reads. later: from one of the functions above."""
+    lengths = [h * w for h, w in scales(params)]
+    which = range(len(lengths)) if k is None else [k]
     condition = F.embedding(labels, params["classes"])  # (B, C)
-    attends = attend if isinstance(attend, list) else [attend] * len(blocks)
+
+    # scale 0 starts from the class alone; every token is told its level and position
+    tokens = [] if later is None else [later]
+    if 0 in which:
+        tokens.insert(0, condition[:, None] + params["start"])  # (B, len_0, C)
+    places = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in which]
+    x = torch.cat(tokens, 1) + torch.cat(places)  # (B, n, C)
+
+    blocks = params["trunk"] + params[branch]["blocks"]
+    present = [lengths[i] for i in which]
+    attend = partial(block_sparse_attention, block_lengths=present, is_causal=is_causal, scale=1.0)
+    attends = [attend] * len(blocks)
+    if cache is not None:
+        end = sum(lengths[: k + 1])
+        attends = [partial(cached_attention, past=layer[..., :end, :]) for layer in cache]
     if gates is not None:
         _expect("gates", gates, (len(labels), len(blocks), 2))
 
     for i, weights in enumerate(blocks):
         arguments = (x, condition, attends[i], None if gates is None else gates[:, i])
-        if checkpointing:
+        if recompute:
             x = checkpoint(block, *arguments, use_reentrant=False, **weights)
         else:
             x = block(*arguments, **weights)
 
-    two = linear(F.silu(condition), **branch["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
+    two = linear(F.silu(condition), **params[branch]["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
     scale, shift = two.chunk(2, -1)
     return modulate(x, scale, shift)
 
@@ -181,10 +153,10 @@ def block(x, condition, attend, gates, modulation, attention, mlp):
 
 
 def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
-    """(B, n, C): attention of unit-length queries and keys, log_temperature (heads,) at most log 100."""
+    """(B, n, C): attention of unit-length queries and keys, log_temperature up to log 100."""
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-    heads = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
-    q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim) each
+    parts = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
+    q, k, v = parts.permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim) each
 
     temperature = log_temperature.clamp(max=math.log(100)).exp()[:, None, None]
     out = attend(of_length(temperature, q), of_length(1.0, k), v)
@@ -192,16 +164,15 @@ def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
 
 
 def of_length(length, x):
-    """x, scaled to a length along its last dimension, in fp32."""
-    wide_x = wide(x)
-    norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
-    return (wide_x * (length / norm.clamp(min=1e-12))).to(x.dtype)
+    """x, scaled to a length along its last dimension; the norm is taken in fp32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return x * (length / norm.clamp(min=1e-12)).to(x.dtype)
 
 
 def cached_attention(query, key, value, past):
-    """Attention to every scale so far. past (2, B, heads, tokens, head_dim): its end is filled here."""
-    past[0, :, :, -key.shape[2] :] = key
-    past[1, :, :, -key.shape[2] :] = value
+    """Attention to all scales so far: past (2, B, heads, tokens, head_dim), its end filled in."""
+    past[..., -key.shape[2] :, :] = torch.stack([key, value])
     return F.scaled_dot_product_attention(query, past[0], past[1], scale=1.0)
 
 
@@ -221,31 +192,26 @@ def linear(x, weight, bias=None):
 
 
 def logits(features, weight, bias):
-    """Logits (..., codes), fp32, of features (..., C): the head."""
-    return wide(linear(features, weight, bias))
-
-
-def wide(x):
-    """x in fp32, or fp64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """Logits (..., codes), fp32 at least, of features (..., C): the head."""
+    return linear(features, weight, bias).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def cast(params, dtype):
-    """The same tree with its blocks' and heads' weights in dtype, for products in it; gradients pass.
+    """The same tree with its blocks' and heads' weights, temperatures excepted, in dtype.
 
-    Temperatures and all else stay, and so do residual stream, softmax and losses in fp32.
+    So are products then; residual stream, softmax and losses stay fp32. Gradients pass through.
     """
 
     def move(path, leaf):
         names = {getattr(key, "key", None) for key in path}
-        narrow = names & {"trunk", "blocks", "head"} and "log_temperature" not in names
-        return leaf.to(dtype) if narrow else leaf
+        is_moved = names & {"trunk", "blocks", "head"} and "log_temperature" not in names
+        return leaf.to(dtype) if is_moved else leaf
 
     return pytree.tree_map_with_path(move, params)
 
 
 def new_cache(params, batch):
-    """Room for keys and values, (2, batch, heads, L, head_dim) a block, for VAR's scale_features."""
+    """Room for keys and values, (2, batch, heads, L, head_dim) a block, for scale_features: VAR."""
     blocks = params["trunk"] + params["next_scale"]["blocks"]
     heads = len(blocks[0]["attention"]["log_temperature"])
     total = sum(h * w for h, w in scales(params))
@@ -259,12 +225,13 @@ def new_cache(params, batch):
 def next_scale_losses(
     params, labels, tokens, inputs, is_causal=False, *, gates=None, checkpointing=False
 ):
-    """Cross entropy (B, L), fp32, in nats, of tokens (B, L) int64 under next_scale_logits.
+    """Cross entropy (B, L), fp32, nats, of tokens under next_scale_logits.
 
-    Other arguments as there. gates (B, depth, 2) from stochastic_depth. checkpointing: keep each
-    block's input alone for the backward pass and compute the rest again. ValueError on what does not fit.
+    checkpointing: keep only the input of each block for the backward pass.
     """
-    features = next_scale_features(params, labels, inputs, is_causal, gates, checkpointing)
+    later = next_scale_input(params, labels, inputs)
+    options = dict(is_causal=is_causal, gates=gates, recompute=checkpointing)
+    features = branch_features(params, "next_scale", labels, later, **options)
     head = params["next_scale"]["head"]
     _expect("tokens", tokens, features.shape[:2], torch.int64, below=len(head["bias"]))
     return token_losses(features.flatten(0, 1), tokens.flatten(), **head).view(tokens.shape)
@@ -282,17 +249,19 @@ def masked_losses(
     gates=None,
     checkpointing=False,
 ):
-    """Cross entropy (M,), fp32, in nats, of the M hidden ones of tokens (B, L) int64, in mask's order.
+    """Cross entropy (M,), fp32, nats, of the M hidden tokens under masked_logits, in mask's order.
 
-    Other arguments as for masked_logits and next_scale_losses. places (M,) int64: mask.flatten()
-    .nonzero() where the caller has it, since asking a GPU for it would stall its queue.
+    places (M,): mask.flatten().nonzero(), where known, since asking a GPU for it stalls its queue.
     """
-    features = masked_features(params, labels, inputs, own_inputs, mask, gates, checkpointing)
+    later = masked_input(params, labels, inputs, own_inputs, mask)
+    options = dict(gates=gates, recompute=checkpointing)
+    features = branch_features(params, "masked", labels, later, **options)
     head = params["masked"]["head"]
     _expect("tokens", tokens, features.shape[:2], torch.int64, below=len(head["bias"]))
+
+    # the head runs on the hidden tokens alone
     if places is None:
         places = mask.flatten().nonzero()[:, 0]
-
     first = len(params["start"])
     hidden = features[:, first:].flatten(0, 1).index_select(0, places)  # (M, C)
     targets = tokens[:, first:].flatten().index_select(0, places)  # (M,)
@@ -302,7 +271,7 @@ def masked_losses(
 def token_losses(features, targets, weight, bias):
     """Cross entropy (N,) of targets (N,) under the head's logits of features (N, C).
 
-    Beyond LOSS_SLICE logits are computed in slices, and again in the backward pass.
+    More than LOSS_SLICE logits come in slices, which the backward pass computes again.
     """
 
     def loss(features, targets):
@@ -316,10 +285,10 @@ def token_losses(features, targets, weight, bias):
 
 
 def scale_weights(scales, kind):
-    """Weight of each token in the loss, (L,) fp32, summing to 1; tokens share a scale's mass equally.
+    """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
 
-    kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", a normal density of
-    the relative sides, reversed and standardised (HMAR). ValueError on another.
+    kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", a normal density
+    of the relative sides, reversed and standardised (HMAR). ValueError on another.
     """
     if kind not in ("token", "scale", "lognormal"):
         raise ValueError(f'kind: got {kind!r}, expected "token", "scale" or "lognormal"')
@@ -332,7 +301,7 @@ def scale_weights(scales, kind):
 
 
 def stochastic_depth(uniform, rate):
-    """Gates (B, depth, 2) of each block's two updates: 0 where dropped, else 1 / the share kept.
+    """Gates (B, depth, 2) of the blocks' two updates: 0 where dropped, else 1 / the share kept.
 
     uniform (B, depth, 2) in [0, 1). rate in [0, 1): the last block's; it rises linearly from 0.
     """
@@ -355,30 +324,24 @@ def init(
     gamma=None,
     seed=0,
 ):
-    """A new tree for next-scale prediction, fp32, initialised as VAR's; its sizes follow from depth.
+    """A new tree for next-scale prediction, fp32, as published; sizes follow from depth.
 
-    width is 64 * depth by default, heads width / 64, and gamma, which scales the gates, 1e-3, from
-    depth 24 1e-4, from 30 1e-5. Under torch.device("meta") nothing is allocated. ValueError on sizes
-    below 1 and a width that heads do not divide.
+    width defaults to 64 * depth, heads to width / 64, gamma, which scales the gates, to 1e-3, from
+    depth 24 1e-4, from 30 1e-5. On torch.device("meta") nothing is allocated.
     """
     width = 64 * depth if width is None else width
     heads = max(1, width // 64) if heads is None else heads
-    sizes = dict(depth=depth, classes=classes, codes=codes, code_dim=code_dim)
-    sizes |= dict(width=width, heads=heads)
-    if min(sizes.values()) < 1 or width % heads:
-        raise ValueError(f"sizes: got {sizes}, expected 1 or more and heads that divide the width")
+    sizes = (depth, classes, codes, code_dim, width, heads)
+    if min(sizes) < 1 or width % heads:
+        names = "depth, classes, codes, code_dim, width, heads"
+        raise ValueError(f"{names}: got {sizes}, expected 1 or more, a width that heads divide")
     scales = _pairs(scales)
     if gamma is None:
-        gamma = next(
-            value for least, value in ((30, 1e-5), (24, 1e-4), (0, 1e-3)) if depth >= least
-        )
+        gamma = next(g for least, g in ((30, 1e-5), (24, 1e-4), (0, 1e-3)) if depth >= least)
     generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
 
     def normal(*shape, gain=1.0):
-        std = math.sqrt(1 / (3 * width))
-        return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, generator=generator).mul_(
-            gain
-        )
+        return _truncated_normal(torch.empty(shape), width, generator).mul_(gain)
 
     def affine(inputs, outputs, gain=1.0):
         return dict(weight=normal(outputs, inputs, gain=gain), bias=torch.zeros(outputs))
@@ -394,6 +357,11 @@ def init(
             blocks=[], modulation=affine(width, 2 * width, 0.5), head=affine(width, codes, 0.02)
         ),
     )
+
+
+def _truncated_normal(empty, width, generator):
+    std = math.sqrt(1 / (3 * width))
+    return torch.nn.init.trunc_normal_(empty, std=std, generator=generator)
 
 
 def _new_block(normal, affine, width, heads, depth, gamma):
@@ -413,10 +381,9 @@ def _new_block(normal, affine, width, heads, depth, gamma):
 
 
 def add_masked_branch(params, blocks=8, own_input=True, seed=0):
-    """The same tree with a masked branch: copies of the last blocks and the head; the rest is shared.
+    """The same tree and a masked branch: copies of the last blocks and head, the rest is shared.
 
-    own_input: an input weight for a scale's own tokens, at first a copy of the shared one; the
-    published model has none. ValueError if there is a branch already, or fewer blocks.
+    own_input: also of the input weight, for a scale's own tokens; published trees have none.
     """
     every = params["trunk"] + params["next_scale"]["blocks"]
     if "masked" in params or not 1 <= blocks <= len(every):
@@ -425,10 +392,9 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
 
     next_scale = params["next_scale"] | dict(blocks=every[-blocks:])
     masked = pytree.tree_map(torch.clone, next_scale)
-    embedding = torch.empty(params["classes"].shape[1], device="cpu")
-    std = math.sqrt(1 / (3 * len(embedding)))
+    width = params["classes"].shape[1]
     generator = torch.Generator().manual_seed(seed)
-    torch.nn.init.trunc_normal_(embedding, std=std, generator=generator)
+    embedding = _truncated_normal(torch.empty(width, device="cpu"), width, generator)
     masked["mask_embedding"] = embedding.to(params["classes"])
     if own_input:
         masked["own_input"] = params["input"]["weight"].clone()
@@ -436,22 +402,21 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
 
 
 def resize_positions(params, scales):
-    """The same weights for other scales, to be fine-tuned at another resolution or shape.
+    """The same weights for other scales, as a start for fine-tuning at another resolution or shape.
 
-    Each new scale takes after the old one of the nearest relative size: its level, and its positions,
-    resampled bicubically. ValueError unless scales are (height, width) pairs.
+    A new scale takes after the old one of the nearest relative size, resampled bicubically.
     """
     scales = _pairs(scales)
     old = [position.shape[:2] for position in params["positions"]]
 
-    def resample(grid, size):  # (h, w, C) -> (*size, C)
-        wide_grid = grid.permute(2, 0, 1)[None].float()
-        resized = F.interpolate(wide_grid, size, mode="bicubic")[0].permute(1, 2, 0)
-        return resized.to(grid.dtype).contiguous()
-
     def relative(sizes):
         areas = torch.tensor([h * w for h, w in sizes])
         return (areas / areas[-1]).sqrt()
+
+    def resample(grid, size):  # (h, w, C) -> (*size, C)
+        planes = grid.permute(2, 0, 1)[None].float()
+        resized = F.interpolate(planes, size, mode="bicubic")[0].permute(1, 2, 0)
+        return resized.to(grid.dtype).contiguous()
 
     source = (relative(scales)[:, None] - relative(old)).abs().argmin(1).tolist()
     start = resample(params["start"].unflatten(0, old[0]), scales[0]).flatten(0, 1)
@@ -462,8 +427,88 @@ def resize_positions(params, scales):
 # ---- what fits
 
 
+def check(params):
+    """None; ValueError that names the leaves unless params is a whole tree of finite floats."""
+    try:
+        template = _fitted("params", _named(params))
+    except RuntimeError as error:  # it holds itself, or has sizes beyond all bounds
+        raise ValueError(f"params: {error}") from error
+    pytree.tree_map(lambda *_: None, template, params)  # ValueError on a dict in place of a list
+
+
+def _named(tree):
+    """{name: leaf}, a name such as trunk.0.attention.qkv."""
+    leaves, _ = pytree.tree_flatten_with_path(tree)
+    return {".".join(re.findall(r"\w+", pytree.keystr(path))): leaf for path, leaf in leaves}
+
+
+def _fitted(what, leaves):
+    """A tree without values that leaves, {name: leaf}, fit. ValueError that lists what does not."""
+    template = _template(leaves)
+    found = {name: _described(leaf) for name, leaf in leaves.items()}
+    wanted = {name: _described(leaf) for name, leaf in _named(template).items()}
+    wrong = [name for name in wanted | found if found.get(name) != wanted.get(name)]
+    if wrong:
+        listed = [
+            f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'there')}"
+            for name in wrong[:10]
+        ]
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(f"{what}: {', '.join(listed)}{more}")
+    return template
+
+
+def _described(leaf):
+    if not _is_dense(leaf) or not leaf.is_floating_point():
+        return f"of type {type(leaf).__name__}"
+    if leaf.device.type == "cpu" and not leaf.double().isfinite().all():
+        return "not finite"
+    return f"floats {tuple(leaf.shape)}"
+
+
+def _is_dense(leaf):
+    if not torch.is_tensor(leaf) or leaf.layout != torch.strided or leaf.is_nested:
+        return False
+    return leaf.untyped_storage().nbytes() >= leaf.nbytes  # no number stands for many
+
+
+def _template(leaves):
+    """A tree without values that is as some of the leaves, {name: leaf}, say."""
+
+    def sizes(name, ndim):  # ones where there is no such leaf, which the comparison will tell
+        leaf = leaves.get(name)
+        fits = _is_dense(leaf) and leaf.ndim == ndim and all(leaf.shape)
+        return tuple(leaf.shape) if fits else (1,) * ndim
+
+    def count(start, end):
+        return sum(name.startswith(start) and name.endswith(end) for name in leaves)
+
+    has_mask = count("masked.", "") > 0
+    trunk = count("trunk.", ".qkv")
+    branch = max(has_mask, count("masked." if has_mask else "next_scale.", ".qkv"))
+    first = "trunk.0" if trunk else "next_scale.blocks.0"
+    heads = sizes(f"{first}.attention.log_temperature", 1)[0]
+    classes, width = sizes("classes", 2)
+    levels = range(max(1, count("positions.", "")))
+    with torch.device("meta"):
+        template = init(
+            depth=max(1, trunk + branch),
+            classes=max(1, classes - 1),
+            codes=sizes("next_scale.head.bias", 1)[0],
+            code_dim=sizes("input.weight", 2)[1],
+            scales=[sizes(f"positions.{k}", 3)[:2] for k in levels],
+            width=width,
+            heads=math.gcd(heads, width),
+        )
+        if branch:
+            template = add_masked_branch(template, branch, "masked.own_input" in leaves)
+    if not has_mask:
+        template.pop("masked", None)
+    return template
+
+
 def _pairs(scales):
-    """scales as a tuple of pairs. ValueError unless they are pairs of positive integers."""
+    """scales as a tuple of (height, width) tuples, or ValueError."""
     try:
         pairs = tuple((index(height), index(width)) for height, width in scales)
     except (TypeError, ValueError):
@@ -474,8 +519,7 @@ def _pairs(scales):
     return pairs
 
 
-def _checked_lengths(params, labels, inputs, k=None, least=0):
-    """[tokens of each scale], all or k alone. ValueError where an argument does not fit the tree."""
+def _check_arguments(params, labels, inputs, k, least=0):
     lengths = [h * w for h, w in scales(params)]
     batch = labels.numel() if torch.is_tensor(labels) else 0
     _expect("labels", labels, (batch,), torch.int64, below=len(params["classes"]))
@@ -484,19 +528,17 @@ def _checked_lengths(params, labels, inputs, k=None, least=0):
     if k != 0:
         count = sum(lengths[1:]) if k is None else lengths[k]
         _expect("inputs", inputs, (batch, count, params["input"]["weight"].shape[1]))
-    return lengths if k is None else [lengths[k]]
 
 
 def _expect(name, tensor, shape, dtype=None, below=None):
-    """ValueError unless tensor has this shape, dtype (None: any float), and values 0 to below - 1."""
+    """ValueError unless tensor has this shape and dtype (None: floats), values 0 to below - 1."""
     got = type(tensor).__name__
-    fits = False
     if torch.is_tensor(tensor):
         got = f"{tensor.dtype} {tuple(tensor.shape)}"
-        is_right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
-        fits = is_right and tensor.shape == shape
-    if not fits:
-        raise ValueError(f"{name}: got {got}, expected {dtype or 'floats'} {tuple(shape)}")
+        dtype = tensor.dtype if dtype is None and tensor.is_floating_point() else dtype
+    expected = f"{dtype or 'floats'} {tuple(shape)}"
+    if got != expected:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
 
     # on an accelerator a look at the values would stall its queue
     is_seen = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -506,98 +548,9 @@ def _expect(name, tensor, shape, dtype=None, below=None):
             raise ValueError(f"{name}: got values {low} to {high}, expected 0 to {below - 1}")
 
 
-def check(params):
-    """None; ValueError that lists the leaves unless params is a whole tree, as init and surgery make it.
-
-    Names and shapes are compared; leaves must be dense floats and, where a CPU can tell, finite.
-    """
-    try:
-        leaves = _named(params)
-    except RecursionError:
-        raise ValueError("params: holds itself") from None
-    template = _fitted("params", leaves)
-    pytree.tree_map(lambda *_: None, template, params)  # ValueError where a list should be a dict
-
-
-def _named(tree):
-    """{name: leaf}, a name such as trunk.0.attention.qkv."""
-    leaves, _ = pytree.tree_flatten_with_path(tree)
-    return {".".join(re.findall(r"\w+", pytree.keystr(path))): leaf for path, leaf in leaves}
-
-
-def _fitted(what, leaves):
-    """A tree without values that leaves, {name: leaf}, fit. ValueError that lists those that do not."""
-    template = _template(leaves)
-    expected = _named(template)
-    problems = []
-    for name in expected | leaves:
-        got = _described(leaves.get(name))
-        wanted = _described(expected.get(name))
-        if got != wanted:
-            problems.append(f"{name} is {got}, expected {wanted}")
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{what}: {', '.join(problems[:10])}{more}")
-    return template
-
-
-def _described(leaf):
-    """In words, the same of leaves that may stand for each other."""
-    if not _is_dense(leaf):
-        return "missing" if leaf is None else type(leaf).__name__
-    if leaf.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return str(leaf.dtype)
-    if leaf.device.type == "cpu" and not leaf.isfinite().all():
-        return "not finite"
-    return f"floats {tuple(leaf.shape)}"
-
-
-def _is_dense(leaf):
-    return torch.is_tensor(leaf) and leaf.layout == torch.strided and not leaf.is_nested
-
-
-def _template(leaves):
-    """A tree without values, of the sizes that some leaves have: what all should be like."""
-
-    def sizes(name, ndim):  # ones where there is no such leaf, which the comparison will tell
-        leaf = leaves.get(name)
-        fits = _is_dense(leaf) and leaf.ndim == ndim and leaf.numel() > 0
-        return tuple(leaf.shape) if fits else (1,) * ndim
-
-    def count(stack):
-        inside = [name.removeprefix(stack) for name in leaves if name.startswith(stack)]
-        return len({name.split(".")[0] for name in inside})
-
-    is_masked = any(name.startswith("masked.") for name in leaves)
-    trunk = count("trunk.")
-    branch = max(is_masked, count("masked.blocks." if is_masked else "next_scale.blocks."))
-    first = "trunk.0" if trunk else "next_scale.blocks.0"
-    heads = sizes(f"{first}.attention.log_temperature", 1)[0]
-    classes, width = sizes("classes", 2)
-    options = dict(
-        depth=max(1, trunk + branch),
-        classes=max(1, classes - 1),
-        codes=sizes("next_scale.head.bias", 1)[0],
-        code_dim=sizes("input.weight", 2)[1],
-        scales=[sizes(f"positions.{k}", 3)[:2] for k in range(max(1, count("positions.")))],
-        width=width,
-        heads=heads if width % heads == 0 else 1,
-    )
-    try:
-        with torch.device("meta"):
-            template = init(**options)
-            if branch:
-                template = add_masked_branch(template, branch, "masked.own_input" in leaves)
-    except RuntimeError as error:
-        raise ValueError(f"sizes: got {options}, which no memory holds") from error
-    if not is_masked:
-        template.pop("masked", None)
-    return template
-
-
 # ---- published weights
 
-PUBLISHED_NAMES = (  # patterns of their names, what becomes of them, in this order
+PUBLISHED_NAMES = (  # patterns of their names, replaced by ours in this order
     (r"^class_emb\.weight$", "classes"),
     (r"^pos_start$", "start"),
     (r"^pos_1LC$", "positions"),
@@ -616,14 +569,14 @@ PUBLISHED_NAMES = (  # patterns of their names, what becomes of them, in this or
     (r"\.attn\.scale_mul_1H11$", ".attention.log_temperature"),
     (r"\.attn\.", ".attention."),
 )
-BUFFERS = ("lvl_1L", "attn_bias_for_masking", ".attn.zero_k_bias")
+BUFFERS = ("lvl_1L", "attn_bias_for_masking", ".attn.zero_k_bias")  # ends of their names
 
 
 def from_published(state_dict, scales=None, *, dtype=torch.float32):
-    """A tree from a state dict of VAR, HMAR after stage one or the combined HMAR, or VAR's trainer's file.
+    """A tree from the state dict of VAR, HMAR after stage one or with both branches.
 
-    scales may be left out for the published lengths of 680, 2240 and 9451 tokens. ValueError lists, by
-    our names, what is missing, unexpected or misshaped, or says what does not fit the scales.
+    scales may be left out for 680, 2240 and 9451 tokens. ValueError lists, by our names, what is
+    missing, unexpected or misshaped, or says what does not fit the scales.
     """
     state = _transformer_state(state_dict)
     scales = _published_scales(state, scales)
@@ -635,22 +588,19 @@ def from_published(state_dict, scales=None, *, dtype=torch.float32):
         if name in leaves:
             raise ValueError(f"state_dict: {published} is the second {name}")
         leaf = state[published]
-        if _is_dense(leaf) and name.endswith("log_temperature"):
-            leaf = leaf.flatten()  # (1, heads, 1, 1)
-        elif _is_dense(leaf) and name in ("start", "positions", "masked.mask_embedding"):
-            leaf = leaf.squeeze(0)
-        leaves[name] = leaf
+        is_flat = _is_dense(leaf) and name.endswith(("log_temperature", "mask_embedding"))
+        leaves[name] = leaf.flatten() if is_flat else leaf
 
-    rows = leaves.pop("positions").split([h * w for h, w in scales])
-    for k, size in enumerate(scales):
-        leaves[f"positions.{k}"] = rows[k].unflatten(0, size)
+    leaves["start"] = leaves["start"][0]
+    rows = leaves.pop("positions")[0].split([h * w for h, w in scales])  # (n_k, C) each
+    leaves |= {f"positions.{k}": rows[k].unflatten(0, size) for k, size in enumerate(scales)}
     template = _fitted("state_dict", leaves)
     names = iter(_named(template))
     return pytree.tree_map(lambda _: leaves[next(names)].to(dtype), template)
 
 
 def published_is_causal(state_dict):
-    """Whether published weights come with VAR's block-causal mask; None without any."""
+    """Whether published weights come with VAR's block-causal mask; None if without one."""
     mask = _transformer_state(state_dict).get("attn_bias_for_masking")
     if mask is None:
         return None
@@ -660,45 +610,33 @@ def published_is_causal(state_dict):
 
 
 def _transformer_state(state_dict):
-    """{name: tensor}: the state dict itself or the transformer's in a VAR trainer's file."""
+    """{name: leaf}, also of a file of VAR's trainer; {} of anything else."""
     for name in ("trainer", "var_wo_ddp"):
         if isinstance(state_dict, dict):
             state_dict = state_dict.get(name, state_dict)
-    state = state_dict if isinstance(state_dict, dict) else {}
-    return {str(name): leaf for name, leaf in state.items()}
+    entries = state_dict.items() if isinstance(state_dict, dict) else ()
+    return {str(name): leaf for name, leaf in entries}
 
 
 def _published_scales(state, scales):
-    """The scales of a published state, by default those of its length. ValueError if it says others."""
+    """The scales of a published state. ValueError where its lengths or its buffers say others."""
     rows = [state.get(name) for name in ("pos_1LC", "pos_start")]
-    if not all(_is_dense(leaf) and leaf.ndim == 3 for leaf in rows):
-        names = ", ".join(list(state)[:10]) or "nothing"
-        expected = "VAR, HMAR after stage one or the combined HMAR"
-        raise ValueError(f"state_dict: expected {expected}, got {names}")
-    total, first = (leaf.shape[1] for leaf in rows)
+    if not all(_is_dense(leaf) and leaf.ndim == 3 and len(leaf) == 1 for leaf in rows):
+        names = ", ".join(list(state)[:10])
+        raise ValueError(f"state_dict: expected one of VAR or HMAR, got one with [{names}]")
+    total = rows[0].shape[1]
     known = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
-    if scales is None and total not in known:
-        raise ValueError(f"scales: must be given for {total} tokens; known are {list(known)}")
-    scales = _pairs(known[total] if scales is None else scales)
+    scales = _pairs(known.get(total) if scales is None else scales)
     counts = [h * w for h, w in scales]
-    if sum(counts) != total or counts[0] != first:
-        got = f"{sum(counts)} tokens, the first {counts[0]}"
-        raise ValueError(f"scales: {scales} hold {got}; these weights have {total} and {first}")
+    if sum(counts) != total:
+        raise ValueError(f"scales: got {scales}, expected some of {total} tokens")
 
     levels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (L,)
-    visible = [levels[:, None] == levels, levels[:, None] >= levels]  # block-diagonal, block-causal
-    for name, buffer in state.items():
-        allowed = []
-        if name == "lvl_1L":
-            allowed = [levels]
-        elif name == "attn_bias_for_masking":
-            allowed = [torch.zeros(total, total).masked_fill(~mask, -torch.inf) for mask in visible]
-        elif name.endswith(BUFFERS):
-            allowed = [torch.zeros(rows[0].shape[2])]
-        if allowed and not any(_same(buffer, values) for values in allowed):
-            raise ValueError(f"scales: {scales} do not fit the values of {name}")
+    visible = levels[:, None] >= levels if published_is_causal(state) else levels[:, None] == levels
+    values = (levels, torch.where(visible, 0.0, -torch.inf), torch.zeros(rows[0].shape[2]))
+    for kind, expected in zip(BUFFERS, values):
+        for name in [name for name in state if name.endswith(kind)]:
+            stored = state[name].flatten() if _is_dense(state[name]) else torch.empty(0)
+            if not torch.equal(stored.cpu().to(expected.dtype), expected.flatten()):
+                raise ValueError(f"scales: got {scales}, which do not go with {name}")
     return scales
-
-
-def _same(buffer, values):
-    return _is_dense(buffer) and torch.equal(buffer.squeeze().cpu().to(values.dtype), values)

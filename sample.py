@@ -529,6 +529,31 @@ class Help(argparse.HelpFormatter):
         return action.dest[0].upper()
 
 
+class Parser(argparse.ArgumentParser):
+    """The stock parser, with one line for an error."""
+
+    def __init__(self, description):
+        form = partial(Help, max_help_position=26, width=100)
+        options = dict(formatter_class=form, usage=argparse.SUPPRESS, allow_abbrev=False)
+        super().__init__(description=description, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
+
+
+def number(kind, least, most=10**9):
+    """Of a parser: the type of a number of a kind within limits."""
+
+    def parse(text):
+        value = kind(text) if len(text) < 100 else math.inf
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"got {text[:100]}, expected {least:g} to {most:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # in the message for what is no number
+    return parse
+
+
 def scale_pair(text):
     """Of the parser: "4" or "2x3" -> (height, width)."""
     height, _, width = text.partition("x")

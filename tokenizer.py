@@ -81,13 +81,15 @@ def masked_inputs(codec, tokens, scales, mask=None):
     _check_tokens(codec, tokens, scales)
     first, *finer = lengths(scales)
     expected = (len(tokens), sum(finer))
-    if mask is not None and (mask.shape != expected or mask.dtype != torch.bool):
-        raise ValueError(f"mask: got {mask.dtype} {tuple(mask.shape)}, expected bool {expected}")
+    if mask is None:
+        mask = torch.zeros(expected, dtype=torch.bool, device=tokens.device)
+    if not torch.is_tensor(mask) or mask.shape != expected or mask.dtype != torch.bool:
+        raise ValueError(f"mask: got {_described(mask)}, expected bool {expected}")
 
     inputs = [_no_features(codec, tokens)]
-    hidden = [None] * len(finer) if mask is None else mask.split(finer, 1)
-    for k, own in enumerate(tokens[:, first:].split(finer, 1), 1):
-        inputs.append(masked_scale_input(codec, own, k, scales, hidden[k - 1]))
+    parts = zip(tokens[:, first:].split(finer, 1), mask.split(finer, 1))
+    for k, (own, hidden) in enumerate(parts, 1):
+        inputs.append(masked_scale_input(codec, own, k, scales, hidden))
 
     return torch.cat(inputs, 1)
 
@@ -511,7 +513,10 @@ PUBLISHED_NAMES = (  # patterns of published names and ours, applied in order
 
 def check(codec):
     """ValueError unless codec is a whole tree: its names, shapes, float dtypes, finite numbers."""
-    _fitted("codec", dict(_named_leaves(codec)))
+    leaves = _named(codec)
+    template = _template(leaves)
+    _compare("codec", leaves, _named(template))
+    pytree.tree_map(lambda *_: None, template, codec)  # ValueError where a list should be a dict
 
 
 def from_published(state_dict, *, dtype=torch.float32):
@@ -524,75 +529,99 @@ def from_published(state_dict, *, dtype=torch.float32):
         state = state.get(name, state) if isinstance(state, dict) else state
 
     leaves = {}
-    for name, leaf in _named_leaves(state):
+    for name, leaf in _named(state).items():
         for published, ours in PUBLISHED_NAMES:
             name = re.sub(published, ours, name)
+        if name in leaves:
+            raise ValueError(f"state_dict: {name} is there twice")
         leaves[name] = leaf
     leaves.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
 
-    codec = _fitted("state_dict", leaves)
-    codec["decoder"]["up"].reverse()  # published by level, ours in the order they run
-    return pytree.tree_map(lambda leaf: leaf.to(dtype), codec)
+    template = _template(leaves)
+    template["decoder"]["up"].reverse()  # published by level, ours in the order they run
+    expected = _named(template)
+    _compare("state_dict", leaves, expected)
+    moved = [leaves[name].to(dtype) for name in expected]
+    codec = pytree.tree_unflatten(moved, pytree.tree_structure(template))
+    codec["decoder"]["up"].reverse()
+    return codec
 
 
-def _named_leaves(tree, prefix="", depth=0):
-    """Pairs ("decoder.up.0.blocks.1.norm1.bias", leaf) of nested dicts and lists."""
-    if not isinstance(tree, (dict, list)):
-        yield prefix, tree
-        return
-    if depth > 20:
-        raise ValueError(f"{prefix[:80]}: nested too deep, expected a tree of weights")
-    for key, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        yield from _named_leaves(branch, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+def _named(tree):
+    """{"decoder.up.0.blocks.1.norm1.bias": leaf, ...} of nested dicts and lists."""
+    leaves, seen, waiting = {}, set(), [("", tree)]
+
+    while waiting:
+        name, branch = waiting.pop()
+        if not isinstance(branch, (dict, list)):
+            leaves[name[1:]] = branch
+            continue
+
+        if id(branch) in seen:
+            raise ValueError(f"{name[1:80]}: is in the tree twice, expected a tree of weights")
+        seen.add(id(branch))
+        items = branch.items() if isinstance(branch, dict) else enumerate(branch)
+        waiting += reversed([(f"{name}.{key}", leaf) for key, leaf in items])
+
+    return leaves
 
 
-def _leaf_problem(leaf, shape):
-    """What is wrong with a leaf, or None."""
-    if not torch.is_tensor(leaf) or leaf.layout != torch.strided or not leaf.is_floating_point():
-        return f"is {_described(leaf)}, expected floats {tuple(shape)}"
-    if leaf.shape != shape:
-        return f"is {tuple(leaf.shape)}, expected {tuple(shape)}"
-    if _may_look(leaf) and not leaf.isfinite().all():
-        return "has values that are not finite"
-    return None
+def _template(leaves):
+    """A tree without values, of the sizes that some leaves have: what all should be like."""
 
-
-def _fitted(argument, leaves):
-    """The tree of named leaves, whose sizes they tell themselves. ValueError where they do not."""
+    def size(name):  # 1 where there is none, which the comparison will tell
+        leaf = leaves.get(name)
+        return leaf.shape[0] if _is_dense(leaf) and leaf.ndim > 0 else 1
 
     def count(pattern):
-        return len({found[1] for name in leaves if (found := re.match(pattern, name))})
+        return len({found[1] for name in leaves if (found := re.match(pattern, name))}) or 1
 
-    def size(name):
-        leaf = leaves.get(name)
-        if not torch.is_tensor(leaf) or leaf.ndim == 0:
-            got = ", ".join(list(leaves)[:5]) or "nothing"
-            raise ValueError(f"{argument}: {name} is missing, expected a tokenizer; got {got}")
-        return leaf.shape
-
-    channels = size("encoder.conv_in.bias")[0]
+    channels = 32 * max(1, size("encoder.conv_in.bias") // 32)
     levels = range(count(r"encoder\.down\.(\d+)\."))
-    widths = [size(f"encoder.down.{i}.blocks.0.norm2.bias")[0] for i in levels]
+    widths = [size(f"encoder.down.{i}.blocks.0.norm2.bias") for i in levels]
     with torch.device("meta"):
-        template = init(
-            codes=size("codebook")[0],
-            code_dim=size("codebook")[-1],
+        return init(
+            codes=size("codebook"),
+            code_dim=size("quant_conv.bias"),
             channels=channels,
-            multipliers=[width // max(1, channels) for width in widths],
+            multipliers=[max(1, width // channels) for width in widths],
             residual_blocks=count(r"encoder\.down\.0\.blocks\.(\d+)\."),
             attention=any(".attentions." in name for name in leaves),
             phis=count(r"phi\.(\d+)\."),
         )
-    if argument == "state_dict":
-        template["decoder"]["up"].reverse()
 
-    expected = dict(_named_leaves(template))
-    problems = {name: "is unexpected" for name in leaves.keys() - expected.keys()}
-    for name, leaf in expected.items():
-        problems[name] = _leaf_problem(leaves[name], leaf.shape) if name in leaves else "is missing"
-    problems = [f"{name} {problem}" for name, problem in sorted(problems.items()) if problem]
+
+def _compare(argument, leaves, expected):
+    """ValueError that lists the leaves, {name: leaf}, that are not as expected."""
+    if not leaves.keys() & expected.keys():
+        got = ", ".join(list(leaves)[:5]) or "nothing"
+        raise ValueError(f"{argument}: expected a tokenizer, got {got}")
+
+    problems = []
+    for name in expected | leaves:
+        problem = _problem(leaves.get(name), expected.get(name))
+        problems += [f"{name} {problem}"] if problem else []
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"{argument}: {', '.join(problems[:10])}{more}")
-    fitted = [leaves[name] for name in expected]
-    return pytree.tree_unflatten(fitted, pytree.tree_structure(template))
+
+
+def _problem(leaf, expected):
+    """What is wrong with a leaf, or None."""
+    if expected is None or leaf is None:
+        return "is unexpected" if expected is None else "is missing"
+    if not _is_dense(leaf):
+        return f"is {type(leaf).__name__}, expected dense floats {tuple(expected.shape)}"
+    if leaf.shape != expected.shape:
+        return f"is {tuple(leaf.shape)}, expected {tuple(expected.shape)}"
+    if leaf.device.type == "cpu" and not leaf.isfinite().all():
+        return "has values that are not finite"
+    return None
+
+
+def _is_dense(leaf):
+    """Whether leaf is a tensor of floats that are all in memory."""
+    if not torch.is_tensor(leaf) or leaf.layout != torch.strided or leaf.is_nested:
+        return False
+    floats = leaf.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return floats and 0 < leaf.nbytes <= leaf.untyped_storage().nbytes()

@@ -33,8 +33,15 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
-from sample import at_once, digest, load_tokenizer, load_transformer, read_json, require
-from sample import write_atomically
+from sample import (
+    at_once,
+    digest,
+    load_tokenizer,
+    load_transformer,
+    read_json,
+    require,
+    write_atomically,
+)
 
 STAGES = {
     "tokenizer": "tokenizer.pt",
@@ -81,8 +88,11 @@ PUBLISHED = dict(  # above: the published model, for GPUs
 
 LARGEST_SMALL = 64  # pixels
 CLIP = 1.0  # largest gradient norm
-WEIGHT_DECAY = 0.05  # of AdamW, on matrices alone
+WEIGHT_DECAY = 0.05  # on matrices alone
 BETAS = (0.9, 0.95)
+NOT_FOR_MUON = (  # what faces other than features, and modulation
+    "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
+)
 LABEL_DROP = 0.1  # labels made null, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
@@ -101,23 +111,6 @@ UNRECORDED = (  # flags that change no result
     "stage", "stages", "out", "restart", "save_every", "workers", "device", "accumulate",
     "class_names", "lock", "checkpointing",
 )  # fmt: skip
-LIMITS = dict(  # of flags, least and most
-    size=(1, 16384),
-    workers=(0, 1024),
-    seed=(0, 2**62),
-    save_every=(1, 10**9),
-    steps=(1, 10**9),
-    batch=(1, 10**6),
-    accumulate=(1, 10**6),
-    lr=(1e-12, 1e3),
-    warmup=(0, 10**9),
-    ema=(0, 1),
-    codes=(1, 2**24),
-    code_dim=(1, 2**16),
-    depth=(1, 1000),
-    width=(1, 2**20),
-    masked_blocks=(1, 1000),
-)
 
 
 def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
@@ -131,18 +124,19 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
     model = Trained(tree, loss)
     leaves = list(model.leaves)
     average = [leaf.detach().clone() for leaf in leaves]
-    run = Checkpoint(args, [leaf.data for leaf in leaves], average, extra, adamw(tree, args))
+    optimizer = Optimizer(tree)
+    run = Checkpoint(args, [leaf.data for leaf in leaves], average, extra, optimizer)
     call = wrapped(model, args)
     stop = StopSignal()
     window = []  # what was reported since the last line of metrics
 
     for step, parts in enumerate(batches(run.step), run.step + 1):
         rate = learning_rate(step, args)
-        reports, norm = optimise(call, parts, leaves, run.optimizer, rate)
+        reports, norm = optimise(call, parts, leaves, optimizer, rate)
         decay = min(args.ema, step / (step + 10))
         torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - decay)
         if after_step is not None:
-            after_step(step, reports, run.optimizer)
+            after_step(step, reports, optimizer)
 
         window += [{"gradient": norm} | shown(report) for report in reports]
         if step % LOG_EVERY == 0 or step == args.steps:
@@ -166,9 +160,6 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
 
 def optimise(call, parts, leaves, optimizer, rate):
     """(reports of the loss, norm of the gradient) of one step over a batch in parts."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
     reports = []
     for number, batch in enumerate(parts, 1):
         alone = world() > 1 and number < len(parts)  # gradients are added up with the last part's
@@ -178,21 +169,52 @@ def optimise(call, parts, leaves, optimizer, rate):
         reports.append(report)
 
     norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
-    optimizer.step()
-    optimizer.zero_grad()
+    optimizer.step(rate)
     return reports, norm
 
 
-def adamw(tree, args):
-    """AdamW whose decay spares biases, norms, embeddings, temperatures and the codebook."""
-    spared = "classes|start|levels|positions|log_temperature|codebook|mask_embedding|bias|norm"
-    decayed, others = [], []
-    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, torch.nn.Parameter):
-            is_spared = re.search(spared, pytree.keystr(path))
-            (others if is_spared else decayed).append(leaf)
-    groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0)]
-    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
+class Optimizer:
+    """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for everything else.
+
+    A convolution's weight is a matrix of its outputs. Muon's steps are scaled to AdamW's size, so
+    that both take the same learning rate (Liu et al. 2025).
+    """
+
+    def __init__(self, tree):
+        self.pairs, others = [], []  # (leaf, a view of it as a matrix)
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+            if not isinstance(leaf, torch.nn.Parameter):
+                continue
+            if leaf.ndim < 2 or re.search(NOT_FOR_MUON, pytree.keystr(path)):
+                others.append(leaf)
+            else:
+                self.pairs.append((leaf, torch.nn.Parameter(leaf.detach().flatten(1))))
+        self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
+        matrices = [matrix for _, matrix in self.pairs]
+        options = dict(weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+        self.muon = torch.optim.Muon(matrices, **options)
+
+    def step(self, rate):
+        for leaf, matrix in self.pairs:
+            matrix.grad = leaf.grad.flatten(1)
+            leaf.grad = None
+        for optimizer in (self.adamw, self.muon):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def forget(self, leaf, rows):
+        """Sets the moments of some rows of a leaf to zero."""
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.adamw.state[leaf][name][rows] = 0
+
+    def state_dict(self):
+        return [self.adamw.state_dict(), self.muon.state_dict()]
+
+    def load_state_dict(self, states):
+        self.adamw.load_state_dict(states[0])
+        self.muon.load_state_dict(states[1])
 
 
 def learning_rate(step, args):
@@ -238,8 +260,7 @@ def train_tokenizer(args, data, held_out):
             counts = summed(chosen)
             new, dead = tokenizer.revive_codes(codebook.detach(), counts, residuals, generator)
             replace(codebook, new)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[codebook][moment][dead] = 0
+            optimizer.forget(codebook, dead)
             chosen.zero_()
 
     def evaluate(codec):
@@ -645,22 +666,20 @@ def warn(error):
     print(f"passed over: {sample.printable(error)}", file=sys.stderr)
 
 
-def split_held_out(files, folder, fraction=HELD_OUT):
+def split_held_out(files, folder):
     """(training, held out) parts of [(path, label), ...], in the order of a hash of the path.
 
-    The path inside the folder, so that a file stays in its part when others come or go. Neither
-    part is empty. ValueError for fewer than two files.
+    The path is the one inside the folder, so that a copy is split alike. ValueError: under two.
     """
     require(len(files) >= 2, f"--data: got {len(files)} image in {folder}, expected at least two")
-    places = []
-    for path, _ in files:
-        name = os.path.relpath(path, folder).replace(os.sep, "/")
-        place = hashlib.sha256(os.fsencode(name)).digest()[:8]
-        places.append(int.from_bytes(place, "big") / 2**64)
-    limit = min(max(fraction, min(places)), np.nextafter(max(places), 0))
-    ordered = sorted(zip(places, files))
-    train = [file for place, file in ordered if place > limit]
-    return train, [file for place, file in ordered if place <= limit]
+
+    def place(file):
+        name = os.path.relpath(file[0], folder).replace(os.sep, "/")
+        return hashlib.sha256(os.fsencode(name)).digest()
+
+    ordered = sorted(files, key=place)
+    count = math.ceil(HELD_OUT * len(files))
+    return ordered[count:], ordered[:count]
 
 
 def generator_of(*key):
@@ -758,47 +777,44 @@ def encoded(args, name, data, codec, rows, views):
 
 def parser():
     """The flags of `python train.py`."""
-    top = argparse.ArgumentParser(
-        usage="python train.py [STAGE] [flags]",
-        description="Train HMAR from nothing: tokenizer, next-scale, masked stage. (auto) follows "
-        "--size.",
-        formatter_class=sample.Help,
-        allow_abbrev=False,
+    top = sample.Parser(
+        "python train.py [STAGE] [flags]: train HMAR from nothing. STAGE is tokenizer, "
+        "next-scale, masked or all. (auto) follows --size."
     )
+    positive = sample.number(int, 1)
     add = top.add_argument_group("data").add_argument
     add("--data", metavar="FOLDER", help="images, a sub-folder a class or all in one (drawings)")
-    add("--size", type=int, metavar="PIXELS", help="side of the images (drawings 32, else 256)")
+    add("--size", type=positive, metavar="PIXELS", help="side of the images (256, drawings 32)")
     add("--flip", action="store_true", help="mirror images at random")
-    add("--workers", type=int, default=os.cpu_count() // 4, metavar="N", help="that decode images")
+    add("--workers", type=sample.number(int, 0, 1024), default=0, metavar="N", help="that decode")
     add = top.add_argument_group("run").add_argument
-    stages = ("all", *STAGES)
-    add("stage", nargs="?", default="all", choices=stages, metavar="STAGE", help=", ".join(stages))
+    add("stage", nargs="?", default="all", choices=("all", *STAGES), metavar="STAGE")
     add("--out", metavar="RUN", help="run folder (runs/shapes or runs/<data folder>)")
     add("--init", metavar="FILE", help="start the one stage from these weights, ours or published")
     add("--tokenizer", metavar="FILE", help="use this finished tokenizer, ours or published")
     add("--restart", action="store_true", help="begin the run folder anew")
-    add("--seed", type=int, default=0, metavar="N", help="of all randomness")
-    add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoints to go on from")
+    add("--seed", type=sample.number(int, 0), default=0, metavar="N", help="of all randomness")
+    add("--save-every", type=positive, default=500, metavar="STEPS", help="for going on")
     add("--device", metavar="D", help="cuda or cpu (the first there is)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     add("--compile", action="store_true", help="torch.compile the training step")
     add = top.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, metavar="N", help="of each stage (auto)")
-    add("--batch", type=int, metavar="N", help="images a step, over all processes (auto)")
-    add("--accumulate", type=int, metavar="N", help="parts of a batch, to save memory (auto)")
-    add("--lr", type=float, metavar="RATE", help="peak learning rate (auto)")
-    add("--warmup", type=int, metavar="STEPS", help="to the peak learning rate (auto)")
-    add("--ema", type=float, metavar="DECAY", help="of the average that is saved (auto)")
-    add("--checkpointing", action="store_true", help="compute activations twice: less memory")
+    add("--steps", type=positive, metavar="N", help="of each stage (auto)")
+    add("--batch", type=positive, metavar="N", help="images a step, over all processes (auto)")
+    add("--accumulate", type=positive, metavar="N", help="parts of a batch, saves memory (auto)")
+    add("--lr", type=sample.number(float, 1e-9, 1e3), metavar="RATE", help="at its peak (auto)")
+    add("--warmup", type=sample.number(int, 0), metavar="STEPS", help="to the peak (auto)")
+    add("--ema", type=sample.number(float, 0, 1), metavar="DECAY", help="of saved weights (auto)")
+    add("--checkpointing", action="store_true", help="compute activations twice, saves memory")
     add = top.add_argument_group("model").add_argument
     add("--scales", nargs="+", type=sample.scale_pair, metavar="SIDE", help="4 or 2x3 each (auto)")
-    add("--codes", type=int, metavar="V", help="codebook size (auto)")
-    add("--code-dim", type=int, metavar="N", help="dimensions of a code (auto)")
-    add("--channels", type=int, metavar="N", help="tokenizer's, a multiple of 32 (auto)")
-    add("--multipliers", nargs="+", type=int, metavar="M", help="of channels, a level each (auto)")
-    add("--depth", type=int, metavar="N", help="transformer blocks (auto)")
-    add("--width", type=int, metavar="N", help="of the transformer (auto)")
-    add("--masked-blocks", type=int, metavar="N", help="the masked branch's own (auto)")
+    add("--codes", type=positive, metavar="V", help="codebook size (auto)")
+    add("--code-dim", type=positive, metavar="N", help="dimensions of a code (auto)")
+    add("--channels", type=positive, metavar="N", help="tokenizer's, a multiple of 32 (auto)")
+    add("--multipliers", nargs="+", type=positive, metavar="M", help="a level each (auto)")
+    add("--depth", type=positive, metavar="N", help="transformer blocks (auto)")
+    add("--width", type=positive, metavar="N", help="of the transformer (auto)")
+    add("--masked-blocks", type=positive, metavar="N", help="the masked branch's own (auto)")
     add("--loss-weights", choices=("token", "scale", "lognormal"), help="(auto)")
     add("--causal", action="store_true", help="VAR: attend to coarser scales, no masked stage")
     return top
@@ -834,56 +850,58 @@ def train(args):
 
 
 def resolved(args):
-    """The flags with every 'auto' filled in. ValueError that names the flag for what does not fit."""
+    """The flags with every (auto) filled in. ValueError that names what does not fit."""
     if args.size is None:
         args.size = 32 if args.data is None else 256
     preset = SMALL if args.size <= LARGEST_SMALL else PUBLISHED
     for name, value in preset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    for name, (least, most) in LIMITS.items():
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')}"
-        fits = value is None or isinstance(value, dict) or least <= value <= most
-        require(fits, f"{flag}: got {value}, expected {least:g} to {most:g}")
-    for name in ("steps", "lr"):
+    for name in ("steps", "lr"):  # one number for all stages, or the preset's own for each
         value = getattr(args, name)
         setattr(args, name, value if isinstance(value, dict) else dict.fromkeys(STAGES, value))
+    if args.out is None:
+        folder = "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data))
+        args.out = os.path.join("runs", folder)
 
-    default = "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data))
-    args.out = args.out or os.path.join("runs", default)
-    left_out = ["tokenizer"] * bool(args.tokenizer) + ["masked"] * args.causal
-    args.stages = [args.stage] if args.stage != "all" else [s for s in STAGES if s not in left_out]
-    require(args.stage not in left_out, f"{args.stage}: not with --tokenizer or --causal")
+    left_out = {"tokenizer": args.tokenizer is not None, "next-scale": False, "masked": args.causal}
+    asked = [stage for stage in STAGES if args.stage in ("all", stage)]
+    args.stages = [stage for stage in asked if not left_out[stage]]
+    require(args.stages, f"{args.stage}: there is no such stage with --tokenizer or --causal")
     fits = args.init is None or args.stage in ("tokenizer", "next-scale")
     require(fits, "--init: needs the stage that it starts, tokenizer or next-scale")
 
-    step = 2 ** (len(args.multipliers) - 1)
-    own = os.path.join(args.out, "tokenizer.pt")
-    given = args.init if args.stage == "tokenizer" else args.tokenizer
-    if given or args.stage in ("next-scale", "masked") and os.path.exists(own):
-        step = tokenizer.downsampling(load_tokenizer(given or own))
+    step = downsampling(args)
     side = args.size // step
     require(args.size % step == 0, f"--size: got {args.size}, expected a multiple of {step}")
     args.scales = tuple(args.scales or default_scales(side))
     tokenizer.check_scales(args.scales)
     fits = args.scales[-1] == (side, side) and len(args.scales) > 1
-    message = f"--scales: got {sides(args.scales)}, expected two or more that end at"
+    message = f"--scales: got {sides(args.scales)}, expected two or more, the last"
     require(fits, f"{message} {side}, {args.size} pixels / {step}")
     with torch.device("meta"):  # what does not fit is told before the first stage, not after it
         tokenizer.init(**{name: getattr(args, name) for name in TOKENIZER_SIZES})
         hmar.init(depth=args.depth, width=args.width, scales=args.scales, codes=args.codes)
 
-    processes = world()
-    if args.accumulate is None:
-        wanted = args.batch / (processes * at_once(args.size**2))
-        parts = range(1, args.batch + 1)
-        fitting = [n for n in parts if args.batch % (n * processes) == 0] or [1]
-        args.accumulate = next((n for n in fitting if n >= wanted), fitting[-1])
-    fits = args.batch % (args.accumulate * processes) == 0
-    message = f"--batch: got {args.batch}, expected a multiple of {args.accumulate} parts on"
-    require(fits, f"{message} {processes} processes")
+    if args.accumulate is None:  # as few parts as memory allows
+        args.accumulate = max(1, math.ceil(args.batch / (world() * at_once(args.size**2))))
+        while args.batch % (args.accumulate * world()) and args.accumulate < args.batch:
+            args.accumulate += 1
+    fits = args.batch % (args.accumulate * world()) == 0
+    message = f"--batch: got {args.batch}, expected a multiple of {args.accumulate} parts"
+    require(fits, f"{message} on {world()} processes")
     return args
+
+
+def downsampling(args):
+    """Pixels a side of a latent cell, of the codec that is given, in the run folder, or to come."""
+    path = args.init if args.stage == "tokenizer" else args.tokenizer
+    own = os.path.join(args.out, "tokenizer.pt")
+    if path is None and args.stage in ("next-scale", "masked") and os.path.exists(own):
+        path = own
+    if path is None:
+        return 2 ** (len(args.multipliers) - 1)
+    return tokenizer.downsampling(load_tokenizer(path))
 
 
 def default_scales(latent):
@@ -911,7 +929,7 @@ def initial_tokenizer(args):
 
 
 def initial_transformer(args, codec):
-    """A new transformer of the flags' sizes; or --init's, for other scales or classes if need be."""
+    """A new transformer of the flags' sizes, or --init's for these scales and classes."""
     codes, code_dim = codec["codebook"].shape
     sizes = dict(codes=codes, code_dim=code_dim, classes=len(args.class_names), scales=args.scales)
     if args.init is None:
@@ -1062,54 +1080,65 @@ class StopSignal:
 def claim_folder(args, data, held_out):
     """Makes the run folder this run's own: one process at a time, one set of flags, one data set.
 
-    args.json holds the flags, class names, a fingerprint of the images and the digests of what is
-    made. ValueError where the folder is in use, is somebody else's, or was begun differently.
+    args.json holds the flags, the class names, a fingerprint of the images and the digests of what
+    is made. ValueError where the folder is in use, somebody else's, or was begun differently.
     """
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-    if rank() == 0:
-        args.lock = open(os.path.join(args.out, "lock"), "w")  # held while the process lives
-        try:
-            fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{args.out}: in use by another process") from error
-
-    flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
-    flags |= dict(dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
-    run = dict(flags=flags, class_names=list(args.class_names), causal=args.causal, made={})
-    run |= dict(images=[fingerprint(data), fingerprint(held_out)])
-    run = json.loads(json.dumps(run))  # as it comes back from a file
-    own = [f"{stage}.{kind}.pt" for stage in STAGES for kind in ("resume", "best")]
-    own += ["tokenizer.pt", "hmar.pt", "metrics.jsonl", "tokens-train.npy", "tokens-held-out.npy"]
-    own = [os.path.join(args.out, name) for name in own]
-
+    args.lock = locked(args) if rank() == 0 else None
     before = read_run(args)
-    there = [path for path in own if os.path.exists(path)]
+    run = json.loads(json.dumps(run_record(args, data, held_out)))  # as it comes back from a file
+    there = [path for path in own_files(args) if os.path.exists(path)]
     advice = "--out NAME begins another run, --restart this one anew"
+
     if before is None:
-        message = f"{args.out}: holds {', '.join(there)} without args.json"
+        message = f"{args.out}: holds {', '.join(map(os.path.basename, there))} but no args.json"
         require(not there or args.restart, f"{message}; {advice}")
     elif not args.restart:
-        stay = [name for name in ("init", "tokenizer") if flags[name] is None]  # need no repeating
-        changed = [
-            name for name in flags.keys() - stay if before["flags"].get(name) != run["flags"][name]
-        ]
-        shown = [f"{name} {before['flags'].get(name)} -> {flags[name]}" for name in changed]
-        require(not changed, f"{args.out}: begun with other flags: {', '.join(shown)}; {advice}")
+        differ = []
+        for name, value in run["flags"].items():
+            old = before["flags"].get(name)
+            need_not_repeat = name in ("init", "tokenizer") and value is None
+            if old != value and not need_not_repeat:
+                differ.append(f"{name} {old} -> {value}")
+        require(not differ, f"{args.out}: begun with other flags: {', '.join(differ)}; {advice}")
         fits = before["images"] == run["images"]
-        require(
-            fits, f"{args.out}: the images in {args.data} are not those it began with; {advice}"
-        )
-        run["made"] = before["made"]
+        require(fits, f"{args.out}: the images in {args.data} have changed; {advice}")
     barrier()  # every process has looked
 
-    if rank() == 0:
-        for path in there if args.restart else ():
+    if rank() == 0 and (before is None or args.restart):
+        for path in there:
             os.remove(path)
-        if before is None or args.restart:
-            write_json(os.path.join(args.out, "args.json"), run)
-        if args.tokenizer is not None and "tokenizer" not in run["made"]:
-            finish(args, "tokenizer", load_tokenizer(args.tokenizer))
+        write_json(os.path.join(args.out, "args.json"), run)
     barrier()
+    if args.tokenizer is not None and "tokenizer" not in read_run(args)["made"]:
+        finish(args, "tokenizer", load_tokenizer(args.tokenizer))
+
+
+def locked(args):
+    """The run folder's lock file, held while this process lives."""
+    file = open(os.path.join(args.out, "lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"{args.out}: another process trains in it") from error
+    return file
+
+
+def run_record(args, data, held_out):
+    """What args.json says of a run that begins."""
+    flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
+    flags |= dict(dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
+    images = [fingerprint(data), fingerprint(held_out)]
+    names = list(args.class_names)
+    return dict(flags=flags, class_names=names, causal=args.causal, images=images, made={})
+
+
+def own_files(args):
+    """Paths of what a run writes into its folder, but for args.json, lock and samples/."""
+    names = ["tokenizer.pt", "hmar.pt", "metrics.jsonl"]
+    names += [f"{stage}.{kind}.pt" for stage in STAGES for kind in ("resume", "best")]
+    names += [f"tokens-{part}.npy{end}" for part in ("train", "held-out") for end in ("", ".json")]
+    return [os.path.join(args.out, name) for name in names]
 
 
 def read_run(args):
@@ -1159,7 +1188,7 @@ def fingerprint(data):
 
 
 def log(args, step, **numbers):
-    """Adds a line of JSON to metrics.jsonl and prints it. ValueError where a number is not finite."""
+    """Adds a line to metrics.jsonl and prints it. ValueError where a number is not finite."""
     line = json.dumps(dict(stage=args.stage, step=step, **numbers))
     fits = not re.search(r"\b(NaN|Infinity)\b", line)
     message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help;"
