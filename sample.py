@@ -490,7 +490,7 @@ OPTIONS = ("schedule", "guidance", "mask_guidance", "temperature", "top_k", "top
 
 def parser():
     """The flags of `python sample.py`."""
-    top = argparse.ArgumentParser(formatter_class=Help, allow_abbrev=False)
+    top = Parser("python sample.py RUN [flags]: draw images, or repaint a part of one.")
     add = top.add_argument
     add("run", nargs="?", help="run folder of train.py")
     add("--weights", help="transformer, ours or published (RUN/hmar.pt)")
@@ -533,8 +533,7 @@ class Parser(argparse.ArgumentParser):
     """The stock parser, with one line for an error."""
 
     def __init__(self, description):
-        form = partial(Help, max_help_position=26, width=100)
-        options = dict(formatter_class=form, usage=argparse.SUPPRESS, allow_abbrev=False)
+        options = dict(formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False)
         super().__init__(description=description, **options)
 
     def error(self, message):
