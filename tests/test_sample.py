@@ -102,9 +102,9 @@ class Script:
         return self.again[k][labels] + seen + mask[..., None] * self.shift
 
     def play(self):
-        names = ("scale_features", "masked_scale_features")
-        functions = {name: getattr(self, name) for name in names}
-        return mock.patch.multiple(hmar, logits=lambda x, weight, bias: x, **functions)
+        functions = dict(scale_features=self.scale_features, logits=lambda x, weight, bias: x)
+        functions["masked_scale_features"] = self.masked_scale_features
+        return mock.patch.multiple(hmar, **functions)
 
 
 def slow_steps(script, params, codec, label, seed, options):
@@ -116,20 +116,16 @@ def slow_steps(script, params, codec, label, seed, options):
         inputs = tokenizer.resize_to_scale(f_hat, (h, w)) if k else None
         for number, keep in enumerate(options["schedule"][k]):
             mask = torch.tensor([[place in hidden for place in range(h * w)]])
-            predict, name = partial(script.scale_features, params, inputs=inputs, k=k), "guidance"
+            t, predict = options["guidance"], partial(script.scale_features, inputs=inputs)
             if number:
                 zeroed = mask if "own_input" in params["masked"] else None
                 own = torch.tensor([tokens])
                 own = tokenizer.masked_scale_input(codec, own, k, scales, zeroed)
-                seen = dict(inputs=inputs, own_inputs=own, mask=mask, k=k)
-                predict, name = (
-                    partial(script.masked_scale_features, params, **seen),
-                    "mask_guidance",
-                )
-            t = options[name]
+                seen = dict(inputs=inputs, own_inputs=own, mask=mask)
+                t, predict = options["mask_guidance"], partial(script.masked_scale_features, **seen)
             if len(scales) > 1:
                 t = t * k / (len(scales) - 1)
-            both = [predict(torch.tensor([row]))[0] for row in (label, null)]
+            both = [predict(params, torch.tensor([row]), k=k)[0] for row in (label, null)]
             heat = options["temperature"]
             logits = ((1 + t) * both[0] - t * both[1]) / (heat or 1)
 
@@ -161,7 +157,17 @@ def schedules(draw, scales):
     return tuple(passes)
 
 
-def assert_passes_of_a_plain_loop(scales, batch, own_input, seed, options):
+@quick
+@given(pyramids(3, 3), st.data(), st.integers(1, 3), st.booleans(), st.integers(0, 99))
+def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, seed):
+    options = dict(
+        schedule=data.draw(schedules(scales)),
+        guidance=data.draw(st.sampled_from([0, 1.5, 4])),
+        mask_guidance=data.draw(st.sampled_from([0, 1.5])),
+        temperature=data.draw(st.sampled_from([0, 0.5, 1.0, 3.0])),
+        top_k=data.draw(st.integers(0, 6)),
+        top_p=data.draw(st.sampled_from([1.0, 0.9, 0.4])),
+    )
     params = double(tree(scales, own_input=own_input, random=False))
     codec = quantiser(5, 4, seed=seed)
     script, labels = Script(scales, 5, 4, seed), torch.arange(batch) * 2 % 4
@@ -182,21 +188,6 @@ def assert_passes_of_a_plain_loop(scales, batch, own_input, seed, options):
 
 
 @quick
-@given(pyramids(3, 3), st.data(), st.integers(1, 3), st.booleans(), st.integers(0, 99))
-def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, seed):
-    """And with it: an image's tokens do not depend on its batch."""
-    options = dict(
-        schedule=data.draw(schedules(scales)),
-        guidance=data.draw(st.sampled_from([0, 1.5, 4])),
-        mask_guidance=data.draw(st.sampled_from([0, 1.5])),
-        temperature=data.draw(st.sampled_from([0, 0.5, 1.0, 3.0])),
-        top_k=data.draw(st.integers(0, 6)),
-        top_p=data.draw(st.sampled_from([1.0, 0.9, 0.4])),
-    )
-    assert_passes_of_a_plain_loop(scales, batch, own_input, seed, options)
-
-
-@quick
 @given(st.integers(1, 12), st.integers(0, 14), st.booleans(), st.data(), st.integers(0, 999))
 def test_filters_are_those_of_plain_loops(codes, top_k, tied, data, seed):
     top_p = data.draw(st.sampled_from([1e-9, 0.3, 0.9, 0.999, 1.0]))
@@ -213,25 +204,17 @@ def test_filters_are_those_of_plain_loops(codes, top_k, tied, data, seed):
 
 def test_filters_of_ties_keep_one_at_least():
     flat = torch.zeros(4, 8)
-    assert sample.filtered(flat, 3)[0].tolist() == flat.tolist()
     assert sample.filtered(flat, 0, 1e-9)[0].isfinite().sum(-1).tolist() == [1] * 4
     assert sample.filtered(flat, 0, 0.5)[0].isfinite().sum(-1).tolist() == [4] * 4
 
 
-@pytest.mark.parametrize("t", [0, 0.5, 3.0])
-@pytest.mark.parametrize("both", [False, True])
-def test_guidance(t, both):
-    calls, table = [], normal(4, 5, 6)
-
-    def predict(labels, *features):
-        calls.append((labels.tolist(), [None if x is None else x.tolist() for x in features]))
-        return table[labels]
-
-    feature = normal(2, 5)
-    ours = sample.guided(predict, PARAMS, torch.tensor([0, 2]), t, feature, None, both=both)
-    close(ours, torch.stack([(1 + t) * table[label] - t * table[3] for label in (0, 2)]))
-    twice = t > 0 or both
-    assert calls == [([0, 2] + [3, 3] * twice, [feature.tolist() * (1 + twice), None])]
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_guidance_of_zero_asks_for_one_half(is_causal):
+    """But with a cache, which takes in both from the first scale on."""
+    for guidance, halves in (([0, 1, 2.0], [2 if is_causal else 1, 2, 2]), (0, [1, 1, 1])):
+        with mock.patch.object(hmar, "scale_features", wraps=hmar.scale_features) as predict:
+            sample.generate(PLAIN, CODEC, LABELS, guidance=guidance, is_causal=is_causal)
+        assert [len(call.args[1]) for call in predict.call_args_list] == [3 * n for n in halves]
 
 
 @quick
@@ -254,14 +237,6 @@ def test_a_draw_never_falls_on_a_code_that_was_ruled_out():
     assert tokens[0] == 1 and tokens[1] in (1, 3)
 
 
-def test_numbers_follow_from_seed_scale_and_pass():
-    one = sample.uniforms([5], 3, 1, 40)
-    assert torch.equal(sample.uniforms([7, 5, 2**62], 3, 1, 40)[1:2], one)
-    others = [sample.uniforms([seed], k, n, 40) for seed, k, n in ((6, 3, 1), (5, 2, 1), (5, 3, 0))]
-    assert not any((other == one).any() for other in others)
-    assert one.dtype == torch.float64 and 0 <= one.min() and one.max() < 1
-
-
 @quick
 @given(pyramids(5, 5), st.integers(0, 30))
 def test_schedules_sum_to_their_scales(scales, passes):
@@ -273,33 +248,21 @@ def test_schedules_sum_to_their_scales(scales, passes):
     published = sample.check_schedule(None, scales, True)
     assert published == sample.published_schedule(scales)
     assert [sum(kept) for kept in published] == counts
-    plain = sample.check_schedule(None, scales, False)
-    assert [tuple(kept) for kept in plain] == list(sample.masked_schedule(scales, 0))
 
 
 def test_published_schedules():
     single = tuple((side * side,) for side in (4, 5, 6, 8, 10, 13, 16))
     assert sample.published_schedule(hmar.SCALES[256]) == ((1,), (1, 3), (1, 1, 2, 5), *single)
-    passes = [sample.published_schedule(scales) for scales in hmar.SCALES.values()]
-    assert [sum(map(len, schedule)) for schedule in passes] == [14, 14, 18]
     cosine = (13, 36, 57, 71, 79)  # round(256 (1 - cos)), differenced
     assert sample.masked_schedule(((1, 1), (16, 16)), 4)[1] == cosine
 
 
-@quick
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), st.data(), st.booleans())
-def test_a_partly_given_scale_keeps_in_proportion(passes, data, has_masked_branch):
-    total = sum(passes)
-    counts = data.draw(st.lists(st.integers(0, total), min_size=1, max_size=3))
-    hidden = torch.arange(total) < torch.tensor(counts)[:, None]
-    kept = torch.stack(sample.kept_counts(passes, hidden, has_masked_branch), 1)
-    partly = any(0 < count < total for count in counts)
-    for count, own in zip(counts, kept.tolist()):
-        if len(passes) == 1 and has_masked_branch and partly:
-            assert own == ([0, count] if 0 < count < total else [count, 0])
-        else:
-            sums = [math.ceil(count * done / total) for done in itertools.accumulate(passes)]
-            assert list(itertools.accumulate(own)) == sums
+def test_a_partly_given_scale_keeps_in_proportion():
+    hidden = torch.arange(8) < torch.tensor([8, 4, 0, 3])[:, None]
+    kept = sample.kept_counts((1, 1, 2, 4), hidden, True)
+    assert torch.stack(kept, 1).tolist() == [[1, 1, 2, 4], [1, 0, 1, 2], [0] * 4, [1, 0, 1, 1]]
+    kept = torch.stack(sample.kept_counts((8,), hidden, True), 1)
+    assert kept.tolist() == [[8, 0], [0, 4], [0, 0], [0, 3]]
 
 
 # Images
@@ -316,9 +279,6 @@ def test_a_caller_chooses_what_the_next_scale_is_drawn_from():
     coarse = torch.cat(drawn[:2], 1)[1].expand(3, -1)
     chosen = torch.cat([coarse, drawn[2]], 1)
     close(step.f_hat, tokenizer.accumulate(CODEC, chosen, SCALES), 1e-6)
-    plain, _ = sample.generate(PARAMS, CODEC, LABELS, seed=[5, 6, 7])
-    made = tokenizer.decode_features(CODEC, step.f_hat)
-    assert torch.equal(made[1], plain[1]) and not torch.allclose(made[0], plain[0])
 
 
 WAYS = {
@@ -346,8 +306,6 @@ def test_generate_is_a_pure_function_of_its_arguments(way):
         again = sample.generate(params, CODEC, LABELS, **options)
     assert torch.equal(images, again[0]) and torch.equal(tokens, again[1])
     assert leaves_equal(before[:3], [params, CODEC, LABELS]) and before[3] == options
-    assert images.shape == (3, 3, 6, 8) and images.dtype == torch.float32
-    assert tokens.shape == (3, 17) and tokens.dtype == torch.int64 and not images.requires_grad
     close(images, tokenizer.decode(CODEC, tokens, SCALES).detach(), 1e-5)
 
 
@@ -418,9 +376,6 @@ def test_editing_leaves_what_is_outside_the_mask(params, kind):
     outside = ~mask.expand_as(images)
     assert torch.equal(edited[outside], images[outside])
     assert torch.equal(edited, images) == (kind == "empty")
-    assert torch.equal(edited, sample.edit(params, CODEC, images, mask, LABELS))
-    if kind == "full":
-        assert torch.equal(edited, sample.generate(params, CODEC, LABELS)[0])
 
 
 @pytest.mark.parametrize("schedule", [None, ((1,), (4,), (12,)), ((1,), (0, 4), (3, 0, 9))])
@@ -452,19 +407,15 @@ def test_given_tokens_stay_and_the_others_are_refined(scales, data, seed):
         steps = list(every(torch.tensor([0, 1, 2]), known=(tokens, is_given)))
         plain = last_tokens(every(torch.tensor([0])))
     for k, (own, fixed) in enumerate(zip(tokens.split(counts, 1), is_given.split(counts, 1))):
-        mine, passes = [step for step in steps if step.scale == k], options["schedule"][k]
-        partly = fixed.any(1) & ~fixed.all(1)
-        assert len(mine) == max(len(passes), 2 if k and partly.any() else 1)
+        mine, partly = [step for step in steps if step.scale == k], fixed.any(1) & ~fixed.all(1)
         for step in mine:
             assert torch.equal(step.tokens[fixed], own[fixed]) and not (step.hidden & fixed).any()
         assert not mine[-1].hidden.any()
-        if k and len(passes) == 1:  # what is partly given is drawn again by the branch that sees it
+        if k and len(options["schedule"][k]) == 1:  # drawn again by the branch that sees the others
             assert (mine[0].hidden | fixed)[partly].all()
     last = last_tokens(steps)
     assert torch.equal(last[:1], plain)
-    stays = is_given.split(counts, 1)[-1].view(
-        3, 1, *scales[-1]
-    )  # there the image's own map goes on
+    stays = is_given.split(counts, 1)[-1].view(3, 1, *scales[-1])  # the image's own map goes on
     drawn, own = (tokenizer.accumulate(codec, rows, scales) for rows in (last, tokens))
     close(steps[-1].f_hat, torch.where(stays, own, drawn))
 
@@ -525,30 +476,20 @@ def test_labels_that_are_none_are_a_value_error(labels):
         sample.generate(PARAMS, CODEC, labels)
 
 
-def test_bad_options_are_told_at_once():
-    for options, message in (
+@pytest.mark.parametrize(
+    "options, message",
+    [
         (dict(temperature=-1), "temperature: got -1, expected a number from 0 to 10000"),
         (dict(top_k=True), "top_k: got True, expected an integer from 0"),
-        (dict(guidance=[1, 2]), r"guidance: got \[1, 2\], expected one number, or 3"),
-        (dict(seed=2**63 - 1), r"seed: got .*, expected an integer from 0 to 2\^63, or 3 of them"),
         (dict(schedule=((1,), (4,))), "schedule: got .* expected an entry for each of 3 scales"),
         (dict(schedule=((1,), (5, -1), (12,))), r"schedule: entry 1 is \(5, -1\), .* sum to 4"),
-        (dict(schedule=((0, 1), (4,), (12,))), "schedule: entry 0 is"),
-    ):
-        with pytest.raises(ValueError, match=f"^{message}"):
-            sample.steps(PARAMS, CODEC, LABELS, **options)
-
-
-def test_bad_models_and_passes():
-    with pytest.raises(ValueError, match="^schedule: entry 1 is .* masked branch"):
-        sample.steps(PLAIN, CODEC, LABELS, schedule=((1,), (1, 3), (12,)))
-    with pytest.raises(
-        ValueError, match=r"^codec: got .* \(32, 8\), the transformer has \(16, 8\)"
-    ):
-        sample.steps(PARAMS, small(codes=32), LABELS)
-    for passes in (-1, 1.5, None, [1, 2, 3]):
-        with pytest.raises(ValueError, match="^passes: got .*, expected an integer from 0"):
-            sample.masked_schedule(SCALES, passes)
+        (dict(schedule=((1,), (1, 3), (12,))), "schedule: entry 1 is .* no masked branch"),
+        (dict(codec=small(32)), r"codec: got .* \(32, 8\), the transformer has \(16, 8\)"),
+    ],
+)
+def test_bad_options_are_told_at_once(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        sample.steps(**dict(params=PLAIN, codec=CODEC, labels=LABELS) | options)
 
 
 HALF = masks("half", 3)
@@ -563,8 +504,6 @@ def test_bad_masks(mask):
 def test_bad_edits():
     with pytest.raises(ValueError, match="^labels: got 2, expected 3"):
         sample.edit(PARAMS, CODEC, picture(3), HALF, LABELS[:2])
-    with pytest.raises(ValueError, match="^images: got values"):
-        sample.edit(PARAMS, CODEC, picture(3) * 3, HALF, LABELS)
 
 
 # The command
@@ -594,17 +533,19 @@ def call(*flags):
 
 
 def drawn(labels, **options):
-    images, _ = sample.generate(PARAMS, CODEC, torch.tensor(labels), **options)
-    return sample.to_bytes(images)
-
-
-def assert_same_pixels(made, expected):
-    assert np.abs(made.astype(int) - expected).max() <= 1  # rounding
+    return sample.generate(PARAMS, CODEC, torch.tensor(labels), **options)[0]
 
 
 def npz(path):
     with np.load(path) as archive:
         return dict(archive)
+
+
+def assert_same(made, images):
+    """An archive's pixels, or these, are those of images but for rounding."""
+    made = made if isinstance(made, np.ndarray) else npz(made)["arr_0"]
+    assert made.dtype == np.uint8
+    assert np.abs(made.astype(int) - sample.to_bytes(images)).max() <= 1
 
 
 def contents(folder):
@@ -618,42 +559,33 @@ def test_the_command_draws_the_same_images_in_every_form(run, tmp_path):
     assert call(*flags, tmp_path / "few.npz", "--batch", 2) == 0
     labels = [2, 2, 2, 0, 0, 0]
     expected = drawn(labels, seed=5)
-    for archive in (npz(tmp_path / "all.npz"), npz(tmp_path / "few.npz")):
-        assert archive["arr_0"].dtype == np.uint8 and archive["labels"].tolist() == labels
-        assert_same_pixels(archive["arr_0"], expected)
+    for name in ("all.npz", "few.npz"):
+        assert npz(tmp_path / name)["labels"].tolist() == labels
+        assert_same(tmp_path / name, expected)
     files = sorted((tmp_path / "folder").glob("*.png"))
     assert [path.name for path in files] == [f"{i:06d}-{labels[i]}.png" for i in range(6)]
-    assert_same_pixels(np.stack([np.asarray(Image.open(path)) for path in files]), expected)
+    assert_same(np.stack([np.asarray(Image.open(path)) for path in files]), expected)
     with Image.open(tmp_path / "sheet.png") as page, Image.open(tmp_path / "growing.gif") as gif:
         left = page.width - 3 * (64 + 2)  # images grow by whole pixels
         assert page.height == 2 * (48 + 2) and left > 12
-        assert_same_pixels(np.asarray(page)[:48:8, left : left + 64 : 8], expected[0])
+        assert_same(np.asarray(page)[None, :48:8, left : left + 64 : 8], expected[:1])
         assert gif.n_frames == 4 and gif.size == page.size  # a page a pass
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_an_interrupted_folder_goes_on(run, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_folder_goes_on(run, tmp_path, capsys):
     flags = (run, "--count", 2, "--batch", 2, "--out", tmp_path / "a.npz")
-    seeds, original = [], sample.generate
-
-    def interrupted(*arguments, seed, **options):
-        if len(seeds) == 1:
-            raise KeyboardInterrupt
-        seeds.append(seed)
-        return original(*arguments, seed=seed, **options)
-
-    monkeypatch.setattr(sample, "generate", interrupted)
-    assert call(*flags) == 130
+    effects = [(drawn([0, 0]), None), KeyboardInterrupt]
+    with mock.patch.object(sample, "generate", side_effect=effects):
+        assert call(*flags) == 130
     assert capsys.readouterr().err == "sample.py: stopped; the same command goes on\n"
     assert not (tmp_path / "a.npz").exists() and len(list((tmp_path / "a").glob("*.png"))) == 2
-    seeds.append(None)
-    assert call(*flags) == 0
-    assert seeds == [[0, 1], None, [2, 3], [4, 5]]
-    monkeypatch.undo()
-    assert_same_pixels(npz(tmp_path / "a.npz")["arr_0"], drawn([0, 0, 1, 1, 2, 2]))
-    (tmp_path / "a" / "000003-1.png").unlink()  # drawn alone it is the same
-    assert call(*flags) == 0
-    assert_same_pixels(npz(tmp_path / "a.npz")["arr_0"], drawn([0, 0, 1, 1, 2, 2]))
+    with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
+        assert call(*flags) == 0
+        (tmp_path / "a" / "000003-1.png").unlink()  # drawn alone it is the same
+        assert call(*flags) == 0
+    assert [made.kwargs["seed"] for made in generate.call_args_list] == [[2, 3], [4, 5], [3]]
+    assert_same(tmp_path / "a.npz", drawn([0, 0, 1, 1, 2, 2]))
 
 
 def test_two_processes_split_the_work_and_the_last_one_packs(run, tmp_path, monkeypatch):
@@ -667,7 +599,7 @@ def test_two_processes_split_the_work_and_the_last_one_packs(run, tmp_path, monk
         own = {path.name for path in (tmp_path / "a").glob("*.png")} - seen
         assert {int(name[:6]) % 2 for name in own} == {rank}
         seen |= own
-    assert_same_pixels(npz(tmp_path / "a.npz")["arr_0"], drawn([0] * 3 + [1] * 3 + [2] * 3))
+    assert_same(tmp_path / "a.npz", drawn([0] * 3 + [1] * 3 + [2] * 3))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "000000-0.png", "settings.json"])
@@ -709,12 +641,10 @@ def test_the_command_edits(run, tmp_path):
 STEERING = [
     ("--guidance 2", dict(guidance=[2.0])),
     ("--guidance 0 1 2", dict(guidance=[0.0, 1.0, 2.0])),
-    ("--mask-guidance 0.5", dict(mask_guidance=[0.5])),
-    ("--temperature 0.7", dict(temperature=0.7)),
-    ("--top-k 3 --top-p 0.9", dict(top_k=3, top_p=0.9)),
+    ("--mask-guidance 0.5 --top-k 3 --top-p 0.9", dict(mask_guidance=[0.5], top_k=3, top_p=0.9)),
+    ("--temperature 0.7 --seed 9", dict(temperature=0.7, seed=[9, 10])),
     ("--mask-steps 2", dict(schedule=sample.masked_schedule(SCALES, 2))),
     ("--schedule 1/1,3/12", dict(schedule=[[1], [1, 3], [12]])),
-    ("--seed 9", dict(seed=[9, 10])),
     ("--causal", dict(is_causal=True)),
 ]
 
@@ -737,7 +667,6 @@ def test_flags_reach_the_sampler(run, tmp_path, monkeypatch, flags, expected):
 
 @pytest.fixture
 def copied(run, tmp_path):
-    """A run folder that a test may change."""
     return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
@@ -746,7 +675,7 @@ def test_a_run_that_was_trained_causal_is_sampled_so(copied, tmp_path):
     write_args(copied, causal=True)
     assert call(copied, "--count", 1, "--out", tmp_path / "a.npz") == 0
     images, _ = sample.generate(PLAIN, CODEC, torch.arange(3), is_causal=True)
-    assert_same_pixels(npz(tmp_path / "a.npz")["arr_0"], sample.to_bytes(images))
+    assert_same(tmp_path / "a.npz", images)
 
 
 def test_another_tokenizer_than_it_was_trained_for_is_refused(copied, tmp_path, capsys):
@@ -817,16 +746,14 @@ def test_published_weights_need_no_run_folder(tmp_path, capsys):
     params = hmar.from_published(golden["var"], ((1, 1), (2, 2), (3, 3), (4, 4)))
     codec = tokenizer.from_published(golden["vqvae"])
     images, _ = sample.generate(params, codec, torch.tensor([2, 2]), is_causal=True)
-    assert_same_pixels(npz(tmp_path / "a.npz")["arr_0"], sample.to_bytes(images))
+    assert_same(tmp_path / "a.npz", images)
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
     """Files that hold no weights."""
     folder = tmp_path_factory.mktemp("broken")
-    torch.save(PARAMS, folder / "whole.pt")
-    (folder / "torn.pt").write_bytes((folder / "whole.pt").read_bytes()[:2000])
-    for name, value in dict(tensor=torch.zeros(3), code=print, list=[]).items():
+    for name, value in dict(tensor=torch.zeros(3), code=print).items():
         torch.save(value, folder / f"{name}.pt")
     return folder
 
@@ -835,28 +762,20 @@ def broken(tmp_path_factory):
     "flags, message",
     [
         ("{run} --labels 3", "--labels: got '3', expected 0 to 2 or such as disc, ring, star"),
-        ("{run} --temperature -1", "temperature: got -1.0"),
         ("{run} --top-p x", "argument --top-p: invalid float value: 'x'"),
-        ("{run} --schedule 1/4/11", "schedule: entry 2"),
         ("{run} --schedule 1/a/12", "argument --schedule: invalid kept_numbers value: '1/a/12'"),
         ("{run} --schedule 1/4/12 --mask-steps 1", "not allowed with argument --schedule"),
-        ("{run} --mask-steps -1", "argument --mask-steps: got -1, expected 0 to"),
-        ("{run} --seed -1", "--seed: got -1"),
         ("{run} --count 0", "--count: got 0, expected 1 to"),
-        ("{run} --guidance 1 2", "guidance: got [1.0, 2.0]"),
         ("{run} --temp 1", "unrecognized arguments: --temp"),
         ("{run} --out {run}/hmar.pt/x.png", "hmar.pt/x.png"),
         ("{run} --out x.jpg", "--out: got x.jpg, expected"),
         ("{run}/none", "none/hmar.pt"),
         ("", "expected a run folder, or both --weights and --tokenizer"),
-        ("{run} --weights {broken}/torn.pt", "torn.pt: no weights that can be read safely"),
         ("{run} --weights {broken}/code.pt", "code.pt: no weights that can be read safely"),
-        ("{run} --weights {broken}/tensor.pt", "tensor.pt: state_dict: expected VAR"),
-        ("{run} --tokenizer {broken}/list.pt", "list.pt: "),
+        ("{run} --weights {broken}/tensor.pt", "tensor.pt: state_dict: expected"),
         ("{run} --tokenizer {run}/hmar.pt", "hmar.pt: "),
         ("{run} --edit {run}/photo.png", "--edit: expected with one of --mask and --pad"),
         ("{run} --edit {run}/photo.png --pad 0.5", "--pad: got 0.5, expected 0.01 to 0.49"),
-        ("{run} --edit {run}/photo.png --pad 0.2 --out a.gif", "--edit: "),
         ("{run} --edit {run}/hmar.pt --pad 0.2", "hmar.pt: no image of these formats"),
         ("{run} --device abacus", "--device: got 'abacus', expected cpu or a cuda"),
     ],
@@ -869,16 +788,17 @@ def test_bad_input_is_one_line_and_status_2(run, broken, tmp_path, capsys, flags
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full\n\x1b[2J"), KeyError(7)])
-def test_faults_are_one_line_without_what_a_terminal_obeys(
-    run, tmp_path, monkeypatch, capsys, error
-):
+@pytest.mark.parametrize(
+    "error, status, text",
+    [
+        (torch.OutOfMemoryError("full\n\x1b[2J"), 2, "full??[2J"),
+        (KeyError(7), 1, "KeyError: 7 (HMAR_TRACEBACK=1 shows where)"),
+    ],
+)
+def test_faults_are_one_line_too(run, tmp_path, monkeypatch, capsys, error, status, text):
     monkeypatch.setattr(sample, "generate", mock.Mock(side_effect=error))
-    expected = (1, "KeyError: 7 (HMAR_TRACEBACK=1 shows where)")
-    if not isinstance(error, KeyError):
-        expected = (2, "full??[2J")
-    assert call(run, "--out", tmp_path / "a.png") == expected[0]
-    assert capsys.readouterr().err == f"sample.py: {expected[1]}\n"
+    assert call(run, "--out", tmp_path / "a.png") == status
+    assert capsys.readouterr().err == f"sample.py: {text}\n"
     monkeypatch.setenv("HMAR_TRACEBACK", "1")
     call(run, "--out", tmp_path / "a.png")
     assert "Traceback" in capsys.readouterr().err
@@ -888,12 +808,10 @@ def test_a_few_images_at_a_time_pass_through_the_tokenizer(monkeypatch):
     """A hundred at once would not fit a GPU at 1024 pixels."""
     images, counts = torch.zeros(3, 3, 6, 8), []
     expected = sample.edit(PARAMS, CODEC, images, HALF, LABELS)
-
-    def counted(function):
-        return lambda codec, x: (counts.append(len(x)), function(codec, x))[1]
-
     monkeypatch.setattr(sample, "at_once", lambda pixels: 2)
     for name in ("encode_features", "decode_features"):
-        monkeypatch.setattr(tokenizer, name, counted(getattr(tokenizer, name)))
+        original = getattr(tokenizer, name)
+        counted = lambda codec, x, f=original: (counts.append(len(x)), f(codec, x))[1]
+        monkeypatch.setattr(tokenizer, name, counted)
     close(sample.edit(PARAMS, CODEC, images, HALF, LABELS), expected, 1e-5)
     assert counts == [2, 1, 2, 1]
