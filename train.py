@@ -64,8 +64,8 @@ SMALL = dict(  # for images up to 64 pixels: a model for two CPU cores
     batch=16,
     ema=0.998,
     warmup=100,
-    steps={"tokenizer": 2200, "next-scale": 2600, "masked": 400},
-    lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3},
+    steps={"tokenizer": 1200, "next-scale": 1300, "masked": 300},
+    lr={"tokenizer": 4e-3, "next-scale": 4e-3, "masked": 2e-3},
 )
 PUBLISHED = dict(  # above: the published model, for GPUs
     channels=160,
@@ -99,9 +99,9 @@ REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, un
 COARSE_SHARE = 0.25  # images of a batch that are decoded from their coarse scales too
 COARSE_WEIGHT = 0.5  # of the squared error of these
 LOG_EVERY = 50  # steps
-JUDGEMENTS = 12  # times in a stage that held-out images are looked at
+JUDGEMENTS = 8  # times in a stage that held-out images are looked at
 JUDGED = 512  # of these, at most
-PATIENCE = 1 / 3  # of the steps without a better held-out loss end a stage
+PATIENCE = 3 / 8  # of the steps without a better held-out loss end a stage
 HELD_OUT = 0.05  # share of the images
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
 MOST_VIEWS = 16  # but not in more than these
@@ -231,7 +231,7 @@ def train_tokenizer(args, data, held_out):
     codec = trainable(initial_tokenizer(args))
     codebook, scales = codec["codebook"], args.scales
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
-    reserved = first_images(held_out, 256, args)
+    reserved = first_images(held_out, 128, args)
     coarse = int(COARSE_SHARE * args.batch) if len(scales) > 1 else 0
 
     def loss(codec, images, stops):
