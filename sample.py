@@ -758,7 +758,7 @@ def command(name, work, parser, argv):
         work(parser.parse_args(argv))
         return 0
     except KeyboardInterrupt as interrupt:
-        print(f"{name}: {interrupt or 'stopped; the same command goes on'}", file=sys.stderr)
+        print(f"{name}: {str(interrupt) or 'stopped; the same command goes on'}", file=sys.stderr)
         return 130
     except Exception as error:  # noqa: BLE001
         if os.environ.get("HMAR_TRACEBACK"):
