@@ -49,43 +49,24 @@ STAGES = {
     "masked": "hmar.pt",
 }  # what each leaves
 
-SMALL = dict(  # for images up to 64 pixels: a model for two CPU cores
-    channels=32,
-    multipliers=(1, 1, 2),
-    residual_blocks=1,
-    attention=False,
-    codes=256,
-    code_dim=16,
-    depth=3,
-    width=192,
-    gamma=0.1,
-    masked_blocks=2,
-    loss_weights="token",
-    batch=16,
-    ema=0.998,
-    warmup=100,
-    steps={"tokenizer": 1200, "next-scale": 1300, "masked": 300},
-    lr={"tokenizer": 4e-3, "next-scale": 4e-3, "masked": 2e-3},
-)
-PUBLISHED = dict(  # above: the published model, for GPUs
-    channels=160,
-    multipliers=(1, 1, 2, 2, 4),
-    residual_blocks=2,
-    attention=True,
-    codes=4096,
-    code_dim=32,
-    depth=16,
-    width=None,
-    gamma=None,
-    masked_blocks=8,
-    loss_weights="lognormal",
-    batch=64,
-    ema=0.9999,
-    warmup=1000,
-    steps={"tokenizer": 200_000, "next-scale": 400_000, "masked": 80_000},
-    lr=dict.fromkeys(STAGES, 1e-4),
-)
-
+PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published one, for GPUs
+    "channels": (32, 160),
+    "multipliers": ((1, 1, 2), (1, 1, 2, 2, 4)),
+    "residual_blocks": (1, 2),
+    "attention": (False, True),
+    "codes": (256, 4096),
+    "code_dim": (16, 32),
+    "depth": (3, 16),
+    "width": (192, None),
+    "gamma": (0.1, None),
+    "masked_blocks": (2, 8),
+    "loss_weights": ("token", "lognormal"),
+    "batch": (16, 64),
+    "ema": (0.998, 0.9999),
+    "warmup": (100, 1000),
+    "steps": ((1200, 1300, 300), (200_000, 400_000, 80_000)),  # of each stage
+    "lr": ((4e-3, 4e-3, 2e-3), (1e-4, 1e-4, 1e-4)),
+}
 LARGEST_SMALL = 64  # pixels
 CLIP = 1.0  # largest gradient norm
 WEIGHT_DECAY = 0.05  # on matrices alone
@@ -272,7 +253,7 @@ def train_tokenizer(args, data, held_out):
             chosen.zero_()
 
     def evaluate(codec):
-        return judge_tokenizer(args, codec, reserved)
+        return judge_tokenizer(args, tokenizer.cast(codec, args.dtype), reserved)
 
     return fit(args, codec, loss, batches, evaluate, after_step, extra=[chosen])
 
@@ -339,15 +320,9 @@ def train_next_scale(args, data, held_out):
 
     def loss(params, labels, tokens, gates):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
-        losses = hmar.next_scale_losses(
-            hmar.cast(params, args.dtype),
-            labels,
-            tokens,
-            inputs,
-            args.causal,
-            gates=gates,
-            checkpointing=args.checkpointing,
-        )  # (B, L)
+        fast = hmar.cast(params, args.dtype)
+        options = dict(gates=gates, checkpointing=args.checkpointing)
+        losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
         total = (losses * weights).sum(1).mean()
         return total, dict(loss=total, scale_losses=by_scale(args, losses.mean(0)))
 
@@ -356,7 +331,8 @@ def train_next_scale(args, data, held_out):
             yield in_parts(args, transformer_batch(args, step, params, data.labels, cache))
 
     def evaluate(params):
-        return judge_transformer(args, params, codec, held_out.labels, reserved)
+        fast = hmar.cast(params, args.dtype)
+        return judge_transformer(args, fast, codec, held_out.labels, reserved)
 
     return fit(args, params, loss, batches, evaluate)
 
@@ -376,17 +352,9 @@ def train_masked(args, data, held_out):
     def loss(params, labels, tokens, gates, mask, places, share):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
         own_inputs = tokenizer.masked_inputs(codec, tokens, args.scales, mask)
-        losses = hmar.masked_losses(
-            hmar.cast(params, args.dtype),
-            labels,
-            tokens,
-            inputs,
-            own_inputs,
-            mask,
-            places=places,
-            gates=gates,
-            checkpointing=args.checkpointing,
-        )  # (M,)
+        fast = hmar.cast(params, args.dtype)
+        options = dict(places=places, gates=gates, checkpointing=args.checkpointing)
+        losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask, **options)
         total = (losses * share).sum()  # in all parts together, the mean over hidden tokens
         return total, dict(loss=total)
 
@@ -394,9 +362,7 @@ def train_masked(args, data, held_out):
         for step in range(start, args.steps):
             batch = transformer_batch(args, step, params, data.labels, cache)
             generator = generator_of(args.seed, "mask", step)
-            ratio = torch.rand(
-                args.batch, 1, generator=generator
-            )  # of hidden tokens, a sample each
+            ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens
             numbers = torch.rand(args.batch, cache.shape[2] - first, generator=generator)
             mask = numbers < ratio
             share = world() * args.accumulate / mask.sum().clamp(min=1)
@@ -407,7 +373,8 @@ def train_masked(args, data, held_out):
             yield parts
 
     def evaluate(params):
-        return judge_transformer(args, params, codec, held_out.labels, reserved)
+        fast = hmar.cast(params, args.dtype)
+        return judge_transformer(args, fast, codec, held_out.labels, reserved)
 
     return fit(args, params, loss, batches, evaluate)
 
@@ -861,13 +828,13 @@ def resolved(args):
     """The flags with every (auto) filled in. ValueError that names what does not fit."""
     if args.size is None:
         args.size = 32 if args.data is None else 256
-    preset = SMALL if args.size <= LARGEST_SMALL else PUBLISHED
-    for name, value in preset.items():
+    for name, presets in PRESETS.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    for name in ("steps", "lr"):  # one number for all stages, or the preset's own for each
+            setattr(args, name, presets[args.size > LARGEST_SMALL])
+    for name in ("steps", "lr"):  # one number for all stages, or one for each
         value = getattr(args, name)
-        setattr(args, name, value if isinstance(value, dict) else dict.fromkeys(STAGES, value))
+        values = value if isinstance(value, tuple) else [value] * len(STAGES)
+        setattr(args, name, dict(zip(STAGES, values)))
     if args.out is None:
         folder = "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data))
         args.out = os.path.join("runs", folder)
