@@ -7,16 +7,12 @@
 of all scales stand in one row of L = sum h_k w_k, row-major inside a scale. Each scale quantises
 what the coarser ones left over (the residual), and its codes are added to the running
 reconstruction f_hat. A model, `codec`, is a tree of tensors whose keys are the argument names of
-the functions below; its shapes are its configuration. The method comes first, then the convnet,
-training, and published weights.
+the functions below; its shapes are its configuration.
 
     >>> codec = init(codes=64, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
-    >>> scales = ((1, 1), (2, 2), (4, 4))
-    >>> tokens = encode(codec, torch.zeros(2, 3, 8, 8), scales)
-    >>> tokens.shape, decode(codec, tokens, scales).shape
-    (torch.Size([2, 21]), torch.Size([2, 3, 8, 8]))
-    >>> next_scale_inputs(codec, tokens, scales).shape
-    torch.Size([2, 20, 8])
+    >>> tokens = encode(codec, torch.zeros(2, 3, 8, 8), scales=((1, 1), (2, 2), (4, 4)))
+    >>> tokens.shape
+    torch.Size([2, 21])
 
 Sources: VAR (Tian et al. 2024, section 3.2, algorithms 1 and 2); HMAR (Kumbong et al. 2025); the
 convnet is VQGAN's (Esser et al. 2021).
@@ -24,6 +20,7 @@ convnet is VQGAN's (Esser et al. 2021).
 
 import itertools
 import re
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +35,9 @@ def encode(codec, images, scales):
     check_images(codec, images, scales)
 
     with torch.no_grad():
-        return quantised(codec, encode_features(codec, images), scales)
-
-
-def quantised(codec, features, scales):
-    """Tokens (B, L) int64 of features (B, code_dim, h, w)."""
-    pyramid = quantise(codec["codebook"], codec["phi"], features, scales)
-    return torch.cat([tokens for _, tokens, _ in pyramid], 1)
+        features = encode_features(codec, images)
+        pyramid = quantise(codec["codebook"], codec["phi"], features, scales)
+        return torch.cat([tokens for _, tokens, _ in pyramid], 1)
 
 
 def decode(codec, tokens, scales):
@@ -66,31 +59,31 @@ def next_scale_inputs(codec, tokens, scales):
     For each, f_hat of all coarser scales, area-resized to its size. It knows no more of them than
     this map: HMAR's Markov property.
     """
-    coarser = f_hat_by_scale(codec, tokens, scales)[:-1]
+    *coarser, _ = f_hat_by_scale(codec, tokens, scales)
     inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(coarser, scales[1:])]
-    return torch.cat([_no_features(codec, tokens), *inputs], 1)
+    nothing = F.embedding(tokens[:, :0], codec["codebook"])  # where there is one scale alone
+    return torch.cat([nothing, *inputs], 1)
 
 
 def masked_inputs(codec, tokens, scales, mask=None):
     """What the masked branch sees of scales 1, 2, ... themselves: (B, L - len_0, code_dim).
 
-    For each scale it is the scale's own contribution, not accumulated, area-resized to its size.
-    mask (B, L - len_0) bool, True = hidden: hidden codes are zeroed before they are resized, lest
+    For each scale its own contribution, not accumulated, area-resized to its size. mask
+    (B, L - len_0) bool, True = hidden: hidden codes are zeroed before they are resized, lest
     anything of them leak into their neighbours; with None, the published way, it does.
     """
     _check_tokens(codec, tokens, scales)
     first, *finer = lengths(scales)
-    expected = (len(tokens), sum(finer))
+    shape = (len(tokens), sum(finer))
     if mask is None:
-        mask = torch.zeros(expected, dtype=torch.bool, device=tokens.device)
-    if not torch.is_tensor(mask) or mask.shape != expected or mask.dtype != torch.bool:
-        raise ValueError(f"mask: got {_described(mask)}, expected bool {expected}")
+        mask = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
+    if not torch.is_tensor(mask) or mask.shape != shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask: got {_described(mask)}, expected torch.bool {shape}")
 
-    inputs = [_no_features(codec, tokens)]
+    inputs = [F.embedding(tokens[:, :0], codec["codebook"])]  # where there is one scale alone
     parts = zip(tokens[:, first:].split(finer, 1), mask.split(finer, 1))
     for k, (own, hidden) in enumerate(parts, 1):
         inputs.append(masked_scale_input(codec, own, k, scales, hidden))
-
     return torch.cat(inputs, 1)
 
 
@@ -169,11 +162,6 @@ def resize_to_scale(f_hat, size):
 def lengths(scales):
     """Tokens of each scale, [h_k w_k, ...]."""
     return [h * w for h, w in scales]
-
-
-def _no_features(codec, tokens):
-    """(B, 0, code_dim): what there is to see where there is one scale alone."""
-    return _wide(F.embedding(tokens[:, :0], codec["codebook"]))
 
 
 def _wide(x):
@@ -269,31 +257,24 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     """One differentiable pass over images (B, 3, H, W), as a dict.
 
     images: reconstructions (B, 3, H, W), not clamped. coarse: (n, 3, H, W), the first n images
-    decoded from their scales 0 to stops (n,) int64 alone, which makes an image of every scale;
-    else the coarse scales of flat pictures say nothing. loss: of the quantiser, averaged over
-    scales on the accumulated map (VAR, equation 5): the codebook's |f_hat_k - sg(f)|^2 plus
-    `commitment` times |sg(f_hat_k) - f|^2. residuals, tokens: of each scale.
-
-    The decoder's gradient passes straight through the quantiser; that of a coarse image through
-    the cell means of its scale, which are all that its tokens can say of the features.
+    decoded from scales 0 to stops (n,) int64 alone, lest coarse scales say nothing. loss: VAR,
+    equation 5, averaged over scales: |f_hat_k - sg(f)|^2 plus `commitment` |sg(f_hat_k) - f|^2.
+    residuals, tokens: of each scale. The decoder's gradient passes straight through the quantiser;
+    that of a coarse image through the cell means, all that its scale can say of the features.
     """
     f = _wide(encode_features(codec, images))  # (B, code_dim, h, w)
     pyramid = quantise(codec["codebook"], codec["phi"], f, scales)
-    count = len(stops)
+    residuals, tokens, f_hats = zip(*pyramid)
     loss = 0.0
-    residuals, tokens, maps, means = [], [], [], []
+    for f_hat in f_hats:
+        loss = loss + F.mse_loss(f_hat, f.detach()) + commitment * F.mse_loss(f, f_hat.detach())
 
-    for size, (residual, own, f_hat) in zip(scales, pyramid):
-        codebook_loss = F.mse_loss(f_hat, f.detach())
-        loss = loss + codebook_loss + commitment * F.mse_loss(f, f_hat.detach())
-        residuals.append(residual)
-        tokens.append(own)
-        maps.append(f_hat[:count])
-        means.append(cell_means(f[:count], size))
-
+    # after the whole images' maps the coarse ones': what the gradient sees, what the decoder sees
+    count = len(stops)
     rows = torch.arange(count, device=f.device)
-    smooth = torch.cat([f, torch.stack(means)[stops, rows]])
-    coded = torch.cat([f_hat, torch.stack(maps)[stops, rows]])
+    means = torch.stack([cell_means(f[:count], size) for size in scales])
+    smooth = torch.cat([f, means[stops, rows]])  # (B + n, code_dim, h, w)
+    coded = torch.cat([f_hats[-1], torch.stack(f_hats)[stops, rows]])
     made = unclamped(codec, smooth + (coded - smooth).detach()).to(f.dtype)
 
     whole, coarse = made.split([len(images), count])
@@ -332,106 +313,81 @@ def init(
 ):
     """A new codec, fp32; the defaults are the published sizes, with 108,948,355 parameters.
 
-    A level has channels * multiplier channels, which must divide by 32 (group norm); the
-    downsampling is 2 ** (len(multipliers) - 1). The decoder has one residual block a level more
-    than the encoder; with attention, one follows each of the deepest level. Nothing is allocated
-    under torch.device("meta"). ValueError on sizes below 1 or channels that do not divide.
+    A level has channels * multiplier channels and halves the sides, but for the last. The decoder
+    has one residual block a level more than the encoder; with attention, one follows each of the
+    deepest level. Under torch.device("meta") nothing is allocated. ValueError on sizes below 1, or
+    channels that the 32 groups of the norms do not divide.
     """
+    sizes = (codes, code_dim, channels, residual_blocks, phis, *multipliers)
+    if min(sizes) < 1 or channels % 32 or not multipliers:
+        names = "codes, code_dim, channels, residual_blocks, phis, multipliers"
+        raise ValueError(f"{names}: got {sizes}, expected 1 or more, channels a multiple of 32")
     widths = [channels * multiplier for multiplier in multipliers]
-    if not widths or any(width <= 0 or width % 32 for width in widths):
-        got = f"{channels}, {tuple(multipliers)}"
-        raise ValueError(f"channels, multipliers: got {got}, expected products of multiples of 32")
-    sizes = (codes, code_dim, residual_blocks, phis)
-    if min(sizes) < 1:
-        raise ValueError(f"codes, code_dim, residual_blocks, phis: got {sizes}, expected 1 or more")
     generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
 
     def conv(inputs, outputs, size=3):
         bound = (inputs * size * size) ** -0.5
         weight = torch.empty(outputs, inputs, size, size)
-        return dict(
-            weight=weight.uniform_(-bound, bound, generator=generator), bias=torch.zeros(outputs)
-        )
+        weight.uniform_(-bound, bound, generator=generator)
+        return dict(weight=weight, bias=torch.zeros(outputs))
 
     def norm(width):
         return dict(weight=torch.ones(width), bias=torch.zeros(width))
 
     def block(inputs, outputs):
-        tree = dict(
-            norm1=norm(inputs),
-            conv1=conv(inputs, outputs),
-            norm2=norm(outputs),
-            conv2=conv(outputs, outputs),
-        )
+        tree = dict(norm1=norm(inputs), conv1=conv(inputs, outputs))
+        tree |= dict(norm2=norm(outputs), conv2=conv(outputs, outputs))
         if inputs != outputs:
             tree["shortcut"] = conv(inputs, outputs, 1)
         return tree
 
+    def attend(width):
+        qkv = conv(width, 3 * width, 1)
+        return dict(norm=norm(width), qkv=qkv, project=conv(width, width, 1))
+
     def blocks(inputs, outputs, count, attentions):
-        made = [block(inputs, outputs)]
-        made += [block(outputs, outputs) for _ in range(count - 1)]
-        attend = [
-            dict(
-                norm=norm(outputs),
-                qkv=conv(outputs, 3 * outputs, 1),
-                project=conv(outputs, outputs, 1),
-            )
-            for _ in range(attentions if attention else 0)
-        ]
-        return dict(blocks=made, attentions=attend)
+        made = [block(inputs if i == 0 else outputs, outputs) for i in range(count)]
+        attentions = attentions if attention else 0
+        return dict(blocks=made, attentions=[attend(outputs) for _ in range(attentions)])
 
-    deepest = len(widths) - 1
-    middle = widths[-1]
+    middle, deepest = widths[-1], len(widths) - 1
+    coarser, finer = [*widths[1:], middle], [channels, *widths]
 
-    def encoder_level(i):
-        inputs = widths[i - 1] if i else channels
-        count = residual_blocks
-        level = blocks(inputs, widths[i], count, count if i == deepest else 0)
-        if i < deepest:
-            level["downsample"] = conv(widths[i], widths[i])
-        return level
+    def level(i, inputs, count, sample, last):
+        tree = blocks(inputs, widths[i], count, count if i == deepest else 0)
+        if i != last:
+            tree[sample] = conv(widths[i], widths[i])
+        return tree
 
-    def decoder_level(i):
-        inputs = widths[min(i + 1, deepest)]
-        count = residual_blocks + 1
-        level = blocks(inputs, widths[i], count, count if i == deepest else 0)
-        if i:
-            level["upsample"] = conv(widths[i], widths[i])
-        return level
-
-    return dict(
-        encoder=dict(
-            conv_in=conv(3, channels),
-            down=[encoder_level(i) for i in range(len(widths))],
-            middle=blocks(middle, middle, 2, 1),
-            norm_out=norm(middle),
-            conv_out=conv(middle, code_dim),
-        ),
+    levels = range(len(widths))
+    count = residual_blocks
+    encoder = dict(
+        conv_in=conv(3, channels),
+        down=[level(i, finer[i], count, "downsample", deepest) for i in levels],
+        middle=blocks(middle, middle, 2, 1),
+        norm_out=norm(middle),
+        conv_out=conv(middle, code_dim),
+    )
+    quantiser = dict(
         quant_conv=conv(code_dim, code_dim),
         codebook=torch.empty(codes, code_dim).normal_(generator=generator),
         phi=[conv(code_dim, code_dim) for _ in range(phis)],
         post_quant_conv=conv(code_dim, code_dim),
-        decoder=dict(
-            conv_in=conv(code_dim, middle),
-            middle=blocks(middle, middle, 2, 1),
-            up=[decoder_level(i) for i in reversed(range(len(widths)))],
-            norm_out=norm(widths[0]),
-            conv_out=conv(widths[0], 3),
-        ),
     )
+    decoder = dict(
+        conv_in=conv(code_dim, middle),
+        middle=blocks(middle, middle, 2, 1),
+        up=[level(i, coarser[i], count + 1, "upsample", 0) for i in reversed(levels)],
+        norm_out=norm(widths[0]),
+        conv_out=conv(widths[0], 3),
+    )
+    return dict(encoder=encoder, **quantiser, decoder=decoder)
 
 
 def cast(codec, dtype):
-    """The same tree with the encoder's and decoder's convolutions in dtype, the rest as it is.
-
-    Gradients pass through to the tree it was made from.
-    """
-
-    def move(tensor):
-        return tensor.to(dtype) if tensor.ndim == 4 else tensor
-
+    """The same tree, the encoder's and decoder's convolutions in dtype; gradients pass through."""
     nets = dict(encoder=codec["encoder"], decoder=codec["decoder"])
-    return codec | pytree.tree_map(move, nets)
+    return codec | pytree.tree_map(lambda leaf: leaf.to(dtype) if leaf.ndim == 4 else leaf, nets)
 
 
 def downsampling(codec):
@@ -444,14 +400,12 @@ def downsampling(codec):
 
 def check_scales(scales):
     """ValueError unless scales are (height, width) pairs, none smaller than the one before."""
-    fits = isinstance(scales, (tuple, list)) and len(scales) > 0
-    fits = fits and all(isinstance(size, (tuple, list)) and len(size) == 2 for size in scales)
-    before = (1, 1)
-    for size in scales if fits else ():
-        fits = fits and all(isinstance(side, int) for side in size)
-        fits = fits and size[0] >= before[0] and size[1] >= before[1]
-        before = size
-    if not fits:
+    try:
+        pairs = [(1, 1), *((index(height), index(width)) for height, width in scales)]
+    except (TypeError, ValueError):
+        pairs = []
+    grows = all(h <= taller and w <= wider for (h, w), (taller, wider) in itertools.pairwise(pairs))
+    if len(pairs) < 2 or not grows:
         expected = "(height, width) pairs of positive integers, coarse to fine"
         raise ValueError(f"scales: got {scales}, expected {expected}")
 
@@ -459,40 +413,106 @@ def check_scales(scales):
 def check_images(codec, images, scales):
     """ValueError unless images are floats (B, 3, H, W) in [-1, 1] whose latent fits the scales."""
     check_scales(scales)
-    fits = torch.is_tensor(images) and images.is_floating_point() and images.ndim == 4
-    if not fits or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"images: got {_described(images)}, expected floats (B, 3, H, W)")
-
-    step = downsampling(codec)
-    expected = tuple(step * side for side in scales[-1])
-    if tuple(images.shape[2:]) != expected:
-        message = f"images: got {_described(images)}, expected (height, width) {expected}: the last"
-        raise ValueError(f"{message} of scales times the downsampling, {step}")
-    if _may_look(images) and not images.abs().amax() <= 1.001:
-        low, high = images.aminmax()
-        raise ValueError(f"images: got values from {low:.3g} to {high:.3g}, expected [-1, 1]")
+    height, width = (downsampling(codec) * side for side in scales[-1])
+    fits = torch.is_tensor(images) and images.is_floating_point() and images.numel() > 0
+    if not fits or images.shape != (len(images), 3, height, width):
+        expected = f"floats (B, 3, {height}, {width}) for scales {tuple(scales)}"
+        raise ValueError(f"images: got {_described(images)}, expected {expected}")
+    _check_range("images", images, -1.001, 1.001)
 
 
 def _check_tokens(codec, tokens, scales):
     check_scales(scales)
-    total, codes = sum(lengths(scales)), len(codec["codebook"])
+    total = sum(lengths(scales))
     fits = torch.is_tensor(tokens) and tokens.dtype == torch.int64 and tokens.ndim == 2
     if not fits or tokens.shape[1] != total:
-        expected = f"int64 (B, {total}) for scales {tuple(scales)}"
+        expected = f"torch.int64 (B, {total}) for scales {tuple(scales)}"
         raise ValueError(f"tokens: got {_described(tokens)}, expected {expected}")
-    if _may_look(tokens) and len(tokens) and not 0 <= tokens.min() <= tokens.max() < codes:
-        low, high = tokens.aminmax()
-        raise ValueError(f"tokens: got values from {low} to {high}, expected 0 to {codes - 1}")
+    _check_range("tokens", tokens, 0, len(codec["codebook"]) - 1)
 
 
-def _may_look(tensor):
-    """Whether values can be checked: a look would stall a GPU's queue, or cut a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def _check_range(name, tensor, low, high):
+    """ValueError on values outside, but where a look would stall a GPU or cut a compiled graph."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+        return
+    least, most = tensor.aminmax()
+    if not low <= least <= most <= high:
+        got = f"values from {least:.6g} to {most:.6g}"
+        raise ValueError(f"{name}: got {got}, expected {low} to {high}")
+
+
+def check(codec):
+    """ValueError that names the leaves unless codec is a whole tree of finite floats."""
+    try:
+        leaves = _named(codec)
+    except RecursionError:
+        raise ValueError("codec: holds itself") from None
+    template = _template(leaves)
+    _compare("codec", leaves, _named(template))
+    pytree.tree_map(lambda *_: None, template, codec)  # ValueError on a dict in place of a list
+
+
+def _named(tree):
+    """{name: leaf}, a name such as decoder.up.0.blocks.1.norm1.bias."""
+    leaves, _ = pytree.tree_flatten_with_path(tree)
+    return {".".join(re.findall(r"\w+", pytree.keystr(path))): leaf for path, leaf in leaves}
+
+
+def _compare(argument, leaves, expected):
+    """ValueError that lists the leaves, {name: leaf}, that are not as the expected ones."""
+    found = {name: _described(leaf) for name, leaf in leaves.items()}
+    wanted = {name: _described(leaf) for name, leaf in expected.items()}
+    wrong = []
+    for name in wanted | found:
+        got, right = found.get(name, "missing"), wanted.get(name, "nothing")
+        if got != right:
+            wrong.append(f"{name} is {got}, expected {right}")
+    if wrong:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(f"{argument}: {', '.join(wrong[:10])}{more}")
 
 
 def _described(value):
-    """ "torch.int64 (2, 21)" of a tensor, the type's name of anything else."""
-    return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+    """In words, the same of tensors that may stand for each other."""
+    if not _is_dense(value):
+        return type(value).__name__
+    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"{value.dtype} {tuple(value.shape)}"
+    if value.device.type == "cpu" and not value.isfinite().all():
+        return "not finite"
+    return f"floats {tuple(value.shape)}"
+
+
+def _is_dense(leaf):
+    """Whether it is a tensor whose numbers are all in memory."""
+    if not torch.is_tensor(leaf) or leaf.layout != torch.strided or leaf.is_nested:
+        return False
+    return leaf.untyped_storage().nbytes() >= leaf.nbytes
+
+
+def _template(leaves):
+    """A tree without values that is as some of the leaves, {name: leaf}, say."""
+
+    def size(name):  # 1 where there is no such leaf, which the comparison will tell
+        leaf = leaves.get(name)
+        return leaf.shape[0] if _is_dense(leaf) and leaf.ndim and leaf.numel() else 1
+
+    def count(pattern):
+        return len({found[1] for name in leaves if (found := re.match(pattern, name))}) or 1
+
+    channels = max(32, size("encoder.conv_in.bias") // 32 * 32)
+    levels = range(count(r"encoder\.down\.(\d+)\."))
+    widths = [size(f"encoder.down.{i}.blocks.0.norm2.bias") for i in levels]
+    with torch.device("meta"):
+        return init(
+            codes=size("codebook"),
+            code_dim=size("quant_conv.bias"),
+            channels=channels,
+            multipliers=[max(1, width // channels) for width in widths],
+            residual_blocks=count(r"encoder\.down\.0\.blocks\.(\d+)\."),
+            attention=any(".attentions." in name for name in leaves),
+            phis=count(r"phi\.(\d+)\."),
+        )
 
 
 # ---- published weights
@@ -511,14 +531,6 @@ PUBLISHED_NAMES = (  # patterns of published names and ours, applied in order
 )
 
 
-def check(codec):
-    """ValueError unless codec is a whole tree: its names, shapes, float dtypes, finite numbers."""
-    leaves = _named(codec)
-    template = _template(leaves)
-    _compare("codec", leaves, _named(template))
-    pytree.tree_map(lambda *_: None, template, codec)  # ValueError where a list should be a dict
-
-
 def from_published(state_dict, *, dtype=torch.float32):
     """A codec in dtype from a published VAR or HMAR tokenizer of any size, or a VAR trainer's file.
 
@@ -527,101 +539,21 @@ def from_published(state_dict, *, dtype=torch.float32):
     state = state_dict
     for name in ("trainer", "vae_local"):  # of a VAR trainer's file
         state = state.get(name, state) if isinstance(state, dict) else state
+    entries = state.items() if isinstance(state, dict) else ()
 
     leaves = {}
-    for name, leaf in _named(state).items():
+    for name, leaf in entries:
         for published, ours in PUBLISHED_NAMES:
-            name = re.sub(published, ours, name)
+            name = re.sub(published, ours, str(name))
         if name in leaves:
             raise ValueError(f"state_dict: {name} is there twice")
         leaves[name] = leaf
     leaves.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
 
-    template = _template(leaves)
-    template["decoder"]["up"].reverse()  # published by level, ours in the order they run
-    expected = _named(template)
-    _compare("state_dict", leaves, expected)
-    moved = [leaves[name].to(dtype) for name in expected]
-    codec = pytree.tree_unflatten(moved, pytree.tree_structure(template))
+    codec = _template(leaves)
+    codec["decoder"]["up"].reverse()  # published by level, ours in the order they run
+    _compare("state_dict", leaves, _named(codec))
+    names = iter(_named(codec))
+    codec = pytree.tree_map(lambda _: leaves[next(names)].to(dtype), codec)
     codec["decoder"]["up"].reverse()
     return codec
-
-
-def _named(tree):
-    """{"decoder.up.0.blocks.1.norm1.bias": leaf, ...} of nested dicts and lists."""
-    leaves, seen, waiting = {}, set(), [("", tree)]
-
-    while waiting:
-        name, branch = waiting.pop()
-        if not isinstance(branch, (dict, list)):
-            leaves[name[1:]] = branch
-            continue
-
-        if id(branch) in seen:
-            raise ValueError(f"{name[1:80]}: is in the tree twice, expected a tree of weights")
-        seen.add(id(branch))
-        items = branch.items() if isinstance(branch, dict) else enumerate(branch)
-        waiting += reversed([(f"{name}.{key}", leaf) for key, leaf in items])
-
-    return leaves
-
-
-def _template(leaves):
-    """A tree without values, of the sizes that some leaves have: what all should be like."""
-
-    def size(name):  # 1 where there is none, which the comparison will tell
-        leaf = leaves.get(name)
-        return leaf.shape[0] if _is_dense(leaf) and leaf.ndim > 0 else 1
-
-    def count(pattern):
-        return len({found[1] for name in leaves if (found := re.match(pattern, name))}) or 1
-
-    channels = 32 * max(1, size("encoder.conv_in.bias") // 32)
-    levels = range(count(r"encoder\.down\.(\d+)\."))
-    widths = [size(f"encoder.down.{i}.blocks.0.norm2.bias") for i in levels]
-    with torch.device("meta"):
-        return init(
-            codes=size("codebook"),
-            code_dim=size("quant_conv.bias"),
-            channels=channels,
-            multipliers=[max(1, width // channels) for width in widths],
-            residual_blocks=count(r"encoder\.down\.0\.blocks\.(\d+)\."),
-            attention=any(".attentions." in name for name in leaves),
-            phis=count(r"phi\.(\d+)\."),
-        )
-
-
-def _compare(argument, leaves, expected):
-    """ValueError that lists the leaves, {name: leaf}, that are not as expected."""
-    if not leaves.keys() & expected.keys():
-        got = ", ".join(list(leaves)[:5]) or "nothing"
-        raise ValueError(f"{argument}: expected a tokenizer, got {got}")
-
-    problems = []
-    for name in expected | leaves:
-        problem = _problem(leaves.get(name), expected.get(name))
-        problems += [f"{name} {problem}"] if problem else []
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{argument}: {', '.join(problems[:10])}{more}")
-
-
-def _problem(leaf, expected):
-    """What is wrong with a leaf, or None."""
-    if expected is None or leaf is None:
-        return "is unexpected" if expected is None else "is missing"
-    if not _is_dense(leaf):
-        return f"is {type(leaf).__name__}, expected dense floats {tuple(expected.shape)}"
-    if leaf.shape != expected.shape:
-        return f"is {tuple(leaf.shape)}, expected {tuple(expected.shape)}"
-    if leaf.device.type == "cpu" and not leaf.isfinite().all():
-        return "has values that are not finite"
-    return None
-
-
-def _is_dense(leaf):
-    """Whether leaf is a tensor of floats that are all in memory."""
-    if not torch.is_tensor(leaf) or leaf.layout != torch.strided or leaf.is_nested:
-        return False
-    floats = leaf.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    return floats and 0 < leaf.nbytes <= leaf.untyped_storage().nbytes()

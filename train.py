@@ -49,43 +49,24 @@ STAGES = {
     "masked": "hmar.pt",
 }  # what each leaves
 
-SMALL = dict(  # for images up to 64 pixels: a model for two CPU cores
-    channels=32,
-    multipliers=(1, 1, 2),
-    residual_blocks=1,
-    attention=False,
-    codes=256,
-    code_dim=16,
-    depth=3,
-    width=192,
-    gamma=0.1,
-    masked_blocks=2,
-    loss_weights="token",
-    batch=16,
-    ema=0.998,
-    warmup=100,
-    steps={"tokenizer": 2200, "next-scale": 2600, "masked": 400},
-    lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3},
-)
-PUBLISHED = dict(  # above: the published model, for GPUs
-    channels=160,
-    multipliers=(1, 1, 2, 2, 4),
-    residual_blocks=2,
-    attention=True,
-    codes=4096,
-    code_dim=32,
-    depth=16,
-    width=None,
-    gamma=None,
-    masked_blocks=8,
-    loss_weights="lognormal",
-    batch=64,
-    ema=0.9999,
-    warmup=1000,
-    steps={"tokenizer": 200_000, "next-scale": 400_000, "masked": 80_000},
-    lr=dict.fromkeys(STAGES, 1e-4),
-)
-
+PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published one, for GPUs
+    "channels": (32, 160),
+    "multipliers": ((1, 1, 2), (1, 1, 2, 2, 4)),
+    "residual_blocks": (1, 2),
+    "attention": (False, True),
+    "codes": (256, 4096),
+    "code_dim": (16, 32),
+    "depth": (3, 16),
+    "width": (192, None),
+    "gamma": (0.1, None),
+    "masked_blocks": (2, 8),
+    "loss_weights": ("token", "lognormal"),
+    "batch": (16, 64),
+    "ema": (0.998, 0.9999),
+    "warmup": (100, 1000),
+    "steps": ((1200, 1300, 300), (200_000, 400_000, 80_000)),  # of each stage
+    "lr": ((4e-3, 4e-3, 2e-3), (1e-4, 1e-4, 1e-4)),
+}
 LARGEST_SMALL = 64  # pixels
 CLIP = 1.0  # largest gradient norm
 WEIGHT_DECAY = 0.05  # on matrices alone
@@ -99,9 +80,9 @@ REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, un
 COARSE_EVERY = 4  # of which images of a batch one is decoded from its coarse scales too
 COARSE_WEIGHT = 0.5  # of the squared error of these
 LOG_EVERY = 50  # steps
-JUDGEMENTS = 12  # times in a stage that held-out images are looked at
+JUDGEMENTS = 8  # times in a stage that held-out images are looked at
 JUDGED = 512  # of these, at most
-PATIENCE = 1 / 3  # of the steps without a better held-out loss end a stage
+PATIENCE = 3 / 8  # of the steps without a better held-out loss end a stage
 HELD_OUT = 0.05  # share of the images
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
 MOST_VIEWS = 16  # but not in more than these
@@ -233,7 +214,7 @@ def train_tokenizer(args, data, held_out):
     codec = trainable(initial_tokenizer(args))
     codebook, scales = codec["codebook"], args.scales
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
-    reserved = first_images(held_out, 256, args)
+    reserved = first_images(held_out, 128, args)
     is_coarse = torch.arange(args.batch) % COARSE_EVERY == COARSE_EVERY - 1
 
     def loss(codec, images, stops, rows):
@@ -273,7 +254,7 @@ def train_tokenizer(args, data, held_out):
             chosen.zero_()
 
     def evaluate(codec):
-        return judge_tokenizer(args, codec, reserved)
+        return judge_tokenizer(args, tokenizer.cast(codec, args.dtype), reserved)
 
     return fit(args, codec, loss, batches, evaluate, after_step, extra=[chosen])
 
@@ -340,15 +321,9 @@ def train_next_scale(args, data, held_out):
 
     def loss(params, labels, tokens, gates):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
-        losses = hmar.next_scale_losses(
-            hmar.cast(params, args.dtype),
-            labels,
-            tokens,
-            inputs,
-            args.causal,
-            gates=gates,
-            checkpointing=args.checkpointing,
-        )  # (B, L)
+        fast = hmar.cast(params, args.dtype)
+        options = dict(gates=gates, checkpointing=args.checkpointing)
+        losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
         total = (losses * weights).sum(1).mean()
         return total, dict(loss=total, scale_losses=by_scale(args, losses.mean(0)))
 
@@ -357,7 +332,8 @@ def train_next_scale(args, data, held_out):
             yield in_parts(args, transformer_batch(args, step, params, data.labels, cache))
 
     def evaluate(params):
-        return judge_transformer(args, params, codec, held_out.labels, reserved)
+        fast = hmar.cast(params, args.dtype)
+        return judge_transformer(args, fast, codec, held_out.labels, reserved)
 
     return fit(args, params, loss, batches, evaluate)
 
@@ -377,17 +353,9 @@ def train_masked(args, data, held_out):
     def loss(params, labels, tokens, gates, mask, places, share):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
         own_inputs = tokenizer.masked_inputs(codec, tokens, args.scales, mask)
-        losses = hmar.masked_losses(
-            hmar.cast(params, args.dtype),
-            labels,
-            tokens,
-            inputs,
-            own_inputs,
-            mask,
-            places=places,
-            gates=gates,
-            checkpointing=args.checkpointing,
-        )  # (M,)
+        fast = hmar.cast(params, args.dtype)
+        options = dict(places=places, gates=gates, checkpointing=args.checkpointing)
+        losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask, **options)
         total = (losses * share).sum()  # in all parts together, the mean over hidden tokens
         return total, dict(loss=total)
 
@@ -395,9 +363,7 @@ def train_masked(args, data, held_out):
         for step in range(start, args.steps):
             batch = transformer_batch(args, step, params, data.labels, cache)
             generator = generator_of(args.seed, "mask", step)
-            ratio = torch.rand(
-                args.batch, 1, generator=generator
-            )  # of hidden tokens, a sample each
+            ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens
             numbers = torch.rand(args.batch, cache.shape[2] - first, generator=generator)
             mask = numbers < ratio
             share = world() * args.accumulate / mask.sum().clamp(min=1)
@@ -408,7 +374,8 @@ def train_masked(args, data, held_out):
             yield parts
 
     def evaluate(params):
-        return judge_transformer(args, params, codec, held_out.labels, reserved)
+        fast = hmar.cast(params, args.dtype)
+        return judge_transformer(args, fast, codec, held_out.labels, reserved)
 
     return fit(args, params, loss, batches, evaluate)
 
@@ -786,54 +753,44 @@ def encoded(args, name, data, codec, rows, views):
 
 def parser():
     """The flags of `python train.py`."""
-    top = argparse.ArgumentParser(
-        formatter_class=sample.Help,
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        description="python train.py [STAGE] [flags]: train HMAR from nothing. "
-        "(auto) follows --size.",
+    top = sample.Parser(
+        "python train.py [STAGE] [flags]: train HMAR from nothing. (auto) follows --size."
     )
     positive = sample.number(int, 1)
     size = sample.number(int, 1, 2**16)  # more only takes for ever to be refused
     add = top.add_argument_group("data").add_argument
-    add("--data", metavar="FOLDER", help="images, a sub-folder a class or all in one (drawings)")
-    add("--size", type=size, metavar="PIXELS", help="side of the images (256, drawings 32)")
+    add("--data", help="images, a sub-folder a class or all in one (drawings)")
+    add("--size", type=size, help="side of the images (256, drawings 32)")
     add("--flip", action="store_true", help="mirror images at random")
-    add("--workers", type=sample.number(int, 0, 1024), default=0, metavar="N", help="that decode")
+    add("--workers", type=sample.number(int, 0, 1024), default=0, help="that decode")
     add = top.add_argument_group("run").add_argument
-    add("stage", nargs="?", default="all", choices=("all", *STAGES), metavar="STAGE")
-    add("--out", metavar="RUN", help="run folder (runs/shapes or runs/<data folder>)")
-    add("--init", metavar="FILE", help="start the one stage from these weights, ours or published")
-    add("--tokenizer", metavar="FILE", help="use this finished tokenizer, ours or published")
+    add("stage", nargs="?", default="all", choices=("all", *STAGES))
+    add("--out", help="run folder (runs/shapes or runs/<data folder>)")
+    add("--init", help="start the one stage from these weights, ours or published")
+    add("--tokenizer", help="use this finished tokenizer, ours or published")
     add("--restart", action="store_true", help="begin the run folder anew")
-    add("--seed", type=sample.number(int, 0), default=0, metavar="N", help="of all randomness")
-    add("--save-every", type=positive, default=500, metavar="STEPS", help="for going on")
-    add("--device", metavar="D", help="cuda or cpu (the first there is)")
+    add("--seed", type=sample.number(int, 0), default=0, help="of all randomness (0)")
+    add("--save-every", type=positive, default=500, help="steps, for going on after a kill (500)")
+    add("--device", help="cuda or cpu (the first there is)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     add("--compile", action="store_true", help="torch.compile the training step")
     add = top.add_argument_group("optimisation").add_argument
-    add("--steps", type=positive, metavar="N", help="of each stage (auto)")
-    add("--batch", type=size, metavar="N", help="images a step, over all processes (auto)")
-    add("--accumulate", type=size, metavar="N", help="parts of a batch, saves memory (auto)")
-    add("--lr", type=sample.number(float, 1e-9, 1e3), metavar="RATE", help="at its peak (auto)")
-    add("--warmup", type=sample.number(int, 0), metavar="STEPS", help="to the peak (auto)")
-    add("--ema", type=sample.number(float, 0, 1), metavar="DECAY", help="of saved weights (auto)")
+    add("--steps", type=positive, help="of each stage (auto)")
+    add("--batch", type=size, help="images a step, over all processes (auto)")
+    add("--accumulate", type=size, help="parts of a batch, saves memory (auto)")
+    add("--lr", type=sample.number(float, 1e-9, 1e3), help="at its peak (auto)")
+    add("--warmup", type=sample.number(int, 0), help="to the peak (auto)")
+    add("--ema", type=sample.number(float, 0, 1), help="of saved weights (auto)")
     add("--checkpointing", action="store_true", help="compute activations twice, saves memory")
     add = top.add_argument_group("model").add_argument
-    add("--scales", nargs="+", type=sample.scale_pair, metavar="SIDE", help="4 or 2x3 each (auto)")
-    add("--codes", type=positive, metavar="V", help="codebook size (auto)")
-    add("--code-dim", type=size, metavar="N", help="dimensions of a code (auto)")
-    add("--channels", type=size, metavar="N", help="tokenizer's, a multiple of 32 (auto)")
-    add(
-        "--multipliers",
-        nargs="+",
-        type=sample.number(int, 1, 64),
-        metavar="M",
-        help="a level each (auto)",
-    )
-    add("--depth", type=sample.number(int, 1, 1000), metavar="N", help="transformer blocks (auto)")
-    add("--width", type=size, metavar="N", help="of the transformer (auto)")
-    add("--masked-blocks", type=size, metavar="N", help="the masked branch's own (auto)")
+    add("--scales", nargs="+", type=sample.scale_pair, help="4 or 2x3 each (auto)")
+    add("--codes", type=positive, help="codebook size (auto)")
+    add("--code-dim", type=size, help="dimensions of a code (auto)")
+    add("--channels", type=size, help="tokenizer's, a multiple of 32 (auto)")
+    add("--multipliers", nargs="+", type=sample.number(int, 1, 64), help="a level each (auto)")
+    add("--depth", type=sample.number(int, 1, 1000), help="transformer blocks (auto)")
+    add("--width", type=size, help="of the transformer (auto)")
+    add("--masked-blocks", type=size, help="the masked branch's own (auto)")
     add("--loss-weights", choices=("token", "scale", "lognormal"), help="(auto)")
     add("--causal", action="store_true", help="VAR: attend to coarser scales, no masked stage")
     return top
@@ -872,13 +829,13 @@ def resolved(args):
     """The flags with every (auto) filled in. ValueError that names what does not fit."""
     if args.size is None:
         args.size = 32 if args.data is None else 256
-    preset = SMALL if args.size <= LARGEST_SMALL else PUBLISHED
-    for name, value in preset.items():
+    for name, presets in PRESETS.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    for name in ("steps", "lr"):  # one number for all stages, or the preset's own for each
+            setattr(args, name, presets[args.size > LARGEST_SMALL])
+    for name in ("steps", "lr"):  # one number for all stages, or one for each
         value = getattr(args, name)
-        setattr(args, name, value if isinstance(value, dict) else dict.fromkeys(STAGES, value))
+        values = value if isinstance(value, tuple) else [value] * len(STAGES)
+        setattr(args, name, dict(zip(STAGES, values)))
     if args.out is None:
         folder = "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data))
         args.out = os.path.join("runs", folder)

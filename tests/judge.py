@@ -30,7 +30,7 @@ import sample
 import tokenizer
 import train
 
-LETTERS = "2345GJKRSQ"  # none is like its mirror image
+LETTERS = "2345GJKQRS"  # none is like its mirror image
 FEATURES = 64
 
 
