@@ -217,14 +217,15 @@ def train_tokenizer(args, data, held_out):
     reserved = first_images(held_out, 128, args)
     is_coarse = torch.arange(args.batch) % COARSE_EVERY == COARSE_EVERY - 1
 
-    def loss(codec, images, stops):
+    def loss(codec, images, stops, rows):
         made = tokenizer.training_pass(tokenizer.cast(codec, args.dtype), images, scales, stops)
         error = reconstruction_loss(made["images"], images)
         coarse_error = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
         coarse_error = coarse_error * (COARSE_EVERY / len(images))
         total = error + COARSE_WEIGHT * coarse_error + made["loss"]
         numbers = dict(loss=total, coarse=coarse_error, quantisation=made["loss"])
-        return total, numbers | dict(tokens=made["tokens"], residuals=made["residuals"])
+        residuals = [own[rows] for own in made["residuals"]]
+        return total, numbers | dict(tokens=made["tokens"], residuals=residuals)
 
     def batches(start):
         for step, (images, _) in enumerate(loader(args, data, start), start):
@@ -235,8 +236,8 @@ def train_tokenizer(args, data, held_out):
             images = images.tensor_split(args.accumulate)
             for pixels, own in zip(images, own_parts(args, stops)):
                 order = own.argsort(descending=True)  # those with a stop come first
-                pixels = to_unit(pixels[order], args.device)
-                parts.append(dict(images=pixels, stops=own[order][: (own >= 0).sum()]))
+                part = dict(images=to_unit(pixels[order], args.device), rows=order.argsort())
+                parts.append(part | dict(stops=own[order][: (own >= 0).sum()]))
             yield to_device(parts, args.device)
 
     def after_step(step, reports, optimizer):
