@@ -818,7 +818,7 @@ def train(args):
             say(f"{stage}: finished before, {path}")
             continue
         own = dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage])
-        own["judge_every"] = max(1, own["steps"] // JUDGEMENTS)
+        own["judge_every"] = math.ceil(own["steps"] / JUDGEMENTS)
         tree = work[stage](argparse.Namespace(**vars(args) | own), data, held_out)
         finish(args, stage, tree)
     say(f"finished: {args.out} holds weights, metrics.jsonl and samples/")
