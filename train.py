@@ -855,6 +855,10 @@ def resolved(args):
     fits = args.scales[-1] == (side, side) and len(args.scales) > 1
     message = f"--scales: got {sides(args.scales)}, expected two or more, the last"
     require(fits, f"{message} {side}, {args.size} pixels / {step}")
+    width = args.width or 64 * args.depth
+    head_dim = width // max(1, width // 64)  # where the heads divide it, as hmar.init checks
+    message = f"--width: got {width}, heads of {head_dim} dimensions"
+    require(head_dim % 8 == 0 and head_dim >= 16, f"{message}, expected a multiple of 8 from 16 on")
     with torch.device("meta"):  # what does not fit is told before the first stage, not after it
         tokenizer.init(**{name: getattr(args, name) for name in TOKENIZER_SIZES})
         hmar.init(depth=args.depth, width=args.width, scales=args.scales, codes=args.codes)

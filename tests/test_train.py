@@ -140,9 +140,10 @@ def refused(capsys):
         """The one line that a command says when it ends with status 2."""
         capsys.readouterr()
         assert status_of(*flags) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("train.py: ") and said.endswith("\n") and said.count("\n") == 1, said
-        return said[:-1]
+        said = capsys.readouterr().err.splitlines()
+        (line,) = [line for line in said if not line.startswith("skipped: ")]
+        assert line.startswith("train.py: ")
+        return line
 
     return refused
 
@@ -934,7 +935,6 @@ def test_a_transformer_starts_from_other_classes_scales_and_branches(tmp_path, c
 
 
 def test_a_finished_tokenizer_is_taken_as_it_is(folder, tmp_path):
-    published_names = [(rf"^{ours}", theirs) for ours, theirs in ()]
     torch.save(CODEC, tmp_path / "given.pt")
     flags = ["--data", folder, "--out", tmp_path / "run", "--steps", 1, "--codes", 16]
     run(*flags, "--tokenizer", tmp_path / "given.pt")
@@ -958,7 +958,7 @@ def test_an_own_folder_is_gone_on_with_by_its_own_flags_alone(base, folder, tmp_
         " --out NAME begins another run, --restart this one anew"
     )
     assert "flip False -> True" in refused(*flags, "--flip")
-    assert "are there" or refused(*flags, "--size", 8, "--scales", 1, 2, 4)
+    assert "size 16 -> 8, scales" in refused(*flags, "--size", 8, "--scales", 1, 2, 4)
     torch.save(CODEC, tmp_path / "other.pt")
     assert "tokenizer None -> " in refused(*flags, "--tokenizer", tmp_path / "other.pt")
     run(*flags)
@@ -1164,7 +1164,7 @@ def test_a_mixed_folder_trains_and_names_its_broken_files_once(tmp_path):
 
 BAD = {  # what is wrong: (flags, what the line says)
     "unknown stage": ("tokeniser", "invalid choice: 'tokeniser'"),
-    "mistyped flag": ("--step-s 3", "unrecognized arguments: --step-s 3"),
+    "mistyped flag": ("--step-s=3", "unrecognized arguments: --step-s=3"),
     "no number": ("--batch many", "--batch: invalid int value: 'many'"),
     "no scale": ("--scales 1 2y2", "--scales: invalid"),
     "missing data": ("--data {here}/none", "--data: got '{here}/none', which is missing"),
@@ -1179,8 +1179,8 @@ BAD = {  # what is wrong: (flags, what the line says)
     "one scale": ("--scales 8", "expected two or more"),
     "out of order": ("--scales 1 4 2 8", "scales"),
     "no side": ("--scales 0 8", "scales"),
-    "channels": ("--channels 48", "channels: expected multiples of 32"),
-    "width": ("--width 100", "width"),
+    "channels": ("--channels 48", "channels, multipliers: got 48, (1, 1), expected"),
+    "width": ("--width 100", "--width: got 100, heads of 100 dimensions"),
     "no steps": ("--steps 0", "--steps: got 0, expected 1 to"),
     "many steps": ("--steps " + "9" * 400, "--steps"),
     "batch does not divide": ("--accumulate 3", "--batch: got 4, expected a multiple of 3 parts"),
@@ -1232,7 +1232,7 @@ values = (numbers | texts).map(str)
 several = st.lists(st.integers(0, 20).map(str) | values, min_size=1, max_size=6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @example([("--batch", ["999999937"]), ("--size", ["256"])])
 @example([("--depth", ["1000000000"])])
 @example([("--scales", ["8"]), ("--size", ["8"])])
@@ -1266,7 +1266,7 @@ trees = st.recursive(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @example(keys=None, value=None)
 @example(keys=None, value=[])
