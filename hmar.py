@@ -477,25 +477,21 @@ def _template(leaves):
         fits = _is_dense(leaf) and leaf.ndim == ndim and all(leaf.shape)
         return tuple(leaf.shape) if fits else (1,) * ndim
 
-    def count(start, end):
-        return sum(name.startswith(start) and name.endswith(end) for name in leaves)
-
-    has_mask = count("masked.", "") > 0
-    trunk = count("trunk.", ".qkv")
-    branch = max(has_mask, count("masked." if has_mask else "next_scale.", ".qkv"))
-    first = "trunk.0" if trunk else "next_scale.blocks.0"
-    heads = sizes(f"{first}.attention.log_temperature", 1)[0]
+    stacks = [name.rsplit(".", 3)[0] for name in leaves if name.endswith(".attention.qkv")]
+    positions = [sizes(name, 3)[:2] for name in leaves if name.startswith("positions.")]
+    heads = [sizes(name, 1)[0] for name in leaves if name.endswith(".log_temperature")]
+    has_mask = any(name.startswith("masked.") for name in leaves)
+    branch = max(has_mask, stacks.count("masked.blocks" if has_mask else "next_scale.blocks"))
     classes, width = sizes("classes", 2)
-    levels = range(max(1, count("positions.", "")))
     with torch.device("meta"):
         template = init(
-            depth=max(1, trunk + branch),
+            depth=max(1, stacks.count("trunk") + branch),
             classes=max(1, classes - 1),
             codes=sizes("next_scale.head.bias", 1)[0],
             code_dim=sizes("input.weight", 2)[1],
-            scales=[sizes(f"positions.{k}", 3)[:2] for k in levels],
+            scales=positions or [(1, 1)],
             width=width,
-            heads=math.gcd(heads, width),
+            heads=math.gcd(width, *heads[:1]),
         )
         if branch:
             template = add_masked_branch(template, branch, "masked.own_input" in leaves)
@@ -522,7 +518,7 @@ def _checked_lengths(params, labels, inputs, k, least):
     lengths = [h * w for h, w in scales(params)]
     batch = labels.numel() if torch.is_tensor(labels) else 0
     _expect("labels", labels, (batch,), torch.int64, below=len(params["classes"]))
-    if k is not None and k not in range(least, len(lengths)):
+    if k is not None and not least <= k < len(lengths):
         raise ValueError(f"k: got {k}, expected a scale from {least} to {len(lengths) - 1}")
     if k != 0:
         count = sum(lengths[1:]) if k is None else lengths[k]
