@@ -3,22 +3,21 @@
     labels (B,), inputs (B, L - len_0, code_dim) -> x (B, L, C) -> blocks -> logits (B, L, codes)
 
 A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and the class, a later
-one of `inputs`, the accumulated reconstruction of those before it. Attention stays inside a scale,
-so no scale needs another's keys: the Markov property, and why sampling keeps no cache. With
-is_causal=True the same functions are VAR, where a scale attends to the coarser ones too. The masked
-branch shares the first blocks (the trunk) and sees the visible tokens of its own scale besides:
-`masked_input` is where the mask goes.
+one of `inputs`, the map accumulated over those before it. Attention stays inside a scale, so none
+needs another's keys: the Markov property, and why sampling keeps no cache. With is_causal=True all
+this is VAR, where a scale attends to coarser ones too. The masked branch shares the first blocks,
+the trunk, and sees visible tokens of its own scale besides: `masked_input` is where the mask goes.
 
-A model is a tree of tensors: its keys are argument names of the functions below, its shapes are its
-configuration. Arguments that do not fit it are a ValueError. They are
+A model is a tree of tensors: keys are argument names of functions, shapes are the configuration.
+Arguments that do not fit the tree, or are not as follows, are a ValueError.
 
-    labels      (B,) int64, the last one is the null class
+    labels      (B,) int64, the last is the null class
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
     own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
-    mask        (B, L - len_0) bool, True = hidden; scale 0 is never masked
+    mask        (B, L - len_0) bool, True where hidden; scale 0 is never masked
     tokens      (B, L) int64
     gates       (B, depth, 2), from stochastic_depth
-    k           computes scale k alone, from its own part of the others; scale 0 has no inputs: None
+    k           scale k alone, from its own part of the others; scale 0 has no inputs: None
 
 Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024), adaptive layer norm as in DiT (2023).
 """
@@ -53,44 +52,33 @@ def scales(params):
 
 def next_scale_logits(params, labels, inputs, is_causal=False):
     """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR, section 3)."""
-    later = next_scale_input(params, labels, inputs)
-    features = branch_features(params, "next_scale", labels, later, is_causal=is_causal)
+    features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
     return logits(features, **params["next_scale"]["head"])
 
 
 def masked_logits(params, labels, inputs, own_inputs, mask):
     """Logits (B, L, codes), fp32, given visible tokens of the own scale too (HMAR, section 3)."""
-    later = masked_input(params, labels, inputs, own_inputs, mask)
-    features = branch_features(params, "masked", labels, later)
+    features = branch_features(params, "masked", labels, inputs, own_inputs, mask)
     return logits(features, **params["masked"]["head"])
 
 
 def scale_features(params, labels, inputs, k, cache=None):
     """(B, n_k, C), fp32: what the next-scale head reads at scale k alone.
 
-    cache, from new_cache: VAR. Scale k sees those before, and puts its keys and values in.
+    cache, from new_cache: VAR. Scale k sees those before, and its keys and values go in.
     """
-    later = next_scale_input(params, labels, inputs, k)
-    return branch_features(params, "next_scale", labels, later, k, cache=cache)
+    return branch_features(params, "next_scale", labels, inputs, k=k, cache=cache)
 
 
 def masked_scale_features(params, labels, inputs, own_inputs, mask, k):
     """(B, n_k, C), fp32: what the masked head reads at scale k alone, k >= 1."""
-    later = masked_input(params, labels, inputs, own_inputs, mask, k)
-    return branch_features(params, "masked", labels, later, k)
+    return branch_features(params, "masked", labels, inputs, own_inputs, mask, k)
 
 
-def next_scale_input(params, labels, inputs, k=None):
-    """(B, n, C): what is coarser than the scales from 1 on, or than scale k."""
-    _check_arguments(params, labels, inputs, k)
-    return None if k == 0 else linear(inputs, **params["input"])
-
-
-def masked_input(params, labels, inputs, own_inputs, mask, k=None):
-    """(B, n, C): that plus the scale's own tokens, or the mask embedding where they are hidden."""
+def masked_input(params, inputs, own_inputs, mask):
+    """(B, n, C): the coarser scales plus the own tokens or, where hidden, the mask embedding."""
     if "masked" not in params:
         raise ValueError("params: this tree has no masked branch; add_masked_branch makes one")
-    _check_arguments(params, labels, inputs, k, least=1)
     _expect("own_inputs", own_inputs, inputs.shape)
     _expect("mask", mask, inputs.shape[:2], torch.bool)
 
@@ -101,23 +89,35 @@ def masked_input(params, labels, inputs, own_inputs, mask, k=None):
 
 
 def branch_features(
-    params, branch, labels, later, k=None, is_causal=False, cache=None, gates=None, recompute=False
+    params,
+    branch,
+    labels,
+    inputs,
+    own_inputs=None,
+    mask=None,
+    k=None,
+    is_causal=False,
+    cache=None,
+    gates=None,
+    checkpointing=False,
 ):
-    """(B, n, C), fp32: what a branch's head reads. later: from one of the functions above."""
-    lengths = [h * w for h, w in scales(params)]
-    which = range(len(lengths)) if k is None else [k]
+    """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads."""
+    lengths = _checked_lengths(params, labels, inputs, k, least=int(branch == "masked"))
     condition = F.embedding(labels, params["classes"])  # (B, C)
 
     # scale 0 starts from the class alone; every token is told its level and position
-    tokens = [] if later is None else [later]
-    if 0 in which:
-        tokens.insert(0, condition[:, None] + params["start"])  # (B, len_0, C)
+    which = range(len(lengths)) if k is None else [k]
+    tokens = [condition[:, None] + params["start"]] if 0 in which else []  # (B, len_0, C)
+    if branch == "masked":
+        tokens.append(masked_input(params, inputs, own_inputs, mask))
+    elif k != 0:
+        tokens.append(linear(inputs, **params["input"]))
     places = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in which]
     x = torch.cat(tokens, 1) + torch.cat(places)  # (B, n, C)
 
     blocks = params["trunk"] + params[branch]["blocks"]
-    present = [lengths[i] for i in which]
-    attend = partial(block_sparse_attention, block_lengths=present, is_causal=is_causal, scale=1.0)
+    seen = [lengths[i] for i in which]
+    attend = partial(block_sparse_attention, block_lengths=seen, is_causal=is_causal, scale=1.0)
     attends = [attend] * len(blocks)
     if cache is not None:
         end = sum(lengths[: k + 1])
@@ -127,7 +127,7 @@ def branch_features(
 
     for i, weights in enumerate(blocks):
         arguments = (x, condition, attends[i], None if gates is None else gates[:, i])
-        if recompute:
+        if checkpointing:
             x = checkpoint(block, *arguments, use_reentrant=False, **weights)
         else:
             x = block(*arguments, **weights)
@@ -197,9 +197,9 @@ def logits(features, weight, bias):
 
 
 def cast(params, dtype):
-    """The same tree with its blocks' and heads' weights, temperatures excepted, in dtype.
+    """The same tree with the weights of its blocks and heads in dtype, in which products then are.
 
-    So are products then; residual stream, softmax and losses stay fp32. Gradients pass through.
+    Temperatures, residual stream, softmax and losses stay fp32. Gradients pass through.
     """
 
     def move(path, leaf):
@@ -229,9 +229,8 @@ def next_scale_losses(
 
     checkpointing: keep only the input of each block for the backward pass.
     """
-    later = next_scale_input(params, labels, inputs)
-    options = dict(is_causal=is_causal, gates=gates, recompute=checkpointing)
-    features = branch_features(params, "next_scale", labels, later, **options)
+    options = dict(is_causal=is_causal, gates=gates, checkpointing=checkpointing)
+    features = branch_features(params, "next_scale", labels, inputs, **options)
     head = params["next_scale"]["head"]
     _expect("tokens", tokens, features.shape[:2], torch.int64, below=len(head["bias"]))
     return token_losses(features.flatten(0, 1), tokens.flatten(), **head).view(tokens.shape)
@@ -253,9 +252,8 @@ def masked_losses(
 
     places (M,): mask.flatten().nonzero(), where known, since asking a GPU for it stalls its queue.
     """
-    later = masked_input(params, labels, inputs, own_inputs, mask)
-    options = dict(gates=gates, recompute=checkpointing)
-    features = branch_features(params, "masked", labels, later, **options)
+    options = dict(gates=gates, checkpointing=checkpointing)
+    features = branch_features(params, "masked", labels, inputs, own_inputs, mask, **options)
     head = params["masked"]["head"]
     _expect("tokens", tokens, features.shape[:2], torch.int64, below=len(head["bias"]))
 
@@ -271,7 +269,7 @@ def masked_losses(
 def token_losses(features, targets, weight, bias):
     """Cross entropy (N,) of targets (N,) under the head's logits of features (N, C).
 
-    More than LOSS_SLICE logits come in slices, which the backward pass computes again.
+    Logits beyond LOSS_SLICE come in slices, which the backward pass computes again.
     """
 
     def loss(features, targets):
@@ -288,7 +286,7 @@ def scale_weights(scales, kind):
     """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
 
     kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", a normal density
-    of the relative sides, reversed and standardised (HMAR). ValueError on another.
+    of the relative sides, reversed and standardised (HMAR).
     """
     if kind not in ("token", "scale", "lognormal"):
         raise ValueError(f'kind: got {kind!r}, expected "token", "scale" or "lognormal"')
@@ -339,12 +337,8 @@ def init(
     if gamma is None:
         gamma = next(g for least, g in ((30, 1e-5), (24, 1e-4), (0, 1e-3)) if depth >= least)
     generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
-
-    def normal(*shape, gain=1.0):
-        return _truncated_normal(torch.empty(shape), width, generator).mul_(gain)
-
-    def affine(inputs, outputs, gain=1.0):
-        return dict(weight=normal(outputs, inputs, gain=gain), bias=torch.zeros(outputs))
+    normal = partial(_normal, width, generator)
+    affine = partial(_affine, normal)
 
     return dict(
         classes=normal(classes + 1, width),
@@ -352,19 +346,24 @@ def init(
         levels=normal(len(scales), width),
         positions=[normal(h, w, width) for h, w in scales],
         input=affine(code_dim, width),
-        trunk=[_new_block(normal, affine, width, heads, depth, gamma) for _ in range(depth)],
+        trunk=[_new_block(normal, width, heads, depth, gamma) for _ in range(depth)],
         next_scale=dict(
             blocks=[], modulation=affine(width, 2 * width, 0.5), head=affine(width, codes, 0.02)
         ),
     )
 
 
-def _truncated_normal(empty, width, generator):
+def _normal(width, generator, *shape, **options):
     std = math.sqrt(1 / (3 * width))
-    return torch.nn.init.trunc_normal_(empty, std=std, generator=generator)
+    return torch.nn.init.trunc_normal_(torch.empty(shape, **options), std=std, generator=generator)
 
 
-def _new_block(normal, affine, width, heads, depth, gamma):
+def _affine(normal, inputs, outputs, gain=1.0):
+    return dict(weight=normal(outputs, inputs).mul_(gain), bias=torch.zeros(outputs))
+
+
+def _new_block(normal, width, heads, depth, gamma):
+    affine = partial(_affine, normal)
     modulation = affine(width, 6 * width)
     modulation["weight"][: 2 * width] *= gamma
     modulation["weight"][2 * width :] *= 0.5
@@ -393,8 +392,7 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     next_scale = params["next_scale"] | dict(blocks=every[-blocks:])
     masked = pytree.tree_map(torch.clone, next_scale)
     width = params["classes"].shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    embedding = _truncated_normal(torch.empty(width, device="cpu"), width, generator)
+    embedding = _normal(width, torch.Generator().manual_seed(seed), width, device="cpu")
     masked["mask_embedding"] = embedding.to(params["classes"])
     if own_input:
         masked["own_input"] = params["input"]["weight"].clone()
@@ -432,7 +430,7 @@ def check(params):
     try:
         template = _fitted("params", _named(params))
     except RuntimeError as error:  # it holds itself, or has sizes beyond all bounds
-        raise ValueError(f"params: {error}") from error
+        raise ValueError(f"params: {error}") from None
     pytree.tree_map(lambda *_: None, template, params)  # ValueError on a dict in place of a list
 
 
@@ -461,9 +459,8 @@ def _fitted(what, leaves):
 def _described(leaf):
     if not _is_dense(leaf) or not leaf.is_floating_point():
         return f"of type {type(leaf).__name__}"
-    if leaf.device.type == "cpu" and not leaf.double().isfinite().all():
-        return "not finite"
-    return f"floats {tuple(leaf.shape)}"
+    is_finite = not leaf.is_cpu or leaf.double().isfinite().all()
+    return f"floats {tuple(leaf.shape)}" if is_finite else "not finite"
 
 
 def _is_dense(leaf):
@@ -514,12 +511,14 @@ def _pairs(scales):
     except (TypeError, ValueError):
         pairs = ()
     if not pairs or min(map(min, pairs)) < 1:
-        expected = "(height, width) pairs of positive integers"
-        raise ValueError(f"scales: got {scales}, expected {expected}")
+        raise ValueError(
+            f"scales: got {scales}, expected (height, width) pairs of positive integers"
+        )
     return pairs
 
 
-def _check_arguments(params, labels, inputs, k, least=0):
+def _checked_lengths(params, labels, inputs, k, least):
+    """Tokens of each scale. ValueError on arguments that do not fit, and on k below least."""
     lengths = [h * w for h, w in scales(params)]
     batch = labels.numel() if torch.is_tensor(labels) else 0
     _expect("labels", labels, (batch,), torch.int64, below=len(params["classes"]))
@@ -528,24 +527,24 @@ def _check_arguments(params, labels, inputs, k, least=0):
     if k != 0:
         count = sum(lengths[1:]) if k is None else lengths[k]
         _expect("inputs", inputs, (batch, count, params["input"]["weight"].shape[1]))
+    return lengths
 
 
 def _expect(name, tensor, shape, dtype=None, below=None):
     """ValueError unless tensor has this shape and dtype (None: floats), values 0 to below - 1."""
     got = type(tensor).__name__
     if torch.is_tensor(tensor):
-        got = f"{tensor.dtype} {tuple(tensor.shape)}"
         dtype = tensor.dtype if dtype is None and tensor.is_floating_point() else dtype
+        got = f"{tensor.dtype} {tuple(tensor.shape)}"
     expected = f"{dtype or 'floats'} {tuple(shape)}"
-    if got != expected:
-        raise ValueError(f"{name}: got {got}, expected {expected}")
 
     # on an accelerator a look at the values would stall its queue
-    is_seen = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    if below is not None and is_seen and tensor.numel():
-        low, high = tensor.aminmax()
-        if low < 0 or high >= below:
-            raise ValueError(f"{name}: got values {low} to {high}, expected 0 to {below - 1}")
+    is_seen = got == expected and tensor.is_cpu and not torch.compiler.is_compiling()
+    if is_seen and below and tensor.numel() and not 0 <= tensor.min() <= tensor.max() < below:
+        got = f"values {tensor.min()} to {tensor.max()}"
+        expected = f"0 to {below - 1}"
+    if got != expected:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
 # ---- published weights

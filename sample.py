@@ -255,7 +255,7 @@ def published_schedule(scales):
 
 
 def kept_counts(passes, hidden, has_masked_branch):
-    """[(B,), ...]: how many of its hidden tokens (B, n) each image keeps at each pass, in proportion.
+    """[(B,), ...]: how many of its hidden tokens (B, n) an image keeps at each pass, in proportion.
 
     Where some are given there is one masked pass at least, since no other sees them.
     """
@@ -283,8 +283,9 @@ def edit(params, codec, images, mask, labels, **options):
     expected = (len(images), 1, *images.shape[2:])
     fits = torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == expected
     require(fits, f"mask: expected a bool tensor {expected}")
+    require(len(labels) == len(images), f"labels: got {len(labels)}, expected {len(images)}")
 
-    parts = images.split(at_once(images[0, 0].numel()))
+    parts = images.split(at_once(images.shape[2:].numel()))
     tokens = torch.cat([tokenizer.encode(codec, part, scales) for part in parts])
     touched = [F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales]
     given = torch.cat(touched, 1) == 0  # (B, L)
@@ -312,7 +313,7 @@ def continued(error, known, reach):
 @torch.no_grad()
 def decoded(codec, f_hat):
     """tokenizer.decode_features of a few images at a time: a decoder's maps outweigh the rest."""
-    few = at_once(f_hat[0, 0].numel() * tokenizer.downsampling(codec) ** 2)
+    few = at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
     return torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
 
 
@@ -497,8 +498,8 @@ def parser():
     add("--causal", action="store_true", help="the weights are VAR's")
     add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
     add("--labels", nargs="+", default=["all"], help="class names or numbers (all)")
-    add("--count", type=int, default=8, help="images a label (8)")
-    add("--seed", type=int, default=0, help="of the first image, the next has one more (0)")
+    add("--count", type=number(int, 1), default=8, help="images a label (8)")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="of image 0; image i has i more (0)")
     add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
     add("--guidance", nargs="+", type=float, default=[1.5], help="at the last scale, or each (1.5)")
     add("--mask-guidance", nargs="+", type=float, default=[0], help="of masked passes (0)")
@@ -506,21 +507,30 @@ def parser():
     add("--top-k", type=int, default=0, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, default=1, help="probability that may be drawn (1)")
     either = top.add_mutually_exclusive_group().add_argument
-    either("--mask-steps", type=int, help="masked passes a scale (as published)")
+    either("--mask-steps", type=number(int, 0), help="masked passes a scale (as published)")
     either("--schedule", type=kept_numbers, help="tokens kept at each pass: '1 / 1,3 / 16'")
     add("--edit", help="image to repaint")
     either = top.add_mutually_exclusive_group().add_argument
     either("--mask", help="image, white: repaint; any size")
-    either("--pad", type=float, help="outpaint a border, this share of the side")
-    add("--batch", type=int, default=50, help="images at a time (50)")
+    either("--pad", type=number(float, 0.01, 0.49), help="outpaint, a border of this share")
+    add("--batch", type=number(int, 1), default=50, help="images at a time (50)")
     add("--device", help="cuda or cpu (the first there is)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     return top
 
 
-class Help(argparse.HelpFormatter):
-    """One line a flag, with its first letter for a value."""
+class Parser(argparse.ArgumentParser):
+    """The stock parser, whose errors are ValueErrors and whose help has a line a flag."""
 
+    def __init__(self, description):
+        options = dict(formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False)
+        super().__init__(description=description, **options)
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+class Help(argparse.HelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=30, width=100)
 
@@ -528,25 +538,13 @@ class Help(argparse.HelpFormatter):
         return action.dest[0].upper()
 
 
-class Parser(argparse.ArgumentParser):
-    """The stock parser, with one line for an error."""
-
-    def __init__(self, description):
-        options = dict(formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False)
-        super().__init__(description=description, **options)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {printable(message)}\n")
-
-
 def number(kind, least, most=10**9):
     """Of a parser: the type of a number of a kind within limits."""
 
     def parse(text):
-        value = kind(text) if len(text) < 100 else math.inf
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"got {text[:100]}, expected {least:g} to {most:g}")
-        return value
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"got {text}, expected {least:g} to {most:g}")
+        return kind(text)
 
     parse.__name__ = kind.__name__  # in the message for what is no number
     return parse
@@ -639,9 +637,6 @@ def check_flags(args):
     suffix = os.path.splitext(args.out)[1].lower()
     fits = suffix not in (".jpg", ".jpeg", ".webp", ".bmp")
     require(fits, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
-    check_number("--count", args.count, 1, 1e9)
-    check_number("--batch", args.batch, 1, 1e9)
-    check_number("--pad", args.pad or 0.25, 0.01, 0.49)
     fits = bool(args.edit) == (args.mask is not None or args.pad is not None)
     fits = fits and not (args.edit and suffix == ".gif")
     require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
@@ -760,16 +755,12 @@ def printable(text):
 
 def command(name, work, parser, argv):
     """Exit status of work(flags): 0; 2, one line, for bad input; 1 for a fault; 130 if stopped."""
-
-    def refuse(message):  # in one line too
-        raise ValueError(message)
-
-    parser.error = refuse
     try:
         work(parser.parse_args(argv))
         return 0
     except KeyboardInterrupt as interrupt:
-        print(f"{name}: {interrupt or 'stopped; the same command goes on'}", file=sys.stderr)
+        text = printable(interrupt) or "stopped; the same command goes on"
+        print(f"{name}: {text}", file=sys.stderr)
         return 130
     except Exception as error:  # noqa: BLE001
         if os.environ.get("HMAR_TRACEBACK"):

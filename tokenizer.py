@@ -9,6 +9,11 @@ what the coarser ones left over (the residual), and its codes are added to the r
 reconstruction f_hat. A model, `codec`, is a tree of tensors whose keys are the argument names of
 the functions below; its shapes are its configuration.
 
+    >>> codec = init(codes=64, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
+    >>> tokens = encode(codec, torch.zeros(2, 3, 8, 8), scales=((1, 1), (2, 2), (4, 4)))
+    >>> tokens.shape
+    torch.Size([2, 21])
+
 Sources: VAR (Tian et al. 2024, section 3.2, algorithms 1 and 2); HMAR (Kumbong et al. 2025); the
 convnet is VQGAN's (Esser et al. 2021).
 """

@@ -49,43 +49,24 @@ STAGES = {
     "masked": "hmar.pt",
 }  # what each leaves
 
-SMALL = dict(  # for images up to 64 pixels: a model for two CPU cores
-    channels=32,
-    multipliers=(1, 1, 2),
-    residual_blocks=1,
-    attention=False,
-    codes=256,
-    code_dim=16,
-    depth=3,
-    width=192,
-    gamma=0.1,
-    masked_blocks=2,
-    loss_weights="token",
-    batch=16,
-    ema=0.998,
-    warmup=100,
-    steps={"tokenizer": 2200, "next-scale": 2600, "masked": 400},
-    lr={"tokenizer": 4e-3, "next-scale": 3e-3, "masked": 1e-3},
-)
-PUBLISHED = dict(  # above: the published model, for GPUs
-    channels=160,
-    multipliers=(1, 1, 2, 2, 4),
-    residual_blocks=2,
-    attention=True,
-    codes=4096,
-    code_dim=32,
-    depth=16,
-    width=None,
-    gamma=None,
-    masked_blocks=8,
-    loss_weights="lognormal",
-    batch=64,
-    ema=0.9999,
-    warmup=1000,
-    steps={"tokenizer": 200_000, "next-scale": 400_000, "masked": 80_000},
-    lr=dict.fromkeys(STAGES, 1e-4),
-)
-
+PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published one, for GPUs
+    "channels": (32, 160),
+    "multipliers": ((1, 1, 2), (1, 1, 2, 2, 4)),
+    "residual_blocks": (1, 2),
+    "attention": (False, True),
+    "codes": (256, 4096),
+    "code_dim": (16, 32),
+    "depth": (3, 16),
+    "width": (192, None),
+    "gamma": (0.1, None),
+    "masked_blocks": (2, 8),
+    "loss_weights": ("token", "lognormal"),
+    "batch": (16, 64),
+    "ema": (0.998, 0.9999),
+    "warmup": (100, 1000),
+    "steps": ((1200, 1300, 300), (200_000, 400_000, 80_000)),  # of each stage
+    "lr": ((4e-3, 4e-3, 2e-3), (1e-4, 1e-4, 1e-4)),
+}
 LARGEST_SMALL = 64  # pixels
 CLIP = 1.0  # largest gradient norm
 WEIGHT_DECAY = 0.05  # on matrices alone
@@ -96,7 +77,7 @@ NOT_FOR_MUON = (  # what faces other than features, and modulation
 LABEL_DROP = 0.1  # labels made null, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
-COARSE_SHARE = 0.25  # images of a batch that are decoded from their coarse scales too
+COARSE_EVERY = 4  # of which images of a batch one is decoded from its coarse scales too
 COARSE_WEIGHT = 0.5  # of the squared error of these
 LOG_EVERY = 50  # steps
 JUDGEMENTS = 8  # times in a stage that held-out images are looked at
@@ -151,10 +132,12 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
 
         stopped = stop.agreed(step)
         if stopped or step % args.save_every == 0:
+            require_finite(args, step, norm.isfinite())  # of weights that are not, it is not
             run.save(step)
         if stopped:
             raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
 
+    stop.close()
     return with_leaves(tree, run.best())
 
 
@@ -232,39 +215,46 @@ def train_tokenizer(args, data, held_out):
     codebook, scales = codec["codebook"], args.scales
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
     reserved = first_images(held_out, 128, args)
-    coarse = int(COARSE_SHARE * args.batch) if len(scales) > 1 else 0
+    is_coarse = torch.arange(args.batch) % COARSE_EVERY == COARSE_EVERY - 1
 
-    def loss(codec, images, stops):
+    def loss(codec, images, stops, rows):
         made = tokenizer.training_pass(tokenizer.cast(codec, args.dtype), images, scales, stops)
         error = reconstruction_loss(made["images"], images)
         coarse_error = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
-        coarse_error = coarse_error / (COARSE_SHARE * len(images))
+        coarse_error = coarse_error * (COARSE_EVERY / len(images))
         total = error + COARSE_WEIGHT * coarse_error + made["loss"]
         numbers = dict(loss=total, coarse=coarse_error, quantisation=made["loss"])
-        return total, numbers | dict(tokens=made["tokens"], residuals=made["residuals"])
+        residuals = [own[rows] for own in made["residuals"]]
+        return total, numbers | dict(tokens=made["tokens"], residuals=residuals)
 
     def batches(start):
         for step, (images, _) in enumerate(loader(args, data, start), start):
             generator = generator_of(args.seed, "tokenizer", step)
-            stops = torch.randint(max(1, len(scales) - 1), (coarse,), generator=generator)
-            images = to_unit(images, args.device).tensor_split(args.accumulate)
-            stops = own_parts(args, stops.to(args.device))
-            yield [dict(images=pixels, stops=own) for pixels, own in zip(images, stops)]
+            stops = torch.randint(len(scales) - 1, (args.batch,), generator=generator)
+            stops = stops.masked_fill(~is_coarse, -1)
+            parts = []
+            images = images.tensor_split(args.accumulate)
+            for pixels, own in zip(images, own_parts(args, stops)):
+                order = own.argsort(descending=True)  # those with a stop come first
+                part = dict(images=to_unit(pixels[order], args.device), rows=order.argsort())
+                parts.append(part | dict(stops=own[order][: (own >= 0).sum()]))
+            yield to_device(parts, args.device)
 
     def after_step(step, reports, optimizer):
         for tokens in itertools.chain.from_iterable(report["tokens"] for report in reports):
             chosen.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
         if step == 1 or step % REVIVE_EVERY == 0 and step <= 0.8 * args.steps:
             generator = generator_of(args.seed, "revive", step)
-            residuals = reports[-1]["residuals"]
+            by_scale = zip(*(report["residuals"] for report in reports))
+            residuals = [gathered(torch.cat(parts)) for parts in by_scale]
             counts = summed(chosen)
             new, dead = tokenizer.revive_codes(codebook.detach(), counts, residuals, generator)
-            replace(codebook, new)
+            codebook.data.copy_(new)
             optimizer.forget(codebook, dead)
             chosen.zero_()
 
     def evaluate(codec):
-        return judge_tokenizer(args, codec, reserved)
+        return judge_tokenizer(args, tokenizer.cast(codec, args.dtype), reserved)
 
     return fit(args, codec, loss, batches, evaluate, after_step, extra=[chosen])
 
@@ -331,15 +321,9 @@ def train_next_scale(args, data, held_out):
 
     def loss(params, labels, tokens, gates):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
-        losses = hmar.next_scale_losses(
-            hmar.cast(params, args.dtype),
-            labels,
-            tokens,
-            inputs,
-            args.causal,
-            gates=gates,
-            checkpointing=args.checkpointing,
-        )  # (B, L)
+        fast = hmar.cast(params, args.dtype)
+        options = dict(gates=gates, checkpointing=args.checkpointing)
+        losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
         total = (losses * weights).sum(1).mean()
         return total, dict(loss=total, scale_losses=by_scale(args, losses.mean(0)))
 
@@ -348,7 +332,8 @@ def train_next_scale(args, data, held_out):
             yield in_parts(args, transformer_batch(args, step, params, data.labels, cache))
 
     def evaluate(params):
-        return judge_transformer(args, params, codec, held_out.labels, reserved)
+        fast = hmar.cast(params, args.dtype)
+        return judge_transformer(args, fast, codec, held_out.labels, reserved)
 
     return fit(args, params, loss, batches, evaluate)
 
@@ -368,17 +353,9 @@ def train_masked(args, data, held_out):
     def loss(params, labels, tokens, gates, mask, places, share):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
         own_inputs = tokenizer.masked_inputs(codec, tokens, args.scales, mask)
-        losses = hmar.masked_losses(
-            hmar.cast(params, args.dtype),
-            labels,
-            tokens,
-            inputs,
-            own_inputs,
-            mask,
-            places=places,
-            gates=gates,
-            checkpointing=args.checkpointing,
-        )  # (M,)
+        fast = hmar.cast(params, args.dtype)
+        options = dict(places=places, gates=gates, checkpointing=args.checkpointing)
+        losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask, **options)
         total = (losses * share).sum()  # in all parts together, the mean over hidden tokens
         return total, dict(loss=total)
 
@@ -386,9 +363,7 @@ def train_masked(args, data, held_out):
         for step in range(start, args.steps):
             batch = transformer_batch(args, step, params, data.labels, cache)
             generator = generator_of(args.seed, "mask", step)
-            ratio = torch.rand(
-                args.batch, 1, generator=generator
-            )  # of hidden tokens, a sample each
+            ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens
             numbers = torch.rand(args.batch, cache.shape[2] - first, generator=generator)
             mask = numbers < ratio
             share = world() * args.accumulate / mask.sum().clamp(min=1)
@@ -399,7 +374,8 @@ def train_masked(args, data, held_out):
             yield parts
 
     def evaluate(params):
-        return judge_transformer(args, params, codec, held_out.labels, reserved)
+        fast = hmar.cast(params, args.dtype)
+        return judge_transformer(args, fast, codec, held_out.labels, reserved)
 
     return fit(args, params, loss, batches, evaluate)
 
@@ -778,13 +754,13 @@ def encoded(args, name, data, codec, rows, views):
 def parser():
     """The flags of `python train.py`."""
     top = sample.Parser(
-        "python train.py [STAGE] [flags]: train HMAR from nothing. STAGE is tokenizer, "
-        "next-scale, masked or all. (auto) follows --size."
+        "python train.py [STAGE] [flags]: train HMAR from nothing. (auto) follows --size."
     )
     positive = sample.number(int, 1)
+    size = sample.number(int, 1, 2**16)  # more only takes for ever to be refused
     add = top.add_argument_group("data").add_argument
     add("--data", help="images, a sub-folder a class or all in one (drawings)")
-    add("--size", type=positive, help="side of the images (256, drawings 32)")
+    add("--size", type=size, help="side of the images (256, drawings 32)")
     add("--flip", action="store_true", help="mirror images at random")
     add("--workers", type=sample.number(int, 0, 1024), default=0, help="that decode")
     add = top.add_argument_group("run").add_argument
@@ -800,8 +776,8 @@ def parser():
     add("--compile", action="store_true", help="torch.compile the training step")
     add = top.add_argument_group("optimisation").add_argument
     add("--steps", type=positive, help="of each stage (auto)")
-    add("--batch", type=positive, help="images a step, over all processes (auto)")
-    add("--accumulate", type=positive, help="parts of a batch, saves memory (auto)")
+    add("--batch", type=size, help="images a step, over all processes (auto)")
+    add("--accumulate", type=size, help="parts of a batch, saves memory (auto)")
     add("--lr", type=sample.number(float, 1e-9, 1e3), help="at its peak (auto)")
     add("--warmup", type=sample.number(int, 0), help="to the peak (auto)")
     add("--ema", type=sample.number(float, 0, 1), help="of saved weights (auto)")
@@ -809,12 +785,12 @@ def parser():
     add = top.add_argument_group("model").add_argument
     add("--scales", nargs="+", type=sample.scale_pair, help="4 or 2x3 each (auto)")
     add("--codes", type=positive, help="codebook size (auto)")
-    add("--code-dim", type=positive, help="dimensions of a code (auto)")
-    add("--channels", type=positive, help="tokenizer's, a multiple of 32 (auto)")
-    add("--multipliers", nargs="+", type=positive, help="a level each (auto)")
-    add("--depth", type=positive, help="transformer blocks (auto)")
-    add("--width", type=positive, help="of the transformer (auto)")
-    add("--masked-blocks", type=positive, help="the masked branch's own (auto)")
+    add("--code-dim", type=size, help="dimensions of a code (auto)")
+    add("--channels", type=size, help="tokenizer's, a multiple of 32 (auto)")
+    add("--multipliers", nargs="+", type=sample.number(int, 1, 64), help="a level each (auto)")
+    add("--depth", type=sample.number(int, 1, 1000), help="transformer blocks (auto)")
+    add("--width", type=size, help="of the transformer (auto)")
+    add("--masked-blocks", type=size, help="the masked branch's own (auto)")
     add("--loss-weights", choices=("token", "scale", "lognormal"), help="(auto)")
     add("--causal", action="store_true", help="VAR: attend to coarser scales, no masked stage")
     return top
@@ -842,7 +818,7 @@ def train(args):
             say(f"{stage}: finished before, {path}")
             continue
         own = dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage])
-        own["judge_every"] = max(1, own["steps"] // JUDGEMENTS)
+        own["judge_every"] = math.ceil(own["steps"] / JUDGEMENTS)
         tree = work[stage](argparse.Namespace(**vars(args) | own), data, held_out)
         finish(args, stage, tree)
     say(f"finished: {args.out} holds weights, metrics.jsonl and samples/")
@@ -853,13 +829,13 @@ def resolved(args):
     """The flags with every (auto) filled in. ValueError that names what does not fit."""
     if args.size is None:
         args.size = 32 if args.data is None else 256
-    preset = SMALL if args.size <= LARGEST_SMALL else PUBLISHED
-    for name, value in preset.items():
+    for name, presets in PRESETS.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    for name in ("steps", "lr"):  # one number for all stages, or the preset's own for each
+            setattr(args, name, presets[args.size > LARGEST_SMALL])
+    for name in ("steps", "lr"):  # one number for all stages, or one for each
         value = getattr(args, name)
-        setattr(args, name, value if isinstance(value, dict) else dict.fromkeys(STAGES, value))
+        values = value if isinstance(value, tuple) else [value] * len(STAGES)
+        setattr(args, name, dict(zip(STAGES, values)))
     if args.out is None:
         folder = "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data))
         args.out = os.path.join("runs", folder)
@@ -879,6 +855,10 @@ def resolved(args):
     fits = args.scales[-1] == (side, side) and len(args.scales) > 1
     message = f"--scales: got {sides(args.scales)}, expected two or more, the last"
     require(fits, f"{message} {side}, {args.size} pixels / {step}")
+    width = args.width or 64 * args.depth
+    head_dim = width // max(1, width // 64)  # where the heads divide it, as hmar.init checks
+    message = f"--width: got {width}, heads of {head_dim} dimensions"
+    require(head_dim % 8 == 0 and head_dim >= 16, f"{message}, expected a multiple of 8 from 16 on")
     with torch.device("meta"):  # what does not fit is told before the first stage, not after it
         tokenizer.init(**{name: getattr(args, name) for name in TOKENIZER_SIZES})
         hmar.init(depth=args.depth, width=args.width, scales=args.scales, codes=args.codes)
@@ -957,7 +937,6 @@ def initial_transformer(args, codec):
 def initial_masked(args):
     """hmar.pt with a new masked branch."""
     params = finished(args, "next-scale")
-    params.pop("masked", None)
     blocks = min(args.masked_blocks, len(params["trunk"]) + len(params["next_scale"]["blocks"]))
     return hmar.add_masked_branch(params, blocks, seed=args.seed)
 
@@ -978,8 +957,13 @@ class Trained(torch.nn.Module):
 
 
 def trainable(tree):
-    """The tree with its leaves as parameters."""
-    return pytree.tree_map(lambda tensor: torch.nn.Parameter(tensor.clone()), tree)
+    """The tree with its leaves as parameters, contiguous, since Muon works on views of them."""
+    order = torch.contiguous_format
+
+    def fresh(tensor):
+        return torch.nn.Parameter(tensor.clone(memory_format=order))
+
+    return pytree.tree_map(fresh, tree)
 
 
 def with_leaves(tree, leaves):
@@ -1063,8 +1047,8 @@ class StopSignal:
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.ask) for number in signals}
 
     def ask(self, number, frame):
         self.asked = True
@@ -1076,6 +1060,13 @@ class StopSignal:
             return self.asked
         return step % 10 == 0 and bool(summed(torch.tensor(float(self.asked))))
 
+    def close(self):
+        """Ends the watch; what was asked during the last step ends the run now."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.asked:
+            raise KeyboardInterrupt
+
 
 def claim_folder(args, data, held_out):
     """Makes the run folder this run's own: one process at a time, one set of flags, one data set.
@@ -1083,7 +1074,7 @@ def claim_folder(args, data, held_out):
     args.json holds the flags, the class names, a fingerprint of the images and the digests of what
     is made. ValueError where the folder is in use, somebody else's, or was begun differently.
     """
-    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    os.makedirs(args.out, exist_ok=True)
     args.lock = locked(args) if rank() == 0 else None
     before = read_run(args)
     run = json.loads(json.dumps(run_record(args, data, held_out)))  # as it comes back from a file
@@ -1105,6 +1096,9 @@ def claim_folder(args, data, held_out):
         require(fits, f"{args.out}: the images in {args.data} have changed; {advice}")
     barrier()  # every process has looked
 
+    if rank() == 0:
+        remove_unfinished(args)
+        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     if rank() == 0 and (before is None or args.restart):
         for path in there:
             os.remove(path)
@@ -1122,6 +1116,14 @@ def locked(args):
     except OSError as error:
         raise ValueError(f"{args.out}: another process trains in it") from error
     return file
+
+
+def remove_unfinished(args):
+    """Removes what a kill left half written, of the run's own files alone."""
+    own = "|".join(re.escape(os.path.basename(path)) for path in own_files(args))
+    for name in os.listdir(args.out):
+        if re.fullmatch(rf"(args\.json|{own})(\.\d+)?\.\d+\.tmp", name):
+            os.remove(os.path.join(args.out, name))
 
 
 def run_record(args, data, held_out):
@@ -1168,13 +1170,16 @@ def finish(args, stage, tree):
 
 
 def finished(args, stage):
-    """The weights that an earlier stage left. ValueError where they are missing or others."""
+    """The weights that an earlier stage left. ValueError where they are missing or others.
+
+    A masked branch goes: a kill may have come when hmar.pt had it and args.json did not say so.
+    """
     path = os.path.join(args.out, STAGES[stage])
     require(os.path.exists(path), f"{path} is missing; python train.py {stage} makes it")
     tree = load_tokenizer(path) if stage == "tokenizer" else load_transformer(path)
-    made = read_run(args)["made"]
-    known = [made.get(name) for name in STAGES if STAGES[name] == STAGES[stage]]
-    require(digest(tree) in known, f"{path}: not what this run made; --restart begins it anew")
+    tree.pop("masked", None)
+    made = read_run(args)["made"].get(stage)
+    require(digest(tree) == made, f"{path}: not what this run made; --restart begins it anew")
     return to_device(tree, args.device)
 
 
@@ -1182,17 +1187,17 @@ def fingerprint(data):
     """A digest of the list of images: names, sizes and times of files, or numbers of drawings."""
     total = hashlib.sha256()
     for item in [data.items] if data.is_drawn else data.items:
-        stat = () if data.is_drawn else os.stat(item[0])
-        total.update(repr((item, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+        if not data.is_drawn:
+            stat = os.stat(item[0])
+            item = (os.path.abspath(item[0]), item[1], stat.st_size, stat.st_mtime_ns)
+        total.update(repr(item).encode())
     return total.hexdigest()[:16]
 
 
 def log(args, step, **numbers):
     """Adds a line to metrics.jsonl and prints it. ValueError where a number is not finite."""
     line = json.dumps(dict(stage=args.stage, step=step, **numbers))
-    fits = not re.search(r"\b(NaN|Infinity)\b", line)
-    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help;"
-    require(fits, f"{message} the last checkpoint is kept")
+    require_finite(args, step, not re.search(r"\b(NaN|Infinity)\b", line))
     if rank() == 0:
         with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
             file.write(line + "\n")
@@ -1200,6 +1205,12 @@ def log(args, step, **numbers):
             f"{name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, list)
         ]
         say(f"{args.stage} {step}/{args.steps}  {'  '.join(shown)}")
+
+
+def require_finite(args, step, fits):
+    """ValueError that says what to do, unless all was finite."""
+    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help;"
+    require(fits, f"{message} the last checkpoint is kept")
 
 
 def drop_metrics(args, step):
@@ -1266,11 +1277,13 @@ def summed(tensor):
     return tensor
 
 
-def replace(parameter, value):
-    """parameter = value, the same on every process."""
-    parameter.data.copy_(value)
-    if world() > 1:
-        torch.distributed.broadcast(parameter.data, 0)
+def gathered(tensor):
+    """The rows of all processes, each of which has as many."""
+    if world() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def start_processes(device):

@@ -1,6 +1,6 @@
-"""The kernels against dense masked attention in float64: on the GPU where there is one, otherwise in Triton's interpreter.
+"""The kernels against dense masked attention in float64, on a GPU or in Triton's interpreter.
 
-Run as a script, this file compiles the kernels ahead of time and prints what they use, one JSON object a line.
+As a script: compiles the kernels ahead of time and prints what they use, one JSON object a line.
 """
 
 import concurrent.futures
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,13 +26,14 @@ import attention_kernels
 from attention_kernels import block_sparse_attention, dense_masked_attention, tile_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-triton = attention_kernels.triton
-needs_kernels = pytest.mark.skipif(triton is None, reason="no Triton")
-EXACT = torch.float64 if DEVICE == "cpu" else torch.float32  # the dtype of the tests of structure
-CLOSE = dict(rtol=0, atol=1e-12) if DEVICE == "cpu" else dict(rtol=0, atol=2e-5)
+EXACT = torch.float64 if DEVICE == "cpu" else torch.float32
 LAYOUTS = ["contiguous", "qkv", "transposed", "expanded"]
 KERNELS = ("_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel")
-PATTERNS = pytest.mark.parametrize("is_causal", [False, True], ids=["diagonal", "causal"])
+SMALL = [(16, 32)] * 3
+
+triton = attention_kernels.triton
+needs_kernels = pytest.mark.skipif(triton is None, reason="no Triton")
+both_patterns = pytest.mark.parametrize("is_causal", [False, True])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,56 +45,51 @@ def interpreted():
         yield
 
 
+@pytest.fixture
+def pytorch_path(monkeypatch):
+    monkeypatch.setattr(attention_kernels, "INTERPRETED", False)
+
+
 @contextlib.contextmanager
 def tiles(*sizes):
-    """The kernels with (rows, columns) of our own, for structure to show at a few tokens. In the interpreter only: a GPU has its table."""
+    """Other tiles (rows, columns), for few tokens to show structure; not on a GPU."""
+    entry = {256: [(*size, 4, 1) for size in sizes]}
+    table = dict.fromkeys(attention_kernels.TILES, entry)
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            entry = {256: [(*size, 4, 1) for size in sizes]}
-            patch.setattr(attention_kernels, "TILES", dict.fromkeys(attention_kernels.TILES, entry))
+            patch.setattr(attention_kernels, "TILES", table)
         yield
 
 
-SMALL = [(16, 32)] * 3
+# ---- what is computed
+
 sizes = st.sampled_from([16, 32, 64])
 tile_sizes = st.lists(st.tuples(sizes, sizes), min_size=3, max_size=3)
-length = st.one_of(
-    st.just(1), st.integers(1, 9), st.sampled_from([2, 3, 5, 7, 11, 13, 16, 17, 31, 32, 33, 37])
-)
-lengths = (
-    st.one_of(
-        st.lists(length, min_size=1, max_size=8),
-        st.builds(lambda n, count: [n] * count, st.integers(1, 17), st.integers(1, 5)),
-        st.builds(
-            lambda head, n, tail: [*head, n, *tail],
-            st.lists(length, max_size=3),
-            st.integers(65, 90),
-            st.lists(length, max_size=1),
-        ),
-    )
-    .filter(lambda n: sum(n) <= 110)
-    .map(tuple)
-)
+length = st.one_of(st.integers(1, 9), st.sampled_from([1, 11, 13, 16, 17, 31, 32, 33, 37]))
+several = st.lists(length, min_size=1, max_size=8)
+equal = st.builds(lambda n, count: [n] * count, st.integers(1, 17), st.integers(1, 5))
+one_long = st.tuples(st.integers(65, 90), length, length).flatmap(st.permutations)
+lengths = st.one_of(several, equal, one_long).filter(lambda n: sum(n) <= 110).map(tuple)
+dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, EXACT])
 
 
-def inputs(block_lengths, batch=1, heads=1, head_dim=16, dtype=EXACT, layout="contiguous", seed=0):
-    """query, key, value and the output's gradient, leaves of the given layout."""
-    tokens, generator = sum(block_lengths), torch.Generator().manual_seed(seed)
+def inputs(block_lengths, batch=1, heads=1, head_dim=16, dtype=EXACT, layout="qkv", seed=0):
+    """query, key, value and the output's gradient."""
+    tokens = sum(block_lengths)
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
     if layout == "qkv":  # three views of one projection
-        query, key, value = draw(batch, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+        qkv = draw(batch, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
     elif layout == "transposed":  # no dimension of stride one where one is used to it
-        query, key, value = (draw(batch, heads, head_dim, tokens).mT for _ in range(3))
+        qkv = draw(3, batch, heads, head_dim, tokens).mT
     elif layout == "expanded":
-        query, key, value = (
-            draw(batch, 1, tokens, head_dim).expand(-1, heads, -1, -1) for _ in range(3)
-        )
+        qkv = draw(3, batch, 1, tokens, head_dim).expand(-1, -1, heads, -1, -1)
     else:
-        query, key, value = (draw(batch, heads, tokens, head_dim) for _ in range(3))
-    return query, key, value, draw(batch, tokens, heads, head_dim).transpose(1, 2)
+        qkv = draw(3, batch, heads, tokens, head_dim)
+    return *qkv, draw(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
 def run(attention, query, key, value, output_gradient, *args):
@@ -105,424 +102,283 @@ def run(attention, query, key, value, output_gradient, *args):
 def check(query, key, value, output_gradient, block_lengths, is_causal, scale=None):
     """The entry's output and gradients, against float64 on the same rounded inputs.
 
-    Allowed is twice the error of a dense computation in the same dtype, plus a few roundings of the largest value, plus what recomputation
-    rounds and a dense computation does not: the float32 exponent, a difference of numbers as large as Q K, of every probability; and delta,
-    the sum of the stored output times dO, of every score gradient, so that it does not cancel dO V where a token sees one key only.
+    Allowed is twice a dense computation's error in the same dtype, a few roundings of the largest
+    value, and what recomputation rounds: the float32 exponent, a difference of numbers as large as
+    Q K; delta, of the stored output, which does not cancel dO V where a token sees one key only.
     """
-    args = (block_lengths, is_causal, scale)
-    exact_inputs = [x.double() for x in (query, key, value, output_gradient)]
-    ours = run(block_sparse_attention, query, key, value, output_gradient, *args)
-    exact = run(dense_masked_attention, *exact_inputs, *args)
-    dense = run(dense_masked_attention, query, key, value, output_gradient, *args)
-    q, k, _, do = exact_inputs
-    scale = scale or query.shape[-1] ** -0.5
+    given_inputs = (query, key, value, output_gradient)
+    q, k, v, do = (x.double() for x in given_inputs)
+    pattern = (block_lengths, is_causal, scale)
+    ours = run(block_sparse_attention, *given_inputs, *pattern)
+    dense = run(dense_masked_attention, *given_inputs, *pattern)
+    exact = run(dense_masked_attention, q, k, v, do, *pattern)
     assert ours[0].transpose(1, 2).is_contiguous()  # the heads can be joined without a copy
+
+    scale = scale or query.shape[-1] ** -0.5
     score = (q.abs() @ k.abs().mT).max() * scale * torch.finfo(torch.float32).eps
-    eps, delta = torch.finfo(query.dtype).eps, (exact[0] * do).abs().sum(-1).max() * scale
+    eps = torch.finfo(query.dtype).eps
+    delta = (exact[0] * do).abs().sum(-1).max() * scale
     deltas = (0, delta * k.abs().max(), delta * q.abs().max(), 0)
-    for name, got, truth, plain, term in zip(
-        ("output", "dquery", "dkey", "dvalue"), ours, exact, dense, deltas, strict=True
-    ):
+
+    names = ("output", "dquery", "dkey", "dvalue")
+    for name, got, truth, plain, term in zip(names, ours, exact, dense, deltas, strict=True):
         assert got.dtype == query.dtype and got.shape == query.shape
         largest = truth.abs().max()
         allowed = 2 * (plain - truth).abs().max() + eps * (4 * largest + term) + score * largest
-        assert (got - truth).abs().max() <= (1e-12 if query.dtype == torch.float64 else allowed), (
-            name
-        )
+        if query.dtype == torch.float64:
+            allowed = 1e-12
+        assert (got - truth).abs().max() <= allowed, name
 
 
 @needs_kernels
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    lengths,
-    st.integers(1, 2),
-    st.integers(1, 2),
-    st.sampled_from([16, 24, 32, 40, 72]),
-    st.booleans(),
-    st.sampled_from([None, 0.05, 1.0]),
-    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, EXACT]),
-    st.sampled_from(LAYOUTS),
-    tile_sizes,
-    st.integers(0, 2**31),
-)
-def test_kernels_agree_with_dense_attention(
-    block_lengths, batch, heads, head_dim, is_causal, scale, dtype, layout, tiling, seed
-):
+@given(st.data())
+def test_kernels_agree_with_dense_attention(data):
+    block_lengths, is_causal, tiling = map(data.draw, (lengths, st.booleans(), tile_sizes))
+    few = st.integers(1, 2)
+    head_dim = st.sampled_from([16, 24, 32, 40, 72])
+    layout = st.sampled_from(LAYOUTS)
+    shape = (few, few, head_dim, dtypes, layout, st.integers(0, 2**31))
+    scale = data.draw(st.sampled_from([None, 0.05, 1.0]))
     with tiles(*tiling):
-        check(
-            *inputs(block_lengths, batch, heads, head_dim, dtype, layout, seed),
-            block_lengths,
-            is_causal,
-            scale,
-        )
+        check(*inputs(block_lengths, *map(data.draw, shape)), block_lengths, is_causal, scale)
 
 
 @needs_kernels
-@pytest.mark.skipif(DEVICE == "cuda", reason="float64 takes the PyTorch path on a GPU")
-@PATTERNS
-def test_gradcheck(is_causal):
-    block_lengths = (1, 2, 9, 5, 18)
-    leaves = [x.requires_grad_() for x in inputs(block_lengths, heads=2)[:3]]
-    with tiles(*SMALL):
-        assert torch.autograd.gradcheck(
-            lambda *x: block_sparse_attention(*x, block_lengths, is_causal), leaves, fast_mode=True
-        )
+@both_patterns
+def test_real_tile_sizes_and_a_wide_head(is_causal):
+    block_lengths = (1, 4, 9, 16, 65, 130)
+    check(*inputs(block_lengths, 1, 1, 136, torch.float32), block_lengths, is_causal)
 
 
-@PATTERNS
+@both_patterns
 @pytest.mark.parametrize("dtype", attention_kernels.DTYPES)
-def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "INTERPRETED", False)
+def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, pytorch_path, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "PLAIN_KEYS", 40)  # both ways in one sequence
     block_lengths = (1, 1, 4, 9, 2, 36, 64, 5)
-    check(
-        *(x.cpu() for x in inputs(block_lengths, 2, 2, 24, dtype, "qkv")), block_lengths, is_causal
-    )
+    tensors = [x.cpu() for x in inputs(block_lengths, 2, 2, 24, dtype)]
+    check(*tensors, block_lengths, is_causal)
+    check(*tensors, block_lengths, is_causal, 0.3)
+
+
+@both_patterns
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_plain_products_train_short_blocks_in_two_bytes(dtype, wanted, is_causal, pytorch_path):
+    limit = attention_kernels.PLAIN_KEYS
+    block_lengths = (limit, 4, limit + 1)
+    query, key, value, _ = (x.cpu() for x in inputs(block_lengths, dtype=dtype))
+    value.requires_grad_(wanted)
+    fused = F.scaled_dot_product_attention
+    with mock.patch.object(F, "scaled_dot_product_attention", side_effect=fused) as called:
+        block_sparse_attention(query, key, value, block_lengths, is_causal)
+
+    seen = [*itertools.accumulate(block_lengths)] if is_causal else block_lengths
+    plain_up_to = limit if wanted and dtype == torch.bfloat16 else 0
+    keys = [call.args[1].shape[2] for call in called.call_args_list]
+    assert keys == [n for n in seen if n > plain_up_to]
 
 
 def test_dense_attention_sees_what_it_should():
     # values are one-hot in the token, so the output is the matrix of probabilities
-    query, value = torch.zeros(1, 1, 16, 16), torch.eye(16)[None, None]
-    for is_causal, seen in (
-        (False, [range(1), range(1, 6), range(6, 16)]),
-        (True, [range(1), range(6), range(16)]),
-    ):
-        probabilities = dense_masked_attention(query, query, value, (1, 5, 10), is_causal)[0, 0]
-        for row, columns in zip(
-            probabilities.tolist(), [seen[0]] + [seen[1]] * 5 + [seen[2]] * 10, strict=True
-        ):
-            assert row == pytest.approx(
-                [(column in columns) / len(columns) for column in range(16)]
-            )
+    query = torch.zeros(1, 1, 3, 16)
+    value = torch.eye(3, 16)[None, None]
+    for is_causal, late in ((False, [0, 1 / 2, 1 / 2]), (True, [1 / 3, 1 / 3, 1 / 3])):
+        output = dense_masked_attention(query, query, value, (1, 2), is_causal)
+        torch.testing.assert_close(output[0, 0, :, :3], torch.tensor([[1, 0, 0], late, late]))
+
+
+# ---- the table
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    st.lists(st.one_of(length, st.integers(1, 300)), min_size=1, max_size=12),
-    st.sampled_from([[], [4096]]),
-    st.booleans(),
-    st.booleans(),
-    sizes,
-    st.sampled_from([32, 64]),
-)
-def test_the_table_covers_every_pair_once(some, giant, is_causal, transposed, rows, columns):
-    block_lengths = (*some, *giant)
+@given(st.data())
+def test_the_table_covers_every_pair_once(data):
+    some = st.lists(st.one_of(length, st.integers(1, 300)), min_size=1, max_size=12)
+    giant = st.sampled_from([[], [4096], [1] * 150])
+    block_lengths = (*data.draw(some), *data.draw(giant))
+    is_causal, transposed = data.draw(st.tuples(st.booleans(), st.booleans()))
+    rows, columns = data.draw(st.tuples(sizes, st.sampled_from([32, 64])))
     table, bounds = tile_table(block_lengths, is_causal, transposed, rows, columns)
+
     starts = [0, *itertools.accumulate(block_lengths)]
-    tokens, block = starts[-1], [i for i, n in enumerate(block_lengths) for _ in range(n)]
-    low = [starts[i] if transposed or not is_causal else 0 for i in block]
-    high = [tokens if transposed and is_causal else starts[i + 1] for i in block]
+    tokens = starts[-1]
+    block = [i for i, n in enumerate(block_lengths) for _ in range(n)]
+    low = [starts[i] for i in block]
+    high = [starts[i + 1] for i in block]
+    if is_causal and transposed:
+        high = [tokens] * tokens
+    elif is_causal:
+        low = [0] * tokens
     assert bounds.tolist() == [low, high]
-    owned, work = [], []
-    for start, stop, full_begin, full_stop, masked_begin, masked_stop in table.tolist():
+
+    owned = []
+    work = []
+    for start, stop, *walks in table.tolist():
         owned += range(start, stop)
         first, last = block[start], block[stop - 1]
-        assert (
-            stop - start <= rows and (start - starts[first]) % rows == 0
-        )  # counted from the block's edge
+        assert stop - start <= rows and (start - starts[first]) % rows == 0
         assert first == last or start == starts[first]
-        assert (full_stop - full_begin) % columns == 0
-        if full_stop > full_begin:  # all rows see the full steps
-            assert low[stop - 1] <= full_begin and full_stop <= high[start]
-        runs = sorted(
-            run for run in ((full_begin, full_stop), (masked_begin, masked_stop)) if run[1] > run[0]
-        )
-        assert (
-            runs[0][0] == low[start]
-            and runs[-1][1] == high[stop - 1]
-            and all(a[1] == b[0] for a, b in itertools.pairwise(runs))
-        )
-        assert (
-            first != last or masked_stop - masked_begin < columns
-        )  # no more of a single block than a tail is masked
-        work.append(full_stop - full_begin + masked_stop - masked_begin)
+        full, masked = walks[1] - walks[0], walks[3] - walks[2]
+        assert full % columns == 0
+        if full:  # all rows see the full steps
+            assert low[stop - 1] <= walks[0] and walks[1] <= high[start]
+        assert first != last or masked < columns  # of a single block no more than a tail
+        walked = [*range(*walks[:2]), *range(*walks[2:])]
+        assert sorted(walked) == list(range(low[start], high[stop - 1]))
+        work.append(len(walked))
+
     assert sorted(owned) == list(range(tokens)) and work == sorted(work, reverse=True)
-    firsts = sorted(
-        {block[start] for start in table[:, 0].tolist()}
-    )  # the blocks that tiles begin in: one more would not have fitted
-    assert all(
-        starts[second + 1] - starts[first] > rows for first, second in itertools.pairwise(firsts)
-    )
+    # one more block would not have fitted
+    firsts = sorted({block[start] for start in table[:, 0].tolist()})
+    assert all(starts[b + 1] - starts[a] > rows for a, b in itertools.pairwise(firsts))
 
 
-def test_little_more_than_the_exact_work_is_done():
-    import benchmark  # which imports all of the library, this file's script does not
-
-    for block_lengths, most in zip(benchmark.scale_lengths(), (1.35, 1.06, 1.02), strict=True):
-        exact = benchmark.exact_elements(block_lengths, False)
-        for sizes in itertools.chain(
-            *(entry.values() for entry in attention_kernels.TILES.values())
-        ):
-            for which, (rows, columns, *_) in enumerate(sizes):
-                assert (
-                    exact
-                    <= benchmark.kernel_count(block_lengths, False, which, rows, columns, 64, 2)[0]
-                    <= most * exact
-                )
+# ---- what is read and written
 
 
 @needs_kernels
-@PATTERNS
-def test_real_tile_sizes_and_a_wide_head(is_causal):
-    block_lengths = (1, 4, 9, 16, 65, 130)
-    check(*inputs(block_lengths, 1, 1, 136, torch.float32, "qkv"), block_lengths, is_causal)
-
-
-@needs_kernels
-@PATTERNS
+@both_patterns
 def test_written_everywhere_repeatable_and_independent_of_the_batch(is_causal):
-    block_lengths = (1, 3, 20, 41)
-    tensors = inputs(block_lengths, 2, 1, 24, torch.float32, "qkv")
+    pattern = ((1, 3, 20, 41), is_causal)
+    tensors = inputs(pattern[0], 2, 1, 24, torch.float32)
     torch.use_deterministic_algorithms(True)  # torch.empty then starts as nan
     try:
         assert torch.empty(3).isnan().all()
         with tiles(*SMALL):
-            whole = run(block_sparse_attention, *tensors, block_lengths, is_causal)
-            again = run(block_sparse_attention, *tensors, block_lengths, is_causal)
-            parts = [
-                run(
-                    block_sparse_attention,
-                    *(x[i : i + 1] for x in tensors),
-                    block_lengths,
-                    is_causal,
-                )
-                for i in range(2)
-            ]
+            whole, again = (run(block_sparse_attention, *tensors, *pattern) for _ in range(2))
+            part = run(block_sparse_attention, *(x[:1] for x in tensors), *pattern)
     finally:
         torch.use_deterministic_algorithms(False)
-    for first, second, split in zip(whole, again, zip(*parts, strict=True), strict=True):
-        assert (
-            first.isfinite().all()
-            and torch.equal(first, second)
-            and torch.equal(first, torch.cat(split))
-        )
+    for first, second, alone in zip(whole, again, part, strict=True):
+        assert first.isfinite().all()
+        assert torch.equal(first, second) and torch.equal(first[:1], alone)
 
 
 @needs_kernels
-@PATTERNS
+@both_patterns
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", range(4), ids=["query", "key", "value", "output_gradient"])
 @pytest.mark.parametrize("scale", [1, 4])
 def test_nan_stays_where_it_is_seen(is_causal, poison, which, scale):
     block_lengths = (1, 2, 4, 3, 17)  # the first four share a tile
-    tensors = inputs(block_lengths, head_dim=16)
-    begin, end = sum(block_lengths[:scale]), sum(block_lengths[: scale + 1])
+    poisoned = sum(block_lengths[:scale])
+    tensors = inputs(block_lengths)
     bad = [x.clone() for x in tensors]
-    bad[which][:, :, begin, 3] = poison
+    bad[which][:, :, poisoned, 3] = poison
+    pattern = (block_lengths, is_causal)
     with tiles(*SMALL):
-        clean, got = (
-            run(block_sparse_attention, *x, block_lengths, is_causal) for x in (tensors, bad)
-        )
-    earlier, later = slice(0, begin), slice(end, None)
-    untouched = {  # the output and the gradients that no path leads to
-        "query": [(earlier, later)] * 2 + [(later, slice(0, 0) if is_causal else earlier)] * 2,
-        "key": [(earlier, slice(0, 0) if is_causal else later)] * 2
-        + [(slice(0, 0), slice(0, 0)) if is_causal else (earlier, later)] * 2,
-    }[("query", "key", "key", "query")[which]]
-    if which == 3:
-        untouched = [(slice(None), slice(None)), *untouched[1:]]
-    for ours, expected, regions in zip(got, clean, untouched, strict=True):
-        for region in regions:
-            assert torch.equal(ours[:, :, region], expected[:, :, region])
-    dense = run(
-        dense_masked_attention, *bad, block_lengths, is_causal
-    )  # and it is not hidden from those that see it
-    for ours, expected in zip(got, dense, strict=True):
-        seen = expected[:, :, begin:end].isnan().any(-1)
-        assert (
-            which == 1
-            and poison == float("inf")
-            or not ours[:, :, begin:end].isfinite().all(-1)[seen].any()
-        )
+        clean, got = (run(block_sparse_attention, *x, *pattern) for x in (tensors, bad))
 
+    # the queries that it reaches, and by way of them the keys
+    block = torch.arange(5).repeat_interleave(torch.tensor(block_lengths))
+    visible = (torch.ge if is_causal else torch.eq)(block[:, None], block)
+    queries = torch.arange(len(block)) == poisoned
+    if which in (1, 2):
+        queries = visible[:, poisoned]
+    keys = visible[queries].any(0)
+    output = queries & (which != 3)
 
-@needs_kernels
-@PATTERNS
-def test_permuting_tokens_inside_a_block_permutes_the_output(is_causal):
-    block_lengths = (1, 4, 9, 40)
-    query, key, value, _ = inputs(block_lengths, 1, 2)
-    edges = [0, *itertools.accumulate(block_lengths)]
-    order = torch.cat(
-        [start + torch.randperm(stop - start) for start, stop in itertools.pairwise(edges)]
-    ).to(DEVICE)
-    with tiles(*SMALL):
-        plain = block_sparse_attention(query, key, value, block_lengths, is_causal)
-        permuted = block_sparse_attention(
-            query[:, :, order], key[:, :, order], value[:, :, order], block_lengths, is_causal
-        )
-    torch.testing.assert_close(permuted, plain[:, :, order], **CLOSE)
-
-
-@needs_kernels
-def test_patterns_meet_where_they_are_the_same():
-    block_lengths = (5, 1, 19, 33)
-    query, key, value, _ = inputs(block_lengths, 2, 1)
-    with tiles(*SMALL):
-        one = [
-            block_sparse_attention(query, key, value, (58,), is_causal)
-            for is_causal in (False, True)
-        ]
-        diagonal, causal = (
-            block_sparse_attention(query, key, value, block_lengths, is_causal)
-            for is_causal in (False, True)
-        )
-        edges = [0, *itertools.accumulate(block_lengths)]
-        alone = [
-            block_sparse_attention(*(x[:, :, a:b] for x in (query, key, value)), (b - a,))
-            for a, b in itertools.pairwise(edges)
-        ]
-    torch.testing.assert_close(one[0], one[1], **CLOSE)
-    torch.testing.assert_close(diagonal, torch.cat(alone, 2), **CLOSE)
-    torch.testing.assert_close(causal[:, :, :5], diagonal[:, :, :5], **CLOSE)
-    assert not torch.allclose(causal[:, :, 5:], diagonal[:, :, 5:], atol=1e-3)
-
-
-@needs_kernels
-def test_a_long_block_and_many_blocks():
-    for block_lengths in ((4096,), (1,) * 150):
-        query, key, value, _ = inputs(block_lengths, head_dim=16)
-        rows = torch.randint(sum(block_lengths), (20,))  # dense attention of a few rows
-        if len(block_lengths) == 1:
-            expected = (query[:, :, rows] @ key.mT / 4).softmax(-1) @ value
-        else:
-            expected = value[:, :, rows]
-        with tiles((256, 512), (16, 32), (16, 32)):
-            torch.testing.assert_close(
-                block_sparse_attention(query, key, value, block_lengths)[:, :, rows],
-                expected,
-                **CLOSE,
-            )
+    # elsewhere nothing changes, and there it is not hidden
+    dense = run(dense_masked_attention, *bad, *pattern)
+    reached = (output, queries, keys, keys)
+    for ours, before, expected, there in zip(got, clean, dense, reached, strict=True):
+        assert torch.equal(ours[:, :, ~there], before[:, :, ~there])
+        hidden = ours.isfinite().all(-1) & expected.isnan().any(-1)
+        assert not hidden[:, :, there].any() or (which == 1 and poison == float("inf"))
 
 
 @needs_kernels
 def test_views_are_read_in_place(monkeypatch):
-    query, key, value, output_gradient = inputs((3, 6), 2, 2, layout="qkv")
-    seen, launch = [], attention_kernels._launch
-    monkeypatch.setattr(
-        attention_kernels, "_launch", lambda *args: (seen.append(args[4]), launch(*args))
-    )
-    run(block_sparse_attention, query, key, value, output_gradient, (3, 6))
-    assert len(seen) == 3
-    for tensors in seen:
-        for given_tensor, read in zip((query, key, value), tensors, strict=False):
-            assert (
-                read.data_ptr() == given_tensor.data_ptr()
-                and read.stride() == given_tensor.stride()
-            )
+    tensors = inputs((3, 6), 2, 2)
+    launch = mock.Mock(side_effect=attention_kernels._launch)
+    monkeypatch.setattr(attention_kernels, "_launch", launch)
+    run(block_sparse_attention, *tensors, (3, 6))
+    assert launch.call_count == 3
+    for call in launch.call_args_list:
+        for ours, read in zip(tensors[:3], call.args[1], strict=False):
+            assert read.data_ptr() == ours.data_ptr() and read.stride() == ours.stride()
 
 
 @needs_kernels
-def test_offsets_beyond_two_to_the_31():
-    # a batch, then tokens, then features that are far apart; torch.empty reserves the memory and touches none of it
-    block_lengths = (1, 2)
-    small = inputs(block_lengths, 2, 1, 16, torch.float16)
-    expected = run(block_sparse_attention, *small, block_lengths)
-    for strides in ((2**31 + 8, 16, 16, 1), (64, 64, 2**30 + 8, 1), (64, 64, 1, 2**27 + 2**24)):
-        extent = sum((n - 1) * stride for n, stride in zip((2, 1, 3, 16), strides, strict=True)) + 1
-        assert extent > 2**31 - 1
-        if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 10 * extent:
-            pytest.skip("not enough memory on this GPU")
-        far = []
-        for x in small:
-            far.append(
-                torch.empty(extent, dtype=torch.float16, device=DEVICE)
-                .as_strided((2, 1, 3, 16), strides)
-                .copy_(x)
-            )
-        for ours, plain in zip(
-            run(block_sparse_attention, *far, block_lengths), expected, strict=True
-        ):
-            assert torch.equal(ours, plain)
+@pytest.mark.parametrize(
+    "strides", [(2**31 + 8, 16, 16, 1), (64, 64, 2**30 + 8, 1), (64, 64, 1, 2**27 + 2**24)]
+)
+def test_offsets_beyond_two_to_the_31(strides):
+    # torch.empty reserves the memory and touches none of it
+    shape = (2, 1, 3, 16)
+    small = inputs((1, 2), 2, 1, 16, torch.float16)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    assert extent > 2**31
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 10 * extent:
+        pytest.skip("not enough memory on this GPU")
+    far = [
+        torch.empty(extent, dtype=x.dtype, device=DEVICE).as_strided(shape, strides) for x in small
+    ]
+    for x, copy in zip(small, far, strict=True):
+        copy.copy_(x)
+    results = (run(block_sparse_attention, *x, (1, 2)) for x in (far, small))
+    assert all(map(torch.equal, *results))
 
 
 @needs_kernels
 def test_more_heads_than_a_grid_has_rows(monkeypatch):
-    query, key, value, output_gradient = inputs((2,), 70_000, 1)
+    tensors = inputs((2,), 70_000, 1)
     if DEVICE == "cuda":
-        check(query, key, value, output_gradient, (2,), False)
+        check(*tensors, (2,), False)
         return
-    grids = []  # too many programs for the interpreter: the grid is one number, of which the hardware allows 2 ** 31 - 1
 
-    class Recorder:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return lambda *args, **constants: None
-
-    for kernel in KERNELS:
-        monkeypatch.setattr(attention_kernels, kernel, Recorder())
-    run(block_sparse_attention, query, key, value, output_gradient, (2,))
-    assert grids == [(70_000,)] * 3
+    # too many for the interpreter: the grid is one number, at most 2 ** 31 - 1
+    kernel = mock.MagicMock()
+    for name in KERNELS:
+        monkeypatch.setattr(attention_kernels, name, kernel)
+    run(block_sparse_attention, *tensors, (2,))
+    assert [call.args for call in kernel.__getitem__.call_args_list] == [((70_000,),)] * 3
 
 
-@PATTERNS
+# ---- as torch's parts see it
+
+
+@both_patterns
 def test_compiles_as_one_graph(is_causal):
-    *tensors, output_gradient = inputs((1, 3, 12), 2, 2, 16, torch.float32, "qkv")
-    compiled = run(
-        torch.compile(block_sparse_attention, fullgraph=True),
-        *tensors,
-        output_gradient,
-        (1, 3, 12),
-        is_causal,
-    )
-    for ours, expected in zip(
-        compiled,
-        run(block_sparse_attention, *tensors, output_gradient, (1, 3, 12), is_causal),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    tensors = inputs((1, 3, 12), 2, 2, 16, torch.float32)
+    compiled = torch.compile(block_sparse_attention, fullgraph=True)
+    ours = run(compiled, *tensors, (1, 3, 12), is_causal)
+    expected = run(block_sparse_attention, *tensors, (1, 3, 12), is_causal)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 @needs_kernels
-@PATTERNS
+@both_patterns
 def test_operators_pass_opcheck(is_causal):
-    query, key, value, output_gradient = inputs((1, 4), 1, 2, 16, torch.float32, "qkv")
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(attention_kernels._forward, (*leaves, (1, 4), is_causal, 0.25))
-    saved = (
-        query,
-        key,
-        value,
-        *attention_kernels._forward(query, key, value, (1, 4), is_causal, 0.25),
-    )
-    torch.library.opcheck(
-        attention_kernels._backward, (output_gradient, *saved, (1, 4), is_causal, 0.25)
-    )
+    *tensors, output_gradient = inputs((1, 4), 1, 2, 16, torch.float32)
+    pattern = ((1, 4), is_causal, 0.25)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    torch.library.opcheck(attention_kernels._forward, (*leaves, *pattern))
+    saved = [*tensors, *attention_kernels._forward(*tensors, *pattern)]
+    torch.library.opcheck(attention_kernels._backward, (saved, output_gradient, *pattern))
 
 
-@pytest.mark.parametrize("kernels", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_kernels)])
 def test_autocast_casts(kernels, monkeypatch):
-    if not kernels:
-        monkeypatch.setattr(attention_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(attention_kernels, "INTERPRETED", kernels and DEVICE == "cpu")
     query, key, value, output_gradient = inputs((1, 4, 9), 1, 2, 16, torch.float32)
-    leaves = [query.requires_grad_(), key.requires_grad_(), value.bfloat16().requires_grad_()]
+    leaves = [x.detach().requires_grad_() for x in (query, key, value.bfloat16())]
     with torch.autocast(DEVICE, torch.bfloat16):
-        output = block_sparse_attention(
-            F.normalize(leaves[0], dim=-1),
-            F.normalize(leaves[1], dim=-1),
-            leaves[2],
-            (1, 4, 9),
-            scale=4.0,
-        )
-    assert output.dtype == torch.bfloat16
-    half = [x.bfloat16() for x in (F.normalize(query, dim=-1), F.normalize(key, dim=-1), leaves[2])]
-    assert torch.equal(
-        output, block_sparse_attention(*half, (1, 4, 9), scale=4.0)
-    )  # also where the PyTorch path computes in float32
-    gradients = torch.autograd.grad(output, leaves, output_gradient.bfloat16())
-    assert [x.dtype for x in gradients] == [torch.float32, torch.float32, torch.bfloat16] and all(
-        x.isfinite().all() for x in gradients
-    )
+        output = block_sparse_attention(*leaves, (1, 4, 9))
+    expected = block_sparse_attention(*(x.bfloat16() for x in leaves), (1, 4, 9))
+    assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
+    output.backward(output_gradient.bfloat16())
+    assert all(x.grad.dtype == x.dtype and x.grad.isfinite().all() for x in leaves)
 
 
 @needs_kernels
 def test_checkpoint_and_inputs_that_require_no_gradient():
     *tensors, output_gradient = inputs((1, 4, 9), 1, 2)
-    expected = run(block_sparse_attention, *tensors, output_gradient, (1, 4, 9), True)[1:]
+    _, *expected = run(block_sparse_attention, *tensors, output_gradient, (1, 4, 9), True)
     for chosen in itertools.product((False, True), repeat=3):
-        leaves = [
-            x.detach().requires_grad_(wanted) for x, wanted in zip(tensors, chosen, strict=True)
-        ]
+        leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors, chosen, strict=True)]
         output = checkpoint(block_sparse_attention, *leaves, (1, 4, 9), True, use_reentrant=False)
-        assert output.requires_grad == any(chosen)
         if any(chosen):
             output.backward(output_gradient)
         for leaf, gradient, wanted in zip(leaves, expected, chosen, strict=True):
@@ -531,166 +387,88 @@ def test_checkpoint_and_inputs_that_require_no_gradient():
 
 @needs_kernels
 def test_float32_is_exact_unless_torch_is_told_otherwise():
-    for allowed, precision in ((True, "tf32"), (False, "ieee")):  # False is where torch starts
+    for allowed, precision in ((True, "tf32"), (False, "ieee")):
         torch.backends.cuda.matmul.allow_tf32 = allowed
         assert attention_kernels._constants(0, 64, torch.float32, 8)["PRECISION"] == precision
 
 
 def test_an_empty_batch():
-    output = block_sparse_attention(
-        *(torch.zeros(0, 2, 3, 16, device=DEVICE) for _ in range(3)), (1, 2)
-    )
-    assert output.shape == (0, 2, 3, 16)
+    tensors = [torch.zeros(0, 2, 3, 16, device=DEVICE) for _ in range(3)]
+    assert block_sparse_attention(*tensors, (1, 2)).shape == (0, 2, 3, 16)
 
 
-BAD = [
-    (
-        dict(query=torch.zeros(2, 6, 16)),
-        r"query has shape \(2, 6, 16\), expected \(batch, heads, tokens, head_dim\)",
-    ),
-    (
-        dict(key=torch.zeros(1, 2, 5, 16)),
-        r"key has shape \(1, 2, 5, 16\), expected .*\(1, 2, 6, 16\)",
-    ),
-    (dict(value=torch.zeros(2, 2, 6, 16)), "value has shape"),
-    (
-        dict(key=torch.zeros(1, 2, 6, 16, dtype=torch.float64)),
-        r"key is torch.float64, expected .*torch.float32",
-    ),
-    (dict(value=torch.zeros(1, 2, 6, 16, device="meta")), "value is on meta, expected .*cpu"),
-    (
-        dict(query=torch.zeros(1, 2, 6, 16, dtype=torch.int64)),
-        "query is torch.int64, expected one of torch.float16",
-    ),
-    (dict(query=torch.zeros(1, 2, 6, 16, dtype=torch.complex64)), "query is torch.complex64"),
-    (
-        dict(query=torch.zeros(1, 2, 6, 8)),
-        "query has head_dim 8, expected a multiple of 8 from 16 to 256",
-    ),
-    (dict(query=torch.zeros(1, 2, 6, 264)), "head_dim 264"),
-    (dict(query=torch.zeros(1, 2, 6, 20)), "head_dim 20"),
-    (
-        dict(query=torch.zeros(1, 2, 0, 16), block_lengths=()),
-        r"query has shape \(1, 2, 0, 16\), expected .*at least one token",
-    ),
-    (dict(query=None), "query is NoneType, expected a tensor"),
-    (dict(key=[1.0]), "key is list, expected a tensor"),
-    (dict(value=None), "value is NoneType, expected a tensor"),
-    (dict(block_lengths=(True, 5)), r"block_lengths is \(True, 5\), expected"),
-    (
-        dict(block_lengths=(1, 4)),
-        r"block_lengths is \(1, 4\), which sums to 5, expected the 6 tokens of query",
-    ),
-    (dict(block_lengths=()), r"block_lengths is \(\), which sums to 0"),
-    (
-        dict(block_lengths=(6, 0)),
-        r"block_lengths is \(6, 0\), expected a sequence of positive ints",
-    ),
-    (dict(block_lengths=(7, -1)), r"block_lengths is \(7, -1\), expected"),
-    (dict(block_lengths=(2.0, 4.0)), r"block_lengths is \(2.0, 4.0\), expected"),
-    (dict(block_lengths=6), "block_lengths is 6, expected a sequence of positive ints"),
-    (dict(scale=0.0), "scale is 0.0, expected a positive number"),
-    (dict(scale=-1), "scale is -1"),
-    (dict(scale=True), "scale is True"),
-    (dict(scale=float("nan")), "scale is nan"),
-    (dict(scale="big"), "scale is 'big'"),
-]
+GOOD = torch.zeros(1, 2, 6, 16)
+WIDTHS = torch.zeros(1, 2, 6, 292).split((8, 20, 264), -1)
+BAD = dict(
+    query=[None, GOOD[0], GOOD[:, :, :0], GOOD.long(), GOOD.cfloat(), *WIDTHS],
+    key=[[1.0], GOOD[:, :, :5], GOOD[:, :1], GOOD.double()],
+    value=[None, GOOD[0], GOOD.bfloat16(), GOOD.to("meta")],
+    block_lengths=[(1, 4), (), (6, 0), (7, -1), (2.0, 4.0), (True, 5), 6],
+    scale=[0.0, -1, True, float("nan"), float("inf"), "big"],
+)
 
 
-@pytest.mark.parametrize(("wrong", "message"), BAD, ids=[message[:40] for _, message in BAD])
+@pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("attention", [block_sparse_attention, dense_masked_attention])
-def test_bad_input(attention, wrong, message):
-    arguments = (
-        {name: torch.zeros(1, 2, 6, 16) for name in ("query", "key", "value")}
-        | dict(block_lengths=(1, 5))
-        | wrong
-    )
-    with pytest.raises(ValueError, match=message):
-        attention(**arguments)
+def test_bad_input_is_named(attention, name):
+    good = dict(query=GOOD, key=GOOD, value=GOOD, block_lengths=(1, 5))
+    for wrong in BAD[name]:
+        with pytest.raises(ValueError, match=rf"^{name} .*, expected "):
+            attention(**good | {name: wrong})
 
 
 def test_importing_needs_no_triton():
     program = (
-        "import sys; sys.modules['triton'] = None; import torch, attention_kernels as a; x = torch.ones(1, 1, 3, 16); "
-        "assert a.triton is None and a.block_sparse_attention(x, x, x, (1, 2), True).shape == x.shape"
+        "import sys; sys.modules['triton'] = None; import doctest, attention_kernels as a\n"
+        "assert a.triton is None and doctest.testmod(a) == (0, 2)"
     )
-    subprocess.run(
-        [sys.executable, "-c", program], check=True, cwd=Path(attention_kernels.__file__).parent
-    )
+    root = Path(attention_kernels.__file__).parent
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
 
 
-class Device:
-    """What Triton asks of a driver in order to compile for an architecture."""
+# ---- compiled ahead of time
 
-    def __init__(self, architecture):
-        self.architecture = architecture
-
-    def get_current_device(self):
-        return self.architecture
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return triton.backends.compiler.GPUTarget("cuda", self.architecture, 32)
-
-
-class Compiled:
-    """A kernel that is compiled for its launch, but not launched."""
-
-    def __init__(self, kernel, results):
-        self.kernel, self.results = kernel, results
-
-    def __getitem__(self, grid):
-        return lambda *args, **constants: self.results.append(
-            self.kernel.warmup(*args, grid=grid, **constants)
-        )
+# KiB of shared memory, and the tensor cores' instruction
+LIMITS = {80: (99, "mma.sync"), 90: (227, "wgmma.mma_async"), 100: (227, "tcgen05.mma")}
 
 
 def compile_kernels(architecture, dtype, head_dim):
-    """Registers, spills, shared memory and tensor-core instructions of the three kernels, as the operators launch them for a qkv."""
-    results, block_lengths = [], (1, 4, 9, 16)
-    triton.runtime.driver.set_active(Device(architecture))
+    """What each kernel uses, compiled as the operators launch it for a qkv."""
+    driver = mock.Mock()
+    driver.get_current_device.return_value = architecture
+    driver.get_current_stream.return_value = 0
+    target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
+    driver.get_current_target.return_value = target
+    triton.runtime.driver.set_active(driver)
+
+    launch = triton.JITFunction.run
+    results = []
+
+    def compile_only(*args, warmup, **options):
+        results.append(launch(*args, warmup=True, **options))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(architecture, 10))
-        for kernel in KERNELS:
-            patch.setattr(
-                attention_kernels, kernel, Compiled(getattr(attention_kernels, kernel), results)
-            )
-        query, key, value, output_gradient = inputs(
-            block_lengths, 2, 4, head_dim, getattr(torch, dtype), "qkv"
-        )
-        output, logsumexp = attention_kernels._forward(query, key, value, block_lengths, False, 1.0)
-        attention_kernels._backward(
-            output_gradient, query, key, value, output, logsumexp, block_lengths, False, 1.0
-        )
+        patch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(architecture, 10))
+        patch.setattr(triton.JITFunction, "run", compile_only)
+        tensors = inputs((1, 4, 9, 16), 2, 4, head_dim, getattr(torch, dtype))
+        run(lambda *x: attention_kernels._forward(*x, (1, 4, 9, 16), False, 1.0)[0], *tensors)
+
+    rows = []
     for name, built in zip(KERNELS, results, strict=True):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(built.asm["cubin"])
             cubin.flush()
-            cuobjdump = triton.knobs.nvidia.cuobjdump.path
-            usage, sass = (
-                subprocess.run(
-                    [cuobjdump, flag, cubin.name], check=True, capture_output=True, text=True
-                ).stdout
-                for flag in ("--dump-resource-usage", "-sass")
-            )
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        tensor_cores = {
-            instruction: built.asm["ptx"].count(instruction)
-            for instruction in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-        }
-        yield dict(
-            architecture=architecture,
-            dtype=dtype,
-            head_dim=head_dim,
-            kernel=name,
-            registers=registers,
-            stack=stack,
-            spills=len(re.findall(r"\s(?:STL|LDL)[. ]", sass)),
-            shared=built.metadata.shared,
-            **tensor_cores,
-        )
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin.name]
+            dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump).groups())
+        spills = len(re.findall(r"\s(?:STL|LDL)[. ]", dump))
+        row = dict(architecture=architecture, dtype=dtype, head_dim=head_dim, kernel=name)
+        row |= dict(registers=registers, stack=stack, spills=spills, shared=built.metadata.shared)
+        for _, instruction in LIMITS.values():
+            row[instruction] = built.asm["ptx"].count(instruction)
+        rows.append(row)
+    return rows
 
 
 @needs_kernels
@@ -698,45 +476,28 @@ def test_compiled_ahead_of_time():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setenv("PYTHONPATH", str(Path(attention_kernels.__file__).parent))
-        done = subprocess.run(
-            [sys.executable, __file__], check=True, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, __file__], check=True, capture_output=True)
     if not done.stdout:
         pytest.skip("this Triton brings no ptxas or cuobjdump")
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kernels) == 45
     for kernel in kernels:
-        assert kernel["shared"] <= {80: 99, 90: 227, 100: 227}[kernel["architecture"]] * 1024, (
-            kernel
-        )
-        if (
-            kernel["dtype"] == "float32"
-        ):  # whose products are not the tensor cores', and which may spill
-            continue
-        assert kernel["spills"] == kernel["stack"] == 0, kernel
-        assert (
-            kernel[
-                {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[kernel["architecture"]]
-            ]
-            > 0
-        ), kernel
-
-
-def compile_in_worker(*job):  # a worker that printed would mix its lines with the other's
-    return list(compile_kernels(*job))
+        limit, product = LIMITS[kernel["architecture"]]
+        assert kernel["shared"] <= limit * 1024, kernel
+        if kernel["dtype"] != "float32":  # whose products are not the tensor cores', and may spill
+            assert kernel["spills"] == kernel["stack"] == 0, kernel
+            assert kernel[product] > 0, kernel
 
 
 def main():
-    tools = triton.knobs.nvidia
-    if all(Path(tool.path).exists() for tool in (tools.ptxas, tools.cuobjdump)):
-        with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-            sizes = [
-                *itertools.product(("bfloat16", "float16"), (64, 128)),
-                ("float32", 256),
-            ]  # the last has the smallest steps
-            jobs = ((architecture, *size) for architecture in (80, 90, 100) for size in sizes)
-            for results in pool.map(compile_in_worker, *zip(*jobs)):
-                print(*map(json.dumps, results), sep="\n", flush=True)
+    tools = (triton.knobs.nvidia.ptxas, triton.knobs.nvidia.cuobjdump)
+    if not all(Path(tool.path).exists() for tool in tools):
+        return
+    sizes = [*itertools.product(("bfloat16", "float16"), (64, 128)), ("float32", 256)]
+    jobs = [(architecture, *size) for architecture in LIMITS for size in sizes]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        for rows in pool.map(compile_kernels, *zip(*jobs, strict=True)):
+            print(*map(json.dumps, rows), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

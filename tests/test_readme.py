@@ -1,4 +1,4 @@
-"""What a newcomer relies on: README's commands and example, files that can be copied alone, quiet imports, functions that fit a screen."""
+"""What a newcomer relies on: README's commands and example, files that run alone, budgets."""
 
 import ast
 import os
@@ -18,23 +18,17 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("attention_kernels", "tokenizer", "hmar", "sample", "train")
 README = (ROOT / "README.md").read_text()
+BUDGETS = dict(attention_kernels=23_000, tokenizer=21_000, hmar=23_000, sample=24_000, train=39_000)
 
 
 def python(*arguments, cwd):
     """Runs Python in a folder that holds whatever it imports; returns what it printed."""
-    plain = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "TRITON_INTERPRET")
-    }
+    hidden = ("PYTHONPATH", "TRITON_INTERPRET")
+    plain = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment = plain | dict(OMP_NUM_THREADS="1", COLUMNS="120")
+    command = [sys.executable, *arguments]
     done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=plain | dict(OMP_NUM_THREADS="1", COLUMNS="120"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -45,11 +39,19 @@ def blocks(language):
 
 
 def test_first_code_block_is_two_commands():
-    first = (
-        re.search(r"^```\w*\n(.*?)^```$", README, re.MULTILINE | re.DOTALL).group(1).splitlines()
-    )
+    first = re.search(r"^```\w*\n(.*?)^```$", README, re.MULTILINE | re.DOTALL).group(1)
+    first = first.splitlines()
     assert len(first) == 2
     assert "train.py" in first[0] and "pytest" in first[1]
+
+
+def test_readme_fits_a_screen():
+    lines = README.splitlines()
+    numbers = re.findall(r"\d[\d,.]*", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    print(f"README: {len(lines)} lines, {len(README.encode())} bytes, {len(numbers)} numbers")
+    assert len(lines) <= 120 and len(README.encode()) < 8000 and len(numbers) < 100
+    tables = re.findall(r"^\|[ :-]+\|", README, re.MULTILINE)
+    assert len(tables) <= 2
 
 
 def test_readme_example_runs():
@@ -59,7 +61,7 @@ def test_readme_example_runs():
 
 
 def test_readme_commands_run(tmp_path, monkeypatch):
-    """Every line of the shell blocks after the first, as it stands and in that order, on a few drawings and with few steps."""
+    """Every line of the shell blocks after the first, in order, on a few drawings and steps."""
     monkeypatch.chdir(tmp_path)
     for index in range(24):
         folder = Path("my_images", ("bird", "cat", "dog", "fish")[index % 4])
@@ -67,25 +69,18 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         train.draw_shape(index)[0].save(folder / f"{index}.png")
     train.draw_shape(3)[0].save("photo.png")
     Image.new("L", (8, 8), "white").save("mask.png")
+
     _, *others = blocks("sh")
     lines = "".join(others).splitlines()
-    assert len(lines) >= 11
+    assert len(lines) >= 8
+    few = {"train.py": (train, "--steps 2 --batch 4"), "sample.py": (sample, "--count 2")}
     for line in lines:
         _, script, *flags = shlex.split(line.replace("RUN", "runs/my_images"), comments=True)
-        command, few = {
-            "train.py": (train, "--steps 2 --batch 4 --workers 0"),
-            "sample.py": (sample, "--count 2"),
-        }[script]
-        assert command.main([*flags, *few.split()]) == 0, line
-    for made in (
-        "cats.png",
-        "drawn/000000-0.png",
-        "growing.gif",
-        "samples.npz",
-        "runs/large/tokenizer.pt",
-        "runs/more/hmar.pt",
-    ):
-        assert Path(made).is_file(), made
+        command, more = few[script]
+        assert command.main([*flags, *more.split()]) == 0, line
+    made = ["cats.png", "drawn/000000-0.png", "growing.gif", "samples.npz", "runs/more/hmar.pt"]
+    for path in made:
+        assert Path(path).is_file(), path
 
 
 @pytest.mark.parametrize(
@@ -95,18 +90,9 @@ def test_copied_alone_a_file_runs_its_example(tmp_path, names):
     for name in names:
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     report = python("-m", "doctest", "-v", f"{names[0]}.py", cwd=tmp_path)
-    assert (
-        re.search(r"^[1-9]\d* passed", report, re.MULTILINE)
-        and "0 failed" in report
-        or "Test passed" in report
-    )
+    passed = re.search(r"^[1-9]\d* passed", report, re.MULTILINE) and "0 failed" in report
+    assert passed or "Test passed" in report
     assert ">>>" in (ROOT / f"{names[0]}.py").read_text()
-
-
-def test_readme_counts_the_lines_of_the_files():
-    for name in MODULES:
-        lines = int(re.search(rf"^\| `{name}.py` \| (\d+) \|", README, re.MULTILINE).group(1))
-        assert abs(lines - len((ROOT / f"{name}.py").read_text().splitlines())) <= 15, name
 
 
 def test_imports_print_nothing():
@@ -115,44 +101,44 @@ def test_imports_print_nothing():
 
 def test_flags_that_readme_names_exist_and_help_fits_a_screen():
     helps = {name: python(f"{name}.py", "--help", cwd=ROOT) for name in ("train", "sample")}
-    assert all(len(text.splitlines()) <= 62 for text in helps.values())
+    shown = re.compile(r"^  (--[a-z-]+)", re.MULTILINE)
+    flags = {name: shown.findall(text) for name, text in helps.items()}
+    assert len(flags["train"]) <= 30 and len(flags["sample"]) <= 22
+    assert all(len(text.splitlines()) <= 50 for text in helps.values())
     for line in "\n".join(blocks("sh")).splitlines():
-        for name, text in helps.items():
+        for name in helps:
             if f"{name}.py" in line:
-                after = line.split(f"{name}.py")[1].partition("#")[0]
-                assert all(
-                    re.search(rf"{flag}\b", text) for flag in re.findall(r"--[a-z-]+", after)
-                ), line
+                used = re.findall(r" (--[a-z-]+)", line.split(f"{name}.py")[1].partition("#")[0])
+                assert set(used) <= set(flags[name]), line
+
+
+def test_sizes_of_files_are_printed():
+    """The budgets of the house are wishes, and how far off a file is, is printed: pytest -s."""
+    total = 0
+    for name in MODULES:
+        text = (ROOT / f"{name}.py").read_text()
+        total += len(text.encode())
+        print(
+            f"{name}.py: {len(text.encode())} bytes of {BUDGETS[name]}, {text.count(chr(10))} lines"
+        )
+    print(f"together {total} of {sum(BUDGETS.values())}")
+    assert total <= 180_000
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_functions_fit_a_screen_and_only_the_agreed_packages_are_imported(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text())
-    imported = {
-        alias.name.partition(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    imported |= {
-        node.module.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-    }
-    assert imported - set(sys.stdlib_module_names) - set(MODULES) <= {
-        "torch",
-        "triton",
-        "numpy",
-        "PIL",
-    }
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
+    agreed = {"torch", "triton", "numpy", "PIL", *MODULES}
+    assert imported - set(sys.stdlib_module_names) <= agreed
+
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    long = [
-        node.name
-        for node in functions
-        if node.end_lineno - node.lineno >= 60 and not node.name.endswith("_kernel")
-    ]
-    assert not long
-    public = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-    ]
-    assert ast.get_docstring(tree) and public
+    for node in functions:
+        limit = 90 if node.name.endswith("_kernel") or node.name in ("init", "parser") else 50
+        assert node.end_lineno - node.lineno < limit, node.name
+    assert ast.get_docstring(tree)
