@@ -12,7 +12,6 @@ from helpers import (
     close,
     double,
     leaves_equal,
-    lengths,
     normal,
     pyramids,
     quantiser,
@@ -35,6 +34,10 @@ TICKS = np.linspace(1 / 12, 11 / 12, 4)
 def small(**options):
     sizes = dict(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
     return tokenizer.init(**sizes | options)
+
+
+def lengths(scales):
+    return [h * w for h, w in scales]
 
 
 def random_mask(tokens, scales, seed):
