@@ -1220,7 +1220,8 @@ def drop_metrics(args, step):
         return
     kept = []
     for line in Path(path).read_text().splitlines(True):
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill may have cut the last
+        # a kill may have cut the last one
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             if json.loads(line)["stage"] != args.stage or json.loads(line)["step"] <= step:
                 kept.append(line)
     write_atomically(path, lambda file: file.write("".join(kept).encode()))

@@ -1004,7 +1004,7 @@ def test_what_a_kill_left_half_written_goes_and_the_users_own_files_stay(start, 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     flags = ["tokenizer", "--data", folder, "--out", tmp_path, "--save-every", 1, "--steps", 3]
-    start(*flags, hook=partial(die_at_fsync, 5)).ended(-signal.SIGKILL)
+    start(*flags, hook=partial(die_at_fsync, 4)).ended(-signal.SIGKILL)
     assert len(list(tmp_path.glob("tokenizer.*.tmp"))) == 2
     start(*flags).ended()
     assert sorted(map(str, tmp_path.rglob("*.tmp"))) == sorted(str(tmp_path / x) for x in own)
@@ -1064,7 +1064,7 @@ def test_a_damaged_checkpoint_or_metrics_are_told_or_passed_over(base, folder, t
     run(*flags, "--steps", 1)
     record = json.loads((tmp_path / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps(record | dict(made={})))
-    hostile = ["5", "[]", '{"step": 1}', "null", '{"stage": 1, "step": "a"}', "[" * 100_000, '{"st']
+    hostile = ["5", "[]", '{"step": 1}', "null", '{"stage": "tokenizer", "step": "a"}', "[" * 100_000, '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(hostile))
     run(*flags, "--steps", 1)
     assert len(lines_of(tmp_path)) == 2
@@ -1179,7 +1179,7 @@ BAD = {  # what is wrong: (flags, what the line says)
     "one scale": ("--scales 8", "expected two or more"),
     "out of order": ("--scales 1 4 2 8", "scales"),
     "no side": ("--scales 0 8", "scales"),
-    "channels": ("--channels 48", "channels, multipliers: got 48, (1, 1), expected"),
+    "channels": ("--channels 48", "expected 1 or more, channels a multiple of 32"),
     "width": ("--width 100", "--width: got 100, heads of 100 dimensions"),
     "no steps": ("--steps 0", "--steps: got 0, expected 1 to"),
     "many steps": ("--steps " + "9" * 400, "--steps"),
