@@ -1064,7 +1064,15 @@ def test_a_damaged_checkpoint_or_metrics_are_told_or_passed_over(base, folder, t
     run(*flags, "--steps", 1)
     record = json.loads((tmp_path / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps(record | dict(made={})))
-    hostile = ["5", "[]", '{"step": 1}', "null", '{"stage": "tokenizer", "step": "a"}', "[" * 100_000, '{"st']
+    hostile = [
+        "5",
+        "[]",
+        '{"step": 1}',
+        "null",
+        '{"stage": "tokenizer", "step": "a"}',
+        "[" * 100_000,
+        '{"st',
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(hostile))
     run(*flags, "--steps", 1)
     assert len(lines_of(tmp_path)) == 2
