@@ -19,6 +19,10 @@ Arguments that do not fit the tree, or are not as follows, are a ValueError.
     gates       (B, depth, 2), from stochastic_depth
     k           scale k alone, from its own part of the others; scale 0 has no inputs: None
 
+    >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
+    >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
+    torch.Size([2, 5, 64])
+
 Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024), adaptive layer norm as in DiT (2023).
 """
 
