@@ -72,10 +72,11 @@ def steps(
 
     labels (B,) int64. schedule: for each scale the tokens kept at each pass, as `masked_schedule`
     makes it. guidance, mask_guidance: a number g, rising over scales as g k / (S - 1), or one a
-    scale; 0 is cheaper by half. None of these three is as in `defaults`. temperature divides the logits, below 0.001 arg max; then top_k codes
-    stay, 0 = all; then top_p of the probability. Image i draws the numbers of seed + i, or seed[i].
-    is_causal: VAR, with a key/value cache. known: (tokens (B, L), given (B, L) bool) of an image,
-    for `edit`. ValueError on what does not fit.
+    scale; 0 is cheaper by half. None of these three is what `defaults` says. temperature divides
+    the logits, below 0.001 arg max; then top_k codes stay, 0 = all; then top_p of the probability.
+    Image i draws the numbers of seed + i, or seed[i]. is_causal: VAR, with a key/value cache.
+    known: (tokens (B, L), given (B, L) bool) of an image, for `edit`. ValueError on what does not
+    fit.
     """
     scales = hmar.scales(params)
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
