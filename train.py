@@ -130,7 +130,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
         if run.is_over(step):
             break
 
-        stopped = stop.agreed(step)
+        stopped = stop.agreed(step, args.device)
         if stopped or step % args.save_every == 0:
             require_finite(args, step, norm.isfinite())  # of weights that are not, it is not
             run.save(step)
@@ -1054,11 +1054,12 @@ class StopSignal:
         self.asked = True
         signal.signal(number, signal.default_int_handler)
 
-    def agreed(self, step):
+    def agreed(self, step, device):
         """The same answer on every process, asked every tenth step where there are several."""
         if world() == 1:
             return self.asked
-        return step % 10 == 0 and bool(summed(torch.tensor(float(self.asked))))
+        asked = torch.tensor(float(self.asked), device=device)
+        return step % 10 == 0 and bool(summed(asked))
 
     def close(self):
         """Ends the watch; what was asked during the last step ends the run now."""
