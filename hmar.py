@@ -55,13 +55,13 @@ def scales(params):
 
 
 def next_scale_logits(params, labels, inputs, is_causal=False):
-    """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR, section 3)."""
+    """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR)."""
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
     return logits(features, **params["next_scale"]["head"])
 
 
 def masked_logits(params, labels, inputs, own_inputs, mask):
-    """Logits (B, L, codes), fp32, given visible tokens of the own scale too (HMAR, section 3)."""
+    """Logits (B, L, codes), fp32, given visible tokens of the own scale too (HMAR)."""
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask)
     return logits(features, **params["masked"]["head"])
 
