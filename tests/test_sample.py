@@ -764,8 +764,7 @@ def test_published_weights_need_no_run_folder(tmp_path, capsys):
 def broken(tmp_path_factory):
     """Files that hold no weights."""
     folder = tmp_path_factory.mktemp("broken")
-    for name, value in dict(tensor=torch.zeros(3), code=print).items():
-        torch.save(value, folder / f"{name}.pt")
+    torch.save(print, folder / "code.pt")
     return folder
 
 
@@ -777,13 +776,11 @@ def broken(tmp_path_factory):
         ("{run} --schedule 1/a/12", "argument --schedule: invalid kept_numbers value: '1/a/12'"),
         ("{run} --schedule 1/4/12 --mask-steps 1", "not allowed with argument --schedule"),
         ("{run} --count 0", "--count: got 0, expected 1 to"),
-        ("{run} --temp 1", "unrecognized arguments: --temp"),
         ("{run} --out {run}/hmar.pt/x.png", "hmar.pt/x.png"),
         ("{run} --out x.jpg", "--out: got x.jpg, expected"),
         ("{run}/none", "none/hmar.pt"),
         ("", "expected a run folder, or both --weights and --tokenizer"),
         ("{run} --weights {broken}/code.pt", "code.pt: no weights that can be read safely"),
-        ("{run} --weights {broken}/tensor.pt", "tensor.pt: state_dict: expected"),
         ("{run} --tokenizer {run}/hmar.pt", "hmar.pt: "),
         ("{run} --edit {run}/photo.png", "--edit: expected with one of --mask and --pad"),
         ("{run} --edit {run}/photo.png --pad 0.5", "--pad: got 0.5, expected 0.01 to 0.49"),
