@@ -588,6 +588,7 @@ def run(args):
     if args.mask_steps is not None:
         options["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
     settings = dict(labels=classes, dtype=str(dtype), models=[digest(params), digest(codec)])
+    settings["defaults"] = defaults(params)
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models = pytree.tree_map(lambda leaf: leaf.to(device), models)
 
@@ -613,6 +614,7 @@ def run(args):
         write_image(args.out, pages[0], "GIF", **more)
     else:
         fill_folder(args, settings, labels.tolist(), make)
+    print(f"wrote {printable(args.out)}")
 
 
 def fill_folder(args, settings, labels, make):
