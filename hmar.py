@@ -19,6 +19,10 @@ Arguments that do not fit the tree, or are not as follows, are a ValueError.
     gates       (B, depth, 2), from stochastic_depth
     k           scale k alone, from its own part of the others; scale 0 has no inputs: None
 
+    >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
+    >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
+    torch.Size([2, 5, 64])
+
 Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024), adaptive layer norm as in DiT (2023).
 """
 
@@ -51,13 +55,13 @@ def scales(params):
 
 
 def next_scale_logits(params, labels, inputs, is_causal=False):
-    """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR, section 3)."""
+    """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR)."""
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
     return logits(features, **params["next_scale"]["head"])
 
 
 def masked_logits(params, labels, inputs, own_inputs, mask):
-    """Logits (B, L, codes), fp32, given visible tokens of the own scale too (HMAR, section 3)."""
+    """Logits (B, L, codes), fp32, given visible tokens of the own scale too (HMAR)."""
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask)
     return logits(features, **params["masked"]["head"])
 
@@ -477,25 +481,21 @@ def _template(leaves):
         fits = _is_dense(leaf) and leaf.ndim == ndim and all(leaf.shape)
         return tuple(leaf.shape) if fits else (1,) * ndim
 
-    def count(start, end):
-        return sum(name.startswith(start) and name.endswith(end) for name in leaves)
-
-    has_mask = count("masked.", "") > 0
-    trunk = count("trunk.", ".qkv")
-    branch = max(has_mask, count("masked." if has_mask else "next_scale.", ".qkv"))
-    first = "trunk.0" if trunk else "next_scale.blocks.0"
-    heads = sizes(f"{first}.attention.log_temperature", 1)[0]
+    stacks = [name.rsplit(".", 3)[0] for name in leaves if name.endswith(".attention.qkv")]
+    positions = [sizes(name, 3)[:2] for name in leaves if name.startswith("positions.")]
+    heads = [sizes(name, 1)[0] for name in leaves if name.endswith(".log_temperature")]
+    has_mask = any(name.startswith("masked.") for name in leaves)
+    branch = max(has_mask, stacks.count("masked.blocks" if has_mask else "next_scale.blocks"))
     classes, width = sizes("classes", 2)
-    levels = range(max(1, count("positions.", "")))
     with torch.device("meta"):
         template = init(
-            depth=max(1, trunk + branch),
+            depth=max(1, stacks.count("trunk") + branch),
             classes=max(1, classes - 1),
             codes=sizes("next_scale.head.bias", 1)[0],
             code_dim=sizes("input.weight", 2)[1],
-            scales=[sizes(f"positions.{k}", 3)[:2] for k in levels],
+            scales=positions or [(1, 1)],
             width=width,
-            heads=math.gcd(heads, width),
+            heads=math.gcd(width, *heads[:1]),
         )
         if branch:
             template = add_masked_branch(template, branch, "masked.own_input" in leaves)
@@ -522,7 +522,7 @@ def _checked_lengths(params, labels, inputs, k, least):
     lengths = [h * w for h, w in scales(params)]
     batch = labels.numel() if torch.is_tensor(labels) else 0
     _expect("labels", labels, (batch,), torch.int64, below=len(params["classes"]))
-    if k is not None and k not in range(least, len(lengths)):
+    if k is not None and not least <= k < len(lengths):
         raise ValueError(f"k: got {k}, expected a scale from {least} to {len(lengths) - 1}")
     if k != 0:
         count = sum(lengths[1:]) if k is None else lengths[k]

@@ -59,8 +59,8 @@ def steps(
     labels,
     *,
     schedule=None,
-    guidance=1.5,
-    mask_guidance=0.0,
+    guidance=None,
+    mask_guidance=None,
     temperature=1.0,
     top_k=0,
     top_p=1.0,
@@ -71,12 +71,12 @@ def steps(
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
     labels (B,) int64. schedule: for each scale the tokens kept at each pass, as `masked_schedule`
-    makes it; None is the published one where there is a masked branch, else one pass a scale.
-    guidance, mask_guidance: a number g, rising over scales as g k / (S - 1), or one a scale; 0 is
-    cheaper by half. temperature divides the logits, below 0.001 arg max; then top_k codes
-    stay, 0 = all; then top_p of the probability. Image i draws the numbers of seed + i, or seed[i].
-    is_causal: VAR, with a key/value cache. known: (tokens (B, L), given (B, L) bool) of an image,
-    for `edit`. ValueError on what does not fit.
+    makes it. guidance, mask_guidance: a number g, rising over scales as g k / (S - 1), or one a
+    scale; 0 is cheaper by half. None of these three is what `defaults` says. temperature divides
+    the logits, below 0.001 arg max; then top_k codes stay, 0 = all; then top_p of the probability.
+    Image i draws the numbers of seed + i, or seed[i]. is_causal: VAR, with a key/value cache.
+    known: (tokens (B, L), given (B, L) bool) of an image, for `edit`. ValueError on what does not
+    fit.
     """
     scales = hmar.scales(params)
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
@@ -88,6 +88,10 @@ def steps(
     check_number("top_p", top_p, 1e-9, 1)
     seeds = check_seeds(seed, len(labels))
     choose = partial(chosen, seeds=seeds, temperature=temperature, top_k=top_k, top_p=top_p)
+    usual = defaults(params)
+    schedule = usual[0] if schedule is None else schedule
+    guidance = usual[1] if guidance is None else guidance
+    mask_guidance = usual[2] if mask_guidance is None else mask_guidance
     schedule = check_schedule(schedule, scales, "masked" in params)
     guidance = per_scale("guidance", guidance, scales)
     mask_guidance = per_scale("mask_guidance", mask_guidance, scales)
@@ -254,6 +258,19 @@ def published_schedule(scales):
     return ((counts[0],), *later)
 
 
+def defaults(params):
+    """(schedule, guidance, mask_guidance): what measured best, or for published trees as published.
+
+    A tree of our own is told by its masked branch, which has an input of its own.
+    """
+    scales = hmar.scales(params)
+    if "own_input" in params.get("masked", {}):
+        return masked_schedule(scales, 1), 2.0, 1.5
+    if "masked" in params:
+        return published_schedule(scales), 1.5, 0.0
+    return tuple((count,) for count in tokenizer.lengths(scales)), 1.5, 0.0
+
+
 def kept_counts(passes, hidden, has_masked_branch):
     """[(B,), ...]: how many of its hidden tokens (B, n) an image keeps at each pass, in proportion.
 
@@ -351,11 +368,8 @@ def per_scale(name, value, scales):
 
 
 def check_schedule(schedule, scales, has_masked_branch):
-    """The schedule, None replaced. ValueError unless each entry sums to its scale's tokens."""
+    """The schedule. ValueError unless each entry sums to its scale's tokens."""
     counts = tokenizer.lengths(scales)
-    if schedule is None:
-        return published_schedule(scales) if has_masked_branch else [[count] for count in counts]
-
     fits = isinstance(schedule, (list, tuple)) and len(schedule) == len(counts)
     require(fits, f"schedule: got {schedule!r}, expected an entry for each of {len(counts)} scales")
     for k, kept in enumerate(schedule):
@@ -501,13 +515,13 @@ def parser():
     add("--count", type=number(int, 1), default=8, help="images a label (8)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of image 0; image i has i more (0)")
     add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
-    add("--guidance", nargs="+", type=float, default=[1.5], help="at the last scale, or each (1.5)")
-    add("--mask-guidance", nargs="+", type=float, default=[0], help="of masked passes (0)")
+    add("--guidance", nargs="+", type=float, help="at the last scale, or each (2)")
+    add("--mask-guidance", nargs="+", type=float, help="of masked passes (1.5)")
     add("--temperature", type=float, default=1, help="0: arg max (1)")
     add("--top-k", type=int, default=0, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, default=1, help="probability that may be drawn (1)")
     either = top.add_mutually_exclusive_group().add_argument
-    either("--mask-steps", type=number(int, 0), help="masked passes a scale (as published)")
+    either("--mask-steps", type=number(int, 0), help="masked passes a scale (1)")
     either("--schedule", type=kept_numbers, help="tokens kept at each pass: '1 / 1,3 / 16'")
     add("--edit", help="image to repaint")
     either = top.add_mutually_exclusive_group().add_argument
@@ -574,6 +588,7 @@ def run(args):
     if args.mask_steps is not None:
         options["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
     settings = dict(labels=classes, dtype=str(dtype), models=[digest(params), digest(codec)])
+    settings["defaults"] = defaults(params)
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models = pytree.tree_map(lambda leaf: leaf.to(device), models)
 
@@ -599,6 +614,7 @@ def run(args):
         write_image(args.out, pages[0], "GIF", **more)
     else:
         fill_folder(args, settings, labels.tolist(), make)
+    print(f"wrote {printable(args.out)}")
 
 
 def fill_folder(args, settings, labels, make):

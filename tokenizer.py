@@ -269,7 +269,7 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     for f_hat in f_hats:
         loss = loss + F.mse_loss(f_hat, f.detach()) + commitment * F.mse_loss(f, f_hat.detach())
 
-    # after the whole images' maps the coarse ones': what the gradient sees, what the decoder sees
+    # behind the whole images stand the coarse ones: what the gradient sees, what is decoded
     count = len(stops)
     rows = torch.arange(count, device=f.device)
     means = torch.stack([cell_means(f[:count], size) for size in scales])
@@ -350,8 +350,10 @@ def init(
         attentions = attentions if attention else 0
         return dict(blocks=made, attentions=[attend(outputs) for _ in range(attentions)])
 
-    middle, deepest = widths[-1], len(widths) - 1
-    coarser, finer = [*widths[1:], middle], [channels, *widths]
+    middle = widths[-1]
+    deepest = len(widths) - 1
+    inputs_down = [channels, *widths]
+    inputs_up = [*widths[1:], middle]
 
     def level(i, inputs, count, sample, last):
         tree = blocks(inputs, widths[i], count, count if i == deepest else 0)
@@ -363,7 +365,7 @@ def init(
     count = residual_blocks
     encoder = dict(
         conv_in=conv(3, channels),
-        down=[level(i, finer[i], count, "downsample", deepest) for i in levels],
+        down=[level(i, inputs_down[i], count, "downsample", deepest) for i in levels],
         middle=blocks(middle, middle, 2, 1),
         norm_out=norm(middle),
         conv_out=conv(middle, code_dim),
@@ -377,7 +379,7 @@ def init(
     decoder = dict(
         conv_in=conv(code_dim, middle),
         middle=blocks(middle, middle, 2, 1),
-        up=[level(i, coarser[i], count + 1, "upsample", 0) for i in reversed(levels)],
+        up=[level(i, inputs_up[i], count + 1, "upsample", 0) for i in reversed(levels)],
         norm_out=norm(widths[0]),
         conv_out=conv(widths[0], 3),
     )

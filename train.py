@@ -64,7 +64,7 @@ PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published 
     "batch": (16, 64),
     "ema": (0.998, 0.9999),
     "warmup": (100, 1000),
-    "steps": ((1200, 1300, 300), (200_000, 400_000, 80_000)),  # of each stage
+    "steps": ((1400, 1800, 300), (200_000, 400_000, 80_000)),  # of each stage
     "lr": ((4e-3, 4e-3, 2e-3), (1e-4, 1e-4, 1e-4)),
 }
 LARGEST_SMALL = 64  # pixels
@@ -130,7 +130,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
         if run.is_over(step):
             break
 
-        stopped = stop.agreed(step)
+        stopped = stop.agreed(step, args.device)
         if stopped or step % args.save_every == 0:
             require_finite(args, step, norm.isfinite())  # of weights that are not, it is not
             run.save(step)
@@ -818,7 +818,7 @@ def train(args):
             say(f"{stage}: finished before, {path}")
             continue
         own = dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage])
-        own["judge_every"] = max(1, own["steps"] // JUDGEMENTS)
+        own["judge_every"] = math.ceil(own["steps"] / JUDGEMENTS)
         tree = work[stage](argparse.Namespace(**vars(args) | own), data, held_out)
         finish(args, stage, tree)
     say(f"finished: {args.out} holds weights, metrics.jsonl and samples/")
@@ -1054,11 +1054,12 @@ class StopSignal:
         self.asked = True
         signal.signal(number, signal.default_int_handler)
 
-    def agreed(self, step):
+    def agreed(self, step, device):
         """The same answer on every process, asked every tenth step where there are several."""
         if world() == 1:
             return self.asked
-        return step % 10 == 0 and bool(summed(torch.tensor(float(self.asked))))
+        asked = torch.tensor(float(self.asked), device=device)
+        return step % 10 == 0 and bool(summed(asked))
 
     def close(self):
         """Ends the watch; what was asked during the last step ends the run now."""

@@ -1,4 +1,4 @@
-"""Where there is no GPU the attention kernels are imported for Triton's interpreter. Only their own tests run them so: it is slow."""
+"""Without a GPU the kernels are imported for Triton's interpreter; only their own tests run so."""
 
 import os
 import sys
@@ -11,7 +11,6 @@ if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
     import attention_kernels
 
-    attention_kernels.INTERPRETED = (
-        False  # the entry takes the PyTorch path; test_attention_kernels.py sets this for itself
-    )
+    # the entry takes the PyTorch path; test_attention_kernels.py sets this for itself
+    attention_kernels.INTERPRETED = False
     del os.environ["TRITON_INTERPRET"]

@@ -5,7 +5,7 @@ python tests/judge.py letters RUN             Pillow's own font; a mirrored lett
 python tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
 python tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 
-RUN is a run folder, sampled with sample.py's defaults and the flags after --, such as -- --guidance 2.
+RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
 Prints the share of samples that are of the class asked for, the Frechet distance (Heusel et al.
 2017, section 2) of samples, of reconstructions and of held-out images to the reference images, and
 the PSNR of held-out images after each scale.
@@ -226,13 +226,9 @@ def report(kind, judge, held_out, run, flags=()):
         held_out=frechet(others, features(judge, images[::2])),
         psnr=(10 * torch.log10(4 / errors)).mean(1).tolist(),
     )
-    print(
-        f"{kind} {run} {' '.join(flags)}: right {numbers['right']:.1%} (the judge on held-out images "
-        f"{numbers['judge']:.1%}); Frechet distance of samples {numbers['samples']:.2f}, "
-        f"reconstructions {numbers['reconstructions']:.2f}, halves of the held-out images "
-        f"{numbers['held_out']:.2f}; PSNR after each scale "
-        f"{' '.join(f'{value:.1f}' for value in numbers['psnr'])} dB"
-    )
+    psnr = " ".join(f"{value:.1f}" for value in numbers.pop("psnr"))
+    shown = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+    print(f"{kind} {run} {' '.join(flags)}  {shown}  PSNR after each scale {psnr}", flush=True)
     return numbers
 
 

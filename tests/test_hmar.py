@@ -555,7 +555,15 @@ JUNK = [None, 5, "weights", [], {}, [1], {1: 2}, {(): {}}, CYCLE, np.zeros((2, 3
 JUNK += [torch.tensor(1.0), torch.zeros(3), torch.zeros(0, 2), torch.zeros(3, dtype=torch.int64)]
 JUNK += [torch.zeros(3, 2, dtype=torch.complex64), torch.full((5,), math.nan)]
 JUNK += [torch.zeros(()).expand(1 << 40, 32), torch.empty(1 << 40, 1 << 20, device="meta")]
+SPOIL = [lambda leaf: leaf * math.nan, lambda leaf: torch.zeros(()).expand(leaf.shape)]
 junk = st.sampled_from(JUNK)
+
+
+def replaced(data, node):
+    """Something else than what was there, of the same shape perhaps."""
+    if torch.is_tensor(node) and data.draw(st.booleans()):
+        return data.draw(st.sampled_from(SPOIL))(node)
+    return data.draw(junk)
 
 
 def places_in(node, path=()):
@@ -577,7 +585,7 @@ def test_check_takes_whole_trees_and_nothing_else(masked, own_input, data, chang
     for key in path[:-1]:
         node = node[key]
 
-    value = data.draw(junk)
+    value = replaced(data, node[path[-1]])
     if change == "replace":
         node[path[-1]] = value
     elif change == "remove":
@@ -640,7 +648,7 @@ def test_a_published_state_that_is_not_whole_is_refused(params, data, change):
     assert leaves_equal(hmar.from_published(state, SCALES), params)
     name = data.draw(st.sampled_from(list(state)))
     if change == "replace":
-        state[name] = data.draw(junk)
+        state[name] = replaced(data, state[name])
     elif change == "remove":
         del state[name]
     else:
@@ -663,6 +671,12 @@ def test_what_does_not_fit_is_listed_ten_at_a_time():
     assert str(error.value).endswith(f" and {len(names) - 10} more")
     with pytest.raises(ValueError, match=r"^state_dict: extra is floats \(3,\), not there$"):
         hmar.from_published(state | {"extra": torch.zeros(3)}, SCALES)
+    twice = published(PLAIN)
+    twice["base_blocks.0.attn.q_bias"] = twice["blocks.0.attn.q_bias"]
+    with pytest.raises(
+        ValueError, match="base_blocks.0.attn.q_bias is the second trunk.0.attention"
+    ):
+        hmar.from_published(twice, SCALES)
 
 
 @pytest.mark.parametrize("other", [*JUNK, {"trainer": 3}, {"state": {0: torch.zeros(3)}}], ids=repr)
