@@ -1,4 +1,4 @@
-"""Data: drawn shapes, folders of images, what is read, cropped and held out; Frechet distances."""
+"""Data: drawings, folders of images, what is read, cropped, held out; Frechet distances."""
 
 import io
 import os
@@ -180,7 +180,6 @@ FRAMES = dict(save_all=True, append_images=[flat("blue")])
 NOTHING = Image.merge("LA", [flat(0, (9, 9), "L")] * 2)
 CASES = {  # name: (bytes of a file, the picture it shows, how far apart they may be)
     "rgb.png": (encoded(PICTURE, "PNG"), PICTURE, 0),
-    "rgb.bmp": (encoded(PICTURE, "BMP"), PICTURE, 0),
     "rgb.webp": (encoded(PICTURE, "WEBP", lossless=True), PICTURE, 0),
     "grey.png": (encoded(PICTURE.convert("L"), "PNG"), PICTURE.convert("L").convert("RGB"), 0),
     "palette.gif": (encoded(PALETTE, "GIF"), PALETTE.convert("RGB"), 0),
