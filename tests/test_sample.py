@@ -412,7 +412,7 @@ def test_given_tokens_stay_and_the_others_are_refined(scales, data, seed):
     params, codec = double(tree(scales, random=False)), quantiser(5, 4, seed=seed)
     with Script(scales, 5, 4, seed).play():
         every = partial(sample.steps, params, codec, **options)
-        steps = list(every(torch.tensor([0, 1, 2]), known=(tokens, is_given)))
+        steps = list(every(torch.tensor([0, 1, 2]), known=(tokens, is_given, None)))
         plain = last_tokens(every(torch.tensor([0])))
     for k, (own, fixed) in enumerate(zip(tokens.split(counts, 1), is_given.split(counts, 1))):
         mine, partly = [step for step in steps if step.scale == k], fixed.any(1) & ~fixed.all(1)
