@@ -50,7 +50,7 @@ FORKS.set_forkserver_preload(["test_train", "torch._dynamo"])
 
 @pytest.fixture(autouse=True, scope="module")
 def often():
-    """Reports at each step, revival at every fifth, one thread; here and in processes started."""
+    """Reports at each step, revival at every fifth, one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -377,7 +377,7 @@ def toy_fit(args, evaluate=lambda tree: dict(loss=1.0), after_step=None):
 
 
 def stop_at(step, stop, now, reports, optimizer):
-    """As after_step: calls stop at a step."""
+    """An after_step."""
     if now == step:
         stop()
 
@@ -519,7 +519,7 @@ def test_every_item_comes_once_an_epoch_in_a_new_order():
 
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_two_processes_or_two_parts_are_one_with_the_whole(base, start, folder, tmp_path, stage):
-    """Two channels share a norm, else gradients that should be 0 make AdamW step by rounding."""
+    """Two channels share a norm, else AdamW makes steps of rounding where a gradient is 0."""
     lr = 1e-4
     flags = [stage, "--data", folder, "--lr", lr, "--batch", 16, "--channels", 64, "--out"]
     earlier = list(train.STAGES)[: list(train.STAGES).index(stage)]
