@@ -75,8 +75,8 @@ def steps(
     scale; 0 is cheaper by half. None of these three is what `defaults` says. temperature divides
     the logits, below 0.001 arg max; then top_k codes stay, 0 = all; then top_p of the probability.
     Image i draws the numbers of seed + i, or seed[i]. is_causal: VAR, with a key/value cache.
-    known: (tokens (B, L), given (B, L) bool) of an image, for `edit`. ValueError on what does not
-    fit.
+    known: (tokens (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`.
+    ValueError on what does not fit.
     """
     scales = hmar.scales(params)
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
@@ -106,7 +106,7 @@ def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choo
     scales = hmar.scales(params)
     counts = tokenizer.lengths(scales)
     nothing = torch.zeros(len(labels), sum(counts), dtype=torch.int64, device=labels.device)
-    known_tokens, given = known or (nothing, nothing.bool())
+    known_tokens, given, features = known or (nothing, nothing.bool(), None)
     known_maps = tokenizer.f_hat_by_scale(codec, known_tokens, scales)
     known_tokens, given = known_tokens.split(counts, 1), given.split(counts, 1)
     stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of an edit
@@ -119,6 +119,9 @@ def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choo
         inputs = tokenizer.resize_to_scale(f_hat, size) if k else None  # (B, n_k, code_dim)
         tokens = known_tokens[k]
         hidden = ~given[k]  # (B, n_k), what is to be drawn
+        nudge = 0.0
+        if features is not None:
+            nudge = evidence(codec["codebook"], features - f_hat, stays, size)
 
         for number, keep in enumerate(kept_counts(schedule[k], hidden, k and "masked" in params)):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
@@ -128,7 +131,7 @@ def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choo
                 t = mask_guidance[k]
                 logits = refined(params, codec, labels, inputs, tokens, hidden, k, t)
 
-            drawn, confidence = choose(logits, k, number)
+            drawn, confidence = choose(logits + nudge, k, number)
             tokens = torch.where(hidden, drawn, tokens)
             hidden = hidden & ~surest(confidence, hidden, keep)
 
@@ -303,15 +306,36 @@ def edit(params, codec, images, mask, labels, **options):
     require(len(labels) == len(images), f"labels: got {len(labels)}, expected {len(images)}")
 
     parts = images.split(at_once(images.shape[2:].numel()))
-    tokens = torch.cat([tokenizer.encode(codec, part, scales) for part in parts])
+    features = torch.cat([tokenizer.encode_features(codec, part) for part in parts]).float()
+    pyramid = tokenizer.quantise(codec["codebook"], codec["phi"], features, scales)
+    tokens = torch.cat([own for _, own, _ in pyramid], 1)
     touched = [F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales]
     given = torch.cat(touched, 1) == 0  # (B, L)
-    painted, _ = generate(params, codec, labels, known=(tokens, given), **options)
+    painted, _ = generate(params, codec, labels, known=(tokens, given, features), **options)
 
     outside = (~mask).to(painted.dtype)
     error = (images.to(painted.dtype) - painted) * outside
     painted = painted + continued(error, outside, 2 * tokenizer.downsampling(codec))
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
+
+
+def evidence(codebook, residual, stays, size):
+    """Logits (B, n, codes) that draw cells cut by a mask's edge towards their part that stays.
+
+    residual (B, code_dim, h, w) is what is left to quantise, known where stays (B, 1, h, w). A
+    cell's mean is taken for Gaussian around that of its known part, with the variance seen there.
+    """
+    weight = stays.to(residual.dtype)
+    share = tokenizer.resize_to_scale(weight, size)  # (B, n, 1), known of each cell
+    known = share.clamp(min=1e-6)
+    mean = tokenizer.resize_to_scale(residual * weight, size) / known  # (B, n, code_dim)
+    square = tokenizer.resize_to_scale(residual.square() * weight, size) / known
+    variance = (square - mean.square()).mean(-1, keepdim=True).clamp(min=1e-4)
+
+    places = stays[0].numel() / (size[0] * size[1])  # of the latent in a cell
+    precision = places * share / (1 - share).clamp(min=1e-2) / variance
+    distance = torch.cdist(mean, codebook.to(mean.dtype)).square()
+    return torch.where(share > 0, -0.5 * precision * distance, 0.0)
 
 
 def continued(error, known, reach):

@@ -10,6 +10,14 @@ from torch.utils import _pytree as pytree
 import hmar
 
 
+def lengths(scales):
+    return [h * w for h, w in scales]
+
+
+def scale_of_tokens(counts):
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).tolist()
+
+
 @st.composite
 def pyramids(draw, largest=4, most=4):
     """Scales, coarse to fine."""
@@ -102,6 +110,54 @@ def arguments(params, batch, seed=0):
     labels = torch.randint(len(params["classes"]), (batch,), generator=generator)
     features = [normal(*shape, seed=seed + i).to(params["classes"].dtype) for i in range(2)]
     return labels, *features, torch.rand(shape[:2], generator=generator) < 0.5
+
+
+BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # what their names end in
+
+
+def published(params):
+    """Our tree under the published names, written out by hand: VAR, or HMAR with both branches."""
+    is_combined = "masked" in params
+    state = {
+        "class_emb.weight": params["classes"],
+        "pos_start": params["start"][None],
+        "lvl_embed.weight": params["levels"],
+        "pos_1LC": torch.cat([p.flatten(0, 1) for p in params["positions"]])[None],
+        "word_embed.weight": params["input"]["weight"],
+        "word_embed_bias" if is_combined else "word_embed.bias": params["input"]["bias"],
+    }
+    if is_combined:
+        state["mask_embed.weight"] = params["masked"]["mask_embedding"][None]
+
+    branches = {"": params["next_scale"]}
+    stacks = {"blocks": params["trunk"]}
+    if is_combined:
+        branches = {"ns_": params["next_scale"], "mask_": params["masked"]}
+        stacks = {f"{prefix}blocks": branch["blocks"] for prefix, branch in branches.items()}
+        stacks["base_blocks"] = params["trunk"]
+    affine = {}
+    for prefix, branch in branches.items():
+        affine[f"{prefix}head_nm.ada_lin.1"] = branch["modulation"]
+        affine[f"{prefix}head"] = branch["head"]
+    for stack, blocks in stacks.items():
+        for i, block in enumerate(blocks):
+            name, attention = f"{stack}.{i}", block["attention"]
+            state[f"{name}.attn.scale_mul_1H11"] = attention["log_temperature"].view(1, -1, 1, 1)
+            state[f"{name}.attn.q_bias"] = attention["q_bias"]
+            state[f"{name}.attn.v_bias"] = attention["v_bias"]
+            state[f"{name}.attn.mat_qkv.weight"] = attention["qkv"]
+            state[f"{name}.attn.zero_k_bias"] = torch.zeros_like(attention["q_bias"])
+            affine[f"{name}.attn.proj"] = attention["project"]
+            affine[f"{name}.ffn.fc1"] = block["mlp"]["expand"]
+            affine[f"{name}.ffn.fc2"] = block["mlp"]["contract"]
+            affine[f"{name}.ada_lin.1"] = block["modulation"]
+    for name, layer in affine.items():
+        state |= {f"{name}.{part}": leaf for part, leaf in layer.items()}
+
+    levels = torch.tensor(scale_of_tokens(lengths(hmar.scales(params))))
+    visible = levels[:, None] == levels if is_combined else levels[:, None] >= levels
+    mask = torch.where(visible, 0.0, -torch.inf)
+    return state | {"lvl_1L": levels[None], "attn_bias_for_masking": mask[None, None]}
 
 
 def slow_bicubic(grid, size):

@@ -203,7 +203,8 @@ def report(kind, judge, held_out, run, flags=()):
     """Prints a line of numbers of a run folder, and returns them as a dict."""
     images, labels = held_out
     reference = features(judge, images)
-    others = features(judge, images[1::2])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    first, second = (features(judge, images[half]) for half in order.chunk(2))
     scales = hmar.scales(sample.load_transformer(f"{run}/hmar.pt"))
     codec = sample.load_tokenizer(f"{run}/tokenizer.pt")
     made = after_each_scale(codec, images[:1000], scales)
@@ -223,7 +224,7 @@ def report(kind, judge, held_out, run, flags=()):
         right=accuracy(judge, pixels, asked),
         samples=frechet(features(judge, pixels), reference),
         reconstructions=frechet(features(judge, made[-1]), reference),
-        held_out=frechet(others, features(judge, images[::2])),
+        held_out=frechet(first, second),
         psnr=(10 * torch.log10(4 / errors)).mean(1).tolist(),
     )
     psnr = " ".join(f"{value:.1f}" for value in numbers.pop("psnr"))
