@@ -47,7 +47,6 @@ def print_conditions(*notes):
 
 
 def processor():
-    """The CPU's name and what it multiplies in."""
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
     found = re.findall(r"^(model name|cpu family|model)\s*: (.+)", text, re.MULTILINE)
@@ -389,23 +388,24 @@ def sampling(arguments):
 
     weights = train.trainable(params)  # autocast keeps the casts of such leaves, and is faster
     fast = hmar.cast(params, arguments.dtype)
+    several = sample.published_schedule(scales)
     once = [[length] for length in lengths]
 
     def published(autocast=False):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             dense_sample(weights, codec, labels)
 
-    def ours(**options):
-        for _ in sample.steps(fast, codec, labels, top_k=900, top_p=0.96, **options):
+    def ours(schedule, is_causal=False):
+        options = dict(guidance=1.5, mask_guidance=0, top_k=900, top_p=0.96, is_causal=is_causal)
+        for _ in sample.steps(fast, codec, labels, schedule=schedule, **options):
             pass
 
-    passes = sum(map(len, sample.published_schedule(scales)))
     contestants = {
         "published, fp32": published,
         "published, bf16 autocast": lambda: published(autocast=True),
-        f"ours, {passes} passes": ours,
-        f"ours, {len(scales)} passes": lambda: ours(schedule=once),
-        f"ours, {len(scales)} passes, VAR mode": lambda: ours(schedule=once, is_causal=True),
+        f"ours, {sum(map(len, several))} passes": lambda: ours(several),
+        f"ours, {len(once)} passes": lambda: ours(once),
+        f"ours, {len(once)} passes, VAR mode": lambda: ours(once, is_causal=True),
     }
     compare("sampling, top-k 900, top-p 0.96", contestants, arguments)
 
@@ -529,7 +529,6 @@ def cost(depth, scales, masked_blocks=0, **sizes):
 
 
 def weights_cost(tree, trained):
-    """Of `cost`, what does not depend on the images."""
     parameters = sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
     moving = sum(leaf.numel() for leaf in trained)
     of_muon = sum(
