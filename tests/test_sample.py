@@ -428,11 +428,26 @@ def test_given_tokens_stay_and_the_others_are_refined(scales, data, seed):
     close(steps[-1].f_hat, torch.where(stays, own, drawn))
 
 
+def test_evidence_draws_a_cut_cell_towards_its_part_that_stays():
+    codebook, residual = normal(7, 3), torch.zeros(1, 3, 4, 4)
+    residual[0] = codebook[5][:, None, None]
+    stays = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    stays[..., :1, :] = True  # of 2 x 2 cells, the upper two are cut, the lower two unknown
+    numbers = sample.evidence(codebook, residual, stays, (2, 2))
+    assert numbers.shape == (1, 4, 7) and not numbers[0, 2:].any()
+    assert (numbers[0, :2].argmax(-1) == 5).all()
+    residual[..., 1:, :] = 100  # what does not stay says nothing
+    assert torch.equal(sample.evidence(codebook, residual, stays, (2, 2)), numbers)
+    more = sample.evidence(codebook, residual[..., :1, :].expand(1, 3, 4, 4), ~stays, (2, 2))
+    assert more[0, 2].min() < numbers[0, 0].min()  # of a cell known whole: surer still
+
+
 def test_known_tokens_are_those_whose_cells_lie_outside_the_mask():
     mask, images = masks("random", 2), picture(2)
     with mock.patch.object(sample, "steps", wraps=sample.steps) as steps:
         sample.edit(PARAMS, CODEC, images, mask, LABELS[:2])
-    tokens, is_given = steps.call_args.kwargs["known"]
+    tokens, is_given, features = steps.call_args.kwargs["known"]
+    close(features, tokenizer.encode_features(CODEC, images))
     assert torch.equal(tokens, tokenizer.encode(CODEC, images, SCALES))
     cells = [(y, x, h, w) for h, w in SCALES for y in range(h) for x in range(w)]
     for token, (y, x, h, w) in enumerate(cells):
