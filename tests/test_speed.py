@@ -1,4 +1,4 @@
-"""What speed and memory rest on, without a clock: sizes of tensors, dtypes, graphs, waiting."""
+"""What speed and memory rest on, without a clock."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 class Made(TorchDispatchMode):
-    """tensors: [(operator, tensor), ...], all that is computed."""
+    """tensors: [(operator, tensor), ...]."""
 
     def __enter__(self):
         self.tensors = []
