@@ -245,7 +245,7 @@ def main(argv=None):
     ours, flags = argv, []
     if "--" in argv:
         ours, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    args = parser.parse_args(ours)
+    args = parser.parse_intermixed_args(ours)
 
     if args.write:
         for index in range(4000):
