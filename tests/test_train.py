@@ -759,7 +759,8 @@ def test_a_transformer_starts_from_other_classes_scales_and_branches(tmp_path, c
 
     def started(*flags, classes="abcde", params=params):
         torch.save(params, tmp_path / "init.pt")
-        args = flags_of("next-scale", "--init", tmp_path / "init.pt", *flags, classes=classes)
+        own = ["--init", tmp_path / "init.pt", "--out", tmp_path / "run"]
+        args = flags_of("next-scale", *own, *flags, classes=classes)
         return train.initial_transformer(args, CODEC), capsys.readouterr().out
 
     same, said = started()
