@@ -119,7 +119,7 @@ def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choo
         inputs = tokenizer.resize_to_scale(f_hat, size) if k else None  # (B, n_k, code_dim)
         tokens = known_tokens[k]
         hidden = ~given[k]  # (B, n_k), what is to be drawn
-        nudge = 0.0
+        nudge = None
         if features is not None:
             nudge = evidence(codec["codebook"], features - f_hat, stays, size)
 
@@ -131,7 +131,9 @@ def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choo
                 t = mask_guidance[k]
                 logits = refined(params, codec, labels, inputs, tokens, hidden, k, t)
 
-            drawn, confidence = choose(logits + nudge, k, number)
+            if nudge is not None:
+                logits = logits + nudge
+            drawn, confidence = choose(logits, k, number)
             tokens = torch.where(hidden, drawn, tokens)
             hidden = hidden & ~surest(confidence, hidden, keep)
 
