@@ -442,6 +442,25 @@ def test_evidence_draws_a_cut_cell_towards_its_part_that_stays():
     assert more[0, 2].min() < numbers[0, 0].min()  # of a cell known whole: surer still
 
 
+def test_an_edit_draws_by_evidence_and_plain_sampling_does_not():
+    def sure(codebook, residual, stays, size):
+        numbers = torch.zeros(len(residual), size[0] * size[1], len(codebook))
+        numbers[..., 7] = 1e4
+        return numbers
+
+    mask, images = masks("random", 2), picture(2)
+    with mock.patch.object(sample, "evidence", side_effect=sure) as evidence:
+        sample.generate(PARAMS, CODEC, LABELS[:2])
+        assert not evidence.called
+        with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
+            sample.edit(PARAMS, CODEC, images, mask, LABELS[:2])
+        tokens, is_given, features = generate.call_args.kwargs["known"]
+        known = (tokens, is_given, features)
+        _, drawn = sample.generate(PARAMS, CODEC, LABELS[:2], known=known)
+    assert evidence.called and (~is_given).any()
+    assert (drawn[~is_given] == 7).all() and torch.equal(drawn[is_given], tokens[is_given])
+
+
 def test_known_tokens_are_those_whose_cells_lie_outside_the_mask():
     mask, images = masks("random", 2), picture(2)
     with mock.patch.object(sample, "steps", wraps=sample.steps) as steps:
