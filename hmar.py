@@ -9,14 +9,12 @@ this is VAR, where a scale attends to coarser ones too. The masked branch shares
 the trunk, and sees visible tokens of its own scale besides: `masked_input` is where the mask goes.
 
 A model is a tree of tensors: keys are argument names of functions, shapes are the configuration.
-Arguments that do not fit the tree, or are not as follows, are a ValueError.
+Arguments that do not fit the tree are a ValueError:
 
     labels      (B,) int64, the last is the null class
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
     own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
     mask        (B, L - len_0) bool, True where hidden; scale 0 is never masked
-    tokens      (B, L) int64
-    gates       (B, depth, 2), from stochastic_depth
     k           scale k alone, from its own part of the others; scale 0 has no inputs: None
 
     >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
@@ -26,10 +24,10 @@ Arguments that do not fit the tree, or are not as follows, are a ValueError.
 Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024), adaptive layer norm as in DiT (2023).
 """
 
+import itertools
 import math
 import re
 from functools import partial
-from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -81,10 +79,8 @@ def masked_scale_features(params, labels, inputs, own_inputs, mask, k):
 
 def masked_input(params, inputs, own_inputs, mask):
     """(B, n, C): the coarser scales plus the own tokens or, where hidden, the mask embedding."""
-    if "masked" not in params:
-        raise ValueError("params: this tree has no masked branch; add_masked_branch makes one")
-    _expect("own_inputs", own_inputs, inputs.shape)
-    _expect("mask", mask, inputs.shape[:2], torch.bool)
+    _expect("own_inputs", own_inputs, None, inputs.shape)
+    _expect("mask", mask, torch.bool, inputs.shape[:2])
 
     branch = params["masked"]
     own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
@@ -105,17 +101,25 @@ def branch_features(
     gates=None,
     checkpointing=False,
 ):
-    """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads."""
-    lengths = _checked_lengths(params, labels, inputs, k, least=int(branch == "masked"))
+    """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
+
+    gates (B, depth, 2), from stochastic_depth. checkpointing: blocks run again for the gradient.
+    """
+    lengths = [h * w for h, w in scales(params)]
+    which = range(len(lengths)) if k is None else [k]
+    batch = len(labels) if torch.is_tensor(labels) else 0
+    _expect("labels", labels, torch.int64, (batch,), len(params["classes"]))
     condition = F.embedding(labels, params["classes"])  # (B, C)
 
-    # scale 0 starts from the class alone; every token is told its level and position
-    which = range(len(lengths)) if k is None else [k]
+    # scale 0 starts from the class alone, a later one from the map of those before it
     tokens = [condition[:, None] + params["start"]] if 0 in which else []  # (B, len_0, C)
-    if branch == "masked":
-        tokens.append(masked_input(params, inputs, own_inputs, mask))
-    elif k != 0:
-        tokens.append(linear(inputs, **params["input"]))
+    if which[-1] > 0:
+        count = sum(lengths[i] for i in which if i > 0)
+        _expect("inputs", inputs, None, (batch, count, params["input"]["weight"].shape[1]))
+        if branch == "masked":
+            tokens.append(masked_input(params, inputs, own_inputs, mask))
+        else:
+            tokens.append(linear(inputs, **params["input"]))
     places = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in which]
     x = torch.cat(tokens, 1) + torch.cat(places)  # (B, n, C)
 
@@ -126,19 +130,14 @@ def branch_features(
     if cache is not None:
         end = sum(lengths[: k + 1])
         attends = [partial(cached_attention, past=layer[..., :end, :]) for layer in cache]
-    if gates is not None:
-        _expect("gates", gates, (len(labels), len(blocks), 2))
 
-    for i, weights in enumerate(blocks):
-        arguments = (x, condition, attends[i], None if gates is None else gates[:, i])
-        if checkpointing:
-            x = checkpoint(block, *arguments, use_reentrant=False, **weights)
-        else:
-            x = block(*arguments, **weights)
+    gates = [None] * len(blocks) if gates is None else gates.unbind(1)
+    run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
+    for weights, attend, gate in zip(blocks, attends, gates, strict=True):
+        x = run(x, condition, attend, gate, **weights)
 
     two = linear(F.silu(condition), **params[branch]["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
-    scale, shift = two.chunk(2, -1)
-    return modulate(x, scale, shift)
+    return modulate(x, *two.chunk(2, -1))
 
 
 def block(x, condition, attend, gates, modulation, attention, mlp):
@@ -207,8 +206,8 @@ def cast(params, dtype):
     """
 
     def move(path, leaf):
-        names = {getattr(key, "key", None) for key in path}
-        is_moved = names & {"trunk", "blocks", "head"} and "log_temperature" not in names
+        name = pytree.keystr(path)
+        is_moved = re.search("trunk|blocks|head", name) and "log_temperature" not in name
         return leaf.to(dtype) if is_moved else leaf
 
     return pytree.tree_map_with_path(move, params)
@@ -226,40 +225,26 @@ def new_cache(params, batch):
 # ---- losses
 
 
-def next_scale_losses(
-    params, labels, tokens, inputs, is_causal=False, *, gates=None, checkpointing=False
-):
+def next_scale_losses(params, labels, tokens, inputs, is_causal=False, **options):
     """Cross entropy (B, L), fp32, nats, of tokens under next_scale_logits.
 
-    checkpointing: keep only the input of each block for the backward pass.
+    options: gates and checkpointing, as of branch_features.
     """
-    options = dict(is_causal=is_causal, gates=gates, checkpointing=checkpointing)
+    options["is_causal"] = is_causal
     features = branch_features(params, "next_scale", labels, inputs, **options)
     head = params["next_scale"]["head"]
-    _expect("tokens", tokens, features.shape[:2], torch.int64, below=len(head["bias"]))
+    _expect("tokens", tokens, torch.int64, features.shape[:2], len(head["bias"]))
     return token_losses(features.flatten(0, 1), tokens.flatten(), **head).view(tokens.shape)
 
 
-def masked_losses(
-    params,
-    labels,
-    tokens,
-    inputs,
-    own_inputs,
-    mask,
-    *,
-    places=None,
-    gates=None,
-    checkpointing=False,
-):
+def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=None, **options):
     """Cross entropy (M,), fp32, nats, of the M hidden tokens under masked_logits, in mask's order.
 
     places (M,): mask.flatten().nonzero(), where known, since asking a GPU for it stalls its queue.
     """
-    options = dict(gates=gates, checkpointing=checkpointing)
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask, **options)
     head = params["masked"]["head"]
-    _expect("tokens", tokens, features.shape[:2], torch.int64, below=len(head["bias"]))
+    _expect("tokens", tokens, torch.int64, features.shape[:2], len(head["bias"]))
 
     # the head runs on the hidden tokens alone
     if places is None:
@@ -292,13 +277,13 @@ def scale_weights(scales, kind):
     kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", a normal density
     of the relative sides, reversed and standardised (HMAR).
     """
-    if kind not in ("token", "scale", "lognormal"):
-        raise ValueError(f'kind: got {kind!r}, expected "token", "scale" or "lognormal"')
     counts = torch.tensor([h * w for h, w in scales], dtype=torch.float64)  # (S,)
-    mass = counts if kind == "token" else torch.ones_like(counts)
+    alike = torch.ones_like(counts)
+    normal = alike
     sides = (counts / counts[-1]).sqrt().flip(0)
-    if kind == "lognormal" and (sides != 1).any():  # scales of one size are all alike
-        mass = torch.exp(-0.5 * ((sides - sides.mean()) / sides.std()).square())
+    if (sides != 1).any():  # scales of one size are all alike
+        normal = torch.exp(-0.5 * ((sides - sides.mean()) / sides.std()).square())
+    mass = dict(token=counts, scale=alike, lognormal=normal)[kind]
     return (mass / mass.sum() / counts).repeat_interleave(counts.long()).float()
 
 
@@ -333,15 +318,11 @@ def init(
     """
     width = 64 * depth if width is None else width
     heads = max(1, width // 64) if heads is None else heads
-    sizes = (depth, classes, codes, code_dim, width, heads)
-    if min(sizes) < 1 or width % heads:
-        names = "depth, classes, codes, code_dim, width, heads"
-        raise ValueError(f"{names}: got {sizes}, expected 1 or more, a width that heads divide")
-    scales = _pairs(scales)
+    if width % heads:
+        raise ValueError(f"width: got {width}, expected a multiple of the {heads} heads")
     if gamma is None:
         gamma = next(g for least, g in ((30, 1e-5), (24, 1e-4), (0, 1e-3)) if depth >= least)
-    generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
-    normal = partial(_normal, width, generator)
+    normal = partial(_normal, width, _generator(seed))
     affine = partial(_affine, normal)
 
     return dict(
@@ -357,9 +338,13 @@ def init(
     )
 
 
-def _normal(width, generator, *shape, **options):
+def _generator(seed):
+    return None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
+
+
+def _normal(width, generator, *shape):
     std = math.sqrt(1 / (3 * width))
-    return torch.nn.init.trunc_normal_(torch.empty(shape, **options), std=std, generator=generator)
+    return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, generator=generator)
 
 
 def _affine(normal, inputs, outputs, gain=1.0):
@@ -390,14 +375,12 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     """
     every = params["trunk"] + params["next_scale"]["blocks"]
     if "masked" in params or not 1 <= blocks <= len(every):
-        expected = f"1 to {len(every)}, for a tree that has no masked branch yet"
-        raise ValueError(f"blocks: got {blocks}, expected {expected}")
+        raise ValueError(f"blocks: got {blocks}, expected 1 to {len(every)}, and only once")
 
     next_scale = params["next_scale"] | dict(blocks=every[-blocks:])
     masked = pytree.tree_map(torch.clone, next_scale)
     width = params["classes"].shape[1]
-    embedding = _normal(width, torch.Generator().manual_seed(seed), width, device="cpu")
-    masked["mask_embedding"] = embedding.to(params["classes"])
+    masked["mask_embedding"] = _normal(width, _generator(seed), width).to(params["classes"])
     if own_input:
         masked["own_input"] = params["input"]["weight"].clone()
     return params | dict(trunk=every[:-blocks], next_scale=next_scale, masked=masked)
@@ -408,17 +391,15 @@ def resize_positions(params, scales):
 
     A new scale takes after the old one of the nearest relative size, resampled bicubically.
     """
-    scales = _pairs(scales)
     old = [position.shape[:2] for position in params["positions"]]
 
     def relative(sizes):
-        areas = torch.tensor([h * w for h, w in sizes])
+        areas = torch.tensor(sizes).prod(1)
         return (areas / areas[-1]).sqrt()
 
     def resample(grid, size):  # (h, w, C) -> (*size, C)
-        planes = grid.permute(2, 0, 1)[None].float()
-        resized = F.interpolate(planes, size, mode="bicubic")[0].permute(1, 2, 0)
-        return resized.to(grid.dtype).contiguous()
+        planes = F.interpolate(grid.permute(2, 0, 1)[None], size, mode="bicubic")
+        return planes[0].permute(1, 2, 0).contiguous()
 
     source = (relative(scales)[:, None] - relative(old)).abs().argmin(1).tolist()
     start = resample(params["start"].unflatten(0, old[0]), scales[0]).flatten(0, 1)
@@ -431,120 +412,75 @@ def resize_positions(params, scales):
 
 def check(params):
     """None; ValueError that names the leaves unless params is a whole tree of finite floats."""
-    try:
-        template = _fitted("params", _named(params))
-    except RuntimeError as error:  # it holds itself, or has sizes beyond all bounds
-        raise ValueError(f"params: {error}") from None
-    pytree.tree_map(lambda *_: None, template, params)  # ValueError on a dict in place of a list
+    tree = _tree("params", _named(params))
+    pytree.tree_map(lambda *_: None, tree, params)  # ValueError on a dict in place of a list
 
 
 def _named(tree):
-    """{name: leaf}, a name such as trunk.0.attention.qkv."""
-    leaves, _ = pytree.tree_flatten_with_path(tree)
-    return {".".join(re.findall(r"\w+", pytree.keystr(path))): leaf for path, leaf in leaves}
+    """{name: leaf}, a name such as trunk.0.attention.qkv; ValueError unless they are floats."""
+    nodes = itertools.count()  # a small file can hold 2 ** 40: what is beyond the limit is no leaf
+    leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 100_000)
+    named = {}
+    for path, leaf in leaves:
+        name = ".".join(re.findall(r"[^\[\]']+", pytree.keystr(path)))
+        fits = torch.is_tensor(leaf) and leaf.is_floating_point()
+        fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # none stands for many
+        if not fits or not (leaf.is_meta or leaf.isfinite().all()):
+            raise ValueError(f"{name} is not finite floats, all of them in memory")
+        named[name] = leaf
+    return named
 
 
-def _fitted(what, leaves):
-    """A tree without values that leaves, {name: leaf}, fit. ValueError that lists what does not."""
+def _tree(argument, leaves):
+    """The tree of leaves, {name: leaf}. ValueError that lists those that do not make one."""
     template = _template(leaves)
-    found = {name: _described(leaf) for name, leaf in leaves.items()}
-    wanted = {name: _described(leaf) for name, leaf in _named(template).items()}
-    wrong = [name for name in wanted | found if found.get(name) != wanted.get(name)]
+    found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    expected = {name: tuple(leaf.shape) for name, leaf in _named(template).items()}
+    wrong = []
+    for name in sorted(dict(found.items() ^ expected.items())):
+        wrong.append(f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}")
     if wrong:
-        listed = [
-            f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'there')}"
-            for name in wrong[:10]
-        ]
-        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ValueError(f"{what}: {', '.join(listed)}{more}")
-    return template
-
-
-def _described(leaf):
-    if not _is_dense(leaf) or not leaf.is_floating_point():
-        return f"of type {type(leaf).__name__}"
-    is_finite = not leaf.is_cpu or leaf.double().isfinite().all()
-    return f"floats {tuple(leaf.shape)}" if is_finite else "not finite"
-
-
-def _is_dense(leaf):
-    if not torch.is_tensor(leaf) or leaf.layout != torch.strided or leaf.is_nested:
-        return False
-    return leaf.untyped_storage().nbytes() >= leaf.nbytes  # no number stands for many
+        raise ValueError(f"{argument}: {len(wrong)} do not fit: {', '.join(wrong[:10])}")
+    ordered = [leaves[name] for name in expected]
+    return pytree.tree_unflatten(ordered, pytree.tree_structure(template))
 
 
 def _template(leaves):
     """A tree without values that is as some of the leaves, {name: leaf}, say."""
 
     def sizes(name, ndim):  # ones where there is no such leaf, which the comparison will tell
-        leaf = leaves.get(name)
-        fits = _is_dense(leaf) and leaf.ndim == ndim and all(leaf.shape)
-        return tuple(leaf.shape) if fits else (1,) * ndim
+        shape = tuple(leaves[name].shape) if name in leaves else ()
+        return shape if len(shape) == ndim and all(shape) else (1,) * ndim
 
-    stacks = [name.rsplit(".", 3)[0] for name in leaves if name.endswith(".attention.qkv")]
+    blocks = [name for name in leaves if name.endswith(".log_temperature")]
+    masked = sum(name.startswith("masked.") for name in blocks)
     positions = [sizes(name, 3)[:2] for name in leaves if name.startswith("positions.")]
-    heads = [sizes(name, 1)[0] for name in leaves if name.endswith(".log_temperature")]
-    has_mask = any(name.startswith("masked.") for name in leaves)
-    branch = max(has_mask, stacks.count("masked.blocks" if has_mask else "next_scale.blocks"))
     classes, width = sizes("classes", 2)
     with torch.device("meta"):
         template = init(
-            depth=max(1, stacks.count("trunk") + branch),
-            classes=max(1, classes - 1),
+            depth=len(blocks) - masked,
+            classes=classes - 1,
             codes=sizes("next_scale.head.bias", 1)[0],
             code_dim=sizes("input.weight", 2)[1],
             scales=positions or [(1, 1)],
             width=width,
-            heads=math.gcd(width, *heads[:1]),
+            heads=math.gcd(width, *sizes(min(blocks, default=""), 1)),
         )
-        if branch:
-            template = add_masked_branch(template, branch, "masked.own_input" in leaves)
-    if not has_mask:
-        template.pop("masked", None)
+        if masked:
+            template = add_masked_branch(template, masked, "masked.own_input" in leaves)
     return template
 
 
-def _pairs(scales):
-    """scales as a tuple of (height, width) tuples, or ValueError."""
-    try:
-        pairs = tuple((index(height), index(width)) for height, width in scales)
-    except (TypeError, ValueError):
-        pairs = ()
-    if not pairs or min(map(min, pairs)) < 1:
-        raise ValueError(
-            f"scales: got {scales}, expected (height, width) pairs of positive integers"
-        )
-    return pairs
-
-
-def _checked_lengths(params, labels, inputs, k, least):
-    """Tokens of each scale. ValueError on arguments that do not fit, and on k below least."""
-    lengths = [h * w for h, w in scales(params)]
-    batch = labels.numel() if torch.is_tensor(labels) else 0
-    _expect("labels", labels, (batch,), torch.int64, below=len(params["classes"]))
-    if k is not None and not least <= k < len(lengths):
-        raise ValueError(f"k: got {k}, expected a scale from {least} to {len(lengths) - 1}")
-    if k != 0:
-        count = sum(lengths[1:]) if k is None else lengths[k]
-        _expect("inputs", inputs, (batch, count, params["input"]["weight"].shape[1]))
-    return lengths
-
-
-def _expect(name, tensor, shape, dtype=None, below=None):
-    """ValueError unless tensor has this shape and dtype (None: floats), values 0 to below - 1."""
-    got = type(tensor).__name__
-    if torch.is_tensor(tensor):
-        dtype = tensor.dtype if dtype is None and tensor.is_floating_point() else dtype
-        got = f"{tensor.dtype} {tuple(tensor.shape)}"
-    expected = f"{dtype or 'floats'} {tuple(shape)}"
-
+def _expect(name, tensor, dtype, shape, below=None):
+    """ValueError unless tensor has this dtype, None for any, shape and values 0 to below - 1."""
+    fits = torch.is_tensor(tensor) and dtype in (None, tensor.dtype) and tensor.shape == shape
     # on an accelerator a look at the values would stall its queue
-    is_seen = got == expected and tensor.is_cpu and not torch.compiler.is_compiling()
-    if is_seen and below and tensor.numel() and not 0 <= tensor.min() <= tensor.max() < below:
-        got = f"values {tensor.min()} to {tensor.max()}"
-        expected = f"0 to {below - 1}"
-    if got != expected:
-        raise ValueError(f"{name}: got {got}, expected {expected}")
+    if fits and below and tensor.is_cpu and tensor.numel() and not torch.compiler.is_compiling():
+        fits = 0 <= tensor.min() <= tensor.max() < below
+    if not fits:
+        got = (tensor.dtype, *tensor.shape) if torch.is_tensor(tensor) else type(tensor)
+        values = f", values 0 to {below - 1}" if below else ""
+        raise ValueError(f"{name}: got {got}, expected {(dtype, *shape)}{values}")
 
 
 # ---- published weights
@@ -571,71 +507,36 @@ PUBLISHED_NAMES = (  # patterns of their names, replaced by ours in this order
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", ".attn.zero_k_bias")  # ends of their names
 
 
-def from_published(state_dict, scales=None, *, dtype=torch.float32):
-    """A tree from the state dict of VAR, HMAR after stage one or with both branches.
+def from_published(state_dict, scales=None):
+    """A tree, fp32, from the state dict of VAR, HMAR after stage one or with both branches.
 
-    scales may be left out for 680, 2240 and 9451 tokens. ValueError lists, by our names, what is
-    missing, unexpected or misshaped, or says what does not fit the scales.
+    scales may be left out for 680, 2240 and 9451 tokens. ValueError where they do not fit, or one
+    that lists, by our names, what is missing, unexpected or misshaped.
     """
-    state = _transformer_state(state_dict)
-    scales = _published_scales(state, scales)
+    state = {name: leaf for name, leaf in state_dict.items() if not str(name).endswith(BUFFERS)}
     leaves = {}
-    for published in [name for name in state if not name.endswith(BUFFERS)]:
-        name = published
+    for name, leaf in _named(state).items():
         for theirs, ours in PUBLISHED_NAMES:
             name = re.sub(theirs, ours, name)
         if name in leaves:
-            raise ValueError(f"state_dict: {published} is the second {name}")
-        leaf = state[published]
-        is_flat = _is_dense(leaf) and name.endswith(("log_temperature", "mask_embedding"))
-        leaves[name] = leaf.flatten() if is_flat else leaf
+            raise ValueError(f"state_dict: {name} is there twice")
+        if name in ("start", "positions", "masked.mask_embedding"):
+            leaf = leaf.squeeze(0)
+        leaves[name] = leaf.flatten() if name.endswith("log_temperature") else leaf
 
-    leaves["start"] = leaves["start"][0]
-    rows = leaves.pop("positions")[0].split([h * w for h, w in scales])  # (n_k, C) each
-    leaves |= {f"positions.{k}": rows[k].unflatten(0, size) for k, size in enumerate(scales)}
-    template = _fitted("state_dict", leaves)
-    names = iter(_named(template))
-    return pytree.tree_map(lambda _: leaves[next(names)].to(dtype), template)
+    # the positions of all scales stand in one row
+    rows = leaves.pop("positions", torch.empty(0))  # (L, C)
+    known = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
+    scales = known.get(len(rows), ()) if scales is None else scales
+    counts = [h * w for h, w in scales]
+    if sum(counts) != len(rows):
+        raise ValueError(f"scales: got {scales}, expected some of {len(rows)} tokens")
+    parts = zip(rows.split(counts), scales)
+    leaves |= {f"positions.{k}": row.unflatten(0, size) for k, (row, size) in enumerate(parts)}
+    return pytree.tree_map(torch.Tensor.float, _tree("state_dict", leaves))
 
 
 def published_is_causal(state_dict):
     """Whether published weights come with VAR's block-causal mask; None if without one."""
-    mask = _transformer_state(state_dict).get("attn_bias_for_masking")
-    if mask is None:
-        return None
-    if not _is_dense(mask) or mask.ndim != 4 or mask.numel() == 0:
-        raise ValueError("state_dict: attn_bias_for_masking is no (1, 1, L, L) tensor")
-    return bool(mask[0, 0, -1, 0] == 0)  # may the last token see the first one
-
-
-def _transformer_state(state_dict):
-    """{name: leaf}, also of a file of VAR's trainer; {} of anything else."""
-    for name in ("trainer", "var_wo_ddp"):
-        if isinstance(state_dict, dict):
-            state_dict = state_dict.get(name, state_dict)
-    entries = state_dict.items() if isinstance(state_dict, dict) else ()
-    return {str(name): leaf for name, leaf in entries}
-
-
-def _published_scales(state, scales):
-    """The scales of a published state. ValueError where its lengths or its buffers say others."""
-    rows = [state.get(name) for name in ("pos_1LC", "pos_start")]
-    if not all(_is_dense(leaf) and leaf.ndim == 3 and len(leaf) == 1 for leaf in rows):
-        names = ", ".join(list(state)[:10])
-        raise ValueError(f"state_dict: expected one of VAR or HMAR, got one with [{names}]")
-    total = rows[0].shape[1]
-    known = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
-    scales = _pairs(known.get(total) if scales is None else scales)
-    counts = [h * w for h, w in scales]
-    if sum(counts) != total:
-        raise ValueError(f"scales: got {scales}, expected some of {total} tokens")
-
-    levels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (L,)
-    visible = levels[:, None] >= levels if published_is_causal(state) else levels[:, None] == levels
-    values = (levels, torch.where(visible, 0.0, -torch.inf), torch.zeros(rows[0].shape[2]))
-    for kind, expected in zip(BUFFERS, values):
-        for name in [name for name in state if name.endswith(kind)]:
-            stored = state[name].flatten() if _is_dense(state[name]) else torch.empty(0)
-            if not torch.equal(stored.cpu().to(expected.dtype), expected.flatten()):
-                raise ValueError(f"scales: got {scales}, which do not go with {name}")
-    return scales
+    mask = state_dict.get("attn_bias_for_masking")
+    return None if mask is None else bool(mask[0, 0, -1, 0] == 0)  # the last token sees the first

@@ -20,6 +20,7 @@ convnet is VQGAN's (Esser et al. 2021).
 
 import itertools
 import re
+from functools import partial
 from operator import index
 
 import torch
@@ -27,24 +28,17 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 
+@torch.no_grad()
 def encode(codec, images, scales):
-    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1].
-
-    ValueError on a wrong shape, dtype or range, or scales that do not fit.
-    """
+    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1]."""
     check_images(codec, images, scales)
-
-    with torch.no_grad():
-        features = encode_features(codec, images)
-        pyramid = quantise(codec["codebook"], codec["phi"], features, scales)
-        return torch.cat([tokens for _, tokens, _ in pyramid], 1)
+    features = encode_features(codec, images)
+    pyramid = quantise(codec["codebook"], codec["phi"], features, scales)
+    return torch.cat([tokens for _, tokens, _ in pyramid], 1)
 
 
 def decode(codec, tokens, scales):
-    """Images (B, 3, H, W) in [-1, 1], fp32, of tokens (B, L) int64.
-
-    ValueError on tokens that do not fit the scales or the codebook.
-    """
+    """Images (B, 3, H, W) in [-1, 1], fp32, of tokens (B, L) int64."""
     return decode_features(codec, accumulate(codec, tokens, scales))
 
 
@@ -56,32 +50,29 @@ def accumulate(codec, tokens, scales):
 def next_scale_inputs(codec, tokens, scales):
     """What the transformer sees of scales 1, 2, ...: tokens (B, L) -> (B, L - len_0, code_dim).
 
-    For each, f_hat of all coarser scales, area-resized to its size. It knows no more of them than
-    this map: HMAR's Markov property.
+    For each, f_hat of all coarser scales, area-resized to its size: HMAR's Markov property.
     """
     *coarser, _ = f_hat_by_scale(codec, tokens, scales)
-    inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(coarser, scales[1:])]
-    nothing = F.embedding(tokens[:, :0], codec["codebook"])  # where there is one scale alone
-    return torch.cat([nothing, *inputs], 1)
+    inputs = [F.embedding(tokens[:, :0], codec["codebook"])]  # where there is one scale alone
+    inputs += [resize_to_scale(f_hat, size) for f_hat, size in zip(coarser, scales[1:])]
+    return torch.cat(inputs, 1)
 
 
 def masked_inputs(codec, tokens, scales, mask=None):
     """What the masked branch sees of scales 1, 2, ... themselves: (B, L - len_0, code_dim).
 
-    For each scale its own contribution, not accumulated, area-resized to its size. mask
-    (B, L - len_0) bool, True = hidden: hidden codes are zeroed before they are resized, lest
-    anything of them leak into their neighbours; with None, the published way, it does.
+    For each its own contribution alone, area-resized to its size. mask (B, L - len_0) bool,
+    True = hidden: such codes are zeroed before they are resized, lest anything of them leak into
+    their neighbours; with None, the published way, it does.
     """
     _check_tokens(codec, tokens, scales)
     first, *finer = lengths(scales)
-    shape = (len(tokens), sum(finer))
-    if mask is None:
-        mask = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
-    if not torch.is_tensor(mask) or mask.shape != shape or mask.dtype != torch.bool:
-        raise ValueError(f"mask: got {_described(mask)}, expected torch.bool {shape}")
+    tokens = tokens[:, first:]
+    mask = torch.zeros_like(tokens, dtype=torch.bool) if mask is None else mask
+    _expect("mask", mask, torch.bool, tokens.shape[1:], 0, 1)
 
     inputs = [F.embedding(tokens[:, :0], codec["codebook"])]  # where there is one scale alone
-    parts = zip(tokens[:, first:].split(finer, 1), mask.split(finer, 1))
+    parts = zip(tokens.split(finer, 1), mask.split(finer, 1))
     for k, (own, hidden) in enumerate(parts, 1):
         inputs.append(masked_scale_input(codec, own, k, scales, hidden))
     return torch.cat(inputs, 1)
@@ -99,8 +90,8 @@ def quantise(codebook, phi, features, scales):
     """Yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat) of each scale.
 
     features, f_hat (B, code_dim, h, w). `residual` is what the scale's tokens were chosen for,
-    f_hat the map accumulated up to and with this scale (VAR, algorithm 1). In fp32, or fp64 if the
-    features are; gradients reach codebook and phi through f_hat, none passes the choice of a token.
+    f_hat the map accumulated up to and with it (VAR, algorithm 1). Gradients reach codebook and phi
+    through f_hat; none passes the choice of a token.
     """
     features = _wide(features.detach())
     f_hat = torch.zeros_like(features)
@@ -112,14 +103,14 @@ def quantise(codebook, phi, features, scales):
         yield residual, tokens, f_hat
 
 
+@torch.no_grad()
 def nearest(codebook, vectors):
     """Index (...) of the code (V, code_dim) nearest to each of vectors (..., code_dim), by L2."""
-    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
-        codebook = codebook.to(vectors.dtype)
-        squares = codebook.square().sum(1)  # a vector's own square moves no minimum
-        parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 128 MiB at a time
-        indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
-        return torch.cat(indices).view(vectors.shape[:-1])
+    codebook = codebook.to(vectors.dtype)
+    squares = codebook.square().sum(1)  # a vector's own square moves no minimum
+    parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 128 MiB at a time
+    indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
+    return torch.cat(indices).view(vectors.shape[:-1])
 
 
 def contribution(phi, codes, k, scales):
@@ -127,9 +118,8 @@ def contribution(phi, codes, k, scales):
     codes = _wide(codes).transpose(1, 2).unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
     if k < len(scales) - 1:
         codes = F.interpolate(codes, scales[-1], mode="bicubic")  # (B, code_dim, h, w)
-
-    with torch.autocast(codes.device.type, enabled=False):
-        return 0.5 * codes + 0.5 * convolution(codes, **phi[phi_index(k, len(scales), len(phi))])
+    smoothed = convolution(codes, **phi[phi_index(k, len(scales), len(phi))])
+    return 0.5 * codes + 0.5 * smoothed
 
 
 def phi_index(k, scale_count, phi_count=4):
@@ -258,9 +248,8 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
 
     images: reconstructions (B, 3, H, W), not clamped. coarse: (n, 3, H, W), the first n images
     decoded from scales 0 to stops (n,) int64 alone, lest coarse scales say nothing. loss: VAR,
-    equation 5, averaged over scales: |f_hat_k - sg(f)|^2 plus `commitment` |sg(f_hat_k) - f|^2.
-    residuals, tokens: of each scale. The decoder's gradient passes straight through the quantiser;
-    that of a coarse image through the cell means, all that its scale can say of the features.
+    equation 5, averaged over scales. residuals, tokens: of each scale. The decoder's gradient
+    passes straight through the quantiser; that of a coarse image through its scale's cell means.
     """
     f = _wide(encode_features(codec, images))  # (B, code_dim, h, w)
     pyramid = quantise(codec["codebook"], codec["phi"], f, scales)
@@ -315,60 +304,22 @@ def init(
 
     A level has channels * multiplier channels and halves the sides, but for the last. The decoder
     has one residual block a level more than the encoder; with attention, one follows each of the
-    deepest level. Under torch.device("meta") nothing is allocated. ValueError on sizes below 1, or
-    channels that the 32 groups of the norms do not divide.
+    deepest level. Under torch.device("meta") nothing is allocated.
     """
     sizes = (codes, code_dim, channels, residual_blocks, phis, *multipliers)
-    if min(sizes) < 1 or channels % 32 or not multipliers:
-        names = "codes, code_dim, channels, residual_blocks, phis, multipliers"
-        raise ValueError(f"{names}: got {sizes}, expected 1 or more, channels a multiple of 32")
-    widths = [channels * multiplier for multiplier in multipliers]
+    if min(sizes) < 1 or channels % 32 or not multipliers:  # the norms have 32 groups
+        raise ValueError(f"sizes: got {sizes}, expected 1 or more, channels a multiple of 32")
     generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
+    conv = partial(_new_convolution, generator)
+    widths = [channels * multiplier for multiplier in multipliers]
+    down, up = (len(widths) - 1, 0) if attention else (None, None)  # the levels with attention
 
-    def conv(inputs, outputs, size=3):
-        bound = (inputs * size * size) ** -0.5
-        weight = torch.empty(outputs, inputs, size, size)
-        weight.uniform_(-bound, bound, generator=generator)
-        return dict(weight=weight, bias=torch.zeros(outputs))
-
-    def norm(width):
-        return dict(weight=torch.ones(width), bias=torch.zeros(width))
-
-    def block(inputs, outputs):
-        tree = dict(norm1=norm(inputs), conv1=conv(inputs, outputs))
-        tree |= dict(norm2=norm(outputs), conv2=conv(outputs, outputs))
-        if inputs != outputs:
-            tree["shortcut"] = conv(inputs, outputs, 1)
-        return tree
-
-    def attend(width):
-        qkv = conv(width, 3 * width, 1)
-        return dict(norm=norm(width), qkv=qkv, project=conv(width, width, 1))
-
-    def blocks(inputs, outputs, count, attentions):
-        made = [block(inputs if i == 0 else outputs, outputs) for i in range(count)]
-        attentions = attentions if attention else 0
-        return dict(blocks=made, attentions=[attend(outputs) for _ in range(attentions)])
-
-    middle = widths[-1]
-    deepest = len(widths) - 1
-    inputs_down = [channels, *widths]
-    inputs_up = [*widths[1:], middle]
-
-    def level(i, inputs, count, sample, last):
-        tree = blocks(inputs, widths[i], count, count if i == deepest else 0)
-        if i != last:
-            tree[sample] = conv(widths[i], widths[i])
-        return tree
-
-    levels = range(len(widths))
-    count = residual_blocks
     encoder = dict(
         conv_in=conv(3, channels),
-        down=[level(i, inputs_down[i], count, "downsample", deepest) for i in levels],
-        middle=blocks(middle, middle, 2, 1),
-        norm_out=norm(middle),
-        conv_out=conv(middle, code_dim),
+        down=_new_levels(conv, channels, widths, residual_blocks, "downsample", down),
+        middle=_new_blocks(conv, widths[-1], widths[-1], 2, int(attention)),
+        norm_out=_new_norm(widths[-1]),
+        conv_out=conv(widths[-1], code_dim),
     )
     quantiser = dict(
         quant_conv=conv(code_dim, code_dim),
@@ -377,13 +328,56 @@ def init(
         post_quant_conv=conv(code_dim, code_dim),
     )
     decoder = dict(
-        conv_in=conv(code_dim, middle),
-        middle=blocks(middle, middle, 2, 1),
-        up=[level(i, inputs_up[i], count + 1, "upsample", 0) for i in reversed(levels)],
-        norm_out=norm(widths[0]),
+        conv_in=conv(code_dim, widths[-1]),
+        middle=_new_blocks(conv, widths[-1], widths[-1], 2, int(attention)),
+        up=_new_levels(conv, widths[-1], widths[::-1], residual_blocks + 1, "upsample", up),
+        norm_out=_new_norm(widths[0]),
         conv_out=conv(widths[0], 3),
     )
     return dict(encoder=encoder, **quantiser, decoder=decoder)
+
+
+def _new_levels(conv, inputs, widths, count, sample, deepest):
+    levels = []
+    for i, width in enumerate(widths):
+        levels.append(_new_blocks(conv, inputs, width, count, count if i == deepest else 0))
+        if i < len(widths) - 1:
+            levels[i][sample] = conv(width, width)
+        inputs = width
+    return levels
+
+
+def _new_blocks(conv, inputs, outputs, count, attentions):
+    blocks = [_new_block(conv, inputs, outputs)]
+    blocks += [_new_block(conv, outputs, outputs) for _ in range(count - 1)]
+    return dict(
+        blocks=blocks, attentions=[_new_attention(conv, outputs) for _ in range(attentions)]
+    )
+
+
+def _new_block(conv, inputs, outputs):
+    block = dict(norm1=_new_norm(inputs), conv1=conv(inputs, outputs))
+    block |= dict(norm2=_new_norm(outputs), conv2=conv(outputs, outputs))
+    if inputs != outputs:
+        block["shortcut"] = conv(inputs, outputs, 1)
+    return block
+
+
+def _new_attention(conv, width):
+    qkv = conv(width, 3 * width, 1)
+    return dict(norm=_new_norm(width), qkv=qkv, project=conv(width, width, 1))
+
+
+def _new_norm(width):
+    return dict(weight=torch.ones(width), bias=torch.zeros(width))
+
+
+def _new_convolution(generator, inputs, outputs, size=3):
+    bound = (inputs * size * size) ** -0.5
+    weight = torch.empty(outputs, inputs, size, size)
+    return dict(
+        weight=weight.uniform_(-bound, bound, generator=generator), bias=torch.zeros(outputs)
+    )
 
 
 def cast(codec, dtype):
@@ -403,11 +397,10 @@ def downsampling(codec):
 def check_scales(scales):
     """ValueError unless scales are (height, width) pairs, none smaller than the one before."""
     try:
-        pairs = [(1, 1), *((index(height), index(width)) for height, width in scales)]
+        sides = [[1, *map(index, axis)] for axis in zip(*scales, strict=True)]
     except (TypeError, ValueError):
-        pairs = []
-    grows = all(h <= taller and w <= wider for (h, w), (taller, wider) in itertools.pairwise(pairs))
-    if len(pairs) < 2 or not grows:
+        sides = []
+    if len(sides) != 2 or sides != [sorted(axis) for axis in sides]:
         expected = "(height, width) pairs of positive integers, coarse to fine"
         raise ValueError(f"scales: got {scales}, expected {expected}")
 
@@ -416,104 +409,81 @@ def check_images(codec, images, scales):
     """ValueError unless images are floats (B, 3, H, W) in [-1, 1] whose latent fits the scales."""
     check_scales(scales)
     height, width = (downsampling(codec) * side for side in scales[-1])
-    fits = torch.is_tensor(images) and images.is_floating_point() and images.numel() > 0
-    if not fits or images.shape != (len(images), 3, height, width):
-        expected = f"floats (B, 3, {height}, {width}) for scales {tuple(scales)}"
-        raise ValueError(f"images: got {_described(images)}, expected {expected}")
-    _check_range("images", images, -1.001, 1.001)
+    _expect("images", images, None, (3, height, width), -1.001, 1.001)
 
 
 def _check_tokens(codec, tokens, scales):
     check_scales(scales)
-    total = sum(lengths(scales))
-    fits = torch.is_tensor(tokens) and tokens.dtype == torch.int64 and tokens.ndim == 2
-    if not fits or tokens.shape[1] != total:
-        expected = f"torch.int64 (B, {total}) for scales {tuple(scales)}"
-        raise ValueError(f"tokens: got {_described(tokens)}, expected {expected}")
-    _check_range("tokens", tokens, 0, len(codec["codebook"]) - 1)
+    codes = len(codec["codebook"])
+    _expect("tokens", tokens, torch.int64, (sum(lengths(scales)),), 0, codes - 1)
 
 
-def _check_range(name, tensor, low, high):
-    """ValueError on values outside, but where a look would stall a GPU or cut a compiled graph."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
-        return
-    least, most = tensor.aminmax()
-    if not low <= least <= most <= high:
-        got = f"values from {least:.6g} to {most:.6g}"
-        raise ValueError(f"{name}: got {got}, expected {low} to {high}")
+def _expect(name, tensor, dtype, shape, low, high):
+    """ValueError unless tensor is (B, *shape), of a dtype (None: any) and from low to high."""
+    fits = torch.is_tensor(tensor) and tensor.ndim > 0 and tensor.shape[1:] == shape
+    fits = fits and dtype in (None, tensor.dtype)
+    # on an accelerator a look at the values would stall its queue
+    if fits and tensor.is_cpu and tensor.numel() and not torch.compiler.is_compiling():
+        fits = low <= tensor.min() <= tensor.max() <= high
+    if not fits:
+        got = (tensor.dtype, *tensor.shape) if torch.is_tensor(tensor) else type(tensor)
+        expected = f"{(dtype, 'B', *shape)}, {low} to {high}"
+        raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
 def check(codec):
     """ValueError that names the leaves unless codec is a whole tree of finite floats."""
-    try:
-        leaves = _named(codec)
-    except RecursionError:
-        raise ValueError("codec: holds itself") from None
-    template = _template(leaves)
-    _compare("codec", leaves, _named(template))
-    pytree.tree_map(lambda *_: None, template, codec)  # ValueError on a dict in place of a list
+    leaves = _named(codec)
+    tree = _tree("codec", leaves, _template(leaves))
+    pytree.tree_map(lambda *_: None, tree, codec)  # ValueError on a dict in place of a list
 
 
 def _named(tree):
-    """{name: leaf}, a name such as decoder.up.0.blocks.1.norm1.bias."""
-    leaves, _ = pytree.tree_flatten_with_path(tree)
-    return {".".join(re.findall(r"\w+", pytree.keystr(path))): leaf for path, leaf in leaves}
+    """{name: leaf}, a name such as decoder.up.0.conv1.bias; ValueError unless they are floats."""
+    nodes = itertools.count()  # a small file can hold 2 ** 40: what is beyond the limit is no leaf
+    leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 100_000)
+    named = {}
+    for path, leaf in leaves:
+        name = ".".join(re.findall(r"[^\[\]']+", pytree.keystr(path)))
+        fits = torch.is_tensor(leaf) and leaf.is_floating_point()
+        fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # none stands for many
+        if not fits or not (leaf.is_meta or leaf.isfinite().all()):
+            raise ValueError(f"{name} is not finite floats, all of them in memory")
+        named[name] = leaf
+    return named
 
 
-def _compare(argument, leaves, expected):
-    """ValueError that lists the leaves, {name: leaf}, that are not as the expected ones."""
-    found = {name: _described(leaf) for name, leaf in leaves.items()}
-    wanted = {name: _described(leaf) for name, leaf in expected.items()}
+def _tree(argument, leaves, template):
+    """The tree of leaves, {name: leaf}. ValueError that lists those that a template has not."""
+    found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    expected = {name: tuple(leaf.shape) for name, leaf in _named(template).items()}
     wrong = []
-    for name in wanted | found:
-        got, right = found.get(name, "missing"), wanted.get(name, "nothing")
-        if got != right:
-            wrong.append(f"{name} is {got}, expected {right}")
+    for name in sorted(dict(found.items() ^ expected.items())):
+        wrong.append(f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}")
     if wrong:
-        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ValueError(f"{argument}: {', '.join(wrong[:10])}{more}")
-
-
-def _described(value):
-    """In words, the same of tensors that may stand for each other."""
-    if not _is_dense(value):
-        return type(value).__name__
-    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return f"{value.dtype} {tuple(value.shape)}"
-    if value.device.type == "cpu" and not value.isfinite().all():
-        return "not finite"
-    return f"floats {tuple(value.shape)}"
-
-
-def _is_dense(leaf):
-    """Whether it is a tensor whose numbers are all in memory."""
-    if not torch.is_tensor(leaf) or leaf.layout != torch.strided or leaf.is_nested:
-        return False
-    return leaf.untyped_storage().nbytes() >= leaf.nbytes
+        raise ValueError(f"{argument}: {len(wrong)} do not fit: {', '.join(wrong[:10])}")
+    ordered = [leaves[name] for name in expected]
+    return pytree.tree_unflatten(ordered, pytree.tree_structure(template))
 
 
 def _template(leaves):
     """A tree without values that is as some of the leaves, {name: leaf}, say."""
 
-    def size(name):  # 1 where there is no such leaf, which the comparison will tell
-        leaf = leaves.get(name)
-        return leaf.shape[0] if _is_dense(leaf) and leaf.ndim and leaf.numel() else 1
+    def sizes(pattern):  # 1 where there is no such leaf, which the comparison will tell
+        fits = [leaf for name, leaf in leaves.items() if re.fullmatch(pattern, name)]
+        return [max(1, leaf.shape[:1].numel()) for leaf in fits] or [1]
 
-    def count(pattern):
-        return len({found[1] for name in leaves if (found := re.match(pattern, name))}) or 1
-
-    channels = max(32, size("encoder.conv_in.bias") // 32 * 32)
-    levels = range(count(r"encoder\.down\.(\d+)\."))
-    widths = [size(f"encoder.down.{i}.blocks.0.norm2.bias") for i in levels]
+    channels = max(32, sizes("encoder.conv_in.bias")[0] // 32 * 32)
+    widths = sizes("encoder.down.[0-9]+.blocks.0.norm2.bias")
     with torch.device("meta"):
         return init(
-            codes=size("codebook"),
-            code_dim=size("quant_conv.bias"),
+            codes=sizes("codebook")[0],
+            code_dim=sizes("quant_conv.bias")[0],
             channels=channels,
             multipliers=[max(1, width // channels) for width in widths],
-            residual_blocks=count(r"encoder\.down\.0\.blocks\.(\d+)\."),
+            residual_blocks=len(sizes("encoder.down.0.blocks.[0-9]+.norm2.bias")),
             attention=any(".attentions." in name for name in leaves),
-            phis=count(r"phi\.(\d+)\."),
+            phis=len(sizes("phi.[0-9]+.bias")),
         )
 
 
@@ -533,29 +503,23 @@ PUBLISHED_NAMES = (  # patterns of published names and ours, applied in order
 )
 
 
-def from_published(state_dict, *, dtype=torch.float32):
-    """A codec in dtype from a published VAR or HMAR tokenizer of any size, or a VAR trainer's file.
+def from_published(state_dict):
+    """A codec, fp32, from the state dict of a published VAR or HMAR tokenizer of any size.
 
     ValueError that lists, by our names, what is missing, unexpected or of another shape.
     """
-    state = state_dict
-    for name in ("trainer", "vae_local"):  # of a VAR trainer's file
-        state = state.get(name, state) if isinstance(state, dict) else state
-    entries = state.items() if isinstance(state, dict) else ()
-
+    state = dict(state_dict)
+    state.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
     leaves = {}
-    for name, leaf in entries:
-        for published, ours in PUBLISHED_NAMES:
-            name = re.sub(published, ours, str(name))
+    for name, leaf in _named(state).items():
+        for theirs, ours in PUBLISHED_NAMES:
+            name = re.sub(theirs, ours, name)
         if name in leaves:
             raise ValueError(f"state_dict: {name} is there twice")
         leaves[name] = leaf
-    leaves.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
 
-    codec = _template(leaves)
-    codec["decoder"]["up"].reverse()  # published by level, ours in the order they run
-    _compare("state_dict", leaves, _named(codec))
-    names = iter(_named(codec))
-    codec = pytree.tree_map(lambda _: leaves[next(names)].to(dtype), codec)
+    template = _template(leaves)
+    template["decoder"]["up"].reverse()  # published by level, ours in the order they run
+    codec = pytree.tree_map(torch.Tensor.float, _tree("state_dict", leaves, template))
     codec["decoder"]["up"].reverse()
     return codec
