@@ -9,7 +9,6 @@ this is VAR, where a scale attends to coarser ones too. The masked branch shares
 the trunk, and sees visible tokens of its own scale besides: `masked_input` is where the mask goes.
 
 A model is a tree of tensors: keys are argument names of functions, shapes are the configuration.
-Arguments that do not fit the tree are a ValueError:
 
     labels      (B,) int64, the last is the null class
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
@@ -65,15 +64,12 @@ def masked_logits(params, labels, inputs, own_inputs, mask):
 
 
 def scale_features(params, labels, inputs, k, cache=None):
-    """(B, n_k, C), fp32: what the next-scale head reads at scale k alone.
-
-    cache, from new_cache: VAR. Scale k sees those before, and its keys and values go in.
-    """
+    """(B, n_k, C), fp32: what the next-scale head reads at scale k alone; of VAR, with a cache."""
     return branch_features(params, "next_scale", labels, inputs, k=k, cache=cache)
 
 
 def masked_scale_features(params, labels, inputs, own_inputs, mask, k):
-    """(B, n_k, C), fp32: what the masked head reads at scale k alone, k >= 1."""
+    """(B, n_k, C), fp32: what the masked head reads at scale k alone."""
     return branch_features(params, "masked", labels, inputs, own_inputs, mask, k)
 
 
@@ -426,7 +422,7 @@ def _named(tree):
         fits = torch.is_tensor(leaf) and leaf.is_floating_point()
         fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # none stands for many
         if not fits or not (leaf.is_meta or leaf.isfinite().all()):
-            raise ValueError(f"{name} is not finite floats, all of them in memory")
+            raise ValueError(f"{name!r} is not finite floats, all of them in memory")
         named[name] = leaf
     return named
 
@@ -472,7 +468,7 @@ def _template(leaves):
 
 
 def _expect(name, tensor, dtype, shape, below=None):
-    """ValueError unless tensor has this dtype, None for any, shape and values 0 to below - 1."""
+    """ValueError unless tensor has this dtype (None: any), this shape and values 0 to below - 1."""
     fits = torch.is_tensor(tensor) and dtype in (None, tensor.dtype) and tensor.shape == shape
     # on an accelerator a look at the values would stall its queue
     if fits and below and tensor.is_cpu and tensor.numel() and not torch.compiler.is_compiling():
@@ -510,8 +506,7 @@ BUFFERS = ("lvl_1L", "attn_bias_for_masking", ".attn.zero_k_bias")  # ends of th
 def from_published(state_dict, scales=None):
     """A tree, fp32, from the state dict of VAR, HMAR after stage one or with both branches.
 
-    scales may be left out for 680, 2240 and 9451 tokens. ValueError where they do not fit, or one
-    that lists, by our names, what is missing, unexpected or misshaped.
+    scales may be left out for 680, 2240 and 9451 tokens. ValueError lists what does not fit.
     """
     state = {name: leaf for name, leaf in state_dict.items() if not str(name).endswith(BUFFERS)}
     leaves = {}

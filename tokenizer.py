@@ -448,7 +448,7 @@ def _named(tree):
         fits = torch.is_tensor(leaf) and leaf.is_floating_point()
         fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # none stands for many
         if not fits or not (leaf.is_meta or leaf.isfinite().all()):
-            raise ValueError(f"{name} is not finite floats, all of them in memory")
+            raise ValueError(f"{name!r} is not finite floats, all of them in memory")
         named[name] = leaf
     return named
 
@@ -506,7 +506,7 @@ PUBLISHED_NAMES = (  # patterns of published names and ours, applied in order
 def from_published(state_dict):
     """A codec, fp32, from the state dict of a published VAR or HMAR tokenizer of any size.
 
-    ValueError that lists, by our names, what is missing, unexpected or of another shape.
+    ValueError that lists, by our names, what does not fit.
     """
     state = dict(state_dict)
     state.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
