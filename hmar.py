@@ -449,12 +449,13 @@ def _template(leaves):
         return shape if len(shape) == ndim and all(shape) else (1,) * ndim
 
     blocks = [name for name in leaves if name.endswith(".log_temperature")]
-    masked = sum(name.startswith("masked.") for name in blocks)
+    stacks = [name.split(".")[0] for name in blocks]
+    branch = stacks.count("next_scale")  # as many as the masked branch has, if it is there
     positions = [sizes(name, 3)[:2] for name in leaves if name.startswith("positions.")]
     classes, width = sizes("classes", 2)
     with torch.device("meta"):
         template = init(
-            depth=len(blocks) - masked,
+            depth=stacks.count("trunk") + branch,
             classes=classes - 1,
             codes=sizes("next_scale.head.bias", 1)[0],
             code_dim=sizes("input.weight", 2)[1],
@@ -462,8 +463,10 @@ def _template(leaves):
             width=width,
             heads=math.gcd(width, *sizes(min(blocks, default=""), 1)),
         )
-        if masked:
-            template = add_masked_branch(template, masked, "masked.own_input" in leaves)
+        if branch:
+            template = add_masked_branch(template, branch, "masked.own_input" in leaves)
+    if "masked" not in stacks:
+        template.pop("masked", None)
     return template
 
 

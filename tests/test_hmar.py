@@ -559,7 +559,8 @@ def test_check_takes_whole_trees_and_nothing_else(masked, own_input, data, chang
         node = node[step]
     changed(data, node, path[-1], change)
 
-    if change == "remove" and path in [("masked", "own_input"), ("trunk", 0), ("trunk", 1)]:
+    whole = [("masked",), ("masked", "own_input"), ("trunk", 0), ("trunk", 1)]
+    if change == "remove" and path in whole:
         return  # a whole tree again
     emptied = [("trunk",)] if masked else [("trunk",), ("next_scale", "blocks")]
     if change == "replace" and path in emptied and node[path[-1]] == []:
