@@ -109,7 +109,8 @@ def nearest(codebook, vectors):
     codebook = codebook.to(vectors.dtype)
     squares = codebook.square().sum(1)  # a vector's own square moves no minimum
     parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 128 MiB at a time
-    indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
+    with torch.autocast(vectors.device.type, enabled=False):
+        indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
     return torch.cat(indices).view(vectors.shape[:-1])
 
 
@@ -118,7 +119,8 @@ def contribution(phi, codes, k, scales):
     codes = _wide(codes).transpose(1, 2).unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
     if k < len(scales) - 1:
         codes = F.interpolate(codes, scales[-1], mode="bicubic")  # (B, code_dim, h, w)
-    smoothed = convolution(codes, **phi[phi_index(k, len(scales), len(phi))])
+    with torch.autocast(codes.device.type, enabled=False):
+        smoothed = convolution(codes, **phi[phi_index(k, len(scales), len(phi))])
     return 0.5 * codes + 0.5 * smoothed
 
 
