@@ -35,6 +35,9 @@ import tokenizer
 PUBLISHED_PASSES = {4: (1, 3), 9: (1, 1, 2, 5)}  # tokens of a scale -> kept at each pass; else one
 
 
+TIES = 128  # that a top-k has room for before all codes are sorted
+
+
 def generate(params, codec, labels, **options):
     """(images (B, 3, H, W) in [-1, 1], tokens (B, L) int64); arguments as for `steps`."""
     last = {step.scale: step for step in steps(params, codec, labels, **options)}
@@ -123,7 +126,11 @@ def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choo
         if features is not None:
             nudge = evidence(codec["codebook"], features - f_hat, stays, size)
 
-        for number, keep in enumerate(kept_counts(schedule[k], hidden, k and "masked" in params)):
+        keeps = schedule[k]
+        if known is not None:
+            keeps = kept_counts(keeps, hidden, k and "masked" in params)
+
+        for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
                 logits = draft(params, labels, inputs, k, guidance[k], cache)
@@ -192,20 +199,34 @@ def filtered(logits, top_k=0, top_p=1.0):
     of what is left; -inf stands where a row has fewer than another. Unfiltered none is moved.
     """
     everything = logits.shape[-1]
-    if not 0 < top_k < everything and top_p >= 1:
+    is_cut = 0 < top_k < everything
+    if not is_cut and top_p >= 1:
         return logits, torch.arange(everything, device=logits.device).expand(logits.shape)
 
-    values, codes = logits.sort(-1, descending=True)
-    if 0 < top_k < everything:
-        least = values[..., top_k - 1, None]
-        most = int((values >= least).sum(-1).max())  # more than top_k where there are ties
-        values, codes = values[..., :most], codes[..., :most]
-        values = values.masked_fill(values < least, -math.inf)
+    width = min(top_k + TIES, everything) if is_cut else everything
+    values, codes = ranked(logits, width)
+    if is_cut:
+        if width < everything and (values[..., -1] >= values[..., top_k - 1]).any():
+            values, codes = ranked(logits, everything)
+        values = values.masked_fill(values < values[..., top_k - 1, None], -math.inf)
     if top_p < 1:
         probability = values.softmax(-1)
         before = probability.cumsum(-1) - probability  # what surer codes hold: of the best, 0
         values = values.masked_fill(before >= top_p, -math.inf)
     return values, codes
+
+
+def ranked(logits, count):
+    """(values, codes), (..., count) each: the largest of logits (..., V), a tie's lower code first.
+
+    What is sorted is one integer a code, the bits of its logit in fp32 above its number counted
+    backwards: faster than floats, and ties do not depend on the processor or on other logits.
+    """
+    bits = (logits.float() + 0.0).view(torch.int32)  # no -0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative ones ascend too
+    numbers = torch.arange(logits.shape[-1] - 1, -1, -1, device=logits.device)
+    codes = numbers.add(bits.long(), alpha=2**32).topk(count).indices
+    return logits.gather(-1, codes), codes
 
 
 def draw(values, codes, uniform=None):
@@ -233,10 +254,10 @@ def uniforms(seeds, k, number, count):
 
 
 def surest(confidence, hidden, keep):
-    """The `keep` (B,) most confident of the hidden tokens, (B, n) bool; ties break by position."""
+    """The `keep`, a number or (B, 1), most confident of the hidden tokens (B, n), bool alike."""
     order = confidence.masked_fill(~hidden, -math.inf).argsort(dim=-1, descending=True, stable=True)
     place = order.argsort(-1)
-    return hidden & (place < keep[:, None])
+    return hidden & (place < keep)
 
 
 def masked_schedule(scales, passes):
@@ -277,11 +298,11 @@ def defaults(params):
 
 
 def kept_counts(passes, hidden, has_masked_branch):
-    """[(B,), ...]: how many of its hidden tokens (B, n) an image keeps at each pass, in proportion.
+    """[(B, 1), ...]: how many of its hidden tokens (B, n) an image keeps at each pass: a share.
 
     Where some are given there is one masked pass at least, since no other sees them.
     """
-    count, total = hidden.sum(1), hidden.shape[1]
+    count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
     partly = (count > 0) & (count < total)
     if len(passes) == 1 and has_masked_branch and partly.any():
         return [torch.where(partly, 0, count), torch.where(partly, count, 0)]

@@ -202,6 +202,22 @@ def test_filters_are_those_of_plain_loops(codes, top_k, tied, data, seed):
         assert kept == expected
 
 
+@pytest.mark.parametrize("spread", [0, 0.01, 3])
+def test_many_ties_stay_and_stand_in_the_order_of_their_codes(spread):
+    """Of logits in bf16, as a head makes them: more of a tie, and fewer, than there is room for."""
+    logits = (normal(2, 3, 999, scale=spread) - 9).bfloat16().float()
+    logits[..., 5] = 0.0
+    logits[..., 3] = -0.0
+    values, codes = torch.sort(logits, dim=-1, descending=True, stable=True)
+    for top_k in (1, 2, 300, 998):
+        ours, places = sample.filtered(logits, top_k)
+        stays = (values >= values[..., top_k - 1, None])[..., : ours.shape[-1]]
+        assert torch.equal(ours.isfinite(), stays)
+        assert torch.equal(places[stays], codes[..., : ours.shape[-1]][stays])
+        assert torch.equal(ours[stays], values[..., : ours.shape[-1]][stays])
+        assert (ours.shape[-1] == 999) == (top_k > 2 and spread < 1 or top_k == 998)
+
+
 def test_filters_of_ties_keep_one_at_least():
     flat = torch.zeros(4, 8)
     assert sample.filtered(flat, 0, 1e-9)[0].isfinite().sum(-1).tolist() == [1] * 4
@@ -258,8 +274,8 @@ def test_published_schedules():
 def test_a_partly_given_scale_keeps_in_proportion():
     hidden = torch.arange(8) < torch.tensor([8, 4, 0, 3])[:, None]
     kept = sample.kept_counts((1, 1, 2, 4), hidden, True)
-    assert torch.stack(kept, 1).tolist() == [[1, 1, 2, 4], [1, 0, 1, 2], [0] * 4, [1, 0, 1, 1]]
-    kept = torch.stack(sample.kept_counts((8,), hidden, True), 1)
+    assert torch.cat(kept, 1).tolist() == [[1, 1, 2, 4], [1, 0, 1, 2], [0] * 4, [1, 0, 1, 1]]
+    kept = torch.cat(sample.kept_counts((8,), hidden, True), 1)
     assert kept.tolist() == [[8, 0], [0, 4], [0, 0], [0, 3]]
 
 
