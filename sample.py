@@ -3,10 +3,10 @@
     labels (B,) -> for each scale: logits -> guidance -> filter -> draw -> masked refinement
     -> f_hat (B, code_dim, h, w) -> images (B, 3, H, W)
 
-`steps` is the method as a generator, one item a pass, so that a caller can watch, stop or choose;
-`generate` and `edit` consume it. `draft` and `refined` make the two kinds of logits, `guided` is
-where guidance is applied, `filtered` and `draw` make tokens of logits. The random numbers of an
-image follow from its seed, the scale and the pass alone, so they do not depend on its batch.
+`steps` is the method as a generator, so that a caller can watch, stop or choose; `generate` and
+`edit` consume it. An image depends on its batch by rounding alone: its random numbers follow from
+its seed, the scale and the pass. In fp32 its tokens are the same and its pixels within 1e-5; in
+bf16 a batch of another size may tip a token, and what is drawn after it.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024);
 classifier-free guidance (Ho and Salimans 2021).
@@ -32,10 +32,7 @@ from torch.utils import _pytree as pytree
 import hmar
 import tokenizer
 
-PUBLISHED_PASSES = {4: (1, 3), 9: (1, 1, 2, 5)}  # tokens of a scale -> kept at each pass; else one
-
-
-TIES = 128  # that a top-k has room for before all codes are sorted
+TIES = 128  # of the top_k-th code, that there is room for before all codes are sorted
 
 
 def generate(params, codec, labels, **options):
@@ -56,58 +53,17 @@ class Step(NamedTuple):
     f_hat: torch.Tensor  # (B, code_dim, h, w), all scales up to this: decode_features shows it
 
 
-def steps(
-    params,
-    codec,
-    labels,
-    *,
-    schedule=None,
-    guidance=None,
-    mask_guidance=None,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
-    is_causal=False,
-    known=None,
-):
+@torch.no_grad()
+def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
-    labels (B,) int64. schedule: for each scale the tokens kept at each pass, as `masked_schedule`
-    makes it. guidance, mask_guidance: a number g, rising over scales as g k / (S - 1), or one a
-    scale; 0 is cheaper by half. None of these three is what `defaults` says. temperature divides
-    the logits, below 0.001 arg max; then top_k codes stay, 0 = all; then top_p of the probability.
-    Image i draws the numbers of seed + i, or seed[i]. is_causal: VAR, with a key/value cache.
-    known: (tokens (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`.
-    ValueError on what does not fit.
+    labels (B,) int64. is_causal: VAR, with a key/value cache. known: (tokens (B, L), given (B, L)
+    bool, features (B, code_dim, h, w)) of an image, for `edit`. options: those of `settled`.
     """
     scales = hmar.scales(params)
-    sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
-    got = tuple(codec["codebook"].shape)
-    require(got == sizes, f"codec: got (codes, code_dim) {got}, the transformer has {sizes}")
-    require(torch.is_tensor(labels) and labels.ndim == 1, "labels: expected an int64 tensor (B,)")
-    check_number("temperature", temperature, 0, 1e4)
-    check_number("top_k", top_k, 0, 2**31, int)
-    check_number("top_p", top_p, 1e-9, 1)
-    seeds = check_seeds(seed, len(labels))
-    choose = partial(chosen, seeds=seeds, temperature=temperature, top_k=top_k, top_p=top_p)
-    usual = defaults(params)
-    schedule = usual[0] if schedule is None else schedule
-    guidance = usual[1] if guidance is None else guidance
-    mask_guidance = usual[2] if mask_guidance is None else mask_guidance
-    schedule = check_schedule(schedule, scales, "masked" in params)
-    guidance = per_scale("guidance", guidance, scales)
-    mask_guidance = per_scale("mask_guidance", mask_guidance, scales)
-    return passes(
-        params, codec, labels, known, schedule, guidance, mask_guidance, choose, is_causal
-    )
-
-
-@torch.no_grad()
-def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choose, is_causal):
-    """The loop of `steps`, its arguments settled. choose: as `chosen`."""
-    scales = hmar.scales(params)
     counts = tokenizer.lengths(scales)
+    schedule, guidance, mask_guidance, choose = settled(params, codec, labels, **options)
+
     nothing = torch.zeros(len(labels), sum(counts), dtype=torch.int64, device=labels.device)
     known_tokens, given, features = known or (nothing, nothing.bool(), None)
     known_maps = tokenizer.f_hat_by_scale(codec, known_tokens, scales)
@@ -122,13 +78,11 @@ def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choo
         inputs = tokenizer.resize_to_scale(f_hat, size) if k else None  # (B, n_k, code_dim)
         tokens = known_tokens[k]
         hidden = ~given[k]  # (B, n_k), what is to be drawn
-        nudge = None
-        if features is not None:
-            nudge = evidence(codec["codebook"], features - f_hat, stays, size)
-
-        keeps = schedule[k]
+        keeps, nudge = schedule[k], None
         if known is not None:
             keeps = kept_counts(keeps, hidden, k and "masked" in params)
+        if features is not None:
+            nudge = evidence(codec["codebook"], features - f_hat, stays, size)
 
         for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
@@ -150,6 +104,47 @@ def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choo
             yield Step(k, number, tokens, hidden, grown)
 
         f_hat = grown  # what the next scale is drawn from
+
+
+def settled(
+    params,
+    codec,
+    labels,
+    *,
+    schedule=None,
+    guidance=None,
+    mask_guidance=None,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    seed=0,
+):
+    """(schedule, guidance, mask_guidance, `chosen` of logits, scale and pass) for `steps`.
+
+    schedule: for each scale the tokens kept at each pass, as `masked_schedule` makes it. guidance,
+    mask_guidance: a number g, rising over scales as g k / (S - 1), or one a scale; 0 is cheaper by
+    half. None of these three is what `defaults` says. temperature divides the logits, below 0.001
+    arg max; then top_k codes stay, 0 = all; then top_p of the probability. Image i draws the
+    numbers of seed + i, or seed[i]. ValueError on what does not fit.
+    """
+    scales = hmar.scales(params)
+    sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
+    got = tuple(codec["codebook"].shape)
+    require(got == sizes, f"codec: got (codes, code_dim) {got}, the transformer has {sizes}")
+    require(torch.is_tensor(labels) and labels.ndim == 1, "labels: expected an int64 tensor (B,)")
+
+    check_numbers("temperature", [temperature], 1, 0, 1e4)
+    check_numbers("top_k", [top_k], 1, 0, 2**31, int)
+    check_numbers("top_p", [top_p], 1, 1e-9, 1)
+    seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
+    check_numbers("seed", seeds, len(labels), 0, 2**63 - 1, int)
+    choose = partial(chosen, seeds=seeds, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
+    how = defaults(params) | {name: value for name, value in given.items() if value is not None}
+    check_schedule(how["schedule"], scales, "masked" in params)
+    rising = [per_scale(name, how[name], len(scales)) for name in ("guidance", "mask_guidance")]
+    return how["schedule"], *rising, choose
 
 
 def draft(params, labels, inputs, k, t, cache=None):
@@ -265,36 +260,33 @@ def masked_schedule(scales, passes):
 
     Few are kept at first, most last, after a cosine (MaskGIT, section 3.3); one at least at each.
     """
-    check_number("passes", passes, 0, 1e4, int)
     schedule = []
     for k, count in enumerate(tokenizer.lengths(scales)):
         number = min(passes + 1, count) if k else 1
-        kept = [0]  # after each pass
-        for i in range(1, number + 1):
-            share = 1 - math.cos(math.pi / 2 * i / number)
-            kept.append(min(max(round(share * count), i), count - number + i))
-        schedule.append(tuple(after - before for before, after in itertools.pairwise(kept)))
+        done = np.arange(number + 1)
+        kept = np.round(count * (1 - np.cos(np.pi / 2 * done / number)))  # after each pass
+        kept = kept.clip(done, count - number + done).astype(int)
+        schedule.append(tuple(np.diff(kept).tolist()))
     return tuple(schedule)
 
 
 def published_schedule(scales):
     """The published schedule, (1) (1, 3) (1, 1, 2, 5), then one pass a scale: 14 at 256 pixels."""
-    counts = tokenizer.lengths(scales)
-    later = [PUBLISHED_PASSES.get(count, (count,)) for count in counts[1:]]
-    return ((counts[0],), *later)
+    first, *counts = tokenizer.lengths(scales)
+    passes = {4: (1, 3), 9: (1, 1, 2, 5)}
+    return ((first,), *(passes.get(count, (count,)) for count in counts))
 
 
 def defaults(params):
-    """(schedule, guidance, mask_guidance): what measured best, or for published trees as published.
+    """What measured best, as options of `steps`; for published trees as published.
 
     A tree of our own is told by its masked branch, which has an input of its own.
     """
     scales = hmar.scales(params)
     if "own_input" in params.get("masked", {}):
-        return masked_schedule(scales, 1), 2.0, 1.5
-    if "masked" in params:
-        return published_schedule(scales), 1.5, 0.0
-    return tuple((count,) for count in tokenizer.lengths(scales)), 1.5, 0.0
+        return dict(schedule=masked_schedule(scales, 1), guidance=2.0, mask_guidance=1.5)
+    schedule = published_schedule(scales) if "masked" in params else masked_schedule(scales, 0)
+    return dict(schedule=schedule, guidance=1.5, mask_guidance=0.0)
 
 
 def kept_counts(passes, hidden, has_masked_branch):
@@ -395,46 +387,36 @@ def require(fine, message):
         raise ValueError(message)
 
 
-def check_number(name, value, least, most, kind=(int, float)):
-    """ValueError unless value is a number of this kind and range."""
-    fits = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
-    what = "an integer" if kind is int else "a number"
-    require(fits, f"{name}: got {value!r}, expected {what} from {least:g} to {most:g}")
+def check_numbers(name, values, count, least, most, kind=(int, float)):
+    """ValueError unless values are a list of count numbers, None: any, of this kind and range."""
+    fits = isinstance(values, (list, tuple)) and count in (None, len(values))
+    fits = fits and all(isinstance(x, kind) and least <= x <= most for x in values)
+    what = "integers" if kind is int else "numbers"
+    how_many = f", {count} of them" if count else ""
+    require(fits, f"{name}: got {values!r}, expected {what} from {least:g} to {most:g}{how_many}")
 
 
-def per_scale(name, value, scales):
+def per_scale(name, value, count):
     """One number a scale: a single one g rises as g k / (S - 1)."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    count = len(scales)
-    require(len(values) in (1, count), f"{name}: got {value}, expected one number, or {count}")
-    for number in values:
-        check_number(name, number, 0, 1e4)
-    if len(values) == count:
-        return values
-    return [values[0] * k / (count - 1) for k in range(count)]
+    if len(values) == 1 < count:
+        check_numbers(name, values, 1, 0, 1e4)
+        values = [values[0] * k / (count - 1) for k in range(count)]
+    check_numbers(name, values, count, 0, 1e4)
+    return values
 
 
 def check_schedule(schedule, scales, has_masked_branch):
-    """The schedule. ValueError unless each entry sums to its scale's tokens."""
+    """ValueError unless the numbers of each scale sum to its tokens."""
     counts = tokenizer.lengths(scales)
     fits = isinstance(schedule, (list, tuple)) and len(schedule) == len(counts)
     require(fits, f"schedule: got {schedule!r}, expected an entry for each of {len(counts)} scales")
-    for k, kept in enumerate(schedule):
-        fits = isinstance(kept, (list, tuple))
-        fits = fits and all(isinstance(number, int) and number >= 0 for number in kept)
-        fits = fits and sum(kept) == counts[k] and (len(kept) == 1 or (k > 0 and has_masked_branch))
-        expected = f"numbers that sum to {counts[k]}, one if there is no masked branch"
-        require(fits, f"schedule: entry {k} is {kept!r}, expected {expected}")
-    return schedule
 
-
-def check_seeds(seed, count):
-    """[seed of each image]."""
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else seed
-    fits = isinstance(seeds, (list, tuple)) and len(seeds) == count
-    fits = fits and all(isinstance(number, int) and 0 <= number < 2**63 for number in seeds)
-    require(fits, f"seed: got {seed!r}, expected an integer from 0 to 2^63, or {count} of them")
-    return seeds
+    for k, (kept, count) in enumerate(zip(schedule, counts)):
+        check_numbers("schedule", kept, None, 0, count, int)
+        fits = sum(kept) == count and (len(kept) == 1 or (k and has_masked_branch))
+        expected = f"numbers that sum to {count}, one if there is no masked branch"
+        require(fits, f"schedule: entry {k} is {kept}, expected {expected}")
 
 
 # ---- pictures and weights
@@ -489,6 +471,10 @@ def read_image(path, shortest=None):
 
 def as_rgb(image):
     """An image of any mode as viewers show it."""
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of 16 bits, of which Pillow keeps the upper 8
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
         grey = np.asarray(image).clip(0, 65535) / 257 + 0.5
         image = Image.fromarray(grey.astype(np.uint8))
@@ -546,7 +532,7 @@ def digest(tree):
 
 # ---- the command
 
-OPTIONS = ("schedule", "guidance", "mask_guidance", "temperature", "top_k", "top_p")  # of `steps`
+OPTIONS = ("guidance", "mask_guidance", "temperature", "top_k", "top_p")  # of `steps`
 
 
 def parser():
@@ -567,9 +553,7 @@ def parser():
     add("--temperature", type=float, default=1, help="0: arg max (1)")
     add("--top-k", type=int, default=0, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, default=1, help="probability that may be drawn (1)")
-    either = top.add_mutually_exclusive_group().add_argument
-    either("--mask-steps", type=number(int, 0), help="masked passes a scale (1)")
-    either("--schedule", type=kept_numbers, help="tokens kept at each pass: '1 / 1,3 / 16'")
+    add("--mask-steps", type=number(int, 0, 10_000), help="masked passes a scale (1)")
     add("--edit", help="image to repaint")
     either = top.add_mutually_exclusive_group().add_argument
     either("--mask", help="image, white: repaint; any size")
@@ -584,7 +568,8 @@ class Parser(argparse.ArgumentParser):
     """The stock parser, whose errors are ValueErrors and whose help has a line a flag."""
 
     def __init__(self, description):
-        options = dict(formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False)
+        shape = partial(Help, max_help_position=30, width=100)
+        options = dict(formatter_class=shape, usage=argparse.SUPPRESS, allow_abbrev=False)
         super().__init__(description=description, **options)
 
     def error(self, message):
@@ -592,9 +577,6 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.HelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=100)
-
     def _get_default_metavar_for_optional(self, action):
         return action.dest[0].upper()
 
@@ -617,103 +599,101 @@ def scale_pair(text):
     return int(height), int(width or height)
 
 
-def kept_numbers(text):
-    """Of the parser: "1 / 1,3 / 16" -> [[1], [1, 3], [16]]."""
-    return [list(map(int, entry.split(","))) for entry in text.split("/")]
-
-
 def run(args):
     """What the command does once its flags are read."""
     suffix = check_flags(args)
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     params, codec, names, is_causal = load_models(args)
-    classes = chosen_classes(args.labels, names, 10 if suffix in (".png", ".gif") else None)
-    labels = torch.tensor(classes, device=device).repeat_interleave(args.count)
+    classes = chosen_classes(args.labels, names)
+    if args.labels == ["all"] and suffix in (".png", ".gif"):
+        classes = classes[:10]
+    labels = torch.tensor(classes).repeat_interleave(args.count)
     given = photo_and_mask(args, params, codec) if args.edit else ()
-    options = {name: getattr(args, name) for name in OPTIONS} | dict(is_causal=is_causal)
+
+    # what was not asked for is settled here, since a folder remembers it
+    asked = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if args.mask_steps is not None:
-        options["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
-    settings = dict(labels=classes, dtype=str(dtype), models=[digest(params), digest(codec)])
-    settings["defaults"] = defaults(params)
+        asked["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
+    options = defaults(params) | asked | dict(is_causal=is_causal)
+    settings = dict(options, labels=labels.tolist(), seed=args.seed, dtype=str(dtype))
+    settings["models"] = digest([params, codec, *given])
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models = pytree.tree_map(lambda leaf: leaf.to(device), models)
 
-    def make(numbers):
-        """Images (n, 3, H, W) of these numbers, of all that are asked for."""
-        own = labels[numbers]
-        seeds = [args.seed + i for i in numbers]
-        same = [x.to(device).expand(len(own), -1, -1, -1) for x in given]
-        if same:
-            return edit(*models, *same, own, seed=seeds, **options).cpu()
-        return generate(*models, own, seed=seeds, **options)[0].cpu()
+    def draw(numbers):
+        """Yields (numbers, images (n, 3, H, W)), a batch at a time."""
+        for first in range(0, len(numbers), args.batch):
+            some = numbers[first : first + args.batch]
+            own = labels[some].to(device)
+            more = dict(options, seed=[args.seed + i for i in some])
+            if args.edit:
+                same = [x.to(device).expand(len(some), -1, -1, -1) for x in given]
+                yield some, edit(*models, *same, own, **more).cpu()
+            else:
+                yield some, generate(*models, own, **more)[0].cpu()
 
-    names = [names[label] for label in classes]
+    rows = [names[label] for label in classes]
     if suffix == ".png":
-        images = torch.cat([make(part) for part in in_parts(range(len(labels)), args.batch)])
-        write_image(args.out, sheet(images.split(args.count), names))
+        images = torch.cat([images for _, images in draw(range(len(labels)))])
+        write_image(args.out, sheet(images.split(args.count), rows))
     elif suffix == ".gif":
-        walk = steps(*models, labels, seed=args.seed, **options)
+        walk = steps(*models, labels.to(device), seed=args.seed, **options)
         maps = (decoded(models[1], step.f_hat) for step in walk)
-        pages = [sheet(images.split(args.count), names) for images in maps]
+        pages = [sheet(images.split(args.count), rows) for images in maps]
         times = [400] * (len(pages) - 1) + [2000]  # milliseconds
         more = dict(save_all=True, append_images=pages[1:], duration=times, loop=0)
         write_image(args.out, pages[0], "GIF", **more)
     else:
-        fill_folder(args, settings, labels.tolist(), make)
+        fill_folder(args.out, settings, draw)
     print(f"wrote {printable(args.out)}")
 
 
-def fill_folder(args, settings, labels, make):
+def fill_folder(out, settings, draw):
     """Draws this process's share of what is missing of number-label.png files; packs an .npz."""
-    folder = args.out.removesuffix(".npz")
+    folder = out.removesuffix(".npz")
     path = os.path.join(folder, "settings.json")
-    settings = vars(args) | dict(settings, out=folder, device=None, batch=None)  # no matter
-    settings = json.loads(json.dumps(settings))  # as they come back from a file
+    text = json.dumps(settings)
     os.makedirs(folder, exist_ok=True)
     others = [name for name in os.listdir(folder) if not name.endswith(".tmp")]
+    fits = not others or read_json(path) == json.loads(text)
     message = f"--out: {folder} holds something else, or images of other settings"
-    require(not others or read_json(path) == settings, f"{message}; expected a new folder")
-    write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))
+    require(fits, f"{message}; expected a new folder")
+    write_atomically(path, lambda file: file.write(text.encode()))
 
+    labels = settings["labels"]
     paths = [os.path.join(folder, f"{i:06d}-{label}.png") for i, label in enumerate(labels)]
     rank, world = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
     own = range(len(paths))[rank::world]
-    missing = [i for i in own if not os.path.exists(paths[i])]
-    for numbers in in_parts(missing, args.batch):
-        for i, pixels in zip(numbers, to_bytes(make(numbers))):
+    for numbers, images in draw([i for i in own if not os.path.exists(paths[i])]):
+        for i, pixels in zip(numbers, to_bytes(images)):
             write_image(paths[i], Image.fromarray(pixels))
         print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
 
-    if args.out != folder and all(map(os.path.exists, paths)):  # of all processes
+    if out != folder and all(map(os.path.exists, paths)):  # of all processes
         pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
-        write_atomically(args.out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
-
-
-def in_parts(numbers, size):
-    """[at most size numbers, ...]."""
-    return [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
+        write_atomically(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
 
 def check_flags(args):
     """The suffix of --out. ValueError for flags that would be without effect."""
     suffix = os.path.splitext(args.out)[1].lower()
-    fits = suffix not in (".jpg", ".jpeg", ".webp", ".bmp")
+    fits = suffix in (".png", ".gif", ".npz", "")
     require(fits, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
-    fits = bool(args.edit) == (args.mask is not None or args.pad is not None)
-    fits = fits and not (args.edit and suffix == ".gif")
+    fits = bool(args.edit) == bool(args.mask or args.pad) and not (args.edit and suffix == ".gif")
     require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
-    fits = args.run is not None or (args.weights and args.tokenizer)
+    fits = args.run or (args.weights and args.tokenizer)
     require(fits, "expected a run folder, or both --weights and --tokenizer")
     return suffix
 
 
 def find_device(name):
     """The torch.device of --device, by default this process's GPU or the CPU."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # the quantiser is in fp32
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name or own).device
+        device = torch.empty(0, device=name).device
         require(device.type in ("cuda", "cpu"), "no float64")
         return device
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -734,28 +714,26 @@ def load_models(args):
     """(params, codec, class names, whether it is VAR's), by args.json beside the weights."""
     weights = args.weights or os.path.join(args.run, "hmar.pt")
     path = os.path.join(os.path.dirname(weights), "args.json")
-    trained = dict(class_names=[], causal=False, made={}) | read_json(path)
-    names, causal, made = (trained[name] for name in ("class_names", "causal", "made"))
-    fits = isinstance(names, list) and isinstance(made, dict) and isinstance(causal, bool)
-    fits = fits and all(isinstance(name, str) for name in names)
-    require(fits, f"{path}: expected what train.py writes")
+    trained = read_json(path)
+    names, made = trained.get("class_names"), trained.get("made", {})
+    require(isinstance(made, dict), f"{path}: expected what train.py writes")
 
-    params = load_transformer(weights, args.scales, causal or args.causal)
+    is_causal = args.causal or trained.get("causal") is True
+    params = load_transformer(weights, args.scales, is_causal)
     codec = load_tokenizer(args.tokenizer or os.path.join(args.run, "tokenizer.pt"))
     fits = made.get("tokenizer") in (None, digest(codec))
     require(fits, f"{weights}: trained for another tokenizer than this")
     classes = len(params["classes"]) - 1
-    if len(names) != classes:
-        names = [str(label) for label in range(classes)]
-    return params, codec, names, causal or args.causal
+    if not isinstance(names, list) or len(names) != classes:
+        names = range(classes)
+    return params, codec, list(map(str, names)), is_causal
 
 
-def chosen_classes(texts, names, most):
-    """The numbers of the classes that --labels names; of all at most so many."""
+def chosen_classes(texts, names):
+    """The numbers of the classes that --labels names; a name goes before a number."""
     if texts == ["all"]:
-        return list(range(len(names)))[:most]
-    numbers = {str(number): number for number in range(len(names))}
-    numbers |= {name: number for number, name in enumerate(names)}
+        return list(range(len(names)))
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for text in texts:
         expected = f"0 to {len(names) - 1} or such as {', '.join(names[:5])}"
         require(text in numbers, f"--labels: got {text!r}, expected {expected}")
@@ -791,19 +769,22 @@ def read_json(path):
 
 
 def write_atomically(path, write):
-    """write(file) to a temporary file, then renamed: the old one or the whole new. OSError else."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """write(file) to a temporary file, then renamed: the old one or the whole new. OSError else.
+
+    It has the process's rank in its name, so that the next run writes over what a kill left.
+    """
+    temporary = f"{path}.{os.environ.get('RANK', '0')}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"{path}: cannot be written: {reason}") from error
 
 
 def write_image(path, image, kind="PNG", **options):
@@ -822,18 +803,18 @@ def command(name, work, parser, argv):
         work(parser.parse_args(argv))
         return 0
     except KeyboardInterrupt as interrupt:
-        text = printable(interrupt) or "stopped; the same command goes on"
-        print(f"{name}: {text}", file=sys.stderr)
-        return 130
+        text, status = printable(interrupt) or "stopped; the same command goes on", 130
     except Exception as error:  # noqa: BLE001
         if os.environ.get("HMAR_TRACEBACK"):
             traceback.print_exc()
-        bad_input = isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError))
-        text = printable(str(error).strip()) or type(error).__name__
-        if not bad_input:
-            text = f"{type(error).__name__}: {text[:200]} (HMAR_TRACEBACK=1 shows where)"
-        print(f"{name}: {text}", file=sys.stderr)
-        return 2 if bad_input else 1
+        text, status = printable(str(error).strip()) or type(error).__name__, 2
+        bad_input = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+        if "can't allocate memory" in text:  # torch's on a CPU
+            text = f"not enough memory: {text.partition('memory: ')[2]}"
+        elif not isinstance(error, bad_input):
+            text, status = f"{type(error).__name__}: {text[:200]} (HMAR_TRACEBACK=1 shows where)", 1
+    print(f"{name}: {text}", file=sys.stderr)
+    return status
 
 
 def main(argv=None):

@@ -260,7 +260,7 @@ def test_schedules_sum_to_their_scales(scales, passes):
     for k, (kept, count) in enumerate(zip(made, counts, strict=True)):
         assert sum(kept) == count and min(kept) >= 1
         assert len(kept) == (min(passes + 1, count) if k else 1)
-    assert sample.check_schedule(made, scales, True) == made
+    sample.check_schedule(made, scales, True)
     assert [sum(kept) for kept in sample.published_schedule(scales)] == counts
 
 
@@ -351,6 +351,7 @@ def test_defaults_are_ours_or_the_published_ones():
         (theirs, sample.published_schedule(SCALES), 1.5, 0),
     ):
         options = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
+        assert sample.defaults(params) == options
         made, said = (sample.generate(params, CODEC, LABELS, **x)[1] for x in ({}, options))
         assert torch.equal(made, said)
 
@@ -540,17 +541,21 @@ def test_labels_that_are_none_are_a_value_error(labels):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(temperature=-1), "temperature: got -1, expected a number from 0 to 10000"),
-        (dict(top_k=True), "top_k: got True, expected an integer from 0"),
+        (dict(temperature=-1), r"temperature: got \[-1\], expected numbers from 0 to 10000"),
+        (dict(top_k=0.5), r"top_k: got \[0.5\], expected integers from 0"),
         (dict(schedule=((1,), (4,))), "schedule: got .* expected an entry for each of 3 scales"),
-        (dict(schedule=((1,), (5, -1), (12,))), r"schedule: entry 1 is \(5, -1\), .* sum to 4"),
+        (
+            dict(schedule=((1,), (5, -1), (12,))),
+            r"schedule: got \(5, -1\), expected integers from 0",
+        ),
+        (dict(schedule=((1,), (1, 2), (12,))), r"schedule: entry 1 is \(1, 2\), .* sum to 4"),
         (dict(schedule=((1,), (1, 3), (12,))), "schedule: entry 1 is .* no masked branch"),
         (dict(codec=small(32)), r"codec: got .* \(32, 8\), the transformer has \(16, 8\)"),
     ],
 )
-def test_bad_options_are_told_at_once(options, message):
+def test_bad_options_are_told(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        sample.steps(**dict(params=PLAIN, codec=CODEC, labels=LABELS) | options)
+        sample.generate(**dict(params=PLAIN, codec=CODEC, labels=LABELS) | options)
 
 
 HALF = masks("half", 3)
@@ -678,7 +683,7 @@ def test_foreign_folders_are_refused_and_stay_as_they_are(run, tmp_path, capsys,
 
 @pytest.mark.parametrize("flags", [("--seed", 1), ("--top-k", 3), ("--labels", 2), ("--causal",)])
 def test_folders_of_other_settings_are_refused(run, tmp_path, capsys, flags):
-    plain = (run, "--count", 1, "--schedule", "1/4/12", "--out", tmp_path / "a")
+    plain = (run, "--count", 1, "--mask-steps", 0, "--out", tmp_path / "a")
     assert call(*plain) == 0
     before = contents(tmp_path / "a")
     assert call(*plain, *flags) == 2
@@ -705,7 +710,6 @@ STEERING = [
     ("--mask-guidance 0.5 --top-k 3 --top-p 0.9", dict(mask_guidance=[0.5], top_k=3, top_p=0.9)),
     ("--temperature 0.7 --seed 9", dict(temperature=0.7, seed=[9, 10])),
     ("--mask-steps 2", dict(schedule=sample.masked_schedule(SCALES, 2))),
-    ("--schedule 1/1,3/12", dict(schedule=[[1], [1, 3], [12]])),
     ("--causal", dict(is_causal=True)),
 ]
 
@@ -721,9 +725,8 @@ def test_flags_reach_the_sampler(run, tmp_path, monkeypatch, flags, expected):
     monkeypatch.setattr(sample, "generate", seen)
     flags = ("--labels", "disc", "--count", 2, "--out", tmp_path / "a.png", *flags.split())
     assert call(run, *flags) == 0
-    plain = dict(schedule=None, guidance=None, mask_guidance=None, temperature=1, top_k=0)
-    plain |= dict(top_p=1, seed=[0, 1], is_causal=False)
-    assert calls == [plain | expected]
+    plain = dict(temperature=1, top_k=0, top_p=1, seed=[0, 1], is_causal=False)
+    assert calls == [sample.defaults(PARAMS) | plain | expected]
 
 
 @pytest.fixture
@@ -823,8 +826,7 @@ def broken(tmp_path_factory):
     [
         ("{run} --labels 3", "--labels: got '3', expected 0 to 2 or such as disc, ring, star"),
         ("{run} --top-p x", "argument --top-p: invalid float value: 'x'"),
-        ("{run} --schedule 1/a/12", "argument --schedule: invalid kept_numbers value: '1/a/12'"),
-        ("{run} --schedule 1/4/12 --mask-steps 1", "not allowed with argument --schedule"),
+        ("{run} --mask x --pad 0.2", "not allowed with argument --mask"),
         ("{run} --count 0", "--count: got 0, expected 1 to"),
         ("{run} --out {run}/hmar.pt/x.png", "hmar.pt/x.png"),
         ("{run} --out x.jpg", "--out: got x.jpg, expected"),
@@ -850,6 +852,12 @@ def test_bad_input_is_one_line_and_status_2(run, broken, tmp_path, capsys, flags
     "error, status, text",
     [
         (torch.OutOfMemoryError("full\n\x1b[2J"), 2, "full??[2J"),
+        (
+            RuntimeError("alloc.cpp: can't allocate memory: 9 bytes"),
+            2,
+            "not enough memory: 9 bytes",
+        ),
+        (MemoryError(), 2, "MemoryError"),
         (KeyError(7), 1, "KeyError: 7 (HMAR_TRACEBACK=1 shows where)"),
     ],
 )
