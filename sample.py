@@ -181,29 +181,30 @@ def guided(predict, params, labels, t, *features, both=False):
 
 def chosen(logits, k, number, *, seeds, temperature, top_k, top_p):
     """(tokens, confidence), (B, n_k) each, of logits (B, n_k, codes) at a pass of scale k."""
-    if temperature < 0.001:
-        return draw(*filtered(logits, top_k, top_p))
-    numbers = uniforms(seeds, k, number, logits.shape[1]).to(logits.device)
-    return draw(*filtered(logits / temperature, top_k, top_p), numbers)
+    uniform = None
+    if temperature >= 0.001:
+        uniform = uniforms(seeds, k, number, logits.shape[1]).to(logits.device)
+        logits = logits / temperature
+    return draw(*filtered(logits, top_k, top_p), uniform)
 
 
 def filtered(logits, top_k=0, top_p=1.0):
     """(values, codes), (..., K) each: the logits of codes that may be drawn, the surest first.
 
     Of logits (..., V) those below the top_k-th go (ties stay), then those whose betters hold top_p
-    of what is left; -inf stands where a row has fewer than another. Unfiltered none is moved.
+    of what is left; -inf stands where a row has fewer than K. Unfiltered none is moved.
     """
     everything = logits.shape[-1]
     is_cut = 0 < top_k < everything
     if not is_cut and top_p >= 1:
         return logits, torch.arange(everything, device=logits.device).expand(logits.shape)
 
-    width = min(top_k + TIES, everything) if is_cut else everything
-    values, codes = ranked(logits, width)
+    values, codes = ranked(logits, min(top_k + TIES, everything) if is_cut else everything)
     if is_cut:
-        if width < everything and (values[..., -1] >= values[..., top_k - 1]).any():
+        least = values[..., top_k - 1, None]
+        if (values[..., -1:] >= least).any():  # more ties than there was room for
             values, codes = ranked(logits, everything)
-        values = values.masked_fill(values < values[..., top_k - 1, None], -math.inf)
+        values = values.masked_fill(values < least, -math.inf)
     if top_p < 1:
         probability = values.softmax(-1)
         before = probability.cumsum(-1) - probability  # what surer codes hold: of the best, 0
@@ -388,12 +389,12 @@ def require(fine, message):
 
 
 def check_numbers(name, values, count, least, most, kind=(int, float)):
-    """ValueError unless values are a list of count numbers, None: any, of this kind and range."""
-    fits = isinstance(values, (list, tuple)) and count in (None, len(values))
+    """ValueError unless values are a list of count numbers of this kind and range."""
+    fits = isinstance(values, (list, tuple)) and len(values) == count
     fits = fits and all(isinstance(x, kind) and least <= x <= most for x in values)
     what = "integers" if kind is int else "numbers"
-    how_many = f", {count} of them" if count else ""
-    require(fits, f"{name}: got {values!r}, expected {what} from {least:g} to {most:g}{how_many}")
+    expected = f"{what} from {least:g} to {most:g}, {count} of them"
+    require(fits, f"{name}: got {values!r}, expected {expected}")
 
 
 def per_scale(name, value, count):
@@ -409,14 +410,14 @@ def per_scale(name, value, count):
 def check_schedule(schedule, scales, has_masked_branch):
     """ValueError unless the numbers of each scale sum to its tokens."""
     counts = tokenizer.lengths(scales)
-    fits = isinstance(schedule, (list, tuple)) and len(schedule) == len(counts)
-    require(fits, f"schedule: got {schedule!r}, expected an entry for each of {len(counts)} scales")
-
-    for k, (kept, count) in enumerate(zip(schedule, counts)):
-        check_numbers("schedule", kept, None, 0, count, int)
-        fits = sum(kept) == count and (len(kept) == 1 or (k and has_masked_branch))
-        expected = f"numbers that sum to {count}, one if there is no masked branch"
-        require(fits, f"schedule: entry {k} is {kept}, expected {expected}")
+    try:
+        fits = [sum(kept) for kept in schedule] == counts and min(map(min, schedule)) >= 0
+        refined = [k for k, kept in enumerate(schedule) if len(kept) > 1]
+        fits = fits and 0 not in refined and (has_masked_branch or not refined)
+    except (TypeError, ValueError):  # no numbers, or none
+        fits = False
+    expected = f"for each scale numbers that sum to {counts}, one where no masked branch sees them"
+    require(fits, f"schedule: got {schedule!r}, expected {expected}")
 
 
 # ---- pictures and weights
@@ -682,8 +683,6 @@ def check_flags(args):
     require(fits, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
     fits = bool(args.edit) == bool(args.mask or args.pad) and not (args.edit and suffix == ".gif")
     require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
-    fits = args.run or (args.weights and args.tokenizer)
-    require(fits, "expected a run folder, or both --weights and --tokenizer")
     return suffix
 
 
@@ -712,17 +711,16 @@ def find_dtype(name, device):
 
 def load_models(args):
     """(params, codec, class names, whether it is VAR's), by args.json beside the weights."""
+    require(args.run or (args.weights and args.tokenizer), "expected RUN or --weights, --tokenizer")
     weights = args.weights or os.path.join(args.run, "hmar.pt")
-    path = os.path.join(os.path.dirname(weights), "args.json")
-    trained = read_json(path)
-    names, made = trained.get("class_names"), trained.get("made", {})
-    require(isinstance(made, dict), f"{path}: expected what train.py writes")
-
+    trained = read_json(os.path.join(os.path.dirname(weights), "args.json"))
     is_causal = args.causal or trained.get("causal") is True
     params = load_transformer(weights, args.scales, is_causal)
     codec = load_tokenizer(args.tokenizer or os.path.join(args.run, "tokenizer.pt"))
-    fits = made.get("tokenizer") in (None, digest(codec))
-    require(fits, f"{weights}: trained for another tokenizer than this")
+
+    made, names = trained.get("made"), trained.get("class_names")
+    known = made.get("tokenizer") if isinstance(made, dict) else None
+    require(known in (None, digest(codec)), f"{weights}: trained for another tokenizer than this")
     classes = len(params["classes"]) - 1
     if not isinstance(names, list) or len(names) != classes:
         names = range(classes)
@@ -803,17 +801,17 @@ def command(name, work, parser, argv):
         work(parser.parse_args(argv))
         return 0
     except KeyboardInterrupt as interrupt:
-        text, status = printable(interrupt) or "stopped; the same command goes on", 130
+        text, status = str(interrupt) or "stopped; the same command goes on", 130
     except Exception as error:  # noqa: BLE001
         if os.environ.get("HMAR_TRACEBACK"):
             traceback.print_exc()
-        text, status = printable(str(error).strip()) or type(error).__name__, 2
+        text, status = str(error).strip() or type(error).__name__, 2
         bad_input = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
         if "can't allocate memory" in text:  # torch's on a CPU
             text = f"not enough memory: {text.partition('memory: ')[2]}"
         elif not isinstance(error, bad_input):
             text, status = f"{type(error).__name__}: {text[:200]} (HMAR_TRACEBACK=1 shows where)", 1
-    print(f"{name}: {text}", file=sys.stderr)
+    print(f"{name}: {printable(text)}", file=sys.stderr)
     return status
 
 

@@ -543,13 +543,11 @@ def test_labels_that_are_none_are_a_value_error(labels):
     [
         (dict(temperature=-1), r"temperature: got \[-1\], expected numbers from 0 to 10000"),
         (dict(top_k=0.5), r"top_k: got \[0.5\], expected integers from 0"),
-        (dict(schedule=((1,), (4,))), "schedule: got .* expected an entry for each of 3 scales"),
-        (
-            dict(schedule=((1,), (5, -1), (12,))),
-            r"schedule: got \(5, -1\), expected integers from 0",
-        ),
-        (dict(schedule=((1,), (1, 2), (12,))), r"schedule: entry 1 is \(1, 2\), .* sum to 4"),
-        (dict(schedule=((1,), (1, 3), (12,))), "schedule: entry 1 is .* no masked branch"),
+        (dict(schedule=((1,), (4,))), r"schedule: got .* that sum to \[1, 4, 12\]"),
+        (dict(schedule=((1,), (5, -1), (12,))), "schedule: got "),
+        (dict(schedule=((1,), (1, 2), (12,))), "schedule: got "),
+        (dict(schedule=((1,), (1, 3), (12,))), "schedule: got .* no masked branch"),
+        (dict(schedule=((0, 1), (4,), (12,)), params=PARAMS), "schedule: got "),
         (dict(codec=small(32)), r"codec: got .* \(32, 8\), the transformer has \(16, 8\)"),
     ],
 )
@@ -831,7 +829,7 @@ def broken(tmp_path_factory):
         ("{run} --out {run}/hmar.pt/x.png", "hmar.pt/x.png"),
         ("{run} --out x.jpg", "--out: got x.jpg, expected"),
         ("{run}/none", "none/hmar.pt"),
-        ("", "expected a run folder, or both --weights and --tokenizer"),
+        ("", "expected RUN or --weights, --tokenizer"),
         ("{run} --weights {broken}/code.pt", "code.pt: no weights that can be read safely"),
         ("{run} --tokenizer {run}/hmar.pt", "hmar.pt: "),
         ("{run} --edit {run}/photo.png", "--edit: expected with one of --mask and --pad"),
