@@ -70,8 +70,7 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     known_tokens, given = known_tokens.split(counts, 1), given.split(counts, 1)
     stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of an edit
 
-    halves = 2 if any(guidance) else 1  # a cache takes in both from the first scale on
-    cache = hmar.new_cache(params, halves * len(labels)) if is_causal else None
+    cache = hmar.new_cache(params, 2 * len(labels)) if is_causal else None
     f_hat = torch.zeros_like(known_maps[0])  # (B, code_dim, h, w)
 
     for k, size in enumerate(scales):
@@ -81,16 +80,14 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
         keeps, nudge = schedule[k], None
         if known is not None:
             keeps = kept_counts(keeps, hidden, k and "masked" in params)
-        if features is not None:
             nudge = evidence(codec["codebook"], features - f_hat, stays, size)
 
         for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
-                logits = draft(params, labels, inputs, k, guidance[k], cache)
+                logits = draft(params, labels, inputs, k, guidance, cache)
             else:
-                t = mask_guidance[k]
-                logits = refined(params, codec, labels, inputs, tokens, hidden, k, t)
+                logits = refined(params, codec, labels, inputs, tokens, hidden, k, mask_guidance)
 
             if nudge is not None:
                 logits = logits + nudge
@@ -121,11 +118,11 @@ def settled(
 ):
     """(schedule, guidance, mask_guidance, `chosen` of logits, scale and pass) for `steps`.
 
-    schedule: for each scale the tokens kept at each pass, as `masked_schedule` makes it. guidance,
-    mask_guidance: a number g, rising over scales as g k / (S - 1), or one a scale; 0 is cheaper by
-    half. None of these three is what `defaults` says. temperature divides the logits, below 0.001
-    arg max; then top_k codes stay, 0 = all; then top_p of the probability. Image i draws the
-    numbers of seed + i, or seed[i]. ValueError on what does not fit.
+    schedule: for each scale the tokens kept at each pass, as `masked_schedule` makes it. guidance
+    and mask_guidance: of the last scale, rising to it from 0, which is cheaper by half. None of
+    these three is what `defaults` says. temperature divides the logits, below 0.001 arg max; then
+    top_k codes stay, 0 = all; then top_p of the probability. Image i draws the numbers of seed + i,
+    or seed[i]. ValueError on what does not fit.
     """
     scales = hmar.scales(params)
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
@@ -133,43 +130,50 @@ def settled(
     require(got == sizes, f"codec: got (codes, code_dim) {got}, the transformer has {sizes}")
     require(torch.is_tensor(labels) and labels.ndim == 1, "labels: expected an int64 tensor (B,)")
 
-    check_numbers("temperature", [temperature], 1, 0, 1e4)
-    check_numbers("top_k", [top_k], 1, 0, 2**31, int)
-    check_numbers("top_p", [top_p], 1, 1e-9, 1)
-    seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
-    check_numbers("seed", seeds, len(labels), 0, 2**63 - 1, int)
-    choose = partial(chosen, seeds=seeds, temperature=temperature, top_k=top_k, top_p=top_p)
+    if isinstance(seed, int):
+        seed = [seed + i for i in range(len(labels))]
+    fits = isinstance(seed, (list, tuple)) and len(seed) == len(labels)
+    require(fits, f"seed: got {seed!r}, expected an integer, or {len(labels)} of them")
+    for number in seed:
+        check_number("seed", number, 0, 2**63 - 1, int)
+    check_number("temperature", temperature, 0, 1e4)
+    check_number("top_k", top_k, 0, 2**31, int)
+    check_number("top_p", top_p, 1e-9, 1)
+    choose = partial(chosen, seeds=seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
     given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
     how = defaults(params) | {name: value for name, value in given.items() if value is not None}
     check_schedule(how["schedule"], scales, "masked" in params)
-    rising = [per_scale(name, how[name], len(scales)) for name in ("guidance", "mask_guidance")]
-    return how["schedule"], *rising, choose
+    for name in ("guidance", "mask_guidance"):
+        check_number(name, how[name], 0, 1e4)
+    return *how.values(), choose
 
 
-def draft(params, labels, inputs, k, t, cache=None):
+def draft(params, labels, inputs, k, guidance, cache=None):
     """Logits (B, n_k, codes) of scale k given the coarser ones, inputs (B, n_k, code_dim)."""
     predict = partial(hmar.scale_features, params, k=k, cache=cache)
-    both = cache is not None and cache[0].shape[1] > len(labels)
-    features = guided(predict, params, labels, t, inputs, both=both)
+    features = guided(predict, params, labels, guidance, k, inputs, both=cache is not None)
     return hmar.logits(features, **params["next_scale"]["head"])
 
 
-def refined(params, codec, labels, inputs, tokens, hidden, k, t):
+def refined(params, codec, labels, inputs, tokens, hidden, k, guidance):
     """Logits (B, n_k, codes) given the scale's own tokens (B, n_k) too, where not hidden."""
     # published trees, without an own_input, saw the hidden draft leak into its neighbours
     zeroed = hidden if "own_input" in params["masked"] else None
     own_inputs = tokenizer.masked_scale_input(codec, tokens, k, hmar.scales(params), zeroed)
     predict = partial(hmar.masked_scale_features, params, k=k)
-    features = guided(predict, params, labels, t, inputs, own_inputs, hidden)
+    features = guided(predict, params, labels, guidance, k, inputs, own_inputs, hidden)
     return hmar.logits(features, **params["masked"]["head"])
 
 
-def guided(predict, params, labels, t, *features, both=False):
+def guided(predict, params, labels, guidance, k, *features, both=False):
     """Features, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
 
-    The head, which is affine, may follow. With t = 0 one half is enough, unless a cache needs both.
+    The head, which is affine, may follow. t rises from 0 at the first scale to guidance at the
+    last; at 0 one half is enough, but where a cache takes in both.
     """
+    rises = len(hmar.scales(params)) - 1
+    t = guidance * k / rises if rises else guidance
     if t == 0 and not both:
         return predict(labels, *features)
 
@@ -388,23 +392,11 @@ def require(fine, message):
         raise ValueError(message)
 
 
-def check_numbers(name, values, count, least, most, kind=(int, float)):
-    """ValueError unless values are a list of count numbers of this kind and range."""
-    fits = isinstance(values, (list, tuple)) and len(values) == count
-    fits = fits and all(isinstance(x, kind) and least <= x <= most for x in values)
-    what = "integers" if kind is int else "numbers"
-    expected = f"{what} from {least:g} to {most:g}, {count} of them"
-    require(fits, f"{name}: got {values!r}, expected {expected}")
-
-
-def per_scale(name, value, count):
-    """One number a scale: a single one g rises as g k / (S - 1)."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    if len(values) == 1 < count:
-        check_numbers(name, values, 1, 0, 1e4)
-        values = [values[0] * k / (count - 1) for k in range(count)]
-    check_numbers(name, values, count, 0, 1e4)
-    return values
+def check_number(name, value, least, most, kind=(int, float)):
+    """ValueError unless value is a number of this kind and range."""
+    what = "an integer" if kind is int else "a number"
+    fits = isinstance(value, kind) and least <= value <= most
+    require(fits, f"{name}: got {value!r}, expected {what} from {least:g} to {most:g}")
 
 
 def check_schedule(schedule, scales, has_masked_branch):
@@ -549,8 +541,8 @@ def parser():
     add("--count", type=number(int, 1), default=8, help="images a label (8)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of image 0; image i has i more (0)")
     add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
-    add("--guidance", nargs="+", type=float, help="at the last scale, or each (2)")
-    add("--mask-guidance", nargs="+", type=float, help="of masked passes (1.5)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (2)")
+    add("--mask-guidance", type=float, help="of masked passes (1.5)")
     add("--temperature", type=float, default=1, help="0: arg max (1)")
     add("--top-k", type=int, default=0, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, default=1, help="probability that may be drawn (1)")

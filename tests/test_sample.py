@@ -225,12 +225,12 @@ def test_filters_of_ties_keep_one_at_least():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_guidance_of_zero_asks_for_one_half(is_causal):
-    """But with a cache, which takes in both from the first scale on."""
-    for guidance, halves in (([0, 1, 2.0], [2 if is_causal else 1, 2, 2]), (0, [1, 1, 1])):
-        with mock.patch.object(hmar, "scale_features", wraps=hmar.scale_features) as predict:
-            sample.generate(PLAIN, CODEC, LABELS, guidance=guidance, is_causal=is_causal)
-        assert [len(call.args[1]) for call in predict.call_args_list] == [3 * n for n in halves]
+@pytest.mark.parametrize("guidance, halves", [(2.0, [1, 2, 2]), (0, [1, 1, 1])])
+def test_guidance_of_zero_asks_for_one_half_but_with_a_cache(is_causal, guidance, halves):
+    with mock.patch.object(hmar, "scale_features", wraps=hmar.scale_features) as predict:
+        sample.generate(PLAIN, CODEC, LABELS, guidance=guidance, is_causal=is_causal)
+    halves = [2, 2, 2] if is_causal else halves
+    assert [len(call.args[1]) for call in predict.call_args_list] == [3 * n for n in halves]
 
 
 @quick
@@ -299,7 +299,7 @@ WAYS = {
     "ours": dict(),
     "VAR": dict(is_causal=True),
     "refined": dict(schedule=sample.masked_schedule(SCALES, 3), mask_guidance=1.0, top_p=0.9),
-    "cold": dict(temperature=0, top_k=3, guidance=[0, 1, 2.0], seed=[2**40, 5, 7]),
+    "cold": dict(temperature=0, top_k=3, guidance=2.0, seed=[2**40, 5, 7]),
 }
 
 
@@ -356,7 +356,7 @@ def test_defaults_are_ours_or_the_published_ones():
         assert torch.equal(made, said)
 
 
-@pytest.mark.parametrize("guidance", [0, 1.5, [0, 0, 2.0]])
+@pytest.mark.parametrize("guidance", [0, 1.5])
 def test_cached_sampling_is_the_block_causal_whole(guidance):
     seen, original = [], hmar.scale_features
 
@@ -368,11 +368,11 @@ def test_cached_sampling_is_the_block_causal_whole(guidance):
     with mock.patch.object(hmar, "scale_features", remember):
         _, tokens = sample.generate(PLAIN, CODEC, LABELS, guidance=guidance, is_causal=True)
     inputs = tokenizer.next_scale_inputs(CODEC, tokens, SCALES)
-    halves = [LABELS, torch.full_like(LABELS, 3)][: 1 if guidance == 0 else 2]
-    whole = [hmar.next_scale_logits(PLAIN, labels, inputs, is_causal=True) for labels in halves]
-    close(torch.cat(seen, 1), torch.cat(whole), 1e-5)
+    both = torch.cat([LABELS, torch.full_like(LABELS, 3)])
+    whole = hmar.next_scale_logits(PLAIN, both, torch.cat([inputs, inputs]), is_causal=True)
+    close(torch.cat(seen, 1), whole, 1e-5)
     other = hmar.next_scale_logits(PLAIN, LABELS, inputs)
-    assert not torch.allclose(whole[0], other, atol=1e-2)
+    assert not torch.allclose(whole[:3], other, atol=1e-2)
 
 
 # Editing
@@ -429,7 +429,9 @@ def test_given_tokens_stay_and_the_others_are_refined(scales, data, seed):
     params, codec = double(tree(scales, random=False)), quantiser(5, 4, seed=seed)
     with Script(scales, 5, 4, seed).play():
         every = partial(sample.steps, params, codec, **options)
-        steps = list(every(torch.tensor([0, 1, 2]), known=(tokens, is_given, None)))
+        nothing = torch.zeros(3, 4, *scales[-1], dtype=torch.float64)
+        with mock.patch.object(sample, "evidence", lambda *arguments: 0.0):
+            steps = list(every(torch.tensor([0, 1, 2]), known=(tokens, is_given, nothing)))
         plain = last_tokens(every(torch.tensor([0])))
     for k, (own, fixed) in enumerate(zip(tokens.split(counts, 1), is_given.split(counts, 1))):
         mine, partly = [step for step in steps if step.scale == k], fixed.any(1) & ~fixed.all(1)
@@ -541,8 +543,8 @@ def test_labels_that_are_none_are_a_value_error(labels):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(temperature=-1), r"temperature: got \[-1\], expected numbers from 0 to 10000"),
-        (dict(top_k=0.5), r"top_k: got \[0.5\], expected integers from 0"),
+        (dict(temperature=-1), "temperature: got -1, expected a number from 0 to 10000"),
+        (dict(top_k=0.5), "top_k: got 0.5, expected an integer from 0"),
         (dict(schedule=((1,), (4,))), r"schedule: got .* that sum to \[1, 4, 12\]"),
         (dict(schedule=((1,), (5, -1), (12,))), "schedule: got "),
         (dict(schedule=((1,), (1, 2), (12,))), "schedule: got "),
@@ -703,9 +705,8 @@ def test_the_command_edits(run, tmp_path):
 
 
 STEERING = [
-    ("--guidance 2", dict(guidance=[2.0])),
-    ("--guidance 0 1 2", dict(guidance=[0.0, 1.0, 2.0])),
-    ("--mask-guidance 0.5 --top-k 3 --top-p 0.9", dict(mask_guidance=[0.5], top_k=3, top_p=0.9)),
+    ("--guidance 2.5", dict(guidance=2.5)),
+    ("--mask-guidance 0.5 --top-k 3 --top-p 0.9", dict(mask_guidance=0.5, top_k=3, top_p=0.9)),
     ("--temperature 0.7 --seed 9", dict(temperature=0.7, seed=[9, 10])),
     ("--mask-steps 2", dict(schedule=sample.masked_schedule(SCALES, 2))),
     ("--causal", dict(is_causal=True)),
