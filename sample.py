@@ -770,8 +770,12 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # torch.save's, while it handles the disk's
+        cause = error
+        while not getattr(cause, "strerror", None) and cause.__context__:
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or error
+        raise OSError(f"{path}: cannot be written: {reason}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
