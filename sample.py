@@ -222,10 +222,14 @@ def ranked(logits, count):
     What is sorted is one integer a code, the bits of its logit in fp32 above its number counted
     backwards: faster than floats, and ties do not depend on the processor or on other logits.
     """
-    bits = (logits.float() + 0.0).view(torch.int32)  # no -0.0
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative ones ascend too
     numbers = torch.arange(logits.shape[-1] - 1, -1, -1, device=logits.device)
-    codes = numbers.add(bits.long(), alpha=2**32).topk(count).indices
+    codes = []
+    for rows in logits.flatten(0, -2).split(max(1, 2**21 // len(numbers))):  # 16 MiB at a time
+        bits = (rows.float() + 0.0).view(torch.int32)  # no -0.0
+        bits ^= (bits >> 31) & 0x7FFFFFFF  # negative ones ascend too
+        keys = bits.long().mul_(2**32).add_(numbers)
+        codes.append(keys.topk(count).indices)
+    codes = torch.cat(codes).view(*logits.shape[:-1], count)
     return logits.gather(-1, codes), codes
 
 
