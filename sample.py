@@ -675,7 +675,7 @@ def fill_folder(out, settings, draw):
 def check_flags(args):
     """The suffix of --out. ValueError for flags that would be without effect."""
     suffix = os.path.splitext(args.out)[1].lower()
-    fits = suffix in (".png", ".gif", ".npz", "")
+    fits = suffix not in (".jpg", ".jpeg", ".webp", ".bmp")
     require(fits, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
     fits = bool(args.edit) == bool(args.mask or args.pad) and not (args.edit and suffix == ".gif")
     require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
