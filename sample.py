@@ -3,10 +3,10 @@
     labels (B,) -> for each scale: logits -> guidance -> filter -> draw -> masked refinement
     -> f_hat (B, code_dim, h, w) -> images (B, 3, H, W)
 
-`steps` is the method as a generator, one item a pass, so that a caller can watch, stop or choose;
-`generate` and `edit` consume it. `draft` and `refined` make the two kinds of logits, `guided` is
-where guidance is applied, `filtered` and `draw` make tokens of logits. The random numbers of an
-image follow from its seed, the scale and the pass alone, so they do not depend on its batch.
+`steps` is the method as a generator, so that a caller can watch, stop or choose; `generate` and
+`edit` consume it. An image depends on its batch by rounding alone: its random numbers follow from
+its seed, the scale and the pass. In fp32 its tokens are the same and its pixels within 1e-5; in
+bf16 a batch of another size may tip a token, and what is drawn after it.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024);
 classifier-free guidance (Ho and Salimans 2021).
@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 import hmar
 import tokenizer
 
-PUBLISHED_PASSES = {4: (1, 3), 9: (1, 1, 2, 5)}  # tokens of a scale -> kept at each pass; else one
+TIES = 128  # of the top_k-th code, that there is room for before all codes are sorted
 
 
 def generate(params, codec, labels, **options):
@@ -53,83 +53,41 @@ class Step(NamedTuple):
     f_hat: torch.Tensor  # (B, code_dim, h, w), all scales up to this: decode_features shows it
 
 
-def steps(
-    params,
-    codec,
-    labels,
-    *,
-    schedule=None,
-    guidance=None,
-    mask_guidance=None,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
-    is_causal=False,
-    known=None,
-):
+@torch.no_grad()
+def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
-    labels (B,) int64. schedule: for each scale the tokens kept at each pass, as `masked_schedule`
-    makes it. guidance, mask_guidance: a number g, rising over scales as g k / (S - 1), or one a
-    scale; 0 is cheaper by half. None of these three is what `defaults` says. temperature divides
-    the logits, below 0.001 arg max; then top_k codes stay, 0 = all; then top_p of the probability.
-    Image i draws the numbers of seed + i, or seed[i]. is_causal: VAR, with a key/value cache.
-    known: (tokens (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`.
-    ValueError on what does not fit.
+    labels (B,) int64. is_causal: VAR, with a key/value cache. known: (tokens (B, L), given (B, L)
+    bool, features (B, code_dim, h, w)) of an image, for `edit`. options: those of `settled`.
     """
     scales = hmar.scales(params)
-    sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
-    got = tuple(codec["codebook"].shape)
-    require(got == sizes, f"codec: got (codes, code_dim) {got}, the transformer has {sizes}")
-    require(torch.is_tensor(labels) and labels.ndim == 1, "labels: expected an int64 tensor (B,)")
-    check_number("temperature", temperature, 0, 1e4)
-    check_number("top_k", top_k, 0, 2**31, int)
-    check_number("top_p", top_p, 1e-9, 1)
-    seeds = check_seeds(seed, len(labels))
-    choose = partial(chosen, seeds=seeds, temperature=temperature, top_k=top_k, top_p=top_p)
-    usual = defaults(params)
-    schedule = usual[0] if schedule is None else schedule
-    guidance = usual[1] if guidance is None else guidance
-    mask_guidance = usual[2] if mask_guidance is None else mask_guidance
-    schedule = check_schedule(schedule, scales, "masked" in params)
-    guidance = per_scale("guidance", guidance, scales)
-    mask_guidance = per_scale("mask_guidance", mask_guidance, scales)
-    return passes(
-        params, codec, labels, known, schedule, guidance, mask_guidance, choose, is_causal
-    )
-
-
-@torch.no_grad()
-def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choose, is_causal):
-    """The loop of `steps`, its arguments settled. choose: as `chosen`."""
-    scales = hmar.scales(params)
     counts = tokenizer.lengths(scales)
+    schedule, guidance, mask_guidance, choose = settled(params, codec, labels, **options)
+
     nothing = torch.zeros(len(labels), sum(counts), dtype=torch.int64, device=labels.device)
     known_tokens, given, features = known or (nothing, nothing.bool(), None)
     known_maps = tokenizer.f_hat_by_scale(codec, known_tokens, scales)
     known_tokens, given = known_tokens.split(counts, 1), given.split(counts, 1)
     stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of an edit
 
-    halves = 2 if any(guidance) else 1  # a cache takes in both from the first scale on
-    cache = hmar.new_cache(params, halves * len(labels)) if is_causal else None
+    cache = hmar.new_cache(params, 2 * len(labels)) if is_causal else None
     f_hat = torch.zeros_like(known_maps[0])  # (B, code_dim, h, w)
 
     for k, size in enumerate(scales):
         inputs = tokenizer.resize_to_scale(f_hat, size) if k else None  # (B, n_k, code_dim)
         tokens = known_tokens[k]
         hidden = ~given[k]  # (B, n_k), what is to be drawn
-        nudge = None
-        if features is not None:
+        keeps, nudge = schedule[k], None
+        if known is not None:
+            keeps = kept_counts(keeps, hidden, k and "masked" in params)
             nudge = evidence(codec["codebook"], features - f_hat, stays, size)
 
-        for number, keep in enumerate(kept_counts(schedule[k], hidden, k and "masked" in params)):
+        for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
-                logits = draft(params, labels, inputs, k, guidance[k], cache)
+                logits = draft(params, labels, inputs, k, guidance, cache)
             else:
-                t = mask_guidance[k]
-                logits = refined(params, codec, labels, inputs, tokens, hidden, k, t)
+                logits = refined(params, codec, labels, inputs, tokens, hidden, k, mask_guidance)
 
             if nudge is not None:
                 logits = logits + nudge
@@ -145,29 +103,77 @@ def passes(params, codec, labels, known, schedule, guidance, mask_guidance, choo
         f_hat = grown  # what the next scale is drawn from
 
 
-def draft(params, labels, inputs, k, t, cache=None):
+def settled(
+    params,
+    codec,
+    labels,
+    *,
+    schedule=None,
+    guidance=None,
+    mask_guidance=None,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    seed=0,
+):
+    """(schedule, guidance, mask_guidance, `chosen` of logits, scale and pass) for `steps`.
+
+    schedule: for each scale the tokens kept at each pass, as `masked_schedule` makes it. guidance
+    and mask_guidance: of the last scale, rising to it from 0, which is cheaper by half. None of
+    these three is what `defaults` says. temperature divides the logits, below 0.001 arg max; then
+    top_k codes stay, 0 = all; then top_p of the probability. Image i draws the numbers of seed + i,
+    or seed[i]. ValueError on what does not fit.
+    """
+    scales = hmar.scales(params)
+    sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
+    got = tuple(codec["codebook"].shape)
+    require(got == sizes, f"codec: got (codes, code_dim) {got}, the transformer has {sizes}")
+    require(torch.is_tensor(labels) and labels.ndim == 1, "labels: expected an int64 tensor (B,)")
+
+    if isinstance(seed, int):
+        seed = [seed + i for i in range(len(labels))]
+    fits = isinstance(seed, (list, tuple)) and len(seed) == len(labels)
+    require(fits, f"seed: got {seed!r}, expected an integer, or {len(labels)} of them")
+    for number in seed:
+        check_number("seed", number, 0, 2**63 - 1, int)
+    check_number("temperature", temperature, 0, 1e4)
+    check_number("top_k", top_k, 0, 2**31, int)
+    check_number("top_p", top_p, 1e-9, 1)
+    choose = partial(chosen, seeds=seed, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
+    how = defaults(params) | {name: value for name, value in given.items() if value is not None}
+    check_schedule(how["schedule"], scales, "masked" in params)
+    for name in ("guidance", "mask_guidance"):
+        check_number(name, how[name], 0, 1e4)
+    return *how.values(), choose
+
+
+def draft(params, labels, inputs, k, guidance, cache=None):
     """Logits (B, n_k, codes) of scale k given the coarser ones, inputs (B, n_k, code_dim)."""
     predict = partial(hmar.scale_features, params, k=k, cache=cache)
-    both = cache is not None and cache[0].shape[1] > len(labels)
-    features = guided(predict, params, labels, t, inputs, both=both)
+    features = guided(predict, params, labels, guidance, k, inputs, both=cache is not None)
     return hmar.logits(features, **params["next_scale"]["head"])
 
 
-def refined(params, codec, labels, inputs, tokens, hidden, k, t):
+def refined(params, codec, labels, inputs, tokens, hidden, k, guidance):
     """Logits (B, n_k, codes) given the scale's own tokens (B, n_k) too, where not hidden."""
     # published trees, without an own_input, saw the hidden draft leak into its neighbours
     zeroed = hidden if "own_input" in params["masked"] else None
     own_inputs = tokenizer.masked_scale_input(codec, tokens, k, hmar.scales(params), zeroed)
     predict = partial(hmar.masked_scale_features, params, k=k)
-    features = guided(predict, params, labels, t, inputs, own_inputs, hidden)
+    features = guided(predict, params, labels, guidance, k, inputs, own_inputs, hidden)
     return hmar.logits(features, **params["masked"]["head"])
 
 
-def guided(predict, params, labels, t, *features, both=False):
+def guided(predict, params, labels, guidance, k, *features, both=False):
     """Features, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
 
-    The head, which is affine, may follow. With t = 0 one half is enough, unless a cache needs both.
+    The head, which is affine, may follow. t rises from 0 at the first scale to guidance at the
+    last; at 0 one half is enough, but where a cache takes in both.
     """
+    rises = len(hmar.scales(params)) - 1
+    t = guidance * k / rises if rises else guidance
     if t == 0 and not both:
         return predict(labels, *features)
 
@@ -179,33 +185,52 @@ def guided(predict, params, labels, t, *features, both=False):
 
 def chosen(logits, k, number, *, seeds, temperature, top_k, top_p):
     """(tokens, confidence), (B, n_k) each, of logits (B, n_k, codes) at a pass of scale k."""
-    if temperature < 0.001:
-        return draw(*filtered(logits, top_k, top_p))
-    numbers = uniforms(seeds, k, number, logits.shape[1]).to(logits.device)
-    return draw(*filtered(logits / temperature, top_k, top_p), numbers)
+    uniform = None
+    if temperature >= 0.001:
+        uniform = uniforms(seeds, k, number, logits.shape[1]).to(logits.device)
+        logits = logits / temperature
+    return draw(*filtered(logits, top_k, top_p), uniform)
 
 
 def filtered(logits, top_k=0, top_p=1.0):
     """(values, codes), (..., K) each: the logits of codes that may be drawn, the surest first.
 
     Of logits (..., V) those below the top_k-th go (ties stay), then those whose betters hold top_p
-    of what is left; -inf stands where a row has fewer than another. Unfiltered none is moved.
+    of what is left; -inf stands where a row has fewer than K. Unfiltered none is moved.
     """
     everything = logits.shape[-1]
-    if not 0 < top_k < everything and top_p >= 1:
+    is_cut = 0 < top_k < everything
+    if not is_cut and top_p >= 1:
         return logits, torch.arange(everything, device=logits.device).expand(logits.shape)
 
-    values, codes = logits.sort(-1, descending=True)
-    if 0 < top_k < everything:
+    values, codes = ranked(logits, min(top_k + TIES, everything) if is_cut else everything)
+    if is_cut:
         least = values[..., top_k - 1, None]
-        most = int((values >= least).sum(-1).max())  # more than top_k where there are ties
-        values, codes = values[..., :most], codes[..., :most]
+        if (values[..., -1:] >= least).any():  # more ties than there was room for
+            values, codes = ranked(logits, everything)
         values = values.masked_fill(values < least, -math.inf)
     if top_p < 1:
         probability = values.softmax(-1)
         before = probability.cumsum(-1) - probability  # what surer codes hold: of the best, 0
         values = values.masked_fill(before >= top_p, -math.inf)
     return values, codes
+
+
+def ranked(logits, count):
+    """(values, codes), (..., count) each: the largest of logits (..., V), a tie's lower code first.
+
+    What is sorted is one integer a code, the bits of its logit in fp32 above its number counted
+    backwards: faster than floats, and ties do not depend on the processor or on other logits.
+    """
+    numbers = torch.arange(logits.shape[-1] - 1, -1, -1, device=logits.device)
+    codes = []
+    for rows in logits.flatten(0, -2).split(max(1, 2**21 // len(numbers))):  # 16 MiB at a time
+        bits = (rows.float() + 0.0).view(torch.int32)  # no -0.0
+        bits ^= (bits >> 31) & 0x7FFFFFFF  # negative ones ascend too
+        keys = bits.long().mul_(2**32).add_(numbers)
+        codes.append(keys.topk(count).indices)
+    codes = torch.cat(codes).view(*logits.shape[:-1], count)
+    return logits.gather(-1, codes), codes
 
 
 def draw(values, codes, uniform=None):
@@ -233,10 +258,10 @@ def uniforms(seeds, k, number, count):
 
 
 def surest(confidence, hidden, keep):
-    """The `keep` (B,) most confident of the hidden tokens, (B, n) bool; ties break by position."""
+    """The `keep`, a number or (B, 1), most confident of the hidden tokens (B, n), bool alike."""
     order = confidence.masked_fill(~hidden, -math.inf).argsort(dim=-1, descending=True, stable=True)
     place = order.argsort(-1)
-    return hidden & (place < keep[:, None])
+    return hidden & (place < keep)
 
 
 def masked_schedule(scales, passes):
@@ -244,44 +269,41 @@ def masked_schedule(scales, passes):
 
     Few are kept at first, most last, after a cosine (MaskGIT, section 3.3); one at least at each.
     """
-    check_number("passes", passes, 0, 1e4, int)
     schedule = []
     for k, count in enumerate(tokenizer.lengths(scales)):
         number = min(passes + 1, count) if k else 1
-        kept = [0]  # after each pass
-        for i in range(1, number + 1):
-            share = 1 - math.cos(math.pi / 2 * i / number)
-            kept.append(min(max(round(share * count), i), count - number + i))
-        schedule.append(tuple(after - before for before, after in itertools.pairwise(kept)))
+        done = np.arange(number + 1)
+        kept = np.round(count * (1 - np.cos(np.pi / 2 * done / number)))  # after each pass
+        kept = kept.clip(done, count - number + done).astype(int)
+        schedule.append(tuple(np.diff(kept).tolist()))
     return tuple(schedule)
 
 
 def published_schedule(scales):
     """The published schedule, (1) (1, 3) (1, 1, 2, 5), then one pass a scale: 14 at 256 pixels."""
-    counts = tokenizer.lengths(scales)
-    later = [PUBLISHED_PASSES.get(count, (count,)) for count in counts[1:]]
-    return ((counts[0],), *later)
+    first, *counts = tokenizer.lengths(scales)
+    passes = {4: (1, 3), 9: (1, 1, 2, 5)}
+    return ((first,), *(passes.get(count, (count,)) for count in counts))
 
 
 def defaults(params):
-    """(schedule, guidance, mask_guidance): what measured best, or for published trees as published.
+    """What measured best, as options of `steps`; for published trees as published.
 
     A tree of our own is told by its masked branch, which has an input of its own.
     """
     scales = hmar.scales(params)
     if "own_input" in params.get("masked", {}):
-        return masked_schedule(scales, 1), 2.0, 1.5
-    if "masked" in params:
-        return published_schedule(scales), 1.5, 0.0
-    return tuple((count,) for count in tokenizer.lengths(scales)), 1.5, 0.0
+        return dict(schedule=masked_schedule(scales, 1), guidance=2.0, mask_guidance=1.5)
+    schedule = published_schedule(scales) if "masked" in params else masked_schedule(scales, 0)
+    return dict(schedule=schedule, guidance=1.5, mask_guidance=0.0)
 
 
 def kept_counts(passes, hidden, has_masked_branch):
-    """[(B,), ...]: how many of its hidden tokens (B, n) an image keeps at each pass, in proportion.
+    """[(B, 1), ...]: how many of its hidden tokens (B, n) an image keeps at each pass: a share.
 
     Where some are given there is one masked pass at least, since no other sees them.
     """
-    count, total = hidden.sum(1), hidden.shape[1]
+    count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
     partly = (count > 0) & (count < total)
     if len(passes) == 1 and has_masked_branch and partly.any():
         return [torch.where(partly, 0, count), torch.where(partly, count, 0)]
@@ -376,44 +398,22 @@ def require(fine, message):
 
 def check_number(name, value, least, most, kind=(int, float)):
     """ValueError unless value is a number of this kind and range."""
-    fits = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
     what = "an integer" if kind is int else "a number"
+    fits = isinstance(value, kind) and least <= value <= most
     require(fits, f"{name}: got {value!r}, expected {what} from {least:g} to {most:g}")
 
 
-def per_scale(name, value, scales):
-    """One number a scale: a single one g rises as g k / (S - 1)."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    count = len(scales)
-    require(len(values) in (1, count), f"{name}: got {value}, expected one number, or {count}")
-    for number in values:
-        check_number(name, number, 0, 1e4)
-    if len(values) == count:
-        return values
-    return [values[0] * k / (count - 1) for k in range(count)]
-
-
 def check_schedule(schedule, scales, has_masked_branch):
-    """The schedule. ValueError unless each entry sums to its scale's tokens."""
+    """ValueError unless the numbers of each scale sum to its tokens."""
     counts = tokenizer.lengths(scales)
-    fits = isinstance(schedule, (list, tuple)) and len(schedule) == len(counts)
-    require(fits, f"schedule: got {schedule!r}, expected an entry for each of {len(counts)} scales")
-    for k, kept in enumerate(schedule):
-        fits = isinstance(kept, (list, tuple))
-        fits = fits and all(isinstance(number, int) and number >= 0 for number in kept)
-        fits = fits and sum(kept) == counts[k] and (len(kept) == 1 or (k > 0 and has_masked_branch))
-        expected = f"numbers that sum to {counts[k]}, one if there is no masked branch"
-        require(fits, f"schedule: entry {k} is {kept!r}, expected {expected}")
-    return schedule
-
-
-def check_seeds(seed, count):
-    """[seed of each image]."""
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else seed
-    fits = isinstance(seeds, (list, tuple)) and len(seeds) == count
-    fits = fits and all(isinstance(number, int) and 0 <= number < 2**63 for number in seeds)
-    require(fits, f"seed: got {seed!r}, expected an integer from 0 to 2^63, or {count} of them")
-    return seeds
+    try:
+        fits = [sum(kept) for kept in schedule] == counts and min(map(min, schedule)) >= 0
+        refined = [k for k, kept in enumerate(schedule) if len(kept) > 1]
+        fits = fits and 0 not in refined and (has_masked_branch or not refined)
+    except (TypeError, ValueError):  # no numbers, or none
+        fits = False
+    expected = f"for each scale numbers that sum to {counts}, one where no masked branch sees them"
+    require(fits, f"schedule: got {schedule!r}, expected {expected}")
 
 
 # ---- pictures and weights
@@ -468,6 +468,10 @@ def read_image(path, shortest=None):
 
 def as_rgb(image):
     """An image of any mode as viewers show it."""
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of 16 bits, of which Pillow keeps the upper 8
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
         grey = np.asarray(image).clip(0, 65535) / 257 + 0.5
         image = Image.fromarray(grey.astype(np.uint8))
@@ -525,7 +529,7 @@ def digest(tree):
 
 # ---- the command
 
-OPTIONS = ("schedule", "guidance", "mask_guidance", "temperature", "top_k", "top_p")  # of `steps`
+OPTIONS = ("guidance", "mask_guidance", "temperature", "top_k", "top_p")  # of `steps`
 
 
 def parser():
@@ -541,14 +545,12 @@ def parser():
     add("--count", type=number(int, 1), default=8, help="images a label (8)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of image 0; image i has i more (0)")
     add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
-    add("--guidance", nargs="+", type=float, help="at the last scale, or each (2)")
-    add("--mask-guidance", nargs="+", type=float, help="of masked passes (1.5)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (2)")
+    add("--mask-guidance", type=float, help="of masked passes (1.5)")
     add("--temperature", type=float, default=1, help="0: arg max (1)")
     add("--top-k", type=int, default=0, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, default=1, help="probability that may be drawn (1)")
-    either = top.add_mutually_exclusive_group().add_argument
-    either("--mask-steps", type=number(int, 0), help="masked passes a scale (1)")
-    either("--schedule", type=kept_numbers, help="tokens kept at each pass: '1 / 1,3 / 16'")
+    add("--mask-steps", type=number(int, 0, 10_000), help="masked passes a scale (1)")
     add("--edit", help="image to repaint")
     either = top.add_mutually_exclusive_group().add_argument
     either("--mask", help="image, white: repaint; any size")
@@ -563,7 +565,8 @@ class Parser(argparse.ArgumentParser):
     """The stock parser, whose errors are ValueErrors and whose help has a line a flag."""
 
     def __init__(self, description):
-        options = dict(formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False)
+        shape = partial(Help, max_help_position=30, width=100)
+        options = dict(formatter_class=shape, usage=argparse.SUPPRESS, allow_abbrev=False)
         super().__init__(description=description, **options)
 
     def error(self, message):
@@ -571,9 +574,6 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.HelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=100)
-
     def _get_default_metavar_for_optional(self, action):
         return action.dest[0].upper()
 
@@ -596,82 +596,80 @@ def scale_pair(text):
     return int(height), int(width or height)
 
 
-def kept_numbers(text):
-    """Of the parser: "1 / 1,3 / 16" -> [[1], [1, 3], [16]]."""
-    return [list(map(int, entry.split(","))) for entry in text.split("/")]
-
-
 def run(args):
     """What the command does once its flags are read."""
     suffix = check_flags(args)
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     params, codec, names, is_causal = load_models(args)
-    classes = chosen_classes(args.labels, names, 10 if suffix in (".png", ".gif") else None)
-    labels = torch.tensor(classes, device=device).repeat_interleave(args.count)
+    classes = chosen_classes(args.labels, names)
+    if args.labels == ["all"] and suffix in (".png", ".gif"):
+        classes = classes[:10]
+    labels = torch.tensor(classes).repeat_interleave(args.count)
     given = photo_and_mask(args, params, codec) if args.edit else ()
-    options = {name: getattr(args, name) for name in OPTIONS} | dict(is_causal=is_causal)
+
+    # what was not asked for is settled here, since a folder remembers it
+    asked = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if args.mask_steps is not None:
-        options["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
-    settings = dict(labels=classes, dtype=str(dtype), models=[digest(params), digest(codec)])
-    settings["defaults"] = defaults(params)
+        asked["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
+    options = defaults(params) | asked | dict(is_causal=is_causal)
+    settings = dict(options, labels=labels.tolist(), seed=args.seed, dtype=str(dtype))
+    settings["models"] = digest([params, codec, *given])
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models = pytree.tree_map(lambda leaf: leaf.to(device), models)
 
-    def make(numbers):
-        """Images (n, 3, H, W) of these numbers, of all that are asked for."""
-        own = labels[numbers]
-        seeds = [args.seed + i for i in numbers]
-        same = [x.to(device).expand(len(own), -1, -1, -1) for x in given]
-        if same:
-            return edit(*models, *same, own, seed=seeds, **options).cpu()
-        return generate(*models, own, seed=seeds, **options)[0].cpu()
+    def draw(numbers):
+        """Yields (numbers, images (n, 3, H, W)), a batch at a time."""
+        for first in range(0, len(numbers), args.batch):
+            some = numbers[first : first + args.batch]
+            own = labels[some].to(device)
+            more = dict(options, seed=[args.seed + i for i in some])
+            if args.edit:
+                same = [x.to(device).expand(len(some), -1, -1, -1) for x in given]
+                yield some, edit(*models, *same, own, **more).cpu()
+            else:
+                yield some, generate(*models, own, **more)[0].cpu()
 
-    names = [names[label] for label in classes]
+    rows = [names[label] for label in classes]
     if suffix == ".png":
-        images = torch.cat([make(part) for part in in_parts(range(len(labels)), args.batch)])
-        write_image(args.out, sheet(images.split(args.count), names))
+        images = torch.cat([images for _, images in draw(range(len(labels)))])
+        write_image(args.out, sheet(images.split(args.count), rows))
     elif suffix == ".gif":
-        walk = steps(*models, labels, seed=args.seed, **options)
+        walk = steps(*models, labels.to(device), seed=args.seed, **options)
         maps = (decoded(models[1], step.f_hat) for step in walk)
-        pages = [sheet(images.split(args.count), names) for images in maps]
+        pages = [sheet(images.split(args.count), rows) for images in maps]
         times = [400] * (len(pages) - 1) + [2000]  # milliseconds
         more = dict(save_all=True, append_images=pages[1:], duration=times, loop=0)
         write_image(args.out, pages[0], "GIF", **more)
     else:
-        fill_folder(args, settings, labels.tolist(), make)
+        fill_folder(args.out, settings, draw)
     print(f"wrote {printable(args.out)}")
 
 
-def fill_folder(args, settings, labels, make):
+def fill_folder(out, settings, draw):
     """Draws this process's share of what is missing of number-label.png files; packs an .npz."""
-    folder = args.out.removesuffix(".npz")
+    folder = out.removesuffix(".npz")
     path = os.path.join(folder, "settings.json")
-    settings = vars(args) | dict(settings, out=folder, device=None, batch=None)  # no matter
-    settings = json.loads(json.dumps(settings))  # as they come back from a file
+    text = json.dumps(settings)
     os.makedirs(folder, exist_ok=True)
     others = [name for name in os.listdir(folder) if not name.endswith(".tmp")]
+    fits = not others or read_json(path) == json.loads(text)
     message = f"--out: {folder} holds something else, or images of other settings"
-    require(not others or read_json(path) == settings, f"{message}; expected a new folder")
-    write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))
+    require(fits, f"{message}; expected a new folder")
+    write_atomically(path, lambda file: file.write(text.encode()))
 
+    labels = settings["labels"]
     paths = [os.path.join(folder, f"{i:06d}-{label}.png") for i, label in enumerate(labels)]
     rank, world = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
     own = range(len(paths))[rank::world]
-    missing = [i for i in own if not os.path.exists(paths[i])]
-    for numbers in in_parts(missing, args.batch):
-        for i, pixels in zip(numbers, to_bytes(make(numbers))):
+    for numbers, images in draw([i for i in own if not os.path.exists(paths[i])]):
+        for i, pixels in zip(numbers, to_bytes(images)):
             write_image(paths[i], Image.fromarray(pixels))
         print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
 
-    if args.out != folder and all(map(os.path.exists, paths)):  # of all processes
+    if out != folder and all(map(os.path.exists, paths)):  # of all processes
         pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
-        write_atomically(args.out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
-
-
-def in_parts(numbers, size):
-    """[at most size numbers, ...]."""
-    return [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
+        write_atomically(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
 
 def check_flags(args):
@@ -679,20 +677,18 @@ def check_flags(args):
     suffix = os.path.splitext(args.out)[1].lower()
     fits = suffix not in (".jpg", ".jpeg", ".webp", ".bmp")
     require(fits, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
-    fits = bool(args.edit) == (args.mask is not None or args.pad is not None)
-    fits = fits and not (args.edit and suffix == ".gif")
+    fits = bool(args.edit) == bool(args.mask or args.pad) and not (args.edit and suffix == ".gif")
     require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
-    fits = args.run is not None or (args.weights and args.tokenizer)
-    require(fits, "expected a run folder, or both --weights and --tokenizer")
     return suffix
 
 
 def find_device(name):
     """The torch.device of --device, by default this process's GPU or the CPU."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # the quantiser is in fp32
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name or own).device
+        device = torch.empty(0, device=name).device
         require(device.type in ("cuda", "cpu"), "no float64")
         return device
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -711,30 +707,27 @@ def find_dtype(name, device):
 
 def load_models(args):
     """(params, codec, class names, whether it is VAR's), by args.json beside the weights."""
+    require(args.run or (args.weights and args.tokenizer), "expected RUN or --weights, --tokenizer")
     weights = args.weights or os.path.join(args.run, "hmar.pt")
-    path = os.path.join(os.path.dirname(weights), "args.json")
-    trained = dict(class_names=[], causal=False, made={}) | read_json(path)
-    names, causal, made = (trained[name] for name in ("class_names", "causal", "made"))
-    fits = isinstance(names, list) and isinstance(made, dict) and isinstance(causal, bool)
-    fits = fits and all(isinstance(name, str) for name in names)
-    require(fits, f"{path}: expected what train.py writes")
-
-    params = load_transformer(weights, args.scales, causal or args.causal)
+    trained = read_json(os.path.join(os.path.dirname(weights), "args.json"))
+    is_causal = args.causal or trained.get("causal") is True
+    params = load_transformer(weights, args.scales, is_causal)
     codec = load_tokenizer(args.tokenizer or os.path.join(args.run, "tokenizer.pt"))
-    fits = made.get("tokenizer") in (None, digest(codec))
-    require(fits, f"{weights}: trained for another tokenizer than this")
+
+    made, names = trained.get("made"), trained.get("class_names")
+    known = made.get("tokenizer") if isinstance(made, dict) else None
+    require(known in (None, digest(codec)), f"{weights}: trained for another tokenizer than this")
     classes = len(params["classes"]) - 1
-    if len(names) != classes:
-        names = [str(label) for label in range(classes)]
-    return params, codec, names, causal or args.causal
+    if not isinstance(names, list) or len(names) != classes:
+        names = range(classes)
+    return params, codec, list(map(str, names)), is_causal
 
 
-def chosen_classes(texts, names, most):
-    """The numbers of the classes that --labels names; of all at most so many."""
+def chosen_classes(texts, names):
+    """The numbers of the classes that --labels names; a name goes before a number."""
     if texts == ["all"]:
-        return list(range(len(names)))[:most]
-    numbers = {str(number): number for number in range(len(names))}
-    numbers |= {name: number for number, name in enumerate(names)}
+        return list(range(len(names)))
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for text in texts:
         expected = f"0 to {len(names) - 1} or such as {', '.join(names[:5])}"
         require(text in numbers, f"--labels: got {text!r}, expected {expected}")
@@ -770,19 +763,26 @@ def read_json(path):
 
 
 def write_atomically(path, write):
-    """write(file) to a temporary file, then renamed: the old one or the whole new. OSError else."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """write(file) to a temporary file, then renamed: the old one or the whole new. OSError else.
+
+    It has the process's rank in its name, so that the next run writes over what a kill left.
+    """
+    temporary = f"{path}.{os.environ.get('RANK', '0')}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save's, while it handles the disk's
+        cause = error
+        while not getattr(cause, "strerror", None) and cause.__context__:
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or error
+        raise OSError(f"{path}: cannot be written: {reason}") from error
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"{path}: cannot be written: {reason}") from error
 
 
 def write_image(path, image, kind="PNG", **options):
@@ -801,18 +801,18 @@ def command(name, work, parser, argv):
         work(parser.parse_args(argv))
         return 0
     except KeyboardInterrupt as interrupt:
-        text = printable(interrupt) or "stopped; the same command goes on"
-        print(f"{name}: {text}", file=sys.stderr)
-        return 130
+        text, status = str(interrupt) or "stopped; the same command goes on", 130
     except Exception as error:  # noqa: BLE001
         if os.environ.get("HMAR_TRACEBACK"):
             traceback.print_exc()
-        bad_input = isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError))
-        text = printable(str(error).strip()) or type(error).__name__
-        if not bad_input:
-            text = f"{type(error).__name__}: {text[:200]} (HMAR_TRACEBACK=1 shows where)"
-        print(f"{name}: {text}", file=sys.stderr)
-        return 2 if bad_input else 1
+        text, status = str(error).strip() or type(error).__name__, 2
+        bad_input = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+        if "can't allocate memory" in text:  # torch's on a CPU
+            text = f"not enough memory: {text.partition('memory: ')[2]}"
+        elif not isinstance(error, bad_input):
+            text, status = f"{type(error).__name__}: {text[:200]} (HMAR_TRACEBACK=1 shows where)", 1
+    print(f"{name}: {printable(text)}", file=sys.stderr)
+    return status
 
 
 def main(argv=None):

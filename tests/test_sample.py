@@ -4,7 +4,10 @@ import copy
 import itertools
 import json
 import math
+import os
 import shutil
+import struct
+import zlib
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -202,6 +205,19 @@ def test_filters_are_those_of_plain_loops(codes, top_k, tied, data, seed):
         assert kept == expected
 
 
+@pytest.mark.parametrize("spread", [0, 0.01, 3])
+def test_many_ties_stay_in_the_order_of_their_codes(spread):
+    """Of logits in bf16, as a head makes them; flat ones tie more than there is room for."""
+    logits = (normal(2, 3, 999, scale=spread) - 9).bfloat16().float()
+    logits[..., 5], logits[..., 3] = 0.0, -0.0
+    values, codes = torch.sort(logits, dim=-1, descending=True, stable=True)
+    for top_k in (1, 2, 300, 998):
+        stays = values >= values[..., top_k - 1, None]
+        ours, places = sample.filtered(logits, top_k)
+        assert torch.equal(ours[ours.isfinite()], values[stays])
+        assert torch.equal(places[ours.isfinite()], codes[stays])
+
+
 def test_filters_of_ties_keep_one_at_least():
     flat = torch.zeros(4, 8)
     assert sample.filtered(flat, 0, 1e-9)[0].isfinite().sum(-1).tolist() == [1] * 4
@@ -209,25 +225,12 @@ def test_filters_of_ties_keep_one_at_least():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_guidance_of_zero_asks_for_one_half(is_causal):
-    """But with a cache, which takes in both from the first scale on."""
-    for guidance, halves in (([0, 1, 2.0], [2 if is_causal else 1, 2, 2]), (0, [1, 1, 1])):
-        with mock.patch.object(hmar, "scale_features", wraps=hmar.scale_features) as predict:
-            sample.generate(PLAIN, CODEC, LABELS, guidance=guidance, is_causal=is_causal)
-        assert [len(call.args[1]) for call in predict.call_args_list] == [3 * n for n in halves]
-
-
-@quick
-@given(st.integers(1, 9), st.booleans(), st.integers(0, 3), st.integers(0, 999))
-def test_a_draw_inverts_the_cumulative_sum(codes, greedy, top_k, seed):
-    values, places = sample.filtered(normal(7, codes, seed=seed, scale=3), top_k)
-    uniform = sample.uniforms([seed], 0, 0, 7)[0]
-    uniform[0], uniform[1] = 0, 1 - 2**-30  # nearer to 1 rounding decides; the next test goes there
-    tokens, confidence = sample.draw(values, places, None if greedy else uniform)
-    for i in range(7):
-        number = None if greedy else uniform[i].item()
-        place, sure = slow_draw(values[i].tolist(), list(range(values.shape[1])), number)
-        assert tokens[i] == places[i, place] and abs(confidence[i] - sure) < 1e-12
+@pytest.mark.parametrize("guidance, halves", [(2.0, [1, 2, 2]), (0, [1, 1, 1])])
+def test_guidance_of_zero_asks_for_one_half_but_with_a_cache(is_causal, guidance, halves):
+    with mock.patch.object(hmar, "scale_features", wraps=hmar.scale_features) as predict:
+        sample.generate(PLAIN, CODEC, LABELS, guidance=guidance, is_causal=is_causal)
+    halves = [2, 2, 2] if is_causal else halves
+    assert [len(call.args[1]) for call in predict.call_args_list] == [3 * n for n in halves]
 
 
 def test_a_draw_never_falls_on_a_code_that_was_ruled_out():
@@ -244,7 +247,7 @@ def test_schedules_sum_to_their_scales(scales, passes):
     for k, (kept, count) in enumerate(zip(made, counts, strict=True)):
         assert sum(kept) == count and min(kept) >= 1
         assert len(kept) == (min(passes + 1, count) if k else 1)
-    assert sample.check_schedule(made, scales, True) == made
+    sample.check_schedule(made, scales, True)
     assert [sum(kept) for kept in sample.published_schedule(scales)] == counts
 
 
@@ -258,8 +261,8 @@ def test_published_schedules():
 def test_a_partly_given_scale_keeps_in_proportion():
     hidden = torch.arange(8) < torch.tensor([8, 4, 0, 3])[:, None]
     kept = sample.kept_counts((1, 1, 2, 4), hidden, True)
-    assert torch.stack(kept, 1).tolist() == [[1, 1, 2, 4], [1, 0, 1, 2], [0] * 4, [1, 0, 1, 1]]
-    kept = torch.stack(sample.kept_counts((8,), hidden, True), 1)
+    assert torch.cat(kept, 1).tolist() == [[1, 1, 2, 4], [1, 0, 1, 2], [0] * 4, [1, 0, 1, 1]]
+    kept = torch.cat(sample.kept_counts((8,), hidden, True), 1)
     assert kept.tolist() == [[8, 0], [0, 4], [0, 0], [0, 3]]
 
 
@@ -283,7 +286,7 @@ WAYS = {
     "ours": dict(),
     "VAR": dict(is_causal=True),
     "refined": dict(schedule=sample.masked_schedule(SCALES, 3), mask_guidance=1.0, top_p=0.9),
-    "cold": dict(temperature=0, top_k=3, guidance=[0, 1, 2.0], seed=[2**40, 5, 7]),
+    "cold": dict(temperature=0, top_k=3, guidance=2.0, seed=[2**40, 5, 7]),
 }
 
 
@@ -307,17 +310,21 @@ def test_generate_is_a_pure_function_of_its_arguments(way):
     close(images, tokenizer.decode(CODEC, tokens, SCALES).detach(), 1e-5)
 
 
-def test_batch_composition_does_not_change_an_image(way):
-    """But for rounding, which a product of another shape may do differently: 1e-5 of [-1, 1]."""
+def test_an_image_depends_on_its_batch_by_rounding_alone(way):
+    """A product of another shape may round elsewhere; in bf16 that may tip a token."""
     params, options = way
     labels, seeds = torch.tensor([2, 0, 3, 1, 2]), [7, 3, 11, 4, 2**40]
     options = {name: value for name, value in options.items() if name != "seed"}
+    half = hmar.cast(params, torch.bfloat16), tokenizer.cast(CODEC, torch.bfloat16)
     images, tokens = sample.generate(params, CODEC, labels, seed=seeds, **options)
+    _, rough = sample.generate(*half, labels, seed=seeds, **options)
     for batch in ([0], [4, 2], [3, 1, 0], [1, 1]):
         own = dict(seed=[seeds[i] for i in batch], **options)
         own_images, own_tokens = sample.generate(params, CODEC, labels[batch], **own)
         assert torch.equal(own_tokens, tokens[batch])
         close(own_images, images[batch], 1e-5)
+        _, own_tokens = sample.generate(*half, labels[batch], **own)
+        assert (own_tokens == rough[batch]).double().mean() > 0.7
 
 
 def test_one_entry_a_scale_is_no_refinement():
@@ -333,13 +340,13 @@ def test_defaults_are_ours_or_the_published_ones():
     for params, schedule, guidance, mask_guidance in (
         (PARAMS, sample.masked_schedule(SCALES, 1), 2, 1.5),
         (theirs, sample.published_schedule(SCALES), 1.5, 0),
+        (PLAIN, ((1,), (4,), (12,)), 1.5, 0),
     ):
         options = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
-        made, said = (sample.generate(params, CODEC, LABELS, **x)[1] for x in ({}, options))
-        assert torch.equal(made, said)
+        assert sample.defaults(params) == options
 
 
-@pytest.mark.parametrize("guidance", [0, 1.5, [0, 0, 2.0]])
+@pytest.mark.parametrize("guidance", [0, 1.5])
 def test_cached_sampling_is_the_block_causal_whole(guidance):
     seen, original = [], hmar.scale_features
 
@@ -351,11 +358,11 @@ def test_cached_sampling_is_the_block_causal_whole(guidance):
     with mock.patch.object(hmar, "scale_features", remember):
         _, tokens = sample.generate(PLAIN, CODEC, LABELS, guidance=guidance, is_causal=True)
     inputs = tokenizer.next_scale_inputs(CODEC, tokens, SCALES)
-    halves = [LABELS, torch.full_like(LABELS, 3)][: 1 if guidance == 0 else 2]
-    whole = [hmar.next_scale_logits(PLAIN, labels, inputs, is_causal=True) for labels in halves]
-    close(torch.cat(seen, 1), torch.cat(whole), 1e-5)
+    both = torch.cat([LABELS, torch.full_like(LABELS, 3)])
+    whole = hmar.next_scale_logits(PLAIN, both, torch.cat([inputs, inputs]), is_causal=True)
+    close(torch.cat(seen, 1), whole, 1e-5)
     other = hmar.next_scale_logits(PLAIN, LABELS, inputs)
-    assert not torch.allclose(whole[0], other, atol=1e-2)
+    assert not torch.allclose(whole[:3], other, atol=1e-2)
 
 
 # Editing
@@ -412,7 +419,9 @@ def test_given_tokens_stay_and_the_others_are_refined(scales, data, seed):
     params, codec = double(tree(scales, random=False)), quantiser(5, 4, seed=seed)
     with Script(scales, 5, 4, seed).play():
         every = partial(sample.steps, params, codec, **options)
-        steps = list(every(torch.tensor([0, 1, 2]), known=(tokens, is_given, None)))
+        nothing = torch.zeros(3, 4, *scales[-1], dtype=torch.float64)
+        with mock.patch.object(sample, "evidence", lambda *arguments: 0.0):
+            steps = list(every(torch.tensor([0, 1, 2]), known=(tokens, is_given, nothing)))
         plain = last_tokens(every(torch.tensor([0])))
     for k, (own, fixed) in enumerate(zip(tokens.split(counts, 1), is_given.split(counts, 1))):
         mine, partly = [step for step in steps if step.scale == k], fixed.any(1) & ~fixed.all(1)
@@ -494,6 +503,8 @@ def test_what_decoding_does_at_the_edge_is_taken_back(kind):
 # Bad arguments
 
 SCALAR = st.none() | st.booleans() | st.text(max_size=3) | st.integers() | st.floats() | st.binary()
+JSON = st.none() | st.booleans() | st.text(max_size=3) | st.integers() | st.floats()
+JSON = JSON | st.lists(JSON, max_size=3) | st.dictionaries(st.text(), JSON, max_size=2)
 JUNK = st.recursive(
     SCALAR, lambda x: st.lists(x, max_size=4) | st.dictionaries(SCALAR, x, max_size=2)
 )
@@ -525,28 +536,26 @@ def test_labels_that_are_none_are_a_value_error(labels):
     "options, message",
     [
         (dict(temperature=-1), "temperature: got -1, expected a number from 0 to 10000"),
-        (dict(top_k=True), "top_k: got True, expected an integer from 0"),
-        (dict(schedule=((1,), (4,))), "schedule: got .* expected an entry for each of 3 scales"),
-        (dict(schedule=((1,), (5, -1), (12,))), r"schedule: entry 1 is \(5, -1\), .* sum to 4"),
-        (dict(schedule=((1,), (1, 3), (12,))), "schedule: entry 1 is .* no masked branch"),
+        (dict(top_k=0.5), "top_k: got 0.5, expected an integer from 0"),
+        (dict(schedule=((1,), (4,))), r"schedule: got .* that sum to \[1, 4, 12\]"),
+        (dict(schedule=((1,), (5, -1), (12,))), "schedule: got "),
+        (dict(schedule=((0, 1), (4,), (12,))), "schedule: got "),
+        (dict(schedule=((1,), (1, 3), (12,)), params=PLAIN), "schedule: got .* no masked branch"),
         (dict(codec=small(32)), r"codec: got .* \(32, 8\), the transformer has \(16, 8\)"),
     ],
 )
-def test_bad_options_are_told_at_once(options, message):
+def test_bad_options_are_told(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        sample.steps(**dict(params=PLAIN, codec=CODEC, labels=LABELS) | options)
+        sample.generate(**dict(params=PARAMS, codec=CODEC, labels=LABELS) | options)
 
 
 HALF = masks("half", 3)
 
 
 @pytest.mark.parametrize("mask", [HALF.byte(), HALF[:2], HALF[:, 0], HALF.numpy(), None, "a.png"])
-def test_bad_masks(mask):
+def test_bad_edits(mask):
     with pytest.raises(ValueError, match=r"^mask: expected a bool tensor \(3, 1, 6, 8\)"):
         sample.edit(PARAMS, CODEC, picture(3), mask, LABELS)
-
-
-def test_bad_edits():
     with pytest.raises(ValueError, match="^labels: got 2, expected 3"):
         sample.edit(PARAMS, CODEC, picture(3), HALF, LABELS[:2])
 
@@ -662,12 +671,12 @@ def test_foreign_folders_are_refused_and_stay_as_they_are(run, tmp_path, capsys,
 
 @pytest.mark.parametrize("flags", [("--seed", 1), ("--top-k", 3), ("--labels", 2), ("--causal",)])
 def test_folders_of_other_settings_are_refused(run, tmp_path, capsys, flags):
-    plain = (run, "--count", 1, "--schedule", "1/4/12", "--out", tmp_path / "a")
+    plain = (run, "--count", 1, "--mask-steps", 0, "--out", tmp_path)
     assert call(*plain) == 0
-    before = contents(tmp_path / "a")
+    before = contents(tmp_path)
     assert call(*plain, *flags) == 2
     assert "images of other settings" in capsys.readouterr().err
-    assert contents(tmp_path / "a") == before
+    assert contents(tmp_path) == before
 
 
 def test_the_command_edits(run, tmp_path):
@@ -684,12 +693,10 @@ def test_the_command_edits(run, tmp_path):
 
 
 STEERING = [
-    ("--guidance 2", dict(guidance=[2.0])),
-    ("--guidance 0 1 2", dict(guidance=[0.0, 1.0, 2.0])),
-    ("--mask-guidance 0.5 --top-k 3 --top-p 0.9", dict(mask_guidance=[0.5], top_k=3, top_p=0.9)),
+    ("--guidance 2.5", dict(guidance=2.5)),
+    ("--mask-guidance 0.5 --top-k 3 --top-p 0.9", dict(mask_guidance=0.5, top_k=3, top_p=0.9)),
     ("--temperature 0.7 --seed 9", dict(temperature=0.7, seed=[9, 10])),
     ("--mask-steps 2", dict(schedule=sample.masked_schedule(SCALES, 2))),
-    ("--schedule 1/1,3/12", dict(schedule=[[1], [1, 3], [12]])),
     ("--causal", dict(is_causal=True)),
 ]
 
@@ -705,9 +712,8 @@ def test_flags_reach_the_sampler(run, tmp_path, monkeypatch, flags, expected):
     monkeypatch.setattr(sample, "generate", seen)
     flags = ("--labels", "disc", "--count", 2, "--out", tmp_path / "a.png", *flags.split())
     assert call(run, *flags) == 0
-    plain = dict(schedule=None, guidance=None, mask_guidance=None, temperature=1, top_k=0)
-    plain |= dict(top_p=1, seed=[0, 1], is_causal=False)
-    assert calls == [plain | expected]
+    plain = dict(temperature=1, top_k=0, top_p=1, seed=[0, 1], is_causal=False)
+    assert calls == [sample.defaults(PARAMS) | plain | expected]
 
 
 @pytest.fixture
@@ -724,53 +730,33 @@ def test_a_run_that_was_trained_causal_is_sampled_so(copied, tmp_path):
 
 
 def test_another_tokenizer_than_it_was_trained_for_is_refused(copied, tmp_path, capsys):
-    other = pytree.tree_map(lambda leaf: leaf + 1e-3, CODEC)
-    torch.save(other, copied / "other.pt")
-    assert call(copied, "--tokenizer", copied / "other.pt", "--out", tmp_path / "a.png") == 2
-    torch.save(other, copied / "tokenizer.pt")
-    assert call(copied, "--out", tmp_path / "a.png") == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("trained for another tokenizer" in line for line in lines)
+    torch.save(pytree.tree_map(lambda leaf: leaf + 1e-3, CODEC), copied / "other.pt")
+    flags = (copied, "--tokenizer", copied / "other.pt", "--out", tmp_path / "a.png")
+    assert call(*flags) == 2
+    assert "hmar.pt: trained for another tokenizer" in capsys.readouterr().err
     write_args(copied)  # nothing is known of it
-    assert call(copied, "--out", tmp_path / "a.png") == 0
-
-
-@pytest.mark.parametrize("name", ["hmar.pt", "tokenizer.pt"])
-def test_weights_that_are_not_numbers_are_refused(copied, tmp_path, capsys, name):
-    tree = copy.deepcopy(sample.load(copied / name))
-    pytree.tree_leaves(tree)[-1].view(-1)[0] = math.nan
-    torch.save(tree, copied / name)
-    assert call(copied, "--out", tmp_path / "a.png") == 2
-    printed = capsys.readouterr().err
-    assert name in printed and "not finite" in printed and printed.count("\n") == 1
-
-
-FINITE = st.none() | st.booleans() | st.text(max_size=3) | st.integers() | st.floats()
-JSON = st.recursive(
-    FINITE, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=2)
-)
-NAMED = JSON | st.lists(FINITE, min_size=3, max_size=3)
+    assert call(*flags) == 0
 
 
 @settings(max_examples=60, deadline=None)
-@given(JSON | st.fixed_dictionaries({}, optional=dict(class_names=NAMED, causal=JSON, made=JSON)))
-def test_whatever_args_json_holds_is_one_line_or_fits(run, tmp_path_factory, value):
+@given(
+    st.fixed_dictionaries({}, optional=dict(class_names=JSON, causal=JSON, made=JSON)),
+    st.lists(JSON, min_size=3, max_size=3),
+)
+def test_whatever_args_json_holds_the_run_is_read(run, tmp_path_factory, value, names):
     folder = tmp_path_factory.mktemp("fuzz")
-    for name in ("hmar.pt", "tokenizer.pt"):
-        (folder / name).symlink_to(run / name)
-    (folder / "args.json").write_text(json.dumps(value))
-    args = sample.parser().parse_args([str(folder)])
-    try:
-        _, _, names, is_causal = sample.load_models(args)
-    except ValueError as error:
-        assert str(folder) in str(error)
-    else:
-        assert isinstance(value, dict) and isinstance(is_causal, bool)
-        assert len(names) == 3 and all(isinstance(name, str) for name in names)
-        assert sample.sheet([picture(1)] * 3, names).height == 3 * 50
+    args = sample.parser().parse_args([str(run), "--weights", str(folder / "hmar.pt")])
+    (folder / "hmar.pt").symlink_to(run / "hmar.pt")
+    (folder / "args.json").write_text(json.dumps(dict(class_names=names) | value))
+    _, _, names, is_causal = sample.load_models(args)
+    assert is_causal in (True, False) and len(names) == 3
+    assert sample.sheet([picture(1)] * 3, names).height == 3 * 50
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"made": 1', "\xff", "NaN"])
+BROKEN = ("[" * 100_000, '{"a":' * 100_000, '{"made": 1', "\xff", "NaN", "[]", "null")
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_broken_args_json_is_one_line(copied, tmp_path, capsys, text):
     (copied / "args.json").write_bytes(text.encode("latin-1"))
     assert call(copied, "--out", tmp_path / "a.png") == 2
@@ -799,6 +785,8 @@ def broken(tmp_path_factory):
     """Files that hold no weights."""
     folder = tmp_path_factory.mktemp("broken")
     torch.save(print, folder / "code.pt")
+    for name, whole in (("hmar.pt", PARAMS), ("tokenizer.pt", CODEC)):
+        torch.save(pytree.tree_map(lambda leaf: leaf * math.nan, whole), folder / name)
     return folder
 
 
@@ -807,14 +795,15 @@ def broken(tmp_path_factory):
     [
         ("{run} --labels 3", "--labels: got '3', expected 0 to 2 or such as disc, ring, star"),
         ("{run} --top-p x", "argument --top-p: invalid float value: 'x'"),
-        ("{run} --schedule 1/a/12", "argument --schedule: invalid kept_numbers value: '1/a/12'"),
-        ("{run} --schedule 1/4/12 --mask-steps 1", "not allowed with argument --schedule"),
+        ("{run} --mask x --pad 0.2", "not allowed with argument --mask"),
         ("{run} --count 0", "--count: got 0, expected 1 to"),
         ("{run} --out {run}/hmar.pt/x.png", "hmar.pt/x.png"),
         ("{run} --out x.jpg", "--out: got x.jpg, expected"),
         ("{run}/none", "none/hmar.pt"),
-        ("", "expected a run folder, or both --weights and --tokenizer"),
+        ("", "expected RUN or --weights, --tokenizer"),
         ("{run} --weights {broken}/code.pt", "code.pt: no weights that can be read safely"),
+        ("{run} --weights {broken}/hmar.pt", "not finite"),
+        ("{run} --tokenizer {broken}/tokenizer.pt", "not finite"),
         ("{run} --tokenizer {run}/hmar.pt", "hmar.pt: "),
         ("{run} --edit {run}/photo.png", "--edit: expected with one of --mask and --pad"),
         ("{run} --edit {run}/photo.png --pad 0.5", "--pad: got 0.5, expected 0.01 to 0.49"),
@@ -834,6 +823,12 @@ def test_bad_input_is_one_line_and_status_2(run, broken, tmp_path, capsys, flags
     "error, status, text",
     [
         (torch.OutOfMemoryError("full\n\x1b[2J"), 2, "full??[2J"),
+        (
+            RuntimeError("alloc.cpp: can't allocate memory: 9 bytes"),
+            2,
+            "not enough memory: 9 bytes",
+        ),
+        (MemoryError(), 2, "MemoryError"),
         (KeyError(7), 1, "KeyError: 7 (HMAR_TRACEBACK=1 shows where)"),
     ],
 )
@@ -848,12 +843,45 @@ def test_faults_are_one_line_too(run, tmp_path, monkeypatch, capsys, error, stat
 
 def test_a_few_images_at_a_time_pass_through_the_tokenizer(monkeypatch):
     """A hundred at once would not fit a GPU at 1024 pixels."""
-    images, counts = torch.zeros(3, 3, 6, 8), []
+    images = torch.zeros(3, 3, 6, 8)
     expected = sample.edit(PARAMS, CODEC, images, HALF, LABELS)
     monkeypatch.setattr(sample, "at_once", lambda pixels: 2)
-    for name in ("encode_features", "decode_features"):
-        original = getattr(tokenizer, name)
-        counted = lambda codec, x, f=original: (counts.append(len(x)), f(codec, x))[1]
-        monkeypatch.setattr(tokenizer, name, counted)
+    passes = [
+        mock.Mock(wraps=getattr(tokenizer, name)) for name in ("encode_features", "decode_features")
+    ]
+    monkeypatch.setattr(tokenizer, "encode_features", passes[0])
+    monkeypatch.setattr(tokenizer, "decode_features", passes[1])
     close(sample.edit(PARAMS, CODEC, images, HALF, LABELS), expected, 1e-5)
-    assert counts == [2, 1, 2, 1]
+    for one in passes:
+        assert [len(call.args[1]) for call in one.call_args_list] == [2, 1]
+
+
+def test_what_a_kill_left_is_written_over_and_a_full_disk_is_named(tmp_path):
+    path, few = tmp_path / "a.pt", dict(a=torch.zeros(10**6))
+    path.write_text("old")
+
+    def killed(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with mock.patch.object(os, "remove"), pytest.raises(KeyboardInterrupt):
+        sample.write_atomically(path, killed)
+    assert len(contents(tmp_path)) == 2 and path.read_text() == "old"
+    os.symlink("/dev/full", tmp_path / "b.pt.0.tmp")
+    with pytest.raises(OSError, match="b.pt: cannot be written: No space left on device"):
+        sample.write_atomically(tmp_path / "b.pt", lambda file: torch.save(few, file))
+    sample.write_atomically(path, lambda file: file.write(b"new"))
+    assert contents(tmp_path) == {"a.pt": b"new"}
+
+
+def test_a_transparent_colour_of_16_bits_is_laid_on_white(tmp_path):
+    key, other = struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC), struct.pack(">HHH", 9, 9, 9)
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    parts = dict(IHDR=header, tRNS=key, IDAT=zlib.compress(b"\0" + key + other), IEND=b"")
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, data in parts.items():
+        chunk = name.encode() + data
+        png += struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(png)
+    pixels = np.asarray(sample.read_image(tmp_path / "a.png"))
+    assert pixels.tolist() == [[[255] * 3, [0] * 3]]
