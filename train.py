@@ -95,7 +95,7 @@ UNRECORDED = (  # flags that change no result
 )  # fmt: skip
 
 
-def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
+def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=()):
     """`tree` with those moving averages of its parameters that were best on held-out images.
 
     loss(tree, **batch) -> (scalar, {name: tensor}), which is reported; batches(start) yields each
@@ -113,14 +113,13 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
     judge_every = math.ceil(args.steps / JUDGEMENTS)
     window = []  # what was reported since the last line of metrics
 
-    with stop_signals() as asked:
+    with stop_signals(args.device) as asked_to_stop:
         for step, parts in enumerate(batches(start), start + 1):
             rate = learning_rate(step, args)
             reports, norm = optimise(call, parts, leaves, optimizer, rate)
             decay = min(args.ema, step / (step + 10))
             torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - decay)
-            if after_step is not None:
-                after_step(step, reports, optimizer)
+            after_step(step, reports, optimizer)
 
             window += [{"gradient": norm} | shown(report) for report in reports]
             if step % LOG_EVERY == 0 or step == args.steps:
@@ -128,8 +127,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
                 window.clear()
 
             if step % judge_every == 0 or step == args.steps:
-                with torch.no_grad():
-                    numbers = evaluate(with_leaves(tree, average))
+                numbers = evaluate(with_leaves(tree, average))
                 log(args, step, **{f"held_out_{name}": value for name, value in numbers.items()})
                 if numbers["loss"] < best_loss:
                     best_step, best_loss = step, numbers["loss"]
@@ -138,20 +136,17 @@ def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
                 say(f"{args.stage}: stopped early at step {step}; best at {best_step}")
                 break
 
-            stopped = agreed(asked, step, args.device)
-            if stopped or step % args.save_every == 0:
+            stops = asked_to_stop(step)
+            if stops or step % args.save_every == 0:
                 require_finite(args, step, norm.isfinite())  # of weights that are not, it is not
-                checkpoint = dict(progress=(step, best_step, best_loss), state=state)
-                save(
-                    stage_file(args, "resume"), checkpoint | dict(optimizer=optimizer.state_dict())
-                )
-            if stopped:
+                kept = dict(state=state, optimizer=optimizer.state_dict())
+                save(stage_file(args, "resume"), kept | dict(progress=(step, best_step, best_loss)))
+            if stops:
                 raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
 
     say(f"{args.stage}: kept step {best_step}, loss {best_loss:.4g} held out")
     barrier()
-    best = sample.load(stage_file(args, "best"))
-    return with_leaves(tree, to_device(best, args.device))
+    return with_leaves(tree, to_device(sample.load(stage_file(args, "best")), args.device))
 
 
 def optimise(call, parts, leaves, optimizer, rate):
@@ -185,18 +180,17 @@ class Optimizer:
                 others.append(leaf)
             else:
                 self.pairs.append((leaf, torch.nn.Parameter(leaf.detach().flatten(1))))
-        self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
         matrices = [matrix for _, matrix in self.pairs]
+        self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
         options = dict(weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
-        self.muon = torch.optim.Muon(matrices, **options)
+        self.both = self.adamw, torch.optim.Muon(matrices, **options)
 
     def step(self, rate):
         for leaf, matrix in self.pairs:
             matrix.grad = leaf.grad.flatten(1)
             leaf.grad = None
-        for optimizer in (self.adamw, self.muon):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for optimizer in self.both:
+            optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
 
@@ -206,11 +200,11 @@ class Optimizer:
             self.adamw.state[leaf][name][rows] = 0
 
     def state_dict(self):
-        return [self.adamw.state_dict(), self.muon.state_dict()]
+        return [optimizer.state_dict() for optimizer in self.both]
 
     def load_state_dict(self, states):
-        self.adamw.load_state_dict(states[0])
-        self.muon.load_state_dict(states[1])
+        for optimizer, state in zip(self.both, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 def learning_rate(step, args):
@@ -224,46 +218,44 @@ def learning_rate(step, args):
 
 def train_tokenizer(args, data, held_out):
     """Images -> a codec each of whose scales is an image; dead codes are replaced on the way."""
+    if args.tokenizer is not None:
+        return load_tokenizer(args.tokenizer)
     sizes = {name: getattr(args, name) for name in TOKENIZER_SIZES}
     codec = load_tokenizer(args.init) if args.init else tokenizer.init(**sizes, seed=args.seed)
     codec = trainable(to_device(codec, args.device))
-    codebook, scales = codec["codebook"], args.scales
+    codebook = codec["codebook"]
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
-    reserved = [held_out[index, None][0] for index in range(min(len(held_out), 128))]
-    reserved = to_unit(torch.stack(reserved), args.device)  # (B, 3, size, size), centre crops
-    is_coarse = torch.arange(args.batch) % COARSE_EVERY == COARSE_EVERY - 1
+    reserved = [held_out[index, None][0] for index in range(len(held_out))[:128]]
 
     def loss(codec, images, stops, rows):
-        made = tokenizer.training_pass(tokenizer.cast(codec, args.dtype), images, scales, stops)
-        error = reconstruction_loss(made["images"], images)
-        coarse_error = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
-        coarse_error = coarse_error * (COARSE_EVERY / len(images))
-        total = error + COARSE_WEIGHT * coarse_error + made["loss"]
+        fast = tokenizer.cast(codec, args.dtype)
+        made = tokenizer.training_pass(fast, images, args.scales, stops)
+        coarse = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
+        coarse = coarse * (COARSE_EVERY / len(images))
+        total = reconstruction_loss(made["images"], images) + COARSE_WEIGHT * coarse + made["loss"]
 
-        numbers = dict(loss=total, coarse=coarse_error, quantisation=made["loss"])
+        numbers = dict(loss=total, coarse=coarse, quantisation=made["loss"])
         residuals = [residual[rows] for residual in made["residuals"]]
         return total, numbers | dict(tokens=made["tokens"], residuals=residuals)
 
     def batches(start):
         for step, (images, _) in enumerate(loader(args, data, start), start):
             generator = generator_of(args.seed, "tokenizer", step)
-            stops = torch.randint(len(scales) - 1, (args.batch,), generator=generator)
-            stops = stops.masked_fill(~is_coarse, -1)
+            stops = torch.randint(len(args.scales) - 1, (args.batch,), generator=generator)
+            whole = torch.arange(args.batch) % COARSE_EVERY < COARSE_EVERY - 1
+            stops = own_parts(args, stops.masked_fill(whole, -1))
 
             parts = []
-            images = images.tensor_split(args.accumulate)
-            for pixels, own in zip(images, own_parts(args, stops)):
-                order = own.argsort(descending=True)  # those with a stop come first
+            for pixels, stop in zip(images.tensor_split(args.accumulate), stops):
+                stop, order = stop.sort(descending=True)  # those with a stop come first
                 part = dict(images=to_unit(pixels[order], args.device), rows=order.argsort())
-                parts.append(part | dict(stops=own[order][: (own >= 0).sum()]))
+                parts.append(part | dict(stops=stop[stop >= 0]))
             yield to_device(parts, args.device)
 
     def after_step(step, reports, optimizer):
-        counts = torch.zeros_like(chosen)
-        for tokens in itertools.chain.from_iterable(report["tokens"] for report in reports):
-            counts.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
+        tokens = torch.cat([own.flatten() for report in reports for own in report["tokens"]])
+        counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
         chosen.add_(summed(counts))
-
         if step == 1 or step % REVIVE_EVERY == 0 and step <= 0.8 * args.steps:
             generator = generator_of(args.seed, "revive", step)
             by_scale = zip(*(report["residuals"] for report in reports))
@@ -273,8 +265,8 @@ def train_tokenizer(args, data, held_out):
             optimizer.forget(codebook, dead)
             chosen.zero_()
 
-    evaluate = functools.partial(judge_tokenizer, args, reserved)
-    return fit(args, codec, loss, batches, evaluate, after_step, extra=[chosen])
+    judge = functools.partial(judge_tokenizer, args, to_unit(torch.stack(reserved), args.device))
+    return fit(args, codec, loss, batches, judge, after_step, extra=[chosen])
 
 
 def reconstruction_loss(made, images):
@@ -288,10 +280,8 @@ def reconstruction_loss(made, images):
 
 def train_next_scale(args, data, held_out):
     """Tokens -> a transformer that predicts every token from the coarser scales."""
-    codec = finished(args, "tokenizer")
+    codec, cache, evaluate = on_tokens(args, data, held_out)
     params = trainable(initial_transformer(args, codec))
-    cache = token_cache(args, "train", data, codec)
-    reserved = token_cache(args, "held-out", held_out, codec)
     weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)  # (L,)
     lengths = tokenizer.lengths(args.scales)
 
@@ -306,9 +296,9 @@ def train_next_scale(args, data, held_out):
 
     def batches(start):
         for step in range(start, args.steps):
-            yield in_parts(args, transformer_batch(args, step, params, data.labels, cache))
+            batch = transformer_batch(args, step, params, data.labels, cache)
+            yield to_device(in_parts(args, batch), args.device)
 
-    evaluate = functools.partial(judge_transformer, args, codec, held_out.labels, reserved)
     return fit(args, params, loss, batches, evaluate)
 
 
@@ -346,13 +336,11 @@ def train_masked(args, data, held_out):
 
     The trunk and the next-scale branch stay as they are (HMAR, stage two).
     """
-    codec = finished(args, "tokenizer")
+    codec, cache, evaluate = on_tokens(args, data, held_out)
     params = finished(args, "next-scale")
     blocks = min(args.masked_blocks, len(params["trunk"]) + len(params["next_scale"]["blocks"]))
     params = hmar.add_masked_branch(params, blocks, seed=args.seed)
     params |= trainable(dict(masked=params["masked"]))
-    cache = token_cache(args, "train", data, codec)
-    reserved = token_cache(args, "held-out", held_out, codec)
     first = tokenizer.lengths(args.scales)[0]
 
     def loss(params, labels, tokens, gates, mask, places, share):
@@ -374,13 +362,21 @@ def train_masked(args, data, held_out):
 
             share = world() * args.accumulate / mask.sum().clamp(min=1)
             parts = in_parts(args, batch | dict(mask=mask))
-            for part, own in zip(parts, own_parts(args, mask)):
-                places = own.flatten().nonzero()[:, 0]
-                part |= to_device(dict(places=places, share=share), args.device)
-            yield parts
+            for part in parts:
+                part |= dict(places=part["mask"].flatten().nonzero()[:, 0], share=share)
+            yield to_device(parts, args.device)
 
-    evaluate = functools.partial(judge_transformer, args, codec, held_out.labels, reserved)
     return fit(args, params, loss, batches, evaluate)
+
+
+def on_tokens(args, data, held_out):
+    """What both have in common: (codec, training tokens (N, views, L), evaluate of `fit`)."""
+    codec = finished(args, "tokenizer")
+    cache = token_cache(args, data, codec)
+    reserved = encoded(args, held_out, codec, range(len(held_out))[:JUDGED])[:, 0]  # (B, L)
+    labels = torch.tensor(held_out.labels[:JUDGED])
+    judged = to_device((codec, labels, reserved), args.device)
+    return codec, cache, functools.partial(judge_transformer, args, *judged)
 
 
 def transformer_batch(args, step, params, labels, cache):
@@ -406,15 +402,15 @@ def transformer_batch(args, step, params, labels, cache):
 
 
 def in_parts(args, batch):
-    """This process's parts of a step's batch, [dict, ...], on the device."""
+    """This process's parts of a step's batch, [dict, ...]."""
     split = {name: own_parts(args, tensor) for name, tensor in batch.items()}
-    parts = [dict(zip(split, values)) for values in zip(*split.values())]
-    return to_device(parts, args.device)
+    return [dict(zip(split, values)) for values in zip(*split.values())]
 
 
 # ---- how they are judged
 
 
+@torch.no_grad()
 def judge_tokenizer(args, images, codec):
     """Held-out squared error; PSNR in dB after each scale; codes used and their perplexity a scale.
 
@@ -446,18 +442,16 @@ def judge_tokenizer(args, images, codec):
     )
 
 
-def judge_transformer(args, codec, labels, cache, params):
-    """Held-out loss (nats) and token accuracy, in all and a scale, of the hidden half if masked.
+@torch.no_grad()
+def judge_transformer(args, codec, labels, tokens, params):
+    """Held-out loss (nats) and token accuracy, of the hidden half in the masked stage.
 
     Draws samples/<stage>.png: eight samples of each of the first ten classes.
     """
     params = hmar.cast(params, args.dtype)
-    tokens = torch.from_numpy(cache[:JUDGED, 0].astype(np.int64)).to(args.device)  # (B, L)
-    labels = torch.tensor(labels[:JUDGED], device=args.device)
-    lengths = tokenizer.lengths(args.scales)
     generator = generator_of("held-out mask")
-    sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=args.device)
-
+    lengths = tokenizer.lengths(args.scales)
+    sums = torch.zeros(3, sum(lengths), dtype=torch.float64, device=args.device)
     for own, own_labels in zip(tokens.split(32), labels.split(32)):
         inputs = tokenizer.next_scale_inputs(codec, own, args.scales)
         judged = torch.ones_like(own, dtype=torch.bool)
@@ -469,26 +463,21 @@ def judge_transformer(args, codec, labels, cache, params):
         else:
             logits = hmar.next_scale_logits(params, own_labels, inputs, args.causal)
         losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
-        hits = (logits.argmax(-1) == own).float()
-        sums += (torch.stack([losses, hits, torch.ones_like(losses)]) * judged).sum(1)
+        hits = logits.argmax(-1) == own
+        sums += torch.stack([losses * judged, hits * judged, judged]).sum(1)
 
-    draw_samples(args, params, codec)
-    by_scale = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)  # (3, S)
-    scale_losses, accuracies = (by_scale[:2] / by_scale[2].clamp(min=1)).tolist()
-    loss, accuracy, count = sums.sum(1).tolist()
-    numbers = dict(loss=loss / max(1, count), accuracy=accuracy / max(1, count))
-    return numbers | dict(scale_losses=scale_losses, scale_accuracies=accuracies)
-
-
-def draw_samples(args, params, codec):
-    """Writes the sheet samples/<stage>.png."""
-    names = args.class_names[:10]
     rows = []
+    names = args.class_names[:10]
     for label in range(len(names)):
-        labels = torch.full((8,), label, device=args.device)
-        images, _ = sample.generate(params, codec, labels, seed=8 * label, is_causal=args.causal)
+        own = torch.full((8,), label, device=args.device)
+        images, _ = sample.generate(params, codec, own, seed=8 * label, is_causal=args.causal)
         rows.append(images)
     write_sheet(args, args.stage, rows, names)
+
+    scales = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)  # (3, S)
+    loss, hits, count = scales.sum(1).tolist()
+    scale_losses = (scales[0] / scales[2].clamp(min=1)).tolist()
+    return dict(loss=loss / max(1, count), accuracy=hits / max(1, count), scale_losses=scale_losses)
 
 
 # ---- data
@@ -498,18 +487,6 @@ def polygon(points=48, radius=1.0, centre=0.0, start=0.0):
     """The corners (points, 2) of a regular one around (centre, 0); y points down, angles in rad."""
     angle = start + np.arange(points) * (2 * np.pi / points)
     return np.stack([centre + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-
-def star():
-    outer = polygon(points=5, start=-np.pi / 2)
-    inner = polygon(points=5, radius=0.4, start=-np.pi * 0.3)
-    return np.stack([outer, inner], axis=1).reshape(10, 2)
-
-
-def cross():
-    arm = np.array([(-0.3, -0.3), (-0.3, -1), (0.3, -1)])
-    turns = ((1, 0), (0, 1), (-1, 0), (0, -1))
-    return np.concatenate([arm @ np.array([[c, s], [-s, c]]) for c, s in turns])
 
 
 def heart():
@@ -523,8 +500,11 @@ OUTLINES = dict(  # the polygon that is filled, about the unit circle, then what
     ring=[polygon(), polygon(radius=0.5)],
     square=[[(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]],
     triangle=[[(0, -1), (0.95, 0.7), (-0.95, 0.7)]],
-    star=[star()],
-    cross=[cross()],
+    star=[polygon(points=10, radius=np.tile([1, 0.4], 5), start=-np.pi / 2)],
+    cross=[
+        [(-0.3, -0.3), (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3)]
+        + [(0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3)]
+    ],
     crescent=[polygon(), polygon(radius=0.75, centre=0.5)],
     hexagon=[polygon(points=6)],
     arrow=[[(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)]],
@@ -644,30 +624,28 @@ def list_images(folder):
     """([(path, label), ...], class names) of a folder: one sub-folder a class, or images alone.
 
     Sorted by name, searched to any depth; hidden files and files that are no images by suffix are
-    passed over, links to folders not followed. ValueError for a folder that is missing, without
-    images, or of both kinds.
+    passed over, links to folders not followed. ValueError for no folder, no images, or both kinds.
     """
 
     def warn(error):
         print(f"passed over: {sample.printable(error)}", file=sys.stderr)
 
     require(os.path.isdir(folder), f"--data: got {folder!r}, expected a folder")
-    groups = {}  # (class,), or () for images that lie in no sub-folder -> their paths
+    groups = {}  # class -> its paths; "" for images that lie in no sub-folder
     for place, folders, names in os.walk(folder, onerror=warn):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        parts = Path(place).relative_to(folder).parts
+        group = name_inside(place, folder).split(os.sep)[0]
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                groups.setdefault(parts[:1], []).append(os.path.join(place, name))
+                groups.setdefault(group, []).append(os.path.join(place, name))
 
-    kinds = "PNG, JPEG, WebP, BMP or GIF images"
-    require(groups, f"--data: got {folder!r}, which holds no {kinds}")
-    alone = groups.get((), [""])[0]
-    message = f"--data: got images in sub-folders of {folder!r} and {os.path.basename(alone)!r}"
-    require(not alone or len(groups) == 1, f"{message} beside them, expected one or the other")
-    groups = sorted(groups.items())
-    names = [parts[0] if parts else Path(folder).resolve().name for parts, _ in groups]
-    return [(path, i) for i, (_, paths) in enumerate(groups) for path in paths], names
+    require(groups, f"--data: got {folder!r}, which holds none of {', '.join(SUFFIXES)}")
+    alone = os.path.basename(groups.get("", [""])[0])
+    fits = not alone or len(groups) == 1
+    require(fits, f"--data: got {folder!r} with both {alone!r} and sub-folders of images")
+    classes = sorted(groups)
+    names = [name or Path(folder).resolve().name for name in classes]
+    return [(path, i) for i, name in enumerate(classes) for path in groups[name]], names
 
 
 def split_held_out(files, folder):
@@ -720,14 +698,11 @@ def loader(args, data, start):
 
     workers = dict(num_workers=args.workers, worker_init_fn=stand_apart)
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=keys(), **workers))
-    # torch's own handler raises anywhere, even while a checkpoint is written; without it the
-    # loader, which looks after its workers too, raises here
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises anywhere, even in a write
     try:
         yield from batches
     except (ValueError, RuntimeError) as error:  # a worker's own, below its traceback, or its end
-        line = str(error).splitlines()[-1].removeprefix("ValueError: ")
-        raise ValueError(f"{line} (--workers {args.workers})") from error
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def stand_apart(_):
@@ -741,27 +716,27 @@ def to_unit(images, device):
     return to_device(images, device).float() / 127.5 - 1
 
 
-def token_cache(args, name, data, codec):
+def token_cache(args, data, codec):
     """Tokens of all images, a memory-mapped array (N, views, L), encoded once by the codec.
 
     The first view is the centre crop; a small folder's images have several random crops besides.
     """
     views = 1
-    if not data.is_drawn and name == "train":
+    if not data.is_drawn:
         views = min(MOST_VIEWS, max(1 + args.flip, VIEWS_IN_ALL // len(data)))
-    path = os.path.join(args.out, f"tokens-{name}.npy")
-    if read_run(args)["made"].get(f"tokens-{name}") != file_digest(path):
-        rows = range(len(data))
-        own = rows[rank() * len(rows) // world() : (rank() + 1) * len(rows) // world()]
-        dtype = np.uint16 if len(codec["codebook"]) <= 2**16 else np.int32
-        tokens = encoded(args, name, data, codec, own, views).astype(dtype)
+    path = os.path.join(args.out, "tokens.npy")
+    if read_run(args)["made"].get("tokens") != file_digest(path):
+        first, last = (number * len(data) // world() for number in (rank(), rank() + 1))
+        tokens = encoded(args, data, codec, range(first, last), views).numpy()
+        tokens = tokens.astype(np.uint16 if len(codec["codebook"]) <= 2**16 else np.int32)
         write_atomically(f"{path}.{rank()}.tmp", lambda file: np.save(file, tokens))
         barrier()
+
         if rank() == 0:
             parts = [f"{path}.{number}.tmp" for number in range(world())]
             tokens = np.concatenate([np.load(part) for part in parts])
             write_atomically(path, lambda file: np.save(file, tokens))
-            record(args, f"tokens-{name}", file_digest(path))
+            record(args, "tokens", file_digest(path))
             for part in parts:
                 os.remove(part)
     barrier()
@@ -769,28 +744,24 @@ def token_cache(args, name, data, codec):
 
 
 def file_digest(path):
-    """A digest of a file's bytes, a gigabyte in about a second; as of none where there is none."""
-    total = hashlib.sha256()
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):
-                total.update(block)
-    return total.hexdigest()[:16]
+    """A digest of a file's bytes, a gigabyte in about a second; "" where there are none."""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    return digest(torch.from_file(path, size=size, dtype=torch.uint8)) if size else ""
 
 
-def encoded(args, name, data, codec, rows, views):
-    """Tokens (len(rows), views, L) of a range of images."""
+def encoded(args, data, codec, rows, views=1):
+    """Tokens (len(rows), views, L) of some images."""
     fast = tokenizer.cast(codec, args.dtype)
     tokens = []
-    for first in rows[::64]:
-        part = range(first, min(first + 64, rows.stop))
+    for first in range(0, len(rows), 64):
+        part = rows[first : first + 64]
         keys = [(i, (args.seed, view, i) if view else None) for i in part for view in range(views)]
         images = to_unit(torch.stack([data[key][0] for key in keys]), args.device)
         for few in images.split(at_once(args.size**2)):
             tokens.append(tokenizer.encode(fast, few, args.scales).cpu())
-        if part.stop % 4096 < 64 or part.stop == rows.stop:
-            say(f"encoding {name} {part.stop}/{rows.stop}")
-    return torch.cat(tokens).unflatten(0, (len(rows), views)).numpy()
+        if first % 4096 == 0:
+            say(f"encoding, {first} of {len(rows)}")
+    return torch.cat(tokens).unflatten(0, (len(rows), views))
 
 
 # ---- the command
@@ -883,10 +854,12 @@ def resolved(args):
         values = value if isinstance(value, tuple) else [value] * len(STAGES)
         setattr(args, name, dict(zip(STAGES, values)))
 
-    left_out = {"tokenizer": args.tokenizer is not None, "next-scale": False, "masked": args.causal}
-    asked = [stage for stage in STAGES if args.stage in ("all", stage)]
-    args.stages = [stage for stage in asked if not left_out[stage]]
-    require(args.stages, f"{args.stage}: there is no such stage with --tokenizer or --causal")
+    args.stages = [stage for stage in STAGES if args.stage in ("all", stage)]
+    if args.tokenizer is not None and args.stage != "all":
+        args.stages.insert(0, "tokenizer")
+    if args.causal:
+        require(args.stage != "masked", "masked: there is no such stage with --causal")
+        args.stages = [stage for stage in args.stages if stage != "masked"]
     fits = args.init is None or args.stage in ("tokenizer", "next-scale")
     require(fits, "--init: needs the stage that it starts, tokenizer or next-scale")
 
@@ -913,9 +886,8 @@ def check_sizes(args):
     tokenizer.check_scales(args.scales)
     width = args.width or 64 * args.depth
     head_dim = width // max(1, width // 64)  # where the heads divide it, as hmar.init checks
-    expected = "a multiple of 8 from 16 on"
-    fits = head_dim % 8 == 0 and head_dim >= 16
-    require(fits, f"--width: got {width}, heads of {head_dim} dimensions, expected {expected}")
+    message = f"--width: got {width}, heads of {head_dim} dimensions"
+    require(head_dim % 8 == 0 and head_dim >= 16, f"{message}, expected a multiple of 8 from 16 on")
     with torch.device("meta"):
         tokenizer.init(**{name: getattr(args, name) for name in TOKENIZER_SIZES})
         hmar.init(depth=args.depth, width=args.width, scales=args.scales, codes=args.codes)
@@ -925,8 +897,8 @@ def downsampling(args):
     """Pixels a side of a latent cell, of the codec that is given, in the run folder, or to come."""
     path = args.init if args.stage == "tokenizer" else args.tokenizer
     own = os.path.join(args.out, "tokenizer.pt")
-    if path is None and args.stage in ("next-scale", "masked") and os.path.exists(own):
-        path = own
+    if args.stage in ("next-scale", "masked") and os.path.exists(own):
+        path = path or own
     if path is None:
         return 2 ** (len(args.multipliers) - 1)
     return tokenizer.downsampling(load_tokenizer(path))
@@ -959,43 +931,38 @@ def claim_folder(args, data, held_out):
     flags["images"] = [fingerprint(args, data), fingerprint(args, held_out)]
     run = dict(flags=flags, class_names=list(args.class_names), causal=args.causal, made={})
     run = json.loads(json.dumps(run))  # as it comes back from a file
-    there = [path for path in own_files(args) if os.path.lexists(path)]
-    advice = "--out NAME begins another run, --restart this one anew"
 
-    if before is None:
-        names = ", ".join(os.path.relpath(path, args.out) for path in there)
-        fits = not there or args.restart
-        require(fits, f"{args.out}: holds {names} but no args.json; {advice}")
-    elif not args.restart:
-        differ = []
-        for name, value in run["flags"].items():
-            old = before["flags"].get(name)
-            need_not_repeat = name in ("init", "tokenizer") and value is None
-            if old != value and not need_not_repeat:
-                differ.append(f"{name} {old} -> {value}")
-        message = f"{args.out}: begun with other flags or images: {', '.join(differ)}"
-        require(not differ, f"{message}; {advice}")
+    there = [path for path in own_files(args) if os.path.lexists(path)]
+    differ = [f"{os.path.basename(path)} without args.json" for path in there if not before]
+    for name, value in run["flags"].items() if before else ():
+        old = before["flags"].get(name)
+        need_not_repeat = name in ("init", "tokenizer") and value is None
+        if old != value and not need_not_repeat:
+            differ.append(f"{name} {old} -> {value}")
+    advice = "--out NAME begins another run, --restart this one anew"
+    fits = args.restart or not differ
+    require(
+        fits, f"{args.out}: not begun with these flags or images: {', '.join(differ)}; {advice}"
+    )
     barrier()  # every process has looked
 
     if rank() == 0:
-        for path in [*own_files(args), run_file(args)]:  # what a kill left half written
+        for path in own_files(args):  # what a kill left half written
             for temporary in glob.glob(f"{glob.escape(path)}.*[0-9].tmp"):
                 os.remove(temporary)
-    if rank() == 0 and (before is None or args.restart):
-        for path in there:
-            os.remove(path)
-        write_run(args, run)
+        if args.restart or not before:
+            for path in there:
+                os.remove(path)
+            write_run(args, run)
     barrier()
-    if args.tokenizer is not None and "tokenizer" not in read_run(args)["made"]:
-        finish(args, "tokenizer", load_tokenizer(args.tokenizer))
 
 
 def own_files(args):
-    """Paths of all that a run writes into its folder, but for args.json and the lock."""
-    names = ["tokenizer.pt", "hmar.pt", "metrics.jsonl", "tokens-train.npy", "tokens-held-out.npy"]
+    """Paths of all that a run writes into its folder but the lock, args.json last."""
+    names = ["tokenizer.pt", "hmar.pt", "metrics.jsonl", "tokens.npy"]
     names += [f"{stage}.{kind}.pt" for stage in STAGES for kind in ("resume", "best")]
     names += [f"samples/{name}.png" for name in ("reconstructions", "next-scale", "masked")]
-    return [os.path.join(args.out, name) for name in names]
+    return [os.path.join(args.out, name) for name in (*names, "args.json")]
 
 
 def locked(args):
@@ -1020,24 +987,18 @@ def fingerprint(args, data):
     return total.hexdigest()[:16]
 
 
-def run_file(args):
-    return os.path.join(args.out, "args.json")
-
-
 def read_run(args):
-    """args.json as a dict, None where there is none. ValueError where it is something else."""
-    path = run_file(args)
-    if not os.path.exists(path):
-        return None
+    """What args.json holds: the flags, what was made; {} where it is missing."""
+    path = os.path.join(args.out, "args.json")
     run = read_json(path)
-    fits = isinstance(run.get("flags"), dict) and isinstance(run.get("made"), dict)
+    fits = not run or all(isinstance(run.get(name), dict) for name in ("flags", "made"))
     require(fits, f"{path}: expected what train.py wrote; --restart begins the run anew")
     return run
 
 
 def write_run(args, run):
-    text = json.dumps(run, indent=1)
-    write_atomically(run_file(args), lambda file: file.write(text.encode()))
+    path = os.path.join(args.out, "args.json")
+    write_atomically(path, lambda file: file.write(json.dumps(run, indent=1).encode()))
 
 
 def record(args, name, made):
@@ -1063,10 +1024,11 @@ def finished(args, stage):
     A masked branch goes: a kill may have come when hmar.pt had it and args.json did not say so.
     """
     path = os.path.join(args.out, STAGES[stage])
-    require(os.path.exists(path), f"{path} is missing; python train.py {stage} makes it")
+    made = read_run(args)["made"].get(stage)
+    fits = made and os.path.exists(path)
+    require(fits, f"{path} is missing; python train.py {stage} makes it")
     tree = load_tokenizer(path) if stage == "tokenizer" else load_transformer(path)
     tree.pop("masked", None)
-    made = read_run(args)["made"].get(stage)
     require(digest(tree) == made, f"{path}: not what this run made; --restart begins it anew")
     return to_device(tree, args.device)
 
@@ -1106,29 +1068,30 @@ def resume(args, state, optimizer):
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """A list that Ctrl-C or SIGTERM, which ask for a stop, get into; a second one ends the run."""
+def stop_signals(device):
+    """A function of the step: whether Ctrl-C or SIGTERM asked to stop; a second one ends the run.
+
+    Several processes ask each other at every tenth step, so that all stop together.
+    """
     asked = []
 
     def ask(number, frame):
         asked.append(number)
         signal.signal(number, signal.default_int_handler)
 
+    def agreed(step):
+        if world() == 1:
+            return bool(asked)
+        return step % 10 == 0 and bool(summed(torch.tensor(len(asked), device=device)))
+
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield agreed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked:  # during the last step
         raise KeyboardInterrupt
-
-
-def agreed(asked, step, device):
-    """Whether to stop, the same on every process; several ask each other at every tenth step."""
-    if world() == 1:
-        return bool(asked)
-    return step % 10 == 0 and bool(summed(torch.tensor(len(asked), device=device)))
 
 
 def log(args, step, **numbers):
@@ -1138,16 +1101,15 @@ def log(args, step, **numbers):
     if rank() == 0:
         with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
             file.write(line + "\n")
-        shown = [
-            f"{name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, list)
-        ]
-        say(f"{args.stage} {step}/{args.steps}  {'  '.join(shown)}")
+        single = [name for name in numbers if not isinstance(numbers[name], list)]
+        shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in single)
+        say(f"{args.stage} {step}/{args.steps}  {shown}")
 
 
 def require_finite(args, step, fits):
     """ValueError that says what to do, unless all was finite."""
-    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help;"
-    require(fits, f"{message} the last checkpoint is kept")
+    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help"
+    require(fits, f"{message}; the last checkpoint is kept")
 
 
 def save(path, tree):
@@ -1162,8 +1124,7 @@ def write_sheet(args, name, rows, names):
     if rank() == 0:
         os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
         path = os.path.join(args.out, "samples", f"{name}.png")
-        page = sample.sheet(rows, names)
-        write_atomically(path, lambda file: page.save(file, "PNG"))
+        sample.write_image(path, sample.sheet(rows, names))
 
 
 # ---- parameters, processes, devices
@@ -1183,22 +1144,21 @@ class Trained(torch.nn.Module):
 
 def trainable(tree):
     """The tree with its leaves as parameters, contiguous, since Muon works on views of them."""
-    order = torch.contiguous_format
 
-    def fresh(tensor):
-        return torch.nn.Parameter(tensor.clone(memory_format=order))
+    def fresh(leaf):
+        return torch.nn.Parameter(leaf.clone(memory_format=torch.contiguous_format))
 
     return pytree.tree_map(fresh, tree)
 
 
 def with_leaves(tree, leaves):
-    """The tree with its parameters replaced, in order, and everything detached."""
+    """The tree with its parameters replaced, in order."""
     leaves = iter(leaves)
 
     def replaced(leaf):
         return next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf
 
-    return pytree.tree_map(lambda leaf: replaced(leaf).detach(), tree)
+    return pytree.tree_map(replaced, tree)
 
 
 def wrapped(model, args):
@@ -1208,10 +1168,8 @@ def wrapped(model, args):
         model = torch.compile(model)
     if world() == 1:
         return model
-    devices = [args.device] if args.device.type == "cuda" else None
     unused = args.stage == "tokenizer"  # a phi that serves no scale
-    wrap = torch.nn.parallel.DistributedDataParallel
-    return wrap(model, device_ids=devices, find_unused_parameters=unused)
+    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
 
 
 def shown(report):
@@ -1242,13 +1200,13 @@ def to_device(tree, device):
 
 
 def rank():
-    """This process's number among those that torchrun started, else 0."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def world():
-    """How many processes torchrun started, else 1."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def barrier():
@@ -1277,7 +1235,7 @@ def gathered(tensor):
 def start_processes(name):
     """This process's device; joins those that torchrun started, if there are several."""
     device = sample.find_device(name)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world() > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
