@@ -99,15 +99,15 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
     """`tree` with those moving averages of its parameters that were best on held-out images.
 
     loss(tree, **batch) -> (scalar, {name: tensor}), which is reported; batches(start) yields each
-    step's batch in parts, a dict each; evaluate(tree) -> {name: numbers}, where the lowest "loss"
-    is best; after_step(step, reports, optimizer) may change parameters, extra are tensors that it
-    keeps. A step depends on its number and the checkpoint alone.
+    step's batch, a dict a part; evaluate(tree) -> {name: numbers}, the lowest "loss" is best;
+    after_step(step, reports, optimizer) may change parameters, extra are tensors that it keeps.
     """
     model = Trained(tree, loss)
     leaves = list(model.leaves)
-    average = [leaf.detach().clone() for leaf in leaves]
+    current = [leaf.detach() for leaf in leaves]
+    average = [leaf.clone() for leaf in current]
     optimizer = Optimizer(tree)
-    state = [*(leaf.data for leaf in leaves), *average, *extra]
+    state = [*current, *average, *extra]
     start, best_step, best_loss = resume(args, state, optimizer)
     call = wrapped(model, args)
     judge_every = math.ceil(args.steps / JUDGEMENTS)
@@ -117,8 +117,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
         for step, parts in enumerate(batches(start), start + 1):
             rate = learning_rate(step, args)
             reports, norm = optimise(call, parts, leaves, optimizer, rate)
-            decay = min(args.ema, step / (step + 10))
-            torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - decay)
+            torch._foreach_lerp_(average, current, 1 - min(args.ema, step / (step + 10)))
             after_step(step, reports, optimizer)
 
             window += [{"gradient": norm} | shown(report) for report in reports]
@@ -145,7 +144,6 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
                 raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
 
     say(f"{args.stage}: kept step {best_step}, loss {best_loss:.4g} held out")
-    barrier()
     return with_leaves(tree, to_device(sample.load(stage_file(args, "best")), args.device))
 
 
@@ -244,7 +242,6 @@ def train_tokenizer(args, data, held_out):
             stops = torch.randint(len(args.scales) - 1, (args.batch,), generator=generator)
             whole = torch.arange(args.batch) % COARSE_EVERY < COARSE_EVERY - 1
             stops = own_parts(args, stops.masked_fill(whole, -1))
-
             parts = []
             for pixels, stop in zip(images.tensor_split(args.accumulate), stops):
                 stop, order = stop.sort(descending=True)  # those with a stop come first
@@ -313,8 +310,8 @@ def initial_transformer(args, codec):
     params = load_transformer(args.init)
     branch = params["next_scale"]
     got = len(branch["head"]["bias"]), params["input"]["weight"].shape[1]
-    message = f"--init: got {got[0]} codes of {got[1]} dimensions, expected the tokenizer's"
-    require(got == (codes, code_dim), f"{message} {codes} of {code_dim}")
+    expected = f"the tokenizer's {(codes, code_dim)}"
+    require(got == (codes, code_dim), f"--init: got (codes, code_dim) {got}, expected {expected}")
 
     # all blocks are trained, so all are its own: the trunk of one without branches
     params.pop("masked", None)
@@ -552,8 +549,8 @@ class Images(torch.utils.data.Dataset):
     """Images as (uint8 (3, size, size), label), of paths and labels or of numbers of drawings.
 
     A key is (index, seed), so that a sampler decides the randomness: seed None is the centre crop,
-    another one decides crop and flip. A file that cannot be read is named once and replaced by the
-    next of its class; ValueError when these are more than 5 % and more than ten.
+    another one decides crop and flip. A file that cannot be read is named, once a process, and
+    replaced by the next of its class; ValueError when these are more than 5 % and more than ten.
     """
 
     def __init__(self, items, size, flip=False):
@@ -698,7 +695,8 @@ def loader(args, data, start):
 
     workers = dict(num_workers=args.workers, worker_init_fn=stand_apart)
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=keys(), **workers))
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises anywhere, even in a write
+    if args.workers > 0:  # torch's own handler would raise anywhere, even in a write
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
     except (ValueError, RuntimeError) as error:  # a worker's own, below its traceback, or its end
@@ -1034,15 +1032,14 @@ def finished(args, stage):
 
 
 def stage_file(args, kind):
-    """Path of a stage's "resume", what it goes on from after a kill, or "best", its weights."""
+    """Path of what a stage goes on from after a kill, "resume", or its "best" weights."""
     return os.path.join(args.out, f"{args.stage}.{kind}.pt")
 
 
 def resume(args, state, optimizer):
-    """(step, best step, best loss) to go on from; the checkpoint's tensors are written into state.
+    """(step, best step, best loss) to go on from, (0, 0, inf) where there is no checkpoint.
 
-    (0, 0, inf) and nothing where there is no checkpoint. What metrics.jsonl says of later steps,
-    which will be written again, goes.
+    Its tensors are written into state. What metrics.jsonl says of later steps goes.
     """
     path = stage_file(args, "resume")
     progress = 0, 0, math.inf
@@ -1117,6 +1114,7 @@ def save(path, tree):
     if rank() == 0:
         plain = pytree.tree_map(lambda x: x.detach().cpu() if torch.is_tensor(x) else x, tree)
         write_atomically(path, lambda file: torch.save(plain, file))
+    barrier()  # from here on every process finds it
 
 
 def write_sheet(args, name, rows, names):

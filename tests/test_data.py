@@ -123,8 +123,8 @@ def test_folders_without_a_meaning_are_refused(tmp_path):
     for name, message in (
         ("none", "expected a folder"),
         ("both/1.png", "expected a folder"),
-        ("empty", "which holds no PNG"),
-        ("both", "'1.png' beside them"),
+        ("empty", "which holds none of .png, .jpg"),
+        ("both", "'1.png' and sub-folders of images"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             train.list_images(str(tmp_path / name))

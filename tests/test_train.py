@@ -782,7 +782,7 @@ def test_a_transformer_starts_from_other_classes_scales_and_branches(tmp_path, c
     other, said = started("--size", 8, "--scales", 1, 2, 3, 4)
     assert said == "--init: positions resampled for the scales ((1, 1), (2, 2), (3, 3), (4, 4))\n"
     assert hmar.scales(other) == ((1, 1), (2, 2), (3, 3), (4, 4))
-    with pytest.raises(ValueError, match="got 8 codes of 8 dimensions, expected the tokenizer's"):
+    with pytest.raises(ValueError, match="expected the tokenizer's"):
         started(params=hmar.init(depth=1, scales=SCALES, **sizes | dict(codes=8)))
 
 
