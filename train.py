@@ -2,10 +2,9 @@
 
     images -> tokenizer stage -> tokens (N, views, L) -> next-scale stage -> masked stage
 
-First the settings and `fit`, the loop of all stages; then each stage, top to bottom; then how they
-are judged; then data. All randomness and the order of the data are functions of seed and step, so
-that nothing of them is saved and a run that was killed continues bit for bit. The command and what
-happens to a run folder stand at the end.
+The settings, then `fit`, the loop of all stages; then each stage, how it is judged, data, the
+command; run folders and processes come last. All randomness and the order of the data are functions
+of seed and step, so a run that was killed continues bit for bit though none of them is saved.
 """
 
 import argparse
@@ -14,10 +13,12 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import glob
 import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import signal
@@ -94,51 +95,56 @@ UNRECORDED = (  # flags that change no result
 )  # fmt: skip
 
 
-def fit(args, tree, loss, batches, evaluate, after_step=None, extra=()):
+def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=()):
     """`tree` with those moving averages of its parameters that were best on held-out images.
 
     loss(tree, **batch) -> (scalar, {name: tensor}), which is reported; batches(start) yields each
-    step's batch in parts, a dict each; evaluate(tree) -> {name: numbers}, where the lowest "loss"
-    is best; after_step(step, reports, optimizer) may change parameters, extra are tensors that it
-    keeps. A step depends on its number and the checkpoint alone.
+    step's batch, a dict a part; evaluate(tree) -> {name: numbers}, the lowest "loss" is best;
+    after_step(step, reports, optimizer) may change parameters, extra are tensors that it keeps.
     """
     model = Trained(tree, loss)
     leaves = list(model.leaves)
-    average = [leaf.detach().clone() for leaf in leaves]
+    current = [leaf.detach() for leaf in leaves]
+    average = [leaf.clone() for leaf in current]
     optimizer = Optimizer(tree)
-    run = Checkpoint(args, [leaf.data for leaf in leaves], average, extra, optimizer)
+    state = [*current, *average, *extra]
+    start, best_step, best_loss = resume(args, state, optimizer)
     call = wrapped(model, args)
-    stop = StopSignal()
+    judge_every = math.ceil(args.steps / JUDGEMENTS)
     window = []  # what was reported since the last line of metrics
 
-    for step, parts in enumerate(batches(run.step), run.step + 1):
-        rate = learning_rate(step, args)
-        reports, norm = optimise(call, parts, leaves, optimizer, rate)
-        decay = min(args.ema, step / (step + 10))
-        torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - decay)
-        if after_step is not None:
+    with stop_signals(args.device) as asked_to_stop:
+        for step, parts in enumerate(batches(start), start + 1):
+            rate = learning_rate(step, args)
+            reports, norm = optimise(call, parts, leaves, optimizer, rate)
+            torch._foreach_lerp_(average, current, 1 - min(args.ema, step / (step + 10)))
             after_step(step, reports, optimizer)
 
-        window += [{"gradient": norm} | shown(report) for report in reports]
-        if step % LOG_EVERY == 0 or step == args.steps:
-            log(args, step, rate=rate, **means(window))
-            window.clear()
-        if step % args.judge_every == 0 or step == args.steps:
-            numbers = evaluate(with_leaves(tree, average))
-            log(args, step, **{f"held_out_{name}": value for name, value in numbers.items()})
-            run.keep_best(step, numbers["loss"])
-        if run.is_over(step):
-            break
+            window += [{"gradient": norm} | shown(report) for report in reports]
+            if step % LOG_EVERY == 0 or step == args.steps:
+                log(args, step, rate=rate, **means(window))
+                window.clear()
 
-        stopped = stop.agreed(step, args.device)
-        if stopped or step % args.save_every == 0:
-            require_finite(args, step, norm.isfinite())  # of weights that are not, it is not
-            run.save(step)
-        if stopped:
-            raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
+            if step % judge_every == 0 or step == args.steps:
+                numbers = evaluate(with_leaves(tree, average))
+                log(args, step, **{f"held_out_{name}": value for name, value in numbers.items()})
+                if numbers["loss"] < best_loss:
+                    best_step, best_loss = step, numbers["loss"]
+                    save(stage_file(args, "best"), average)
+            if step < args.steps and step - best_step >= PATIENCE * args.steps:
+                say(f"{args.stage}: stopped early at step {step}; best at {best_step}")
+                break
 
-    stop.close()
-    return with_leaves(tree, run.best())
+            stops = asked_to_stop(step)
+            if stops or step % args.save_every == 0:
+                require_finite(args, step, norm.isfinite())  # of weights that are not, it is not
+                kept = dict(state=state, optimizer=optimizer.state_dict())
+                save(stage_file(args, "resume"), kept | dict(progress=(step, best_step, best_loss)))
+            if stops:
+                raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
+
+    say(f"{args.stage}: kept step {best_step}, loss {best_loss:.4g} held out")
+    return with_leaves(tree, to_device(sample.load(stage_file(args, "best")), args.device))
 
 
 def optimise(call, parts, leaves, optimizer, rate):
@@ -172,18 +178,17 @@ class Optimizer:
                 others.append(leaf)
             else:
                 self.pairs.append((leaf, torch.nn.Parameter(leaf.detach().flatten(1))))
-        self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
         matrices = [matrix for _, matrix in self.pairs]
+        self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
         options = dict(weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
-        self.muon = torch.optim.Muon(matrices, **options)
+        self.both = self.adamw, torch.optim.Muon(matrices, **options)
 
     def step(self, rate):
         for leaf, matrix in self.pairs:
             matrix.grad = leaf.grad.flatten(1)
             leaf.grad = None
-        for optimizer in (self.adamw, self.muon):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for optimizer in self.both:
+            optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
 
@@ -193,11 +198,11 @@ class Optimizer:
             self.adamw.state[leaf][name][rows] = 0
 
     def state_dict(self):
-        return [self.adamw.state_dict(), self.muon.state_dict()]
+        return [optimizer.state_dict() for optimizer in self.both]
 
     def load_state_dict(self, states):
-        self.adamw.load_state_dict(states[0])
-        self.muon.load_state_dict(states[1])
+        for optimizer, state in zip(self.both, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 def learning_rate(step, args):
@@ -206,57 +211,59 @@ def learning_rate(step, args):
     return args.lr * decay * min(1, step / max(1, args.warmup))
 
 
-# Stage one
+# ---- stage one
 
 
 def train_tokenizer(args, data, held_out):
     """Images -> a codec each of whose scales is an image; dead codes are replaced on the way."""
-    codec = trainable(initial_tokenizer(args))
-    codebook, scales = codec["codebook"], args.scales
+    if args.tokenizer is not None:
+        return load_tokenizer(args.tokenizer)
+    sizes = {name: getattr(args, name) for name in TOKENIZER_SIZES}
+    codec = load_tokenizer(args.init) if args.init else tokenizer.init(**sizes, seed=args.seed)
+    codec = trainable(to_device(codec, args.device))
+    codebook = codec["codebook"]
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
-    reserved = first_images(held_out, 128, args)
-    is_coarse = torch.arange(args.batch) % COARSE_EVERY == COARSE_EVERY - 1
+    reserved = [held_out[index, None][0] for index in range(len(held_out))[:128]]
 
     def loss(codec, images, stops, rows):
-        made = tokenizer.training_pass(tokenizer.cast(codec, args.dtype), images, scales, stops)
-        error = reconstruction_loss(made["images"], images)
-        coarse_error = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
-        coarse_error = coarse_error * (COARSE_EVERY / len(images))
-        total = error + COARSE_WEIGHT * coarse_error + made["loss"]
-        numbers = dict(loss=total, coarse=coarse_error, quantisation=made["loss"])
-        residuals = [own[rows] for own in made["residuals"]]
+        fast = tokenizer.cast(codec, args.dtype)
+        made = tokenizer.training_pass(fast, images, args.scales, stops)
+        coarse = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
+        coarse = coarse * (COARSE_EVERY / len(images))
+        total = reconstruction_loss(made["images"], images) + COARSE_WEIGHT * coarse + made["loss"]
+
+        numbers = dict(loss=total, coarse=coarse, quantisation=made["loss"])
+        residuals = [residual[rows] for residual in made["residuals"]]
         return total, numbers | dict(tokens=made["tokens"], residuals=residuals)
 
     def batches(start):
         for step, (images, _) in enumerate(loader(args, data, start), start):
             generator = generator_of(args.seed, "tokenizer", step)
-            stops = torch.randint(len(scales) - 1, (args.batch,), generator=generator)
-            stops = stops.masked_fill(~is_coarse, -1)
+            stops = torch.randint(len(args.scales) - 1, (args.batch,), generator=generator)
+            whole = torch.arange(args.batch) % COARSE_EVERY < COARSE_EVERY - 1
+            stops = own_parts(args, stops.masked_fill(whole, -1))
             parts = []
-            images = images.tensor_split(args.accumulate)
-            for pixels, own in zip(images, own_parts(args, stops)):
-                order = own.argsort(descending=True)  # those with a stop come first
+            for pixels, stop in zip(images.tensor_split(args.accumulate), stops):
+                stop, order = stop.sort(descending=True)  # those with a stop come first
                 part = dict(images=to_unit(pixels[order], args.device), rows=order.argsort())
-                parts.append(part | dict(stops=own[order][: (own >= 0).sum()]))
+                parts.append(part | dict(stops=stop[stop >= 0]))
             yield to_device(parts, args.device)
 
     def after_step(step, reports, optimizer):
-        for tokens in itertools.chain.from_iterable(report["tokens"] for report in reports):
-            chosen.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
+        tokens = torch.cat([own.flatten() for report in reports for own in report["tokens"]])
+        counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
+        chosen.add_(summed(counts))
         if step == 1 or step % REVIVE_EVERY == 0 and step <= 0.8 * args.steps:
             generator = generator_of(args.seed, "revive", step)
             by_scale = zip(*(report["residuals"] for report in reports))
             residuals = [gathered(torch.cat(parts)) for parts in by_scale]
-            counts = summed(chosen)
-            new, dead = tokenizer.revive_codes(codebook.detach(), counts, residuals, generator)
+            new, dead = tokenizer.revive_codes(codebook.detach(), chosen, residuals, generator)
             codebook.data.copy_(new)
             optimizer.forget(codebook, dead)
             chosen.zero_()
 
-    def evaluate(codec):
-        return judge_tokenizer(args, tokenizer.cast(codec, args.dtype), reserved)
-
-    return fit(args, codec, loss, batches, evaluate, after_step, extra=[chosen])
+    judge = functools.partial(judge_tokenizer, args, to_unit(torch.stack(reserved), args.device))
+    return fit(args, codec, loss, batches, judge, after_step, extra=[chosen])
 
 
 def reconstruction_loss(made, images):
@@ -265,59 +272,15 @@ def reconstruction_loss(made, images):
     return F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges
 
 
-def judge_tokenizer(args, codec, images):
-    """Held-out squared error; PSNR in dB after each scale; codes used and their perplexity a scale.
-
-    Draws samples/reconstructions.png: the original and the image after each scale.
-    """
-    errors, tokens, rows = [], [], []
-    for part in images.split(at_once(args.size**2)):
-        made, own = after_each_scale(args, codec, part)
-        errors.append((made - part).square().mean((2, 3, 4)))  # (S, B)
-        tokens.append(own)
-        rows = rows or [part[:8], *made[:, :8]]
-
-    names = ["original", *(f"after {h}x{w}" for h, w in args.scales)]
-    write_sheet(args, "reconstructions", rows, names)
-    errors = torch.cat(errors, 1)
-    by_scale = torch.cat(tokens).split(tokenizer.lengths(args.scales), 1)
-    counts = [torch.bincount(own.flatten(), minlength=len(codec["codebook"])) for own in by_scale]
-    return dict(
-        loss=errors[-1].mean().item(),
-        psnr=(10 * torch.log10(4 / errors)).mean(1).tolist(),
-        codes_used=int((sum(counts) > 0).sum()),
-        perplexity=[perplexity(row) for row in counts],
-    )
-
-
-@torch.no_grad()
-def after_each_scale(args, codec, images):
-    """(images decoded after each scale (S, B, 3, H, W), tokens (B, L)) of images (B, 3, H, W)."""
-    features = tokenizer.encode_features(codec, images)
-    pyramid = tokenizer.quantise(codec["codebook"], codec["phi"], features, args.scales)
-    made, tokens = [], []
-    for _, own, f_hat in pyramid:
-        made.append(tokenizer.decode_features(codec, f_hat))
-        tokens.append(own)
-    return torch.stack(made), torch.cat(tokens, 1)
-
-
-def perplexity(counts):
-    """How many codes are in even use, exp of the entropy, of counts (V,)."""
-    share = counts.double() / counts.sum()
-    return torch.exp(-torch.xlogy(share, share).sum()).item()
-
-
-# Stages two and three
+# ---- stages two and three
 
 
 def train_next_scale(args, data, held_out):
     """Tokens -> a transformer that predicts every token from the coarser scales."""
-    codec = finished(args, "tokenizer")
+    codec, cache, evaluate = on_tokens(args, data, held_out)
     params = trainable(initial_transformer(args, codec))
-    cache = token_cache(args, "train", data, codec)
-    reserved = token_cache(args, "held-out", held_out, codec)
-    weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)
+    weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)  # (L,)
+    lengths = tokenizer.lengths(args.scales)
 
     def loss(params, labels, tokens, gates):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
@@ -325,17 +288,44 @@ def train_next_scale(args, data, held_out):
         options = dict(gates=gates, checkpointing=args.checkpointing)
         losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
         total = (losses * weights).sum(1).mean()
-        return total, dict(loss=total, scale_losses=by_scale(args, losses.mean(0)))
+        by_scale = [own.mean() for own in losses.mean(0).split(lengths)]
+        return total, dict(loss=total, scale_losses=torch.stack(by_scale))
 
     def batches(start):
         for step in range(start, args.steps):
-            yield in_parts(args, transformer_batch(args, step, params, data.labels, cache))
-
-    def evaluate(params):
-        fast = hmar.cast(params, args.dtype)
-        return judge_transformer(args, fast, codec, held_out.labels, reserved)
+            batch = transformer_batch(args, step, params, data.labels, cache)
+            yield to_device(in_parts(args, batch), args.device)
 
     return fit(args, params, loss, batches, evaluate)
+
+
+def initial_transformer(args, codec):
+    """A new transformer of the flags' sizes, or --init's for these scales and classes."""
+    codes, code_dim = codec["codebook"].shape
+    sizes = dict(codes=codes, code_dim=code_dim, classes=len(args.class_names), scales=args.scales)
+    if args.init is None:
+        own = dict(depth=args.depth, width=args.width, gamma=args.gamma, seed=args.seed)
+        return to_device(hmar.init(**sizes, **own), args.device)
+
+    params = load_transformer(args.init)
+    branch = params["next_scale"]
+    got = len(branch["head"]["bias"]), params["input"]["weight"].shape[1]
+    expected = f"the tokenizer's {(codes, code_dim)}"
+    require(got == (codes, code_dim), f"--init: got (codes, code_dim) {got}, expected {expected}")
+
+    # all blocks are trained, so all are its own: the trunk of one without branches
+    params.pop("masked", None)
+    params["trunk"] += branch["blocks"]
+    branch["blocks"] = []
+    if hmar.scales(params) != args.scales:
+        say(f"--init: positions resampled for the scales {args.scales}")
+        params = hmar.resize_positions(params, args.scales)
+    if len(params["classes"]) != len(args.class_names) + 1:
+        say(f"--init: a new class embedding for {len(args.class_names)} classes")
+        width = params["classes"].shape[1]
+        new = hmar.init(**sizes, depth=1, width=width, heads=1, seed=args.seed)
+        params["classes"] = new["classes"]
+    return to_device(params, args.device)
 
 
 def train_masked(args, data, held_out):
@@ -343,11 +333,11 @@ def train_masked(args, data, held_out):
 
     The trunk and the next-scale branch stay as they are (HMAR, stage two).
     """
-    codec = finished(args, "tokenizer")
-    params = initial_masked(args)
-    params = params | trainable(dict(masked=params["masked"]))
-    cache = token_cache(args, "train", data, codec)
-    reserved = token_cache(args, "held-out", held_out, codec)
+    codec, cache, evaluate = on_tokens(args, data, held_out)
+    params = finished(args, "next-scale")
+    blocks = min(args.masked_blocks, len(params["trunk"]) + len(params["next_scale"]["blocks"]))
+    params = hmar.add_masked_branch(params, blocks, seed=args.seed)
+    params |= trainable(dict(masked=params["masked"]))
     first = tokenizer.lengths(args.scales)[0]
 
     def loss(params, labels, tokens, gates, mask, places, share):
@@ -366,18 +356,24 @@ def train_masked(args, data, held_out):
             ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens
             numbers = torch.rand(args.batch, cache.shape[2] - first, generator=generator)
             mask = numbers < ratio
+
             share = world() * args.accumulate / mask.sum().clamp(min=1)
             parts = in_parts(args, batch | dict(mask=mask))
-            for part, own in zip(parts, own_parts(args, mask)):
-                places = own.flatten().nonzero()[:, 0]
-                part |= to_device(dict(places=places, share=share), args.device)
-            yield parts
-
-    def evaluate(params):
-        fast = hmar.cast(params, args.dtype)
-        return judge_transformer(args, fast, codec, held_out.labels, reserved)
+            for part in parts:
+                part |= dict(places=part["mask"].flatten().nonzero()[:, 0], share=share)
+            yield to_device(parts, args.device)
 
     return fit(args, params, loss, batches, evaluate)
+
+
+def on_tokens(args, data, held_out):
+    """What both have in common: (codec, training tokens (N, views, L), evaluate of `fit`)."""
+    codec = finished(args, "tokenizer")
+    cache = token_cache(args, data, codec)
+    reserved = encoded(args, held_out, codec, range(len(held_out))[:JUDGED])[:, 0]  # (B, L)
+    labels = torch.tensor(held_out.labels[:JUDGED])
+    judged = to_device((codec, labels, reserved), args.device)
+    return codec, cache, functools.partial(judge_transformer, args, *judged)
 
 
 def transformer_batch(args, step, params, labels, cache):
@@ -403,68 +399,85 @@ def transformer_batch(args, step, params, labels, cache):
 
 
 def in_parts(args, batch):
-    """This process's parts of a step's batch, [dict, ...], on the device."""
+    """This process's parts of a step's batch, [dict, ...]."""
     split = {name: own_parts(args, tensor) for name, tensor in batch.items()}
-    parts = [dict(zip(split, values)) for values in zip(*split.values())]
-    return to_device(parts, args.device)
+    return [dict(zip(split, values)) for values in zip(*split.values())]
+
+
+# ---- how they are judged
 
 
 @torch.no_grad()
-def judge_transformer(args, params, codec, labels, cache):
-    """Held-out loss (nats) and token accuracy, in all and a scale, of the hidden half if masked.
+def judge_tokenizer(args, images, codec):
+    """Held-out squared error; PSNR in dB after each scale; codes used and their perplexity a scale.
+
+    Draws samples/reconstructions.png: the original and the image after each scale.
+    """
+    codec = tokenizer.cast(codec, args.dtype)
+    errors, rows = [], []
+    counts = torch.zeros(len(args.scales), len(codec["codebook"]), dtype=torch.float64)
+    for part in images.split(at_once(args.size**2)):
+        features = tokenizer.encode_features(codec, part)
+        pyramid = tokenizer.quantise(codec["codebook"], codec["phi"], features, args.scales)
+        made = []
+        for k, (_, tokens, f_hat) in enumerate(pyramid):
+            made.append(tokenizer.decode_features(codec, f_hat))
+            counts[k] += torch.bincount(tokens.flatten().cpu(), minlength=counts.shape[1])
+        made = torch.stack(made)  # (S, B, 3, H, W)
+        errors.append((made - part).square().mean((2, 3, 4)))
+        rows = rows or [part[:8], *made[:, :8]]
+
+    names = ["original", *(f"after {h}x{w}" for h, w in args.scales)]
+    write_sheet(args, "reconstructions", rows, names)
+    errors = torch.cat(errors, 1)  # (S, B)
+    share = counts / counts.sum(1, keepdim=True)
+    return dict(
+        loss=errors[-1].mean().item(),
+        psnr=(10 * torch.log10(4 / errors)).mean(1).tolist(),
+        codes_used=int((counts.sum(0) > 0).sum()),
+        perplexity=torch.exp(-torch.xlogy(share, share).sum(1)).tolist(),  # codes in even use
+    )
+
+
+@torch.no_grad()
+def judge_transformer(args, codec, labels, tokens, params):
+    """Held-out loss (nats) and token accuracy, of the hidden half in the masked stage.
 
     Draws samples/<stage>.png: eight samples of each of the first ten classes.
     """
-    device, is_masked = args.device, args.stage == "masked"
-    tokens = torch.from_numpy(cache[:JUDGED, 0].astype(np.int64)).to(device)
-    labels = torch.tensor(labels[:JUDGED], device=device)
-    lengths = tokenizer.lengths(args.scales)
+    params = hmar.cast(params, args.dtype)
     generator = generator_of("held-out mask")
-    sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=device)
-
+    lengths = tokenizer.lengths(args.scales)
+    sums = torch.zeros(3, sum(lengths), dtype=torch.float64, device=args.device)
     for own, own_labels in zip(tokens.split(32), labels.split(32)):
         inputs = tokenizer.next_scale_inputs(codec, own, args.scales)
         judged = torch.ones_like(own, dtype=torch.bool)
-        if is_masked:
-            mask = (torch.rand(inputs.shape[:2], generator=generator) < 0.5).to(device)
+        if args.stage == "masked":
+            mask = torch.rand(inputs.shape[:2], generator=generator).to(args.device) < 0.5
             own_inputs = tokenizer.masked_inputs(codec, own, args.scales, mask)
             logits = hmar.masked_logits(params, own_labels, inputs, own_inputs, mask)
             judged = F.pad(mask, (lengths[0], 0))  # scale 0 is never masked
         else:
             logits = hmar.next_scale_logits(params, own_labels, inputs, args.causal)
         losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
-        numbers = torch.stack([losses, (logits.argmax(-1) == own).float(), torch.ones_like(losses)])
-        sums += (numbers * judged).sum(1)
+        hits = logits.argmax(-1) == own
+        sums += torch.stack([losses * judged, hits * judged, judged]).sum(1)
 
-    draw_samples(args, params, codec)
-    loss, accuracy, count = sums.sum(1).tolist()
-    scale_sums = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)
-    scale_losses, accuracies = (scale_sums[:2] / scale_sums[2].clamp(min=1)).tolist()
-    numbers = dict(loss=loss / max(1, count), accuracy=accuracy / max(1, count))
-    return numbers | dict(scale_losses=scale_losses, scale_accuracies=accuracies)
-
-
-def draw_samples(args, params, codec):
-    """Writes the sheet samples/<stage>.png."""
-    names = args.class_names[:10]
     rows = []
+    names = args.class_names[:10]
     for label in range(len(names)):
-        labels = torch.full((8,), label, device=args.device)
-        images, _ = sample.generate(params, codec, labels, seed=8 * label, is_causal=args.causal)
+        own = torch.full((8,), label, device=args.device)
+        images, _ = sample.generate(params, codec, own, seed=8 * label, is_causal=args.causal)
         rows.append(images)
     write_sheet(args, args.stage, rows, names)
 
-
-def by_scale(args, values):
-    """Means (S,) of values (L,) over each scale."""
-    return torch.stack([own.mean() for own in values.split(tokenizer.lengths(args.scales))])
+    scales = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)  # (3, S)
+    loss, hits, count = scales.sum(1).tolist()
+    scale_losses = (scales[0] / scales[2].clamp(min=1)).tolist()
+    return dict(loss=loss / max(1, count), accuracy=hits / max(1, count), scale_losses=scale_losses)
 
 
 # ---- data
-
-SHAPES = (
-    "disc", "ring", "square", "triangle", "star", "cross", "crescent", "hexagon", "arrow", "heart",
-)  # fmt: skip
 
 
 def polygon(points=48, radius=1.0, centre=0.0, start=0.0):
@@ -473,31 +486,28 @@ def polygon(points=48, radius=1.0, centre=0.0, start=0.0):
     return np.stack([centre + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
-@functools.cache
-def outlines():
-    """For each of SHAPES the polygon that fills it, about the unit circle, then what is cut out."""
+def heart():
     angle = np.linspace(0, 2 * np.pi, 48)
     height = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
-    heart = np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1)
-    outer = polygon(points=5, start=-np.pi / 2)
-    inner = polygon(points=5, radius=0.4, start=-np.pi * 0.3)
-    square = [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]
-    triangle = [(0, -1), (0.95, 0.7), (-0.95, 0.7)]
-    arm = np.array([(-0.3, -0.3), (-0.3, -1), (0.3, -1)])
-    cross = [arm @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-    arrow = [(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)]
-    return dict(
-        disc=[polygon()],
-        ring=[polygon(), polygon(radius=0.5)],
-        square=[np.array(square)],
-        triangle=[np.array(triangle)],
-        star=[np.stack([outer, inner], axis=1).reshape(10, 2)],
-        cross=[np.concatenate(cross)],
-        crescent=[polygon(), polygon(radius=0.75, centre=0.5)],
-        hexagon=[polygon(points=6)],
-        arrow=[np.array(arrow)],
-        heart=[heart],
-    )
+    return np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1)
+
+
+OUTLINES = dict(  # the polygon that is filled, about the unit circle, then what is cut out
+    disc=[polygon()],
+    ring=[polygon(), polygon(radius=0.5)],
+    square=[[(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]],
+    triangle=[[(0, -1), (0.95, 0.7), (-0.95, 0.7)]],
+    star=[polygon(points=10, radius=np.tile([1, 0.4], 5), start=-np.pi / 2)],
+    cross=[
+        [(-0.3, -0.3), (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3)]
+        + [(0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3)]
+    ],
+    crescent=[polygon(), polygon(radius=0.75, centre=0.5)],
+    hexagon=[polygon(points=6)],
+    arrow=[[(1, 0), (0.1, -0.9), (0.1, -0.3), (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.9)]],
+    heart=[heart()],
+)
+SHAPES = tuple(OUTLINES)
 
 
 def draw_shape(index, size=32):
@@ -505,14 +515,11 @@ def draw_shape(index, size=32):
 
     label = index % 10, an index into SHAPES. Bright fill on a dark background that is flat or
     blends two colours; the shape's colour, place, size and rotation (within .25 rad) vary. The
-    numbers do not depend on size, so sizes show the same picture. ValueError: index < 0, size < 8.
+    numbers do not depend on size, so sizes show the same picture.
     """
-    for name, value, least in (("index", index, 0), ("size", size, 8)):
-        fits = isinstance(value, (int, np.integer)) and value >= least
-        require(fits, f"{name}: got {value!r}, expected an integer of at least {least}")
-
-    label = int(index) % len(SHAPES)
-    numbers = np.random.default_rng(int(index)).random(15).tolist()
+    index = operator.index(index)
+    label = index % len(SHAPES)
+    numbers = np.random.default_rng(index).random(15).tolist()
     hue, saturation, value, radius, x, y, turn, blend, direction, *dark = numbers
     fill = np.float32(colorsys.hsv_to_rgb(hue, 0.5 + 0.5 * saturation, 0.85 + 0.15 * value))
     first = np.float32(colorsys.hsv_to_rgb(dark[0], dark[1], 0.3 * dark[2]))
@@ -523,8 +530,8 @@ def draw_shape(index, size=32):
     centre = np.array([12 + 8 * x, 12 + 8 * y]) / 32
     radius = (9.5 + 4 * radius) / 32
     mask = Image.new("L", (4 * size, 4 * size))  # four times the size, then averaged: soft edges
-    for outline, ink in zip(outlines()[SHAPES[label]], (255, 0)):
-        corners = (centre + radius * outline @ np.array(rotation)) * 4 * size
+    for outline, ink in zip(OUTLINES[SHAPES[label]], (255, 0)):
+        corners = (centre + radius * np.array(outline) @ np.array(rotation)) * 4 * size
         ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=ink)
     cover = np.asarray(mask.reduce(4), dtype=np.float32)[:, :, None] / 255
 
@@ -542,8 +549,8 @@ class Images(torch.utils.data.Dataset):
     """Images as (uint8 (3, size, size), label), of paths and labels or of numbers of drawings.
 
     A key is (index, seed), so that a sampler decides the randomness: seed None is the centre crop,
-    another one decides crop and flip. A file that cannot be read is named once and replaced by the
-    next of its class; ValueError when these are more than 5 % and more than ten.
+    another one decides crop and flip. A file that cannot be read is named, once a process, and
+    replaced by the next of its class; ValueError when these are more than 5 % and more than ten.
     """
 
     def __init__(self, items, size, flip=False):
@@ -614,32 +621,28 @@ def list_images(folder):
     """([(path, label), ...], class names) of a folder: one sub-folder a class, or images alone.
 
     Sorted by name, searched to any depth; hidden files and files that are no images by suffix are
-    passed over, links to folders not followed. ValueError for a folder that is missing, without
-    images, or of both kinds.
+    passed over, links to folders not followed. ValueError for no folder, no images, or both kinds.
     """
-    state = "no folder" if os.path.exists(folder) else "missing"
-    require(os.path.isdir(folder), f"--data: got {folder!r}, which is {state}")
-    groups = {}
+
+    def warn(error):
+        print(f"passed over: {sample.printable(error)}", file=sys.stderr)
+
+    require(os.path.isdir(folder), f"--data: got {folder!r}, expected a folder")
+    groups = {}  # class -> its paths; "" for images that lie in no sub-folder
     for place, folders, names in os.walk(folder, onerror=warn):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        parts = Path(place).relative_to(folder).parts
+        group = name_inside(place, folder).split(os.sep)[0]
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                groups.setdefault(parts[:1], []).append(os.path.join(place, name))
+                groups.setdefault(group, []).append(os.path.join(place, name))
 
-    kinds = "PNG, JPEG, WebP, BMP or GIF images"
-    require(groups, f"--data: got {folder!r}, which holds no {kinds}")
-    own = groups.get((), [""])[0]
-    message = f"--data: got images alone in {folder!r} and {os.path.basename(own)!r} beside them"
-    require(not own or len(groups) == 1, f"{message}, expected one sub-folder a class or no folder")
-    groups = sorted(groups.items())
-    names = [parts[0] if parts else Path(folder).resolve().name for parts, _ in groups]
-    return [(path, i) for i, (_, paths) in enumerate(groups) for path in paths], names
-
-
-def warn(error):
-    """Names a folder that cannot be read."""
-    print(f"passed over: {sample.printable(error)}", file=sys.stderr)
+    require(groups, f"--data: got {folder!r}, which holds none of {', '.join(SUFFIXES)}")
+    alone = os.path.basename(groups.get("", [""])[0])
+    fits = not alone or len(groups) == 1
+    require(fits, f"--data: got {folder!r} with both {alone!r} and sub-folders of images")
+    classes = sorted(groups)
+    names = [name or Path(folder).resolve().name for name in classes]
+    return [(path, i) for i, name in enumerate(classes) for path in groups[name]], names
 
 
 def split_held_out(files, folder):
@@ -650,12 +653,16 @@ def split_held_out(files, folder):
     require(len(files) >= 2, f"--data: got {len(files)} image in {folder}, expected at least two")
 
     def place(file):
-        name = os.path.relpath(file[0], folder).replace(os.sep, "/")
-        return hashlib.sha256(os.fsencode(name)).digest()
+        return hashlib.sha256(os.fsencode(name_inside(file[0], folder))).digest()
 
     ordered = sorted(files, key=place)
     count = math.ceil(HELD_OUT * len(files))
     return ordered[count:], ordered[:count]
+
+
+def name_inside(path, folder):
+    """The part of a path below the folder that it begins with."""
+    return path[len(os.fspath(folder)) :].lstrip(os.sep)
 
 
 def generator_of(*key):
@@ -687,13 +694,19 @@ def loader(args, data, start):
             yield [(index, (args.seed, draw)) for index, draw in items]
 
     workers = dict(num_workers=args.workers, worker_init_fn=stand_apart)
-    return torch.utils.data.DataLoader(data, batch_sampler=keys(), **workers)
+    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=keys(), **workers))
+    if args.workers > 0:  # torch's own handler would raise anywhere, even in a write
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from batches
+    except (ValueError, RuntimeError) as error:  # a worker's own, below its traceback, or its end
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
-def first_images(data, count, args):
-    """The first `count` images, centre crops, (B, 3, size, size) in [-1, 1]."""
-    rows = range(min(len(data), count))
-    return to_unit(torch.stack([data[index, None][0] for index in rows]), args.device)
+def stand_apart(_):
+    """Of a worker that decodes: Ctrl-C is for the run alone, which saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def to_unit(images, device):
@@ -701,51 +714,52 @@ def to_unit(images, device):
     return to_device(images, device).float() / 127.5 - 1
 
 
-def token_cache(args, name, data, codec):
+def token_cache(args, data, codec):
     """Tokens of all images, a memory-mapped array (N, views, L), encoded once by the codec.
 
     The first view is the centre crop; a small folder's images have several random crops besides.
-    Kept in the run folder, made anew where codec or images changed, or it is not whole.
     """
     views = 1
-    if not data.is_drawn and name == "train":
+    if not data.is_drawn:
         views = min(MOST_VIEWS, max(1 + args.flip, VIEWS_IN_ALL // len(data)))
-    dtype = np.uint16 if len(codec["codebook"]) <= 2**16 else np.int32
-    shape = (len(data), views, sum(tokenizer.lengths(args.scales)))
-    path = os.path.join(args.out, f"tokens-{name}.npy")
-    key = dict(codec=digest(codec), images=fingerprint(data), dtype=str(args.dtype), seed=args.seed)
-    key |= dict(
-        shape=shape, flip=args.flip, size=os.path.getsize(path) if os.path.exists(path) else 0
-    )
-
-    if json.loads(json.dumps(key)) != read_json(f"{path}.json"):
-        rows = range(len(data))
-        own = rows[rank() * len(rows) // world() : (rank() + 1) * len(rows) // world()]
-        save_array(f"{path}.{rank()}", encoded(args, name, data, codec, own, views).astype(dtype))
+    path = os.path.join(args.out, "tokens.npy")
+    if read_run(args)["made"].get("tokens") != file_digest(path):
+        first, last = (number * len(data) // world() for number in (rank(), rank() + 1))
+        tokens = encoded(args, data, codec, range(first, last), views).numpy()
+        tokens = tokens.astype(np.uint16 if len(codec["codebook"]) <= 2**16 else np.int32)
+        write_atomically(f"{path}.{rank()}.tmp", lambda file: np.save(file, tokens))
         barrier()
+
         if rank() == 0:
-            parts = [f"{path}.{number}" for number in range(world())]
-            save_array(path, np.concatenate([np.load(part) for part in parts]))
-            write_json(f"{path}.json", key | dict(size=os.path.getsize(path)))
+            parts = [f"{path}.{number}.tmp" for number in range(world())]
+            tokens = np.concatenate([np.load(part) for part in parts])
+            write_atomically(path, lambda file: np.save(file, tokens))
+            record(args, "tokens", file_digest(path))
             for part in parts:
                 os.remove(part)
     barrier()
     return np.load(path, mmap_mode="r")
 
 
-def encoded(args, name, data, codec, rows, views):
-    """Tokens (len(rows), views, L) of a range of images."""
+def file_digest(path):
+    """A digest of a file's bytes, a gigabyte in about a second; "" where there are none."""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    return digest(torch.from_file(path, size=size, dtype=torch.uint8)) if size else ""
+
+
+def encoded(args, data, codec, rows, views=1):
+    """Tokens (len(rows), views, L) of some images."""
     fast = tokenizer.cast(codec, args.dtype)
     tokens = []
-    for first in rows[::64]:
-        part = range(first, min(first + 64, rows.stop))
+    for first in range(0, len(rows), 64):
+        part = rows[first : first + 64]
         keys = [(i, (args.seed, view, i) if view else None) for i in part for view in range(views)]
         images = to_unit(torch.stack([data[key][0] for key in keys]), args.device)
         for few in images.split(at_once(args.size**2)):
             tokens.append(tokenizer.encode(fast, few, args.scales).cpu())
-        if part.stop % 4096 < 64 or part.stop == rows.stop:
-            say(f"encoding {name} {part.stop}/{rows.stop}")
-    return torch.cat(tokens).unflatten(0, (len(rows), views)).numpy()
+        if first % 4096 == 0:
+            say(f"encoding, {first} of {len(rows)}")
+    return torch.cat(tokens).unflatten(0, (len(rows), views))
 
 
 # ---- the command
@@ -813,12 +827,10 @@ def train(args):
 
     work = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}
     for stage in args.stages:
-        path = os.path.join(args.out, STAGES[stage])
         if stage in read_run(args)["made"]:
-            say(f"{stage}: finished before, {path}")
+            say(f"{stage}: finished before, {os.path.join(args.out, STAGES[stage])}")
             continue
         own = dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage])
-        own["judge_every"] = math.ceil(own["steps"] / JUDGEMENTS)
         tree = work[stage](argparse.Namespace(**vars(args) | own), data, held_out)
         finish(args, stage, tree)
     say(f"finished: {args.out} holds weights, metrics.jsonl and samples/")
@@ -829,6 +841,9 @@ def resolved(args):
     """The flags with every (auto) filled in. ValueError that names what does not fit."""
     if args.size is None:
         args.size = 32 if args.data is None else 256
+    if args.out is None:
+        folder = "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data))
+        args.out = os.path.join("runs", folder)
     for name, presets in PRESETS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, presets[args.size > LARGEST_SMALL])
@@ -836,14 +851,13 @@ def resolved(args):
         value = getattr(args, name)
         values = value if isinstance(value, tuple) else [value] * len(STAGES)
         setattr(args, name, dict(zip(STAGES, values)))
-    if args.out is None:
-        folder = "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data))
-        args.out = os.path.join("runs", folder)
 
-    left_out = {"tokenizer": args.tokenizer is not None, "next-scale": False, "masked": args.causal}
-    asked = [stage for stage in STAGES if args.stage in ("all", stage)]
-    args.stages = [stage for stage in asked if not left_out[stage]]
-    require(args.stages, f"{args.stage}: there is no such stage with --tokenizer or --causal")
+    args.stages = [stage for stage in STAGES if args.stage in ("all", stage)]
+    if args.tokenizer is not None and args.stage != "all":
+        args.stages.insert(0, "tokenizer")
+    if args.causal:
+        require(args.stage != "masked", "masked: there is no such stage with --causal")
+        args.stages = [stage for stage in args.stages if stage != "masked"]
     fits = args.init is None or args.stage in ("tokenizer", "next-scale")
     require(fits, "--init: needs the stage that it starts, tokenizer or next-scale")
 
@@ -851,34 +865,38 @@ def resolved(args):
     side = args.size // step
     require(args.size % step == 0, f"--size: got {args.size}, expected a multiple of {step}")
     args.scales = tuple(args.scales or default_scales(side))
-    tokenizer.check_scales(args.scales)
     fits = args.scales[-1] == (side, side) and len(args.scales) > 1
-    message = f"--scales: got {sides(args.scales)}, expected two or more, the last"
-    require(fits, f"{message} {side}, {args.size} pixels / {step}")
+    expected = f"two or more, the last {side}, {args.size} pixels / {step}"
+    require(fits, f"--scales: got {args.scales}, expected {expected}")
+    check_sizes(args)
+
+    fits = [n for n in range(1, args.batch + 1) if args.batch % (n * world()) == 0]
+    if args.accumulate is None:  # as few parts as memory allows
+        least = args.batch / (world() * at_once(args.size**2))
+        args.accumulate = next((n for n in fits if n >= least), args.batch)
+    expected = f"a multiple of {args.accumulate} parts on {world()} processes"
+    require(args.accumulate in fits, f"--batch: got {args.batch}, expected {expected}")
+    return args
+
+
+def check_sizes(args):
+    """ValueError for models that cannot be: told before the first stage, not after it."""
+    tokenizer.check_scales(args.scales)
     width = args.width or 64 * args.depth
     head_dim = width // max(1, width // 64)  # where the heads divide it, as hmar.init checks
     message = f"--width: got {width}, heads of {head_dim} dimensions"
     require(head_dim % 8 == 0 and head_dim >= 16, f"{message}, expected a multiple of 8 from 16 on")
-    with torch.device("meta"):  # what does not fit is told before the first stage, not after it
+    with torch.device("meta"):
         tokenizer.init(**{name: getattr(args, name) for name in TOKENIZER_SIZES})
         hmar.init(depth=args.depth, width=args.width, scales=args.scales, codes=args.codes)
-
-    if args.accumulate is None:  # as few parts as memory allows
-        args.accumulate = max(1, math.ceil(args.batch / (world() * at_once(args.size**2))))
-        while args.batch % (args.accumulate * world()) and args.accumulate < args.batch:
-            args.accumulate += 1
-    fits = args.batch % (args.accumulate * world()) == 0
-    message = f"--batch: got {args.batch}, expected a multiple of {args.accumulate} parts"
-    require(fits, f"{message} on {world()} processes")
-    return args
 
 
 def downsampling(args):
     """Pixels a side of a latent cell, of the codec that is given, in the run folder, or to come."""
     path = args.init if args.stage == "tokenizer" else args.tokenizer
     own = os.path.join(args.out, "tokenizer.pt")
-    if path is None and args.stage in ("next-scale", "masked") and os.path.exists(own):
-        path = own
+    if args.stage in ("next-scale", "masked") and os.path.exists(own):
+        path = path or own
     if path is None:
         return 2 ** (len(args.multipliers) - 1)
     return tokenizer.downsampling(load_tokenizer(path))
@@ -895,53 +913,219 @@ def default_scales(latent):
     return tuple((side, side) for side in made)
 
 
-def sides(scales):
-    """The scales as --scales takes them."""
-    return " ".join(str(h) if h == w else f"{h}x{w}" for h, w in scales)
+# ---- run folders: args.json holds the flags, the images and what was made, as digests
 
 
-def initial_tokenizer(args):
-    """A new codec of the flags' sizes, or --init's."""
-    if args.init is not None:
-        return to_device(load_tokenizer(args.init), args.device)
-    sizes = {name: getattr(args, name) for name in TOKENIZER_SIZES}
-    return to_device(tokenizer.init(**sizes, seed=args.seed), args.device)
+def claim_folder(args, data, held_out):
+    """Makes the run folder this run's own: one process at a time, one set of flags, one data set.
+
+    ValueError where the folder is in use, somebody else's, or was begun differently.
+    """
+    os.makedirs(args.out, exist_ok=True)
+    args.lock = locked(args) if rank() == 0 else None
+    before = read_run(args)
+    flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
+    flags |= dict(dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
+    flags["images"] = [fingerprint(args, data), fingerprint(args, held_out)]
+    run = dict(flags=flags, class_names=list(args.class_names), causal=args.causal, made={})
+    run = json.loads(json.dumps(run))  # as it comes back from a file
+
+    there = [path for path in own_files(args) if os.path.lexists(path)]
+    differ = [f"{os.path.basename(path)} without args.json" for path in there if not before]
+    for name, value in run["flags"].items() if before else ():
+        old = before["flags"].get(name)
+        need_not_repeat = name in ("init", "tokenizer") and value is None
+        if old != value and not need_not_repeat:
+            differ.append(f"{name} {old} -> {value}")
+    advice = "--out NAME begins another run, --restart this one anew"
+    fits = args.restart or not differ
+    require(
+        fits, f"{args.out}: not begun with these flags or images: {', '.join(differ)}; {advice}"
+    )
+    barrier()  # every process has looked
+
+    if rank() == 0:
+        for path in own_files(args):  # what a kill left half written
+            for temporary in glob.glob(f"{glob.escape(path)}.*[0-9].tmp"):
+                os.remove(temporary)
+        if args.restart or not before:
+            for path in there:
+                os.remove(path)
+            write_run(args, run)
+    barrier()
 
 
-def initial_transformer(args, codec):
-    """A new transformer of the flags' sizes, or --init's for these scales and classes."""
-    codes, code_dim = codec["codebook"].shape
-    sizes = dict(codes=codes, code_dim=code_dim, classes=len(args.class_names), scales=args.scales)
-    if args.init is None:
-        own = dict(depth=args.depth, width=args.width, gamma=args.gamma, seed=args.seed)
-        return to_device(hmar.init(**sizes, **own), args.device)
-
-    params = load_transformer(args.init)
-    params.pop("masked", None)
-    blocks = params["trunk"] + params["next_scale"]["blocks"]
-    params |= dict(trunk=blocks, next_scale=params["next_scale"] | dict(blocks=[]))
-    if hmar.scales(params) != args.scales:
-        say(f"--init: positions resampled for the scales {sides(args.scales)}")
-        params = hmar.resize_positions(params, args.scales)
-    if len(params["classes"]) != len(args.class_names) + 1:
-        say(f"--init: a new class embedding for {len(args.class_names)} classes")
-        width = params["classes"].shape[1]
-        new = hmar.init(**sizes, depth=1, width=width, heads=1, seed=args.seed)
-        params["classes"] = new["classes"]
-    got = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
-    message = f"--init: got {got[0]} codes of {got[1]} dimensions, expected the tokenizer's"
-    require(got == (codes, code_dim), f"{message} {codes} of {code_dim}")
-    return to_device(params, args.device)
+def own_files(args):
+    """Paths of all that a run writes into its folder but the lock, args.json last."""
+    names = ["tokenizer.pt", "hmar.pt", "metrics.jsonl", "tokens.npy"]
+    names += [f"{stage}.{kind}.pt" for stage in STAGES for kind in ("resume", "best")]
+    names += [f"samples/{name}.png" for name in ("reconstructions", "next-scale", "masked")]
+    return [os.path.join(args.out, name) for name in (*names, "args.json")]
 
 
-def initial_masked(args):
-    """hmar.pt with a new masked branch."""
-    params = finished(args, "next-scale")
-    blocks = min(args.masked_blocks, len(params["trunk"]) + len(params["next_scale"]["blocks"]))
-    return hmar.add_masked_branch(params, blocks, seed=args.seed)
+def locked(args):
+    """The run folder's lock file, held while this process lives."""
+    file = open(os.path.join(args.out, "lock"), "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"{args.out}: another process trains in it") from error
+    return file
 
 
-# ---- run folders and processes
+def fingerprint(args, data):
+    """What tells images from others: names, sizes and times of files, or numbers of drawings."""
+    if data.is_drawn:
+        return str(data.items)
+    total = hashlib.sha256()
+    for path, label in data.items:
+        stat = os.stat(path)
+        name = name_inside(path, args.data)
+        total.update(f"{name!r} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def read_run(args):
+    """What args.json holds: the flags, what was made; {} where it is missing."""
+    path = os.path.join(args.out, "args.json")
+    run = read_json(path)
+    fits = not run or all(isinstance(run.get(name), dict) for name in ("flags", "made"))
+    require(fits, f"{path}: expected what train.py wrote; --restart begins the run anew")
+    return run
+
+
+def write_run(args, run):
+    path = os.path.join(args.out, "args.json")
+    write_atomically(path, lambda file: file.write(json.dumps(run, indent=1).encode()))
+
+
+def record(args, name, made):
+    """Notes in args.json the digest of what was made."""
+    run = read_run(args)
+    run["made"][name] = made
+    write_run(args, run)
+
+
+def finish(args, stage, tree):
+    """Writes a stage's weights, then their digest into args.json; its checkpoints go."""
+    save(os.path.join(args.out, STAGES[stage]), tree)
+    if rank() == 0:
+        record(args, stage, digest(tree))
+        for kind in ("resume", "best"):
+            Path(args.out, f"{stage}.{kind}.pt").unlink(missing_ok=True)
+    barrier()
+
+
+def finished(args, stage):
+    """The weights that an earlier stage left. ValueError where they are missing or others.
+
+    A masked branch goes: a kill may have come when hmar.pt had it and args.json did not say so.
+    """
+    path = os.path.join(args.out, STAGES[stage])
+    made = read_run(args)["made"].get(stage)
+    fits = made and os.path.exists(path)
+    require(fits, f"{path} is missing; python train.py {stage} makes it")
+    tree = load_tokenizer(path) if stage == "tokenizer" else load_transformer(path)
+    tree.pop("masked", None)
+    require(digest(tree) == made, f"{path}: not what this run made; --restart begins it anew")
+    return to_device(tree, args.device)
+
+
+def stage_file(args, kind):
+    """Path of what a stage goes on from after a kill, "resume", or its "best" weights."""
+    return os.path.join(args.out, f"{args.stage}.{kind}.pt")
+
+
+def resume(args, state, optimizer):
+    """(step, best step, best loss) to go on from, (0, 0, inf) where there is no checkpoint.
+
+    Its tensors are written into state. What metrics.jsonl says of later steps goes.
+    """
+    path = stage_file(args, "resume")
+    progress = 0, 0, math.inf
+    if os.path.exists(path):
+        saved = sample.load(path)
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+            torch._foreach_copy_(state, saved["state"])
+            step, _, _ = progress = saved["progress"]
+        except Exception as error:
+            raise ValueError(f"{path}: expected this stage's checkpoint") from error
+        say(f"{args.stage}: continues at step {step} of {args.steps}")
+
+    path = Path(args.out, "metrics.jsonl")
+    if rank() == 0 and path.exists():
+        kept = []
+        for line in path.read_text().splitlines(True):  # a kill may have cut the last one
+            found = re.fullmatch(r'\{"stage": "([a-z-]+)", "step": (\d+), .*\}\n', line)
+            if found and (found[1] != args.stage or int(found[2]) <= progress[0]):
+                kept.append(line)
+        write_atomically(str(path), lambda file: file.write("".join(kept).encode()))
+    return progress
+
+
+@contextlib.contextmanager
+def stop_signals(device):
+    """A function of the step: whether Ctrl-C or SIGTERM asked to stop; a second one ends the run.
+
+    Several processes ask each other at every tenth step, so that all stop together.
+    """
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    def agreed(step):
+        if world() == 1:
+            return bool(asked)
+        return step % 10 == 0 and bool(summed(torch.tensor(len(asked), device=device)))
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield agreed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:  # during the last step
+        raise KeyboardInterrupt
+
+
+def log(args, step, **numbers):
+    """Adds a line to metrics.jsonl and prints it. ValueError where a number is not finite."""
+    line = json.dumps(dict(stage=args.stage, step=step, **numbers))
+    require_finite(args, step, not re.search(r"\b(NaN|Infinity)\b", line))
+    if rank() == 0:
+        with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
+            file.write(line + "\n")
+        single = [name for name in numbers if not isinstance(numbers[name], list)]
+        shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in single)
+        say(f"{args.stage} {step}/{args.steps}  {shown}")
+
+
+def require_finite(args, step, fits):
+    """ValueError that says what to do, unless all was finite."""
+    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help"
+    require(fits, f"{message}; the last checkpoint is kept")
+
+
+def save(path, tree):
+    """Writes a tree of tensors: the old file or the whole new one. OSError if it cannot."""
+    if rank() == 0:
+        plain = pytree.tree_map(lambda x: x.detach().cpu() if torch.is_tensor(x) else x, tree)
+        write_atomically(path, lambda file: torch.save(plain, file))
+    barrier()  # from here on every process finds it
+
+
+def write_sheet(args, name, rows, names):
+    """Writes samples/<name>.png."""
+    if rank() == 0:
+        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+        path = os.path.join(args.out, "samples", f"{name}.png")
+        sample.write_image(path, sample.sheet(rows, names))
+
+
+# ---- parameters, processes, devices
 
 
 class Trained(torch.nn.Module):
@@ -958,22 +1142,21 @@ class Trained(torch.nn.Module):
 
 def trainable(tree):
     """The tree with its leaves as parameters, contiguous, since Muon works on views of them."""
-    order = torch.contiguous_format
 
-    def fresh(tensor):
-        return torch.nn.Parameter(tensor.clone(memory_format=order))
+    def fresh(leaf):
+        return torch.nn.Parameter(leaf.clone(memory_format=torch.contiguous_format))
 
     return pytree.tree_map(fresh, tree)
 
 
 def with_leaves(tree, leaves):
-    """The tree with its parameters replaced, in order, and everything detached."""
+    """The tree with its parameters replaced, in order."""
     leaves = iter(leaves)
 
     def replaced(leaf):
         return next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf
 
-    return pytree.tree_map(lambda leaf: replaced(leaf).detach(), tree)
+    return pytree.tree_map(replaced, tree)
 
 
 def wrapped(model, args):
@@ -983,249 +1166,8 @@ def wrapped(model, args):
         model = torch.compile(model)
     if world() == 1:
         return model
-    devices = [args.device] if args.device.type == "cuda" else None
     unused = args.stage == "tokenizer"  # a phi that serves no scale
-    wrap = torch.nn.parallel.DistributedDataParallel
-    return wrap(model, device_ids=devices, find_unused_parameters=unused)
-
-
-class Checkpoint:
-    """What a stage goes on from after a kill, STAGE.resume.pt, and its best weights, STAGE.best.pt.
-
-    All tensors are written over in place when a run goes on.
-    """
-
-    def __init__(self, args, leaves, average, extra, optimizer):
-        self.args, self.average, self.optimizer = args, average, optimizer
-        self.state, self.extra = [*leaves, *average], list(extra)
-        self.step, self.best_step, self.best_loss = 0, 0, math.inf
-        self.path = os.path.join(args.out, f"{args.stage}.resume.pt")
-        self.best_path = os.path.join(args.out, f"{args.stage}.best.pt")
-        if os.path.exists(self.path):
-            self.load()
-        drop_metrics(args, self.step)
-
-    def load(self):
-        saved = sample.load(self.path)
-        try:
-            self.step, self.best_step, self.best_loss = saved["progress"]
-            self.optimizer.load_state_dict(saved["optimizer"])
-            torch._foreach_copy_([*self.state, *self.extra], saved["state"])
-        except Exception as error:
-            raise ValueError(f"{self.path}: expected this stage's checkpoint") from error
-        for tensor in self.extra if rank() else ():  # saved as sums, which the first one carries on
-            tensor.zero_()
-        say(f"{self.args.stage}: continues at step {self.step} of {self.args.steps}")
-
-    def save(self, step):
-        state = [*self.state, *(summed(tensor) for tensor in self.extra)]
-        progress = (step, self.best_step, self.best_loss)
-        saved = dict(progress=progress, state=state, optimizer=self.optimizer.state_dict())
-        save(self.path, saved)
-
-    def keep_best(self, step, loss):
-        if loss < self.best_loss:
-            self.best_step, self.best_loss = step, loss
-            save(self.best_path, self.average)
-
-    def is_over(self, step):
-        """Whether all steps are done, or the held-out loss has long stopped to fall."""
-        wait = PATIENCE * self.args.steps
-        if step < self.args.steps and step - self.best_step >= wait:
-            say(f"{self.args.stage}: stopped early at step {step}; best at {self.best_step}")
-            return True
-        return step == self.args.steps
-
-    def best(self):
-        say(f"{self.args.stage}: kept step {self.best_step}, loss {self.best_loss:.4g} held out")
-        barrier()
-        return to_device(sample.load(self.best_path), self.args.device)
-
-
-class StopSignal:
-    """Whether Ctrl-C or SIGTERM asked the run to save and end; a second one ends it at once."""
-
-    def __init__(self):
-        self.asked = False
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.ask) for number in signals}
-
-    def ask(self, number, frame):
-        self.asked = True
-        signal.signal(number, signal.default_int_handler)
-
-    def agreed(self, step, device):
-        """The same answer on every process, asked every tenth step where there are several."""
-        if world() == 1:
-            return self.asked
-        asked = torch.tensor(float(self.asked), device=device)
-        return step % 10 == 0 and bool(summed(asked))
-
-    def close(self):
-        """Ends the watch; what was asked during the last step ends the run now."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.asked:
-            raise KeyboardInterrupt
-
-
-def claim_folder(args, data, held_out):
-    """Makes the run folder this run's own: one process at a time, one set of flags, one data set.
-
-    args.json holds the flags, the class names, a fingerprint of the images and the digests of what
-    is made. ValueError where the folder is in use, somebody else's, or was begun differently.
-    """
-    os.makedirs(args.out, exist_ok=True)
-    args.lock = locked(args) if rank() == 0 else None
-    before = read_run(args)
-    run = json.loads(json.dumps(run_record(args, data, held_out)))  # as it comes back from a file
-    there = [path for path in own_files(args) if os.path.exists(path)]
-    advice = "--out NAME begins another run, --restart this one anew"
-
-    if before is None:
-        message = f"{args.out}: holds {', '.join(map(os.path.basename, there))} but no args.json"
-        require(not there or args.restart, f"{message}; {advice}")
-    elif not args.restart:
-        differ = []
-        for name, value in run["flags"].items():
-            old = before["flags"].get(name)
-            need_not_repeat = name in ("init", "tokenizer") and value is None
-            if old != value and not need_not_repeat:
-                differ.append(f"{name} {old} -> {value}")
-        require(not differ, f"{args.out}: begun with other flags: {', '.join(differ)}; {advice}")
-        fits = before["images"] == run["images"]
-        require(fits, f"{args.out}: the images in {args.data} have changed; {advice}")
-    barrier()  # every process has looked
-
-    if rank() == 0:
-        remove_unfinished(args)
-        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-    if rank() == 0 and (before is None or args.restart):
-        for path in there:
-            os.remove(path)
-        write_json(os.path.join(args.out, "args.json"), run)
-    barrier()
-    if args.tokenizer is not None and "tokenizer" not in read_run(args)["made"]:
-        finish(args, "tokenizer", load_tokenizer(args.tokenizer))
-
-
-def locked(args):
-    """The run folder's lock file, held while this process lives."""
-    file = open(os.path.join(args.out, "lock"), "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(f"{args.out}: another process trains in it") from error
-    return file
-
-
-def remove_unfinished(args):
-    """Removes what a kill left half written, of the run's own files alone."""
-    own = "|".join(re.escape(os.path.basename(path)) for path in own_files(args))
-    for name in os.listdir(args.out):
-        if re.fullmatch(rf"(args\.json|{own})(\.\d+)?\.\d+\.tmp", name):
-            os.remove(os.path.join(args.out, name))
-
-
-def run_record(args, data, held_out):
-    """What args.json says of a run that begins."""
-    flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
-    flags |= dict(dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
-    images = [fingerprint(data), fingerprint(held_out)]
-    names = list(args.class_names)
-    return dict(flags=flags, class_names=names, causal=args.causal, images=images, made={})
-
-
-def own_files(args):
-    """Paths of what a run writes into its folder, but for args.json, lock and samples/."""
-    names = ["tokenizer.pt", "hmar.pt", "metrics.jsonl"]
-    names += [f"{stage}.{kind}.pt" for stage in STAGES for kind in ("resume", "best")]
-    names += [f"tokens-{part}.npy{end}" for part in ("train", "held-out") for end in ("", ".json")]
-    return [os.path.join(args.out, name) for name in names]
-
-
-def read_run(args):
-    """args.json as a dict, None where there is none. ValueError where it is something else."""
-    path = os.path.join(args.out, "args.json")
-    if not os.path.exists(path):
-        return None
-    run = read_json(path)
-    kinds = dict(flags=dict, made=dict, class_names=list, images=list)
-    fits = isinstance(run, dict) and all(isinstance(run.get(name), kinds[name]) for name in kinds)
-    require(fits, f"{path}: expected what train.py wrote; --restart begins the run anew")
-    return run
-
-
-def finish(args, stage, tree):
-    """Writes a stage's weights, then their digest into args.json; its checkpoints go."""
-    save(os.path.join(args.out, STAGES[stage]), tree)
-    if rank() == 0:
-        run = read_run(args)
-        run["made"][stage] = digest(tree)
-        write_json(os.path.join(args.out, "args.json"), run)
-        for kind in ("resume", "best"):
-            path = os.path.join(args.out, f"{stage}.{kind}.pt")
-            if os.path.exists(path):
-                os.remove(path)
-    barrier()
-
-
-def finished(args, stage):
-    """The weights that an earlier stage left. ValueError where they are missing or others.
-
-    A masked branch goes: a kill may have come when hmar.pt had it and args.json did not say so.
-    """
-    path = os.path.join(args.out, STAGES[stage])
-    require(os.path.exists(path), f"{path} is missing; python train.py {stage} makes it")
-    tree = load_tokenizer(path) if stage == "tokenizer" else load_transformer(path)
-    tree.pop("masked", None)
-    made = read_run(args)["made"].get(stage)
-    require(digest(tree) == made, f"{path}: not what this run made; --restart begins it anew")
-    return to_device(tree, args.device)
-
-
-def fingerprint(data):
-    """A digest of the list of images: names, sizes and times of files, or numbers of drawings."""
-    total = hashlib.sha256()
-    for item in [data.items] if data.is_drawn else data.items:
-        if not data.is_drawn:
-            stat = os.stat(item[0])
-            item = (os.path.abspath(item[0]), item[1], stat.st_size, stat.st_mtime_ns)
-        total.update(repr(item).encode())
-    return total.hexdigest()[:16]
-
-
-def log(args, step, **numbers):
-    """Adds a line to metrics.jsonl and prints it. ValueError where a number is not finite."""
-    line = json.dumps(dict(stage=args.stage, step=step, **numbers))
-    require_finite(args, step, not re.search(r"\b(NaN|Infinity)\b", line))
-    if rank() == 0:
-        with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
-            file.write(line + "\n")
-        shown = [
-            f"{name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, list)
-        ]
-        say(f"{args.stage} {step}/{args.steps}  {'  '.join(shown)}")
-
-
-def require_finite(args, step, fits):
-    """ValueError that says what to do, unless all was finite."""
-    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help;"
-    require(fits, f"{message} the last checkpoint is kept")
-
-
-def drop_metrics(args, step):
-    """Removes the lines past the step that a stage goes on from, which it will write again."""
-    path = os.path.join(args.out, "metrics.jsonl")
-    if rank() or not os.path.exists(path):
-        return
-    kept = []
-    for line in Path(path).read_text().splitlines(True):
-        # a kill may have cut the last one
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            if json.loads(line)["stage"] != args.stage or json.loads(line)["step"] <= step:
-                kept.append(line)
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
 
 
 def shown(report):
@@ -1256,13 +1198,13 @@ def to_device(tree, device):
 
 
 def rank():
-    """This process's number among those that torchrun started, else 0."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def world():
-    """How many processes torchrun started, else 1."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def barrier():
@@ -1288,13 +1230,10 @@ def gathered(tensor):
     return torch.cat(parts)
 
 
-def start_processes(device):
-    """Joins torchrun's processes, if there are several, and returns this one's device."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = sample.find_device(device)
-    if several:
+def start_processes(name):
+    """This process's device; joins those that torchrun started, if there are several."""
+    device = sample.find_device(name)
+    if world() > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -1310,41 +1249,10 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def stand_apart(_):
-    """Of a worker that decodes: Ctrl-C is for the run alone, which saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def say(line):
     """Prints a line, once however many processes there are."""
     if rank() == 0:
         print(sample.printable(line), flush=True)
-
-
-def save(path, tree):
-    """Writes a tree of tensors: the old file or the whole new one. OSError if it cannot."""
-    if rank() == 0:
-        plain = pytree.tree_map(lambda x: x.detach().cpu() if torch.is_tensor(x) else x, tree)
-        write_atomically(path, lambda file: torch.save(plain, file))
-
-
-def save_array(path, array):
-    """Writes an .npy file, whole or not at all."""
-    write_atomically(path, lambda file: np.save(file, array))
-
-
-def write_json(path, value):
-    """Writes a JSON file, whole or not at all."""
-    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
-
-
-def write_sheet(args, name, rows, names):
-    """Writes samples/<name>.png."""
-    if rank() == 0:
-        path = os.path.join(args.out, "samples", f"{name}.png")
-        page = sample.sheet(rows, names)
-        write_atomically(path, lambda file: page.save(file, "PNG"))
 
 
 def main(argv=None):
