@@ -62,7 +62,7 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     """
     scales = hmar.scales(params)
     counts = tokenizer.lengths(scales)
-    schedule, guidance, mask_guidance, choose = settled(params, codec, labels, **options)
+    schedule, guidance, mask_guidance, soften, choose = settled(params, codec, labels, **options)
 
     nothing = torch.zeros(len(labels), sum(counts), dtype=torch.int64, device=labels.device)
     known_tokens, given, features = known or (nothing, nothing.bool(), None)
@@ -85,9 +85,11 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
         for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
-                logits = draft(params, labels, inputs, k, guidance, cache)
+                strength = (guidance, soften)
+                logits = draft(params, labels, inputs, k, strength, cache)
             else:
-                logits = refined(params, codec, labels, inputs, tokens, hidden, k, mask_guidance)
+                strength = (mask_guidance, soften)
+                logits = refined(params, codec, labels, inputs, tokens, hidden, k, strength)
 
             if nudge is not None:
                 logits = logits + nudge
@@ -111,18 +113,20 @@ def settled(
     schedule=None,
     guidance=None,
     mask_guidance=None,
+    soften=None,
     temperature=1.0,
     top_k=0,
     top_p=1.0,
     seed=0,
 ):
-    """(schedule, guidance, mask_guidance, `chosen` of logits, scale and pass) for `steps`.
+    """(schedule, guidance, mask_guidance, soften, `chosen` of logits, scale, pass) for `steps`.
 
     schedule: for each scale the tokens kept at each pass, as `masked_schedule` makes it. guidance
-    and mask_guidance: of the last scale, rising to it from 0, which is cheaper by half. None of
-    these three is what `defaults` says. temperature divides the logits, below 0.001 arg max; then
-    top_k codes stay, 0 = all; then top_p of the probability. Image i draws the numbers of seed + i,
-    or seed[i]. ValueError on what does not fit.
+    and mask_guidance: of the last scale, rising to it from 0, which is cheaper by half. soften, in
+    nats a token: where guidance is halved (see `guided`), 0 for never. None of these four is what
+    `defaults` says. temperature divides the logits, below 0.001 arg max; then top_k codes stay,
+    0 = all; then top_p of the probability. Image i draws the numbers of seed + i, or seed[i].
+    ValueError on what does not fit.
     """
     scales = hmar.scales(params)
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
@@ -141,45 +145,55 @@ def settled(
     check_number("top_p", top_p, 1e-9, 1)
     choose = partial(chosen, seeds=seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
-    given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
+    given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance, soften=soften)
     how = defaults(params) | {name: value for name, value in given.items() if value is not None}
     check_schedule(how["schedule"], scales, "masked" in params)
-    for name in ("guidance", "mask_guidance"):
+    for name in ("guidance", "mask_guidance", "soften"):
         check_number(name, how[name], 0, 1e4)
     return *how.values(), choose
 
 
-def draft(params, labels, inputs, k, guidance, cache=None):
+def draft(params, labels, inputs, k, strength, cache=None):
     """Logits (B, n_k, codes) of scale k given the coarser ones, inputs (B, n_k, code_dim)."""
     predict = partial(hmar.scale_features, params, k=k, cache=cache)
-    features = guided(predict, params, labels, guidance, k, inputs, both=cache is not None)
-    return hmar.logits(features, **params["next_scale"]["head"])
+    needs_both = cache is not None
+    return guided(predict, params, "next_scale", labels, k, strength, inputs, both=needs_both)
 
 
-def refined(params, codec, labels, inputs, tokens, hidden, k, guidance):
+def refined(params, codec, labels, inputs, tokens, hidden, k, strength):
     """Logits (B, n_k, codes) given the scale's own tokens (B, n_k) too, where not hidden."""
     # published trees, without an own_input, saw the hidden draft leak into its neighbours
     zeroed = hidden if "own_input" in params["masked"] else None
     own_inputs = tokenizer.masked_scale_input(codec, tokens, k, hmar.scales(params), zeroed)
     predict = partial(hmar.masked_scale_features, params, k=k)
-    features = guided(predict, params, labels, guidance, k, inputs, own_inputs, hidden)
-    return hmar.logits(features, **params["masked"]["head"])
+    return guided(predict, params, "masked", labels, k, strength, inputs, own_inputs, hidden)
 
 
-def guided(predict, params, labels, guidance, k, *features, both=False):
-    """Features, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
+def guided(predict, params, branch, labels, k, strength, *features, both=False):
+    """Logits, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
 
-    The head, which is affine, may follow. t rises from 0 at the first scale to guidance at the
-    last; at 0 one half is enough, but where a cache takes in both.
+    strength: (guidance, soften). t rises from 0 at the first scale to guidance at the last; at 0
+    one half is enough, but where a cache takes in both. With soften t shrinks by 1 + D / soften,
+    D being the divergence of the two, in nats, on average over an image's tokens: a class that says
+    little is amplified, one that says all is not exaggerated.
     """
+    guidance, soften = strength
     rises = len(hmar.scales(params)) - 1
     t = guidance * k / rises if rises else guidance
+    head = params[branch]["head"]
     if t == 0 and not both:
-        return predict(labels, *features)
+        return hmar.logits(predict(labels, *features), **head)
 
     null = torch.full_like(labels, len(params["classes"]) - 1)
     doubled = [None if x is None else torch.cat([x, x]) for x in features]
     conditional, unconditional = predict(torch.cat([labels, null]), *doubled).chunk(2)
+    if soften == 0:  # the head, which is affine, may follow
+        return hmar.logits((1 + t) * conditional - t * unconditional, **head)
+
+    conditional = hmar.logits(conditional, **head).log_softmax(-1)  # (B, n_k, codes)
+    unconditional = hmar.logits(unconditional, **head).log_softmax(-1)
+    divergence = (conditional.exp() * (conditional - unconditional)).sum(-1).mean(1)  # (B,)
+    t = t / (1 + divergence[:, None, None] / soften)
     return (1 + t) * conditional - t * unconditional
 
 
@@ -293,9 +307,11 @@ def defaults(params):
     """
     scales = hmar.scales(params)
     if "own_input" in params.get("masked", {}):
-        return dict(schedule=masked_schedule(scales, 1), guidance=2.0, mask_guidance=1.5)
+        return dict(
+            schedule=masked_schedule(scales, 1), guidance=5.0, mask_guidance=5.0, soften=0.1
+        )
     schedule = published_schedule(scales) if "masked" in params else masked_schedule(scales, 0)
-    return dict(schedule=schedule, guidance=1.5, mask_guidance=0.0)
+    return dict(schedule=schedule, guidance=1.5, mask_guidance=0.0, soften=0.0)
 
 
 def kept_counts(passes, hidden, has_masked_branch):
@@ -529,7 +545,7 @@ def digest(tree):
 
 # ---- the command
 
-OPTIONS = ("guidance", "mask_guidance", "temperature", "top_k", "top_p")  # of `steps`
+OPTIONS = ("guidance", "mask_guidance", "soften", "temperature", "top_k", "top_p")  # of `steps`
 
 
 def parser():
@@ -545,8 +561,9 @@ def parser():
     add("--count", type=number(int, 1), default=8, help="images a label (8)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of image 0; image i has i more (0)")
     add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
-    add("--guidance", type=float, help="at the last scale, 0 at the first (2)")
-    add("--mask-guidance", type=float, help="of masked passes (1.5)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (5)")
+    add("--mask-guidance", type=float, help="of masked passes (5)")
+    add("--soften", type=float, help="nats of difference at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, default=1, help="0: arg max (1)")
     add("--top-k", type=int, default=0, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, default=1, help="probability that may be drawn (1)")

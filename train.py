@@ -65,7 +65,7 @@ PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published 
     "batch": (16, 64),
     "ema": (0.998, 0.9999),
     "warmup": (100, 1000),
-    "steps": ((1400, 1800, 300), (200_000, 400_000, 80_000)),  # of each stage
+    "steps": ((1400, 1300, 300), (200_000, 400_000, 80_000)),  # of each stage
     "lr": ((4e-3, 4e-3, 2e-3), (1e-4, 1e-4, 1e-4)),
 }
 LARGEST_SMALL = 64  # pixels
