@@ -74,6 +74,7 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     f_hat = torch.zeros_like(known_maps[0])  # (B, code_dim, h, w)
 
     for k, size in enumerate(scales):
+        # tokenizer.next_scale_inputs, of what was drawn so far
         inputs = tokenizer.resize_to_scale(f_hat, size) if k else None  # (B, n_k, code_dim)
         tokens = known_tokens[k]
         hidden = ~given[k]  # (B, n_k), what is to be drawn
@@ -122,11 +123,11 @@ def settled(
     """(schedule, guidance, mask_guidance, soften, `chosen` of logits, scale, pass) for `steps`.
 
     schedule: for each scale the tokens kept at each pass, as `masked_schedule` makes it. guidance
-    and mask_guidance: of the last scale, rising to it from 0, which is cheaper by half. soften, in
-    nats a token: where guidance is halved (see `guided`), 0 for never. None of these four is what
-    `defaults` says. temperature divides the logits, below 0.001 arg max; then top_k codes stay,
-    0 = all; then top_p of the probability. Image i draws the numbers of seed + i, or seed[i].
-    ValueError on what does not fit.
+    and mask_guidance: of the last scale, rising to it from 0 at the first; 0 is off, at half the
+    cost. soften, in nats a token: where guidance is halved (see `guided`), 0 for never. None of
+    these four is what `defaults` says. temperature divides the logits, below 0.001 arg max; then
+    top_k codes stay, 0 = all; then top_p of the probability. Image i draws the numbers of seed + i,
+    or seed[i]. ValueError on what does not fit.
     """
     scales = hmar.scales(params)
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
@@ -150,14 +151,14 @@ def settled(
     check_schedule(how["schedule"], scales, "masked" in params)
     for name in ("guidance", "mask_guidance", "soften"):
         check_number(name, how[name], 0, 1e4)
-    return *how.values(), choose
+    return how["schedule"], how["guidance"], how["mask_guidance"], how["soften"], choose
 
 
 def draft(params, labels, inputs, k, strength, cache=None):
     """Logits (B, n_k, codes) of scale k given the coarser ones, inputs (B, n_k, code_dim)."""
     predict = partial(hmar.scale_features, params, k=k, cache=cache)
-    needs_both = cache is not None
-    return guided(predict, params, "next_scale", labels, k, strength, inputs, both=needs_both)
+    head = params["next_scale"]["head"]
+    return guided(predict, params, head, labels, k, strength, inputs, fills_cache=cache is not None)
 
 
 def refined(params, codec, labels, inputs, tokens, hidden, k, strength):
@@ -166,22 +167,22 @@ def refined(params, codec, labels, inputs, tokens, hidden, k, strength):
     zeroed = hidden if "own_input" in params["masked"] else None
     own_inputs = tokenizer.masked_scale_input(codec, tokens, k, hmar.scales(params), zeroed)
     predict = partial(hmar.masked_scale_features, params, k=k)
-    return guided(predict, params, "masked", labels, k, strength, inputs, own_inputs, hidden)
+    head = params["masked"]["head"]
+    return guided(predict, params, head, labels, k, strength, inputs, own_inputs, hidden)
 
 
-def guided(predict, params, branch, labels, k, strength, *features, both=False):
+def guided(predict, params, head, labels, k, strength, *features, fills_cache=False):
     """Logits, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
 
     strength: (guidance, soften). t rises from 0 at the first scale to guidance at the last; at 0
-    one half is enough, but where a cache takes in both. With soften t shrinks by 1 + D / soften,
-    D being the divergence of the two, in nats, on average over an image's tokens: a class that says
-    little is amplified, one that says all is not exaggerated.
+    one half is enough, but where it fills a cache, which needs both. With soften, t shrinks by 1 +
+    D / soften, D being the divergence of the two in nats, on average over an image's tokens: what a
+    class says is amplified where it says little, and not exaggerated where it says all.
     """
     guidance, soften = strength
     rises = len(hmar.scales(params)) - 1
     t = guidance * k / rises if rises else guidance
-    head = params[branch]["head"]
-    if t == 0 and not both:
+    if t == 0 and not fills_cache:
         return hmar.logits(predict(labels, *features), **head)
 
     null = torch.full_like(labels, len(params["classes"]) - 1)

@@ -260,7 +260,8 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     for f_hat in f_hats:
         loss = loss + F.mse_loss(f_hat, f.detach()) + commitment * F.mse_loss(f, f_hat.detach())
 
-    # behind the whole images stand the coarse ones: what the gradient sees, what is decoded
+    # straight-through: decoded is `coded`, the gradient is that of `smooth`. Behind the whole
+    # images stand the coarse ones.
     count = len(stops)
     rows = torch.arange(count, device=f.device)
     means = torch.stack([cell_means(f[:count], size) for size in scales])

@@ -98,9 +98,10 @@ UNRECORDED = (  # flags that change no result
 def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=()):
     """`tree` with those moving averages of its parameters that were best on held-out images.
 
-    loss(tree, **batch) -> (scalar, {name: tensor}), which is reported; batches(start) yields each
-    step's batch, a dict a part; evaluate(tree) -> {name: numbers}, the lowest "loss" is best;
-    after_step(step, reports, optimizer) may change parameters, extra are tensors that it keeps.
+    args: the flags, with stage, steps and lr those of this stage. loss(tree, **batch) -> (scalar,
+    {name: tensor}), which is reported; batches(start) yields each step's batch, a dict a part;
+    evaluate(tree) -> {name: numbers}, the lowest "loss" is best; after_step(step, reports,
+    optimizer) may change parameters, extra are tensors that it keeps.
     """
     model = Trained(tree, loss)
     leaves = list(model.leaves)
@@ -471,9 +472,9 @@ def judge_transformer(args, codec, labels, tokens, params):
         rows.append(images)
     write_sheet(args, args.stage, rows, names)
 
-    scales = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)  # (3, S)
-    loss, hits, count = scales.sum(1).tolist()
-    scale_losses = (scales[0] / scales[2].clamp(min=1)).tolist()
+    by_scale = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)  # (3, S)
+    loss, hits, count = by_scale.sum(1).tolist()
+    scale_losses = (by_scale[0] / by_scale[2].clamp(min=1)).tolist()
     return dict(loss=loss / max(1, count), accuracy=hits / max(1, count), scale_losses=scale_losses)
 
 
@@ -727,11 +728,11 @@ def token_cache(args, data, codec):
         first, last = (number * len(data) // world() for number in (rank(), rank() + 1))
         tokens = encoded(args, data, codec, range(first, last), views).numpy()
         tokens = tokens.astype(np.uint16 if len(codec["codebook"]) <= 2**16 else np.int32)
-        write_atomically(f"{path}.{rank()}.tmp", lambda file: np.save(file, tokens))
+        write_atomically(f"{path}.part.{rank()}.tmp", lambda file: np.save(file, tokens))
         barrier()
 
         if rank() == 0:
-            parts = [f"{path}.{number}.tmp" for number in range(world())]
+            parts = [f"{path}.part.{number}.tmp" for number in range(world())]
             tokens = np.concatenate([np.load(part) for part in parts])
             write_atomically(path, lambda file: np.save(file, tokens))
             record(args, "tokens", file_digest(path))
@@ -827,8 +828,10 @@ def train(args):
 
     work = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}
     for stage in args.stages:
+        path = os.path.join(args.out, STAGES[stage])
         if stage in read_run(args)["made"]:
-            say(f"{stage}: finished before, {os.path.join(args.out, STAGES[stage])}")
+            require(os.path.exists(path), f"{path} is missing; --restart begins the run anew")
+            say(f"{stage}: finished before, {path}")
             continue
         own = dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage])
         tree = work[stage](argparse.Namespace(**vars(args) | own), data, held_out)
@@ -853,7 +856,7 @@ def resolved(args):
         setattr(args, name, dict(zip(STAGES, values)))
 
     args.stages = [stage for stage in STAGES if args.stage in ("all", stage)]
-    if args.tokenizer is not None and args.stage != "all":
+    if args.tokenizer is not None and "tokenizer" not in args.stages:
         args.stages.insert(0, "tokenizer")
     if args.causal:
         require(args.stage != "masked", "masked: there is no such stage with --causal")
@@ -1019,7 +1022,8 @@ def finish(args, stage, tree):
 def finished(args, stage):
     """The weights that an earlier stage left. ValueError where they are missing or others.
 
-    A masked branch goes: a kill may have come when hmar.pt had it and args.json did not say so.
+    A masked branch goes: a kill may have come when hmar.pt had it and args.json did not say so. The
+    digest is of the leaves in order, which does not change when add_masked_branch moves blocks.
     """
     path = os.path.join(args.out, STAGES[stage])
     made = read_run(args)["made"].get(stage)
