@@ -98,10 +98,9 @@ UNRECORDED = (  # flags that change no result
 def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=()):
     """`tree` with those moving averages of its parameters that were best on held-out images.
 
-    args: the flags, with stage, steps and lr those of this stage. loss(tree, **batch) -> (scalar,
-    {name: tensor}), which is reported; batches(start) yields each step's batch, a dict a part;
-    evaluate(tree) -> {name: numbers}, the lowest "loss" is best; after_step(step, reports,
-    optimizer) may change parameters, extra are tensors that it keeps.
+    args: steps and lr are this stage's. loss(tree, **batch) -> (scalar, {name: tensor}) for the log;
+    batches(start) yields each step's batch, a dict a part; evaluate(tree) -> {name: numbers}, the
+    lowest "loss" is best; after_step(step, reports, optimizer) may change parameters and `extra`.
     """
     model = Trained(tree, loss)
     leaves = list(model.leaves)
