@@ -98,7 +98,7 @@ UNRECORDED = (  # flags that change no result
 def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=()):
     """`tree` with those moving averages of its parameters that were best on held-out images.
 
-    args: steps and lr are this stage's. loss(tree, **batch) -> (scalar, {name: tensor}) for the log;
+    args.steps and .lr are of this stage. loss(tree, **batch) -> (scalar, {name: tensor} to log);
     batches(start) yields each step's batch, a dict a part; evaluate(tree) -> {name: numbers}, the
     lowest "loss" is best; after_step(step, reports, optimizer) may change parameters and `extra`.
     """
