@@ -1,6 +1,7 @@
 """What several test files use: random trees and arguments, comparisons, plain re-derivations."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +9,15 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import hmar
+
+JSON = st.none() | st.booleans() | st.text(max_size=3) | st.integers() | st.floats()
+JSON = JSON | st.lists(JSON, max_size=3) | st.dictionaries(st.text(), JSON, max_size=2)
+
+
+def contents(folder):
+    """{path: bytes} of all files in a folder."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def lengths(scales):

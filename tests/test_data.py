@@ -73,12 +73,6 @@ def test_drawings_are_bright_on_dark_and_differ_by_class():
     assert of["ring"] < 0.8 * of["disc"] and of["crescent"] < 0.65 * of["disc"]
 
 
-@pytest.mark.parametrize("arguments", [(-1,), (1.5,), ("3",), (None,), (3, 0), (3, 32.0), (3, -32)])
-def test_a_drawing_refuses_bad_numbers(arguments):
-    with pytest.raises((TypeError, ValueError)):
-        train.draw_shape(*arguments)
-
-
 # Folders
 
 
@@ -177,7 +171,6 @@ CODED_ON_WHITE = flat("white", (9, 9))
 CODED_ON_WHITE.putpixel((2, 3), (0, 255, 0))
 RED = flat("red")
 FRAMES = dict(save_all=True, append_images=[flat("blue")])
-NOTHING = Image.merge("LA", [flat(0, (9, 9), "L")] * 2)
 CASES = {  # name: (bytes of a file, the picture it shows, how far apart they may be)
     "rgb.png": (encoded(PICTURE, "PNG"), PICTURE, 0),
     "rgb.webp": (encoded(PICTURE, "WEBP", lossless=True), PICTURE, 0),
@@ -185,9 +178,7 @@ CASES = {  # name: (bytes of a file, the picture it shows, how far apart they ma
     "palette.gif": (encoded(PALETTE, "GIF"), PALETTE.convert("RGB"), 0),
     "frames.gif": (encoded(RED, "GIF", **FRAMES), RED, 0),
     "alpha.png": (encoded(TRANSPARENT, "PNG"), ON_WHITE, 1),
-    "grey_alpha.png": (encoded(NOTHING, "PNG"), flat("white", (9, 9)), 0),
     "palette_alpha.png": (encoded(CODED, "PNG", transparency=1), CODED_ON_WHITE, 0),
-    "palette_alphas.png": (encoded(CODED, "PNG", transparency=b"\xff\0"), CODED_ON_WHITE, 0),
     "key_colour.png": (encoded(RED, "PNG", transparency=(255, 0, 0)), flat("white"), 0),
     "cmyk.jpg": (encoded(RED.convert("CMYK"), "JPEG", quality=100), RED, 2),
     "sixteen.png": (encoded(GREY, "PNG"), EIGHT_BITS, 0),
@@ -237,13 +228,11 @@ def test_damaged_and_truncated_files_are_read_or_refused(tmp_path_factory, name,
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_other_files_are_refused_with_a_reason(tmp_path):
-    (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "half.png").write_bytes(CASES["rgb.png"][0][:400])
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     flat(0, (10_001, 10_000), "1").save(tmp_path / "large.png")
     for name, reason in (
-        ("text.jpg", "no image"),
         ("half.png", "truncated"),
         ("folder.png", "no regular file"),
         ("pipe.png", "no regular file"),
@@ -277,9 +266,8 @@ def gradient(width, height):
 def test_the_centre_crop_is_the_centre(width, height):
     image, side = gradient(width, height), min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    assert (
-        difference(train.crop(image, side), image.crop((left, top, left + side, top + side))) == 0
-    )
+    centre = image.crop((left, top, left + side, top + side))
+    assert difference(train.crop(image, side), centre) == 0
     small = np.asarray(train.crop(image, 16), dtype=float).mean((0, 1))
     assert abs(small[0] - (left + side / 2 - 0.5)) < 1
     assert abs(small[1] - (top + side / 2 - 0.5)) < 1
@@ -322,10 +310,8 @@ def test_items_are_decided_by_their_keys(folder):
             assert torch.equal(pixels, again) and label == same and len(images) == 7
     drawing = torch.from_numpy(np.array(train.draw_shape(33, 16)[0])).permute(2, 0, 1)
     assert torch.equal(images[3, 1][0], drawing) and images[3, 1][1] == 3  # drawings stay whole
-    photo, flipped = train.Images(files, 32), train.Images(files, 32, flip=True)
+    photo = train.Images(files, 32)
     assert not torch.equal(photo[6, 0][0], photo[6, 1][0]) and photo[6, 0][1] == 1
-    same = [torch.equal(photo[6, seed][0], flipped[6, seed][0]) for seed in range(8)]
-    assert 0 < sum(same) < 8
 
 
 def test_nothing_is_mirrored_unless_flip_is_given(folder):
@@ -344,7 +330,8 @@ def test_a_large_jpeg_is_decoded_small_yet_looks_the_same(tmp_path):
 
 
 def test_a_broken_file_is_named_once_and_replaced_by_another_of_its_class(folder, capsys):
-    (folder / "cat" / "0.png").write_text("text")
+    renamed = folder / "cat" / "0\x1b[31m.png"
+    (folder / "cat" / "0.png").rename(renamed).write_text("text")
     (folder / "dog" / "3.jpg").write_bytes(b"")
     images = train.Images(train.list_images(folder)[0], 16)
     for _ in range(2):
@@ -352,12 +339,12 @@ def test_a_broken_file_is_named_once_and_replaced_by_another_of_its_class(folder
             pixels, label = images[index, None]
             expected, same = images[other, None]
             assert torch.equal(pixels, expected) and label == same
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"skipped: {folder}/cat/0.png: no image of these formats"] + [
-        f"skipped: {folder}/dog/3.jpg: no image of these formats"
-    ]
-    for number in range(3):
-        (folder / "cat" / f"{number}.png").write_text("text")
+    expected = ""
+    for name in ("cat/0?[31m.png", "dog/3.jpg"):
+        expected += f"skipped: {folder}/{name}: no image of these formats\n"
+    assert capsys.readouterr().err == expected
+    for path in (folder / "cat").iterdir():
+        path.write_text("text")
     with pytest.raises(ValueError, match="no image of the class of .*cat/1.png can be read"):
         train.Images(train.list_images(folder)[0], 16)[1, None]
 

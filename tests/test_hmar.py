@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -32,14 +33,6 @@ import tokenizer
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 999)
 SCALES = ((1, 1), (2, 2), (2, 3))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():  # two on a busy machine wait for each other more than they work
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- one token and one head at a time
@@ -93,13 +86,6 @@ def slow_block(xs, condition, visible, block):
     return [x + gamma2 * slow_feed_forward(y, **block["mlp"]) for x, y in zip(xs, normed)]
 
 
-def slow_visible(scale_of, is_causal):
-    """For each token, given its scale, the tokens that it sees."""
-    if is_causal:
-        return [[j for j, other in enumerate(scale_of) if other <= own] for own in scale_of]
-    return [[j for j, other in enumerate(scale_of) if other == own] for own in scale_of]
-
-
 def slow_logits(params, label, inputs, is_causal=False, own_inputs=None, hidden=None):
     """Logits (L, codes) of one image; with own_inputs those of the masked branch."""
     branch = params["next_scale" if own_inputs is None else "masked"]
@@ -118,7 +104,9 @@ def slow_logits(params, label, inputs, is_causal=False, own_inputs=None, hidden=
                 token = token + (branch["mask_embedding"] if hidden[i] else own)
             xs.append(token + params["levels"][k] + params["positions"][k][y, x])
 
-    visible = slow_visible(scale_of_tokens(lengths(hmar.scales(params))), is_causal)
+    scale_of = scale_of_tokens(lengths(hmar.scales(params)))
+    sees = operator.le if is_causal else operator.eq
+    visible = [[j for j, other in enumerate(scale_of) if sees(other, own)] for own in scale_of]
     for block in params["trunk"] + branch["blocks"]:
         xs = slow_block(xs, condition, visible, block)
     scale, shift = slow_linear(silu(condition), **branch["modulation"]).chunk(2)
@@ -139,13 +127,14 @@ def test_logits_are_those_of_plain_loops(scales, depth, data, heads, own_input, 
     masked = data.draw(st.integers(0, depth))
     options = dict(depth=depth, masked=masked, own_input=own_input, heads=heads)
     params = tree(scales, **options, seed=seed)
-    labels, inputs, own, mask = arguments(params, 1, seed)
+    labels, inputs, own, mask = arguments(params, 2, seed)
     ours = hmar.next_scale_logits(params, labels, inputs, is_causal)
-    close(ours[0], slow_logits(params, labels[0], inputs[0], is_causal), 1e-9)
+    one = seed % 2  # of two images
+    close(ours[one], slow_logits(params, labels[one], inputs[one], is_causal), 1e-9)
     if masked:
         ours = hmar.masked_logits(params, labels, inputs, own, mask)
-        slow = slow_logits(params, labels[0], inputs[0], own_inputs=own[0], hidden=mask[0])
-        close(ours[0], slow, 1e-9)
+        seen = dict(own_inputs=own[one], hidden=mask[one])
+        close(ours[one], slow_logits(params, labels[one], inputs[one], **seen), 1e-9)
 
 
 # ---- properties
@@ -225,24 +214,6 @@ def test_masked_logits_do_not_see_the_tokens_under_the_mask(scales, seed):
     assert others_seen == (not mask.all())
 
 
-def test_labels_choose_their_row_and_the_null_class_is_the_last():
-    params = tree()
-    labels = torch.tensor([0, 1, 2, 3])
-    _, inputs, own, mask = arguments(params, 4)
-
-    def predict(params):
-        next_scale = hmar.next_scale_logits(params, labels, inputs)
-        return torch.stack([next_scale, hmar.masked_logits(params, labels, inputs, own, mask)], 1)
-
-    for row in range(4):
-        classes = params["classes"].clone()
-        classes[row] += 1
-        differs = predict(params) != predict(params | dict(classes=classes))  # (4, 2, L, codes)
-        assert differs.all() == False and differs.flatten(2).any(2).tolist() == [
-            [i == row] * 2 for i in range(4)
-        ]
-
-
 @quick
 @given(pyramids(), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 40), seeds)
 def test_losses_are_cross_entropies_of_the_logits(
@@ -286,20 +257,6 @@ def test_places_of_the_mask_may_be_given():
     assert torch.equal(hmar.masked_losses(*call, places=some), hmar.masked_losses(*call)[::2])
 
 
-@pytest.mark.parametrize("codes", [64, 4096])
-def test_the_initial_loss_is_that_of_a_guess(codes):
-    scales = ((1, 1), (2, 2), (3, 3))
-    sizes = dict(depth=3, heads=4, codes=codes, code_dim=8, classes=10)
-    params = tree(scales, **sizes, random=False)
-    labels, inputs, own, mask = arguments(params, 8)
-    tokens = random_tokens(8, scales, codes)
-    losses = [hmar.masked_losses(params, labels, tokens, inputs, own, mask)]
-    for is_causal in (False, True):
-        losses.append(hmar.next_scale_losses(params, labels, tokens, inputs, is_causal))
-    for loss in losses:
-        assert abs(loss.mean() / math.log(codes) - 1) < 0.01
-
-
 @quick
 @given(pyramids(9, 6), st.sampled_from(["token", "scale", "lognormal"]))
 @example(((2, 2),), "lognormal")
@@ -319,13 +276,6 @@ def test_loss_weights_are_those_of_plain_loops(scales, kind):
     expected = [mass[k] / sum(mass) / counts[k] for k in scale_of_tokens(counts)]
     torch.testing.assert_close(weights, torch.tensor(expected), rtol=1e-5, atol=0)
     assert abs(weights.double().sum() - 1) < 1e-6
-
-
-def test_published_masses_of_the_scales():
-    weights = hmar.scale_weights(hmar.SCALES[256], "lognormal")
-    masses = [float(part.sum()) for part in weights.split(lengths(hmar.SCALES[256]))]
-    published = [0.0247, 0.0642, 0.1150, 0.1379, 0.1402, 0.1329, 0.1208, 0.1054, 0.0882, 0.0709]
-    assert masses == pytest.approx(published, abs=5.1e-5)
 
 
 @quick
@@ -377,49 +327,16 @@ def test_cast_moves_blocks_and_heads():
         assert (ours - truth).norm() < 5 * (rounded - truth).norm()
 
 
-def test_arguments_are_not_changed():
-    params = tree()
-    labels, inputs, own, mask = arguments(params, 2)
-    tokens = random_tokens(2, SCALES, 5)
-    before = copy.deepcopy([params, tokens, labels, inputs, own, mask])
-
-    def results():
-        yield hmar.next_scale_logits(params, labels, inputs, True)
-        yield hmar.masked_logits(params, labels, inputs, own, mask)
-        yield hmar.next_scale_losses(params, labels, tokens, inputs)
-        yield hmar.masked_losses(params, labels, tokens, inputs, own, mask)
-        yield hmar.resize_positions(params, SCALES)
-        yield hmar.cast(params, torch.bfloat16)
-        hmar.check(params)
-
-    assert leaves_equal(list(results()), list(results()))
-    assert leaves_equal(before, [params, tokens, labels, inputs, own, mask])
-
-
 # ---- initialisation and surgery
 
 
-@pytest.mark.parametrize(
-    "depth, plain, with_branch",
-    [
-        (16, 310_283_520, 467_691_904),
-        (20, 600_917_136, 845_517_872),
-        (24, 1_033_399_360, 1_384_328_960),
-        (30, 2_010_020_356, 2_556_324_212),
-    ],
-)
-def test_published_sizes(depth, plain, with_branch):
+def test_published_sizes():
     with torch.device("meta"):
-        params = hmar.init(depth=depth)
-        combined = hmar.add_masked_branch(params, own_input=False)
-    for model, count in ((params, plain), (combined, with_branch)):
-        leaves = pytree.tree_leaves(model)
-        assert sum(leaf.numel() for leaf in leaves) == count
-        assert all(leaf.is_meta for leaf in leaves)
-        hmar.check(model)
-    assert hmar.scales(params) == hmar.SCALES[256]
+        params = hmar.init(depth=30)
+    combined = hmar.add_masked_branch(params, own_input=False)
+    for model, count in ((params, 2_010_020_356), (combined, 2_556_324_212)):
+        assert sum(leaf.numel() for leaf in pytree.tree_leaves(model)) == count
     assert [sum(lengths(scales)) for scales in hmar.SCALES.values()] == [680, 2240, 9451]
-    assert len(params["trunk"][0]["attention"]["log_temperature"]) == depth
 
 
 @pytest.mark.parametrize("depth, gamma", [(2, 1e-3), (24, 1e-4), (30, 1e-5)])
@@ -466,8 +383,6 @@ def test_init_and_the_masked_branch_are_pure_functions(scales, depth, data, own_
     assert leaves_equal(params, hmar.init(**sizes, seed=seed))
     assert not leaves_equal(params, hmar.init(**sizes, seed=seed + 1))
     assert leaves_equal(combined, hmar.add_masked_branch(params, blocks, own_input, seed=seed))
-    hmar.check(params)
-    hmar.check(combined)
 
     masked, next_scale = combined["masked"], combined["next_scale"]
     assert hmar.scales(combined) == scales and len(combined["trunk"]) == depth - blocks
@@ -563,7 +478,8 @@ def test_check_takes_whole_trees_and_nothing_else(masked, own_input, data, chang
     if change == "remove" and path in whole:
         return  # a whole tree again
     emptied = [("trunk",)] if masked else [("trunk",), ("next_scale", "blocks")]
-    if change == "replace" and path in emptied and node[path[-1]] == []:
+    new = node[path[-1]] if change == "replace" and path in emptied else None
+    if isinstance(new, list) and not new:
         return
     with pytest.raises(REFUSED):
         hmar.check(params)
@@ -669,18 +585,11 @@ def test_bad_arguments_are_named(name):
 def test_a_part_of_another_scale_or_a_wrong_tree_is_an_error():
     labels, inputs = CALL["labels"], CALL["inputs"]
     refused("^inputs: got .* 10, 4", hmar.scale_features, PARAMS, labels, inputs, 1)
-    for k in (-1, 3):
-        with pytest.raises((ValueError, IndexError, RuntimeError)):
-            hmar.scale_features(PARAMS, labels, inputs, k)
     misspelt = copy.deepcopy(PLAIN)
     attention = misspelt["trunk"][1]["attention"]
     attention["qvk"] = attention.pop("qkv")
     with pytest.raises(TypeError, match="qvk"):  # a wrong key is named
         hmar.next_scale_logits(misspelt, labels, inputs)
-    with pytest.raises(KeyError, match="masked"):
-        hmar.masked_logits(
-            PLAIN, *(CALL[name] for name in ("labels", "inputs", "own_inputs", "mask"))
-        )
     with pytest.raises(ValueError, match="zip"):
         hmar.next_scale_losses(PARAMS, labels, CALL["tokens"], inputs, gates=torch.ones(2, 3, 2))
 
@@ -690,5 +599,3 @@ def test_bad_sizes():
     refused("^blocks: got 3, expected 1 to 2", hmar.add_masked_branch, PLAIN, 3)
     refused("^blocks: got 0", hmar.add_masked_branch, PLAIN, 0)
     refused("^blocks: got 1, .* only once", hmar.add_masked_branch, PARAMS, 1)
-    with pytest.raises(KeyError, match="area"):
-        hmar.scale_weights(SCALES, "area")
