@@ -516,7 +516,7 @@ def load_tokenizer(path):
         if not isinstance(state, dict) or "codebook" not in state:
             return tokenizer.from_published(state)
         tokenizer.check(state)
-        return state
+        return pytree.tree_map(torch.Tensor.float, state)
 
     return load(path, whole)
 
@@ -527,7 +527,7 @@ def load_transformer(path, scales=None, is_causal=None):
     def whole(state):
         if isinstance(state, dict) and "trunk" in state:
             hmar.check(state)
-            return state
+            return pytree.tree_map(torch.Tensor.float, state)
         found = hmar.published_is_causal(state)
         kind = "VAR's: add --causal" if found else "HMAR's: leave out --causal"
         require(None in (found, is_causal) or found == is_causal, f"holds weights of {kind}")
@@ -686,7 +686,7 @@ def fill_folder(out, settings, draw):
         print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
 
     if out != folder and all(map(os.path.exists, paths)):  # of all processes
-        pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
+        pixels = np.stack([np.asarray(read_image(path)) for path in paths])
         write_atomically(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
 
@@ -709,7 +709,7 @@ def find_device(name):
         device = torch.empty(0, device=name).device
         require(device.type in ("cuda", "cpu"), "no float64")
         return device
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         raise ValueError(f"--device: got {name!r}, expected cpu or a cuda that is here") from error
 
 
@@ -787,6 +787,8 @@ def write_atomically(path, write):
     """
     temporary = f"{path}.{os.environ.get('RANK', '0')}.tmp"
     try:
+        if os.path.isfile(temporary):  # it may be a link, whose target is somebody else's
+            os.remove(temporary)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()

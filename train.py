@@ -1059,7 +1059,8 @@ def resume(args, state, optimizer):
     path = Path(args.out, "metrics.jsonl")
     if rank() == 0 and path.exists():
         kept = []
-        for line in path.read_text().splitlines(True):  # a kill may have cut the last one
+        text = path.read_text(errors="replace")
+        for line in text.splitlines(True):  # a kill may have cut the last one
             found = re.fullmatch(r'\{"stage": "([a-z-]+)", "step": (\d+), .*\}\n', line)
             if found and (found[1] != args.stage or int(found[2]) <= progress[0]):
                 kept.append(line)
