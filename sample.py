@@ -733,8 +733,10 @@ def load_models(args):
     codec = load_tokenizer(args.tokenizer or os.path.join(args.run, "tokenizer.pt"))
 
     made, names = trained.get("made"), trained.get("class_names")
-    known = made.get("tokenizer") if isinstance(made, dict) else None
-    require(known in (None, digest(codec)), f"{weights}: trained for another tokenizer than this")
+    if isinstance(made, dict) and made:  # digests of what the run made
+        fits = made.get("tokenizer") == digest(codec)
+        require(fits, f"{weights}: trained for another tokenizer than this")
+        require(digest(params) in made.values(), f"{weights}: not what the run beside it made")
     classes = len(params["classes"]) - 1
     if not isinstance(names, list) or len(names) != classes:
         names = range(classes)
@@ -787,7 +789,7 @@ def write_atomically(path, write):
     """
     temporary = f"{path}.{os.environ.get('RANK', '0')}.tmp"
     try:
-        if os.path.isfile(temporary):  # it may be a link, whose target is somebody else's
+        if os.path.lexists(temporary):  # it may be a link, whose target is somebody else's
             os.remove(temporary)
         with open(temporary, "wb") as file:
             write(file)

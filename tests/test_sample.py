@@ -703,6 +703,10 @@ def test_another_tokenizer_than_it_was_trained_for_is_refused(copied, tmp_path, 
     write_args(copied)  # nothing is known of it
     assert call(*flags) == 0
 
+    write_args(copied, made={"tokenizer": sample.digest(CODEC), "masked": "another run's"})
+    assert call(copied, "--out", tmp_path / "a.png") == 2
+    assert "hmar.pt: not what the run beside it made" in capsys.readouterr().err
+
 
 @settings(max_examples=60, deadline=None)
 @given(
@@ -714,6 +718,11 @@ def test_whatever_args_json_holds_the_run_is_read(run, tmp_path_factory, value, 
     args = sample.parser().parse_args([str(run), "--weights", str(folder / "hmar.pt")])
     (folder / "hmar.pt").symlink_to(run / "hmar.pt")
     (folder / "args.json").write_text(json.dumps(dict(class_names=names) | value))
+    made = value.get("made")
+    if isinstance(made, dict) and made:  # digests, of something else
+        with pytest.raises(ValueError, match="another tokenizer"):
+            sample.load_models(args)
+        return
     _, _, names, is_causal = sample.load_models(args)
     assert is_causal in (True, False) and len(names) == 3
     assert sample.sheet([picture(1)] * 3, names).height == 3 * 50
