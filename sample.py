@@ -194,7 +194,7 @@ def guided(predict, params, head, labels, k, strength, *features, fills_cache=Fa
     conditional = hmar.logits(conditional, **head).log_softmax(-1)  # (B, n_k, codes)
     unconditional = hmar.logits(unconditional, **head).log_softmax(-1)
     divergence = (conditional.exp() * (conditional - unconditional)).sum(-1).mean(1)  # (B,)
-    t = t / (1 + divergence[:, None, None] / soften)
+    t = t / (1 + divergence.clamp(min=0)[:, None, None] / soften)
     return (1 + t) * conditional - t * unconditional
 
 

@@ -486,7 +486,7 @@ def _template(leaves):
             multipliers=[max(1, width // channels) for width in widths],
             residual_blocks=len(sizes("encoder.down.0.blocks.[0-9]+.norm2.bias")),
             attention=any(".attentions." in name for name in leaves),
-            phis=len(sizes("phi.[0-9]+.bias")),
+            phis=(len(sizes("phi.[0-9]+.(weight|bias)")) + 1) // 2,
         )
 
 
