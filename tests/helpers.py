@@ -1,14 +1,18 @@
 """What several test files use: random trees and arguments, comparisons, plain re-derivations."""
 
+import functools
 import math
+import operator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import hmar
+import tokenizer
 
 JSON = st.none() | st.booleans() | st.text(max_size=3) | st.integers() | st.floats()
 JSON = JSON | st.lists(JSON, max_size=3) | st.dictionaries(st.text(), JSON, max_size=2)
@@ -77,6 +81,11 @@ def quantiser(codes, code_dim, phis=4, seed=0):
         weight = normal(code_dim, code_dim, 3, 3, seed=seed + i, scale=0.3)
         phi.append(dict(weight=weight, bias=normal(code_dim, seed=seed + 9 + i, scale=0.3)))
     return dict(codebook=codebook, phi=phi)
+
+
+def small_codec(**options):
+    sizes = dict(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
+    return tokenizer.init(**sizes | options)
 
 
 def tree(
@@ -191,3 +200,57 @@ def slow_bicubic(grid, size):
                 for b, column in taps(x, grid.shape[1], size[1]):
                     out[y, x] += row * column * grid[a, b]
     return out
+
+
+# What a file of weights may hold besides: none is taken, none runs for ever or fills the memory
+
+REFUSED = (ValueError, TypeError, AttributeError, RuntimeError)  # in words, by sample.load
+CYCLE, SHARED = {}, []
+CYCLE["blocks"] = [CYCLE]
+for _ in range(40):
+    SHARED = [SHARED, SHARED]
+JUNK = [None, 5, "weights", (), {}, [1], {1: 2}, {(): {}}, CYCLE, np.zeros(3), torch.ones(())]
+JUNK += [torch.zeros(7), torch.zeros(2**40, 0), torch.zeros(1, 1).expand(3, 2**40)]
+JUNK += [torch.empty(2**40, 2**20, device="meta")]
+KEYS = [0, 7, None, 1.5, ("a", 1), "", "extra", "9" * 5000, "codebook", "phi.0.bias", "phi.-1.bias"]
+KEYS += ["blocks.99999999.attn.proj.bias", "encoder.down.99999999.block.0.conv1.bias"]
+
+
+def refused(message, call, *arguments, **options):
+    with pytest.raises(ValueError, match=message):
+        call(*arguments, **options)
+
+
+def places_in(node, path=()):
+    """The path of every dict, list and leaf below a node."""
+    for key, entry in node.items() if isinstance(node, dict) else enumerate(node):
+        yield (*path, key)
+        if isinstance(entry, (dict, list)):
+            yield from places_in(entry, (*path, key))
+
+
+@st.composite
+def changes(draw, tree):
+    """(tree, change, path): it with something else at a path, without it or with more beside it."""
+    tree = pytree.tree_map(lambda leaf: leaf, tree)  # of new dicts and lists
+    path = draw(st.sampled_from(list(places_in(tree))))
+    change = draw(st.sampled_from(["replace", "remove", "add"]))
+    *above, key = path
+    node = functools.reduce(operator.getitem, above, tree)
+    old, others = node[key], [node, tree]
+    if isinstance(old, list):
+        others.append(dict(enumerate(old)))
+    elif torch.is_tensor(old):
+        others = [old * math.nan, old.long(), old.to_sparse(), old.cfloat()]
+        others += [old.to(torch.float8_e4m3fn), torch.zeros(()).expand(old.shape)]
+
+    value = draw(st.sampled_from(JUNK) | st.sampled_from(others))
+    if change == "replace":
+        node[key] = value
+    elif change == "remove":
+        del node[key]
+    elif isinstance(node, list):
+        node.append(value)
+    else:
+        node[draw(st.sampled_from(KEYS).filter(lambda new: new not in node))] = torch.zeros(7)
+    return tree, change, path

@@ -18,7 +18,6 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("attention_kernels", "tokenizer", "hmar", "sample", "train")
 README = (ROOT / "README.md").read_text()
-BUDGETS = dict(attention_kernels=23_000, tokenizer=21_000, hmar=23_000, sample=24_000, train=39_000)
 
 
 def python(*arguments, cwd):
@@ -48,7 +47,6 @@ def test_first_code_block_is_two_commands():
 def test_readme_fits_a_screen():
     lines = README.splitlines()
     numbers = re.findall(r"\d[\d,.]*", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
-    print(f"README: {len(lines)} lines, {len(README.encode())} bytes, {len(numbers)} numbers")
     assert len(lines) <= 120 and len(README.encode()) < 8000 and len(numbers) < 100
     tables = re.findall(r"^\|[ :-]+\|", README, re.MULTILINE)
     assert len(tables) <= 2
@@ -99,30 +97,18 @@ def test_imports_print_nothing():
     assert python("-c", "import hmar, tokenizer, sample, train", cwd=ROOT) == ""
 
 
-def test_flags_that_readme_names_exist_and_help_fits_a_screen():
-    helps = {name: python(f"{name}.py", "--help", cwd=ROOT) for name in ("train", "sample")}
-    shown = re.compile(r"^  (--[a-z-]+)", re.MULTILINE)
-    flags = {name: shown.findall(text) for name, text in helps.items()}
-    assert len(flags["train"]) <= 30 and len(flags["sample"]) <= 22
-    assert all(len(text.splitlines()) <= 50 for text in helps.values())
-    for line in "\n".join(blocks("sh")).splitlines():
-        for name in helps:
-            if f"{name}.py" in line:
-                used = re.findall(r" (--[a-z-]+)", line.split(f"{name}.py")[1].partition("#")[0])
-                assert set(used) <= set(flags[name]), line
+def test_help_fits_a_screen():
+    for name, most in (("train", 30), ("sample", 22)):
+        text = python(f"{name}.py", "--help", cwd=ROOT)
+        flags = re.findall(r"^  --[a-z-]+", text, re.MULTILINE)
+        assert 10 < len(flags) <= most and len(text.splitlines()) <= 50
 
 
 def test_sizes_of_files_are_printed():
-    """The budgets of the house are wishes, and how far off a file is, is printed: pytest -s."""
-    total = 0
-    for name in MODULES:
-        text = (ROOT / f"{name}.py").read_text()
-        total += len(text.encode())
-        print(
-            f"{name}.py: {len(text.encode())} bytes of {BUDGETS[name]}, {text.count(chr(10))} lines"
-        )
-    print(f"together {total} of {sum(BUDGETS.values())}")
-    assert total <= 180_000
+    """With pytest -s."""
+    sizes = {name: (ROOT / f"{name}.py").stat().st_size for name in MODULES}
+    print(sizes, sum(sizes.values()))
+    assert sum(sizes.values()) <= 180_000
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -106,6 +106,27 @@ def test_memory_grows_with_the_tokens_and_checkpointing_keeps_less(masked):
     assert all(torch.allclose(row, rows[-1], rtol=0.02) for row in rows)  # bytes a token
 
 
+@pytest.mark.parametrize("masked", [0, 2])
+def test_computed_costs_are_those_of_a_real_step(masked):
+    params, trained = benchmark.staged(small(depth=4, masked=masked))
+    fast = hmar.cast(params, torch.bfloat16)
+    labels, inputs, own, _ = arguments(params, 1)
+    given = [labels, random_tokens(1, SCALES, 11), inputs]
+    given += [own, torch.arange(20)[None] % 2 == 1] if masked else []
+    losses = hmar.masked_losses if masked else hmar.next_scale_losses
+    flops = benchmark.flops_of(lambda: losses(fast, *given).mean().backward())
+    held = [*pytree.tree_leaves(params), *trained, *(leaf.grad for leaf in trained)]
+
+    optimizer = train.Optimizer(params)
+    optimizer.step(0.1)
+    states = pytree.tree_leaves(optimizer.state_dict())
+    held += [x for x in states if torch.is_tensor(x) and x.ndim]
+    sizes = dict(width=32, heads=2, classes=3, codes=11, code_dim=4)
+    computed = benchmark.cost(4, SCALES, masked, **sizes)
+    assert computed["flops"] == flops
+    assert computed["optimizer"] == sum(x.nbytes for x in held)
+
+
 # ---- dtypes
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import JSON, contents
+from helpers import JSON, contents, small_codec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -645,8 +645,7 @@ def test_labels_are_dropped_and_the_share_of_hidden_tokens_is_uniform(base, fold
 
 # The token cache
 
-SMALL = dict(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
-CODEC = tokenizer.init(attention=False, seed=7, **SMALL)
+CODEC = small_codec(attention=False, seed=7)
 
 
 def cache(out, data, made=None, **changes):
@@ -713,7 +712,7 @@ def test_what_links_point_to_is_not_written_over(folder, tmp_path, monkeypatch):
     flags = ["--data", folder, "--out", out, "--steps", 1]
     run(*flags)
     names = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
-    for name in [*names, f"tokens.npy.0.tmp.{os.getpid()}.tmp", f"hmar.pt.{os.getpid()}.tmp"]:
+    for name in [*names, "hmar.pt.0.tmp", "tokens.npy.part.0.tmp", "tokens.npy.part.0.tmp.0.tmp"]:
         (out / name).unlink(missing_ok=True)
         (out / name).symlink_to(victim)
     refused = status_of(*flags)
@@ -883,8 +882,10 @@ def test_a_damaged_checkpoint_or_metrics_are_told_or_passed_over(base, folder, t
         assert refused(*flags) == f"train.py: {path}: expected this stage's checkpoint"
     path.unlink()
 
-    lines = '5\n[]\n{"step": 1}\nnull\n{"stage": "tokenizer", "step": "a"}\n{"sta\n'
-    (out / "metrics.jsonl").write_text(lines + "[" * 100_000)
+    lines = (
+        b'5\n[]\n{"step": 1}\nnull\n\xff\xfe\n{"stage": "tokenizer", "step": "a"}\n{"sta\n\0\x80\n'
+    )
+    (out / "metrics.jsonl").write_bytes(lines + b"[" * 100_000)
     run(*flags)
     assert lines_of(out) == lines_of(base, "tokenizer")
 
@@ -898,12 +899,10 @@ BAD = [
     ("--data {here}/broken --workers 1", "no image of the class of {here}/broken/"),
     ("--size 15", "--size: got 15, expected a multiple of 2"),
     ("--scales 1 2 16", "expected two or more, the last 8, 16 pixels / 2"),
-    ("--scales 8", "expected two or more"),
     ("--channels 48", "expected 1 or more, channels a multiple of 32"),
     ("--width 100", "--width: got 100, heads of 100 dimensions"),
     ("--device meta", "--device: got 'meta'"),
     ("--init {here}/file.txt", "--init: needs the stage that it starts"),
-    ("tokenizer --init {here}/code.pt", "{here}/code.pt: no weights that can be read safely"),
     ("masked --causal", "masked: there is no such stage with"),
     ("--out {here}/file.txt", "file.txt"),
 ]
@@ -920,7 +919,6 @@ def here(tmp_path_factory):
     (here / "broken").mkdir()
     for name in ("broken/a.png", "broken/b.png", "file.txt"):
         (here / name).write_text("text")
-    torch.save(dict(codebook=os.system), here / "code.pt")
     return here
 
 
