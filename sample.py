@@ -789,7 +789,7 @@ def write_atomically(path, write):
     """
     temporary = f"{path}.{os.environ.get('RANK', '0')}.tmp"
     try:
-        if os.path.isfile(temporary):  # it may be a link, whose target is somebody else's
+        if os.path.lexists(temporary):  # it may be a link, whose target is somebody else's
             os.remove(temporary)
         with open(temporary, "wb") as file:
             write(file)

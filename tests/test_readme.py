@@ -18,6 +18,7 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("attention_kernels", "tokenizer", "hmar", "sample", "train")
 README = (ROOT / "README.md").read_text()
+BUDGETS = dict(attention_kernels=23_000, tokenizer=21_000, hmar=23_000, sample=24_000, train=39_000)
 
 
 def python(*arguments, cwd):
@@ -105,10 +106,12 @@ def test_help_fits_a_screen():
 
 
 def test_sizes_of_files_are_printed():
-    """With pytest -s."""
+    """The budgets are the house's wish; no file may grow beyond what it is. See pytest -s."""
     sizes = {name: (ROOT / f"{name}.py").stat().st_size for name in MODULES}
-    print(sizes, sum(sizes.values()))
-    assert sum(sizes.values()) <= 180_000
+    for name, size in sizes.items():
+        print(f"{name}.py: {size} bytes of {BUDGETS[name]}")
+    print(f"together {sum(sizes.values())} of {sum(BUDGETS.values())}; README {len(README)}")
+    assert sum(sizes.values()) <= 166_000
 
 
 @pytest.mark.parametrize("name", MODULES)
