@@ -65,6 +65,7 @@ PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published 
     "batch": (16, 64),
     "ema": (0.998, 0.9999),
     "warmup": (100, 1000),
+    "save_every": (100, 500),
     "steps": ((1400, 1300, 300), (200_000, 400_000, 80_000)),  # of each stage
     "lr": ((4e-3, 4e-3, 2e-3), (1e-4, 1e-4, 1e-4)),
 }
@@ -757,8 +758,8 @@ def encoded(args, data, codec, rows, views=1):
         images = to_unit(torch.stack([data[key][0] for key in keys]), args.device)
         for few in images.split(at_once(args.size**2)):
             tokens.append(tokenizer.encode(fast, few, args.scales).cpu())
-        if first % 4096 == 0:
-            say(f"encoding, {first} of {len(rows)}")
+        if first % 4096 == 0 or first + 64 >= len(rows):
+            say(f"encoded {min(first + 64, len(rows))} of {len(rows)} images")
     return torch.cat(tokens).unflatten(0, (len(rows), views))
 
 
@@ -778,13 +779,13 @@ def parser():
     add("--flip", action="store_true", help="mirror images at random")
     add("--workers", type=sample.number(int, 0, 1024), default=0, help="that decode")
     add = top.add_argument_group("run").add_argument
-    add("stage", nargs="?", default="all", choices=("all", *STAGES))
+    add("stage", nargs="?", default="all", help="all, tokenizer, next-scale or masked (all)")
     add("--out", help="run folder (runs/shapes or runs/<data folder>)")
     add("--init", help="start the one stage from these weights, ours or published")
     add("--tokenizer", help="use this finished tokenizer, ours or published")
     add("--restart", action="store_true", help="begin the run folder anew")
     add("--seed", type=sample.number(int, 0), default=0, help="of all randomness (0)")
-    add("--save-every", type=positive, default=500, help="steps, for going on after a kill (500)")
+    add("--save-every", type=positive, help="steps, for going on after a kill (auto)")
     add("--device", help="cuda or cpu (the first there is)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     add("--compile", action="store_true", help="torch.compile the training step")
@@ -841,6 +842,8 @@ def train(args):
 
 def resolved(args):
     """The flags with every (auto) filled in. ValueError that names what does not fit."""
+    stages = ("all", *STAGES)
+    require(args.stage in stages, f"stage: got {args.stage!r}, expected one of {', '.join(stages)}")
     if args.size is None:
         args.size = 32 if args.data is None else 256
     if args.out is None:
@@ -1055,6 +1058,8 @@ def resume(args, state, optimizer):
         except Exception as error:
             raise ValueError(f"{path}: expected this stage's checkpoint") from error
         say(f"{args.stage}: continues at step {step} of {args.steps}")
+    else:
+        say(f"{args.stage}: begins; saved every {args.save_every} of {args.steps} steps")
 
     path = Path(args.out, "metrics.jsonl")
     if rank() == 0 and path.exists():
