@@ -562,9 +562,13 @@ def parser():
     add("--count", type=number(int, 1), default=8, help="images a label (8)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of image 0; image i has i more (0)")
     add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
-    add("--guidance", type=float, help="at the last scale, 0 at the first (5)")
-    add("--mask-guidance", type=float, help="of masked passes (5)")
-    add("--soften", type=float, help="nats of difference at which guidance halves, 0: never (0.1)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (5, published 1.5)")
+    add("--mask-guidance", type=float, help="of masked passes (5, published 0)")
+    add(
+        "--soften",
+        type=float,
+        help="nats of difference at which guidance halves (0.1, published 0: never)",
+    )
     add("--temperature", type=float, default=1, help="0: arg max (1)")
     add("--top-k", type=int, default=0, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, default=1, help="probability that may be drawn (1)")
@@ -630,6 +634,7 @@ def run(args):
     asked = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if args.mask_steps is not None:
         asked["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
+    settled(params, codec, labels, seed=args.seed, **asked)  # ValueError before anything is written
     options = defaults(params) | asked | dict(is_causal=is_causal)
     settings = dict(options, labels=labels.tolist(), seed=args.seed, dtype=str(dtype))
     settings["models"] = digest([params, codec, *given])
@@ -729,6 +734,8 @@ def load_models(args):
     weights = args.weights or os.path.join(args.run, "hmar.pt")
     trained = read_json(os.path.join(os.path.dirname(weights), "args.json"))
     is_causal = args.causal or trained.get("causal") is True
+    fits = not args.causal or trained.get("causal") is not False
+    require(fits, f"--causal: {weights} was trained without it")
     params = load_transformer(weights, args.scales, is_causal)
     codec = load_tokenizer(args.tokenizer or os.path.join(args.run, "tokenizer.pt"))
 

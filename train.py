@@ -434,7 +434,7 @@ def judge_tokenizer(args, images, codec):
     share = counts / counts.sum(1, keepdim=True)
     return dict(
         loss=errors[-1].mean().item(),
-        psnr=(10 * torch.log10(4 / errors)).mean(1).tolist(),
+        psnr=(10 * torch.log10(4 / errors.clamp(min=1e-10))).mean(1).tolist(),
         codes_used=int((counts.sum(0) > 0).sum()),
         perplexity=torch.exp(-torch.xlogy(share, share).sum(1)).tolist(),  # codes in even use
     )
@@ -464,13 +464,10 @@ def judge_transformer(args, codec, labels, tokens, params):
         hits = logits.argmax(-1) == own
         sums += torch.stack([losses * judged, hits * judged, judged]).sum(1)
 
-    rows = []
     names = args.class_names[:10]
-    for label in range(len(names)):
-        own = torch.full((8,), label, device=args.device)
-        images, _ = sample.generate(params, codec, own, seed=8 * label, is_causal=args.causal)
-        rows.append(images)
-    write_sheet(args, args.stage, rows, names)
+    own = torch.arange(len(names), device=args.device).repeat_interleave(8)
+    images, _ = sample.generate(params, codec, own, is_causal=args.causal)
+    write_sheet(args, args.stage, images.split(8), names)
 
     by_scale = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)  # (3, S)
     loss, hits, count = by_scale.sum(1).tolist()
@@ -947,6 +944,8 @@ def claim_folder(args, data, held_out):
     require(
         fits, f"{args.out}: not begun with these flags or images: {', '.join(differ)}; {advice}"
     )
+    if args.restart:
+        keep_needed(args, there)
     barrier()  # every process has looked
 
     if rank() == 0:
@@ -958,6 +957,16 @@ def claim_folder(args, data, held_out):
                 os.remove(path)
             write_run(args, run)
     barrier()
+
+
+def keep_needed(args, there):
+    """ValueError where --restart would remove what the same command needs."""
+    needed = [args.tokenizer, args.init]
+    if "tokenizer" not in args.stages:
+        needed.append(os.path.join(args.out, "tokenizer.pt"))
+    for path in there:
+        fits = os.path.realpath(path) not in map(os.path.realpath, filter(None, needed))
+        require(fits, f"--restart: would remove {path}, which this command needs")
 
 
 def own_files(args):
@@ -995,7 +1004,7 @@ def read_run(args):
     path = os.path.join(args.out, "args.json")
     run = read_json(path)
     fits = not run or all(isinstance(run.get(name), dict) for name in ("flags", "made"))
-    require(fits, f"{path}: expected what train.py wrote; --restart begins the run anew")
+    require(fits, f"{path}: expected what train.py wrote; --out NAME begins another run")
     return run
 
 

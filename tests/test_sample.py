@@ -583,6 +583,12 @@ def test_the_command_draws_the_same_images_in_every_form(run, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("flags", ["--top-p 95", "--guidance -1", "--causal", "--mask-steps -1"])
+def test_what_is_refused_begins_no_folder(run, tmp_path, flags):
+    assert call(run, *flags.split(), "--out", tmp_path / "drawn") == 2
+    assert not (tmp_path / "drawn").exists()
+
+
 def test_an_interrupted_folder_goes_on(run, tmp_path, capsys):
     flags = (run, "--count", 2, "--batch", 2, "--out", tmp_path / "a.npz")
     effects = [(drawn([0, 0]), None), KeyboardInterrupt]
@@ -631,7 +637,7 @@ def test_foreign_folders_are_refused_and_stay_as_they_are(run, tmp_path, capsys,
     assert not (tmp_path / "mine.npz").exists()
 
 
-@pytest.mark.parametrize("flags", [("--seed", 1), ("--top-k", 3), ("--labels", 2), ("--causal",)])
+@pytest.mark.parametrize("flags", [("--seed", 1), ("--top-k", 3), ("--labels", 2)])
 def test_folders_of_other_settings_are_refused(run, tmp_path, capsys, flags):
     plain = (run, "--count", 1, "--mask-steps", 0, "--out", tmp_path)
     assert call(*plain) == 0
@@ -659,7 +665,6 @@ STEERING = [
     ("--mask-guidance 0.5 --top-k 3 --top-p 0.9", dict(mask_guidance=0.5, top_k=3, top_p=0.9)),
     ("--temperature 0.7 --seed 9", dict(temperature=0.7, seed=[9, 10])),
     ("--mask-steps 2", dict(schedule=sample.masked_schedule(SCALES, 2))),
-    ("--causal", dict(is_causal=True)),
 ]
 
 

@@ -852,6 +852,14 @@ def test_restart_begins_anew_and_is_not_needed_after_a_kill(base, start, folder,
     assert "masked" in weights(out, "hmar.pt")
 
 
+@pytest.mark.parametrize("flags", ["masked", "next-scale", "--tokenizer {}/tokenizer.pt"])
+def test_restart_removes_nothing_that_it_needs(base, folder, refused, flags):
+    before = contents(base)
+    flags = flags.format(base).split()
+    line = refused(*flags, "--data", folder, "--out", base, "--restart")
+    assert line.startswith("train.py: --restart: would remove") and contents(base) == before
+
+
 def test_a_kill_between_weights_and_their_record_loses_nothing(base, folder, tmp_path):
     """hmar.pt has its masked branch, of which args.json does not know yet."""
     out = continued(base, tmp_path / "run", "tokenizer", "next-scale")
