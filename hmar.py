@@ -528,7 +528,7 @@ def from_published(state_dict, scales=None):
     scales = known.get(len(rows), ()) if scales is None else scales
     counts = [h * w for h, w in scales]
     if sum(counts) != len(rows):
-        raise ValueError(f"scales: got {scales}, expected (--scales) some of {len(rows)} tokens")
+        raise ValueError(f"scales: got {scales}, expected some of {len(rows)} tokens (--scales)")
     parts = zip(rows.split(counts), scales)
     leaves |= {f"positions.{k}": row.unflatten(0, size) for k, (row, size) in enumerate(parts)}
     return pytree.tree_map(torch.Tensor.float, _tree("state_dict", leaves))

@@ -752,11 +752,13 @@ def encoded(args, data, codec, rows, views=1):
     for first in range(0, len(rows), 64):
         part = rows[first : first + 64]
         keys = [(i, (args.seed, view, i) if view else None) for i in part for view in range(views)]
-        images = to_unit(torch.stack([data[key][0] for key in keys]), args.device)
-        for few in images.split(at_once(args.size**2)):
-            tokens.append(tokenizer.encode(fast, few, args.scales).cpu())
-        if first % 4096 == 0 or first + 64 >= len(rows):
-            say(f"encoded {min(first + 64, len(rows))} of {len(rows)} images")
+        pixels = torch.stack([data[key][0] for key in keys])
+        for few in pixels.split(at_once(args.size**2)):
+            images = to_unit(few, args.device)
+            tokens.append(tokenizer.encode(fast, images, args.scales).cpu())
+        done = first + len(part)
+        if done % 4096 == 0 or done == len(rows):
+            say(f"encoded {done} of {len(rows)} images")
     return torch.cat(tokens).unflatten(0, (len(rows), views))
 
 

@@ -111,7 +111,7 @@ def test_sizes_of_files_are_printed():
     for name, size in sizes.items():
         print(f"{name}.py: {size} bytes of {BUDGETS[name]}")
     print(f"together {sum(sizes.values())} of {sum(BUDGETS.values())}; README {len(README)}")
-    assert sum(sizes.values()) <= 166_000
+    assert sum(sizes.values()) <= 167_000
 
 
 @pytest.mark.parametrize("name", MODULES)
