@@ -256,7 +256,7 @@ def test_a_crop_has_its_size_and_colours(width, height, size, seed):
 
 
 def gradient(width, height):
-    """Red grows from left to right, green from top to bottom, by one grey level a pixel."""
+    """Red grows from left to right, green from top to bottom."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
 

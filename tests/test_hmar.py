@@ -224,7 +224,6 @@ def test_masked_logits_do_not_see_the_tokens_under_the_mask(scales, seed):
 def test_losses_are_cross_entropies_of_the_logits(
     scales, is_causal, checkpointing, own_input, slice_rows, seed
 ):
-    """However logits are sliced, and whether blocks are computed twice: values and gradients."""
     params = tree(scales, own_input=own_input, seed=seed)
     leaves = [leaf.requires_grad_() for leaf in pytree.tree_leaves(params)]
     labels, inputs, own, mask = arguments(params, 2, seed)

@@ -60,7 +60,6 @@ def test_readme_example_runs():
 
 
 def test_readme_commands_run(tmp_path, monkeypatch):
-    """Every line of the shell blocks after the first, in order, on a few drawings and steps."""
     monkeypatch.chdir(tmp_path)
     for index in range(24):
         folder = Path("my_images", ("bird", "cat", "dog", "fish")[index % 4])
@@ -106,7 +105,6 @@ def test_help_fits_a_screen():
 
 
 def test_sizes_of_files_are_printed():
-    """The budgets are the house's wish; no file may grow beyond what it is. See pytest -s."""
     sizes = {name: (ROOT / f"{name}.py").stat().st_size for name in MODULES}
     for name, size in sizes.items():
         print(f"{name}.py: {size} bytes of {BUDGETS[name]}")

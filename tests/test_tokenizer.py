@@ -357,7 +357,6 @@ def test_published_weights_of_any_dtype_load(dtype):
 @quick
 @given(st.sampled_from(NAMES))
 def test_a_tensor_that_is_missing_or_of_another_shape_is_named(name):
-    """Whichever it is, also one that sizes are read from: then those that disagree are told."""
     ours = name
     for pattern, replacement in tokenizer.PUBLISHED_NAMES:
         ours = re.sub(pattern, replacement, ours)
