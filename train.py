@@ -485,6 +485,7 @@ def polygon(points=48, radius=1.0, centre=0.0, start=0.0):
 
 
 def heart():
+    """The corners (48, 2) of a heart about the unit circle."""
     angle = np.linspace(0, 2 * np.pi, 48)
     height = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
     return np.stack([np.sin(angle) ** 3, -(height + 2.5) / 16], axis=1)
@@ -1011,6 +1012,7 @@ def read_run(args):
 
 
 def write_run(args, run):
+    """Writes args.json."""
     path = os.path.join(args.out, "args.json")
     write_atomically(path, lambda file: file.write(json.dumps(run, indent=1).encode()))
 

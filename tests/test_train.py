@@ -852,6 +852,13 @@ def test_restart_begins_anew_and_is_not_needed_after_a_kill(base, start, folder,
     assert "masked" in weights(out, "hmar.pt")
 
 
+def test_a_perfect_reconstruction_is_a_finite_number(tmp_path, monkeypatch):
+    args = argparse.Namespace(scales=((1, 1), (4, 4)), size=8, dtype=torch.float32, out=tmp_path)
+    monkeypatch.setattr(tokenizer, "decode_features", lambda *_: torch.ones(2, 3, 8, 8))
+    numbers = train.judge_tokenizer(args, torch.ones(2, 3, 8, 8), small_codec())
+    assert numbers["loss"] == 0 and all(map(math.isfinite, numbers["psnr"]))
+
+
 @pytest.mark.parametrize("flags", ["masked", "next-scale", "--tokenizer {}/tokenizer.pt"])
 def test_restart_removes_nothing_that_it_needs(base, folder, refused, flags):
     before = contents(base)
