@@ -107,8 +107,9 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
     leaves = list(model.leaves)
     current = [leaf.detach() for leaf in leaves]
     average = [leaf.clone() for leaf in current]
+    best = [leaf.clone() for leaf in current]
     optimizer = Optimizer(tree)
-    state = [*current, *average, *extra]
+    state = [*current, *average, *best, *extra]
     start, best_step, best_loss = resume(args, state, optimizer)
     call = wrapped(model, args)
     judge_every = math.ceil(args.steps / JUDGEMENTS)
@@ -131,7 +132,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
                 log(args, step, **{f"held_out_{name}": value for name, value in numbers.items()})
                 if numbers["loss"] < best_loss:
                     best_step, best_loss = step, numbers["loss"]
-                    save(stage_file(args, "best"), average)
+                    torch._foreach_copy_(best, average)
             if step < args.steps and step - best_step >= PATIENCE * args.steps:
                 say(f"{args.stage}: stopped early at step {step}; best at {best_step}")
                 break
@@ -139,13 +140,12 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
             stops = asked_to_stop(step)
             if stops or step % args.save_every == 0:
                 require_finite(args, step, norm.isfinite())  # of weights that are not, it is not
-                kept = dict(state=state, optimizer=optimizer.state_dict())
-                save(stage_file(args, "resume"), kept | dict(progress=(step, best_step, best_loss)))
+                keep(args, state, optimizer, (step, best_step, best_loss))
             if stops:
                 raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
 
     say(f"{args.stage}: kept step {best_step}, loss {best_loss:.4g} held out")
-    return with_leaves(tree, to_device(sample.load(stage_file(args, "best")), args.device))
+    return with_leaves(tree, best)
 
 
 def optimise(call, parts, leaves, optimizer, rate):
@@ -975,7 +975,7 @@ def keep_needed(args, there):
 def own_files(args):
     """Paths of all that a run writes into its folder but the lock, args.json last."""
     names = ["tokenizer.pt", "hmar.pt", "metrics.jsonl", "tokens.npy"]
-    names += [f"{stage}.{kind}.pt" for stage in STAGES for kind in ("resume", "best")]
+    names += [f"{stage}.resume.pt" for stage in STAGES]
     names += [f"samples/{name}.png" for name in ("reconstructions", "next-scale", "masked")]
     return [os.path.join(args.out, name) for name in (*names, "args.json")]
 
@@ -1025,12 +1025,11 @@ def record(args, name, made):
 
 
 def finish(args, stage, tree):
-    """Writes a stage's weights, then their digest into args.json; its checkpoints go."""
+    """Writes a stage's weights, then their digest into args.json; its checkpoint goes."""
     save(os.path.join(args.out, STAGES[stage]), tree)
     if rank() == 0:
         record(args, stage, digest(tree))
-        for kind in ("resume", "best"):
-            Path(args.out, f"{stage}.{kind}.pt").unlink(missing_ok=True)
+        Path(args.out, f"{stage}.resume.pt").unlink(missing_ok=True)
     barrier()
 
 
@@ -1050,40 +1049,38 @@ def finished(args, stage):
     return to_device(tree, args.device)
 
 
-def stage_file(args, kind):
-    """Path of what a stage goes on from after a kill, "resume", or its "best" weights."""
-    return os.path.join(args.out, f"{args.stage}.{kind}.pt")
+def keep(args, state, optimizer, progress):
+    """Saves what a stage goes on from after a kill, and how long metrics.jsonl was then."""
+    metrics = Path(args.out, "metrics.jsonl")
+    length = metrics.stat().st_size if metrics.exists() else 0
+    kept = dict(state=state, optimizer=optimizer.state_dict(), progress=progress, metrics=length)
+    save(os.path.join(args.out, f"{args.stage}.resume.pt"), kept)
 
 
 def resume(args, state, optimizer):
-    """(step, best step, best loss) to go on from, (0, 0, inf) where there is no checkpoint.
+    """(step, best step, best loss) to go on from: those of the stage's checkpoint, or of a first.
 
     Its tensors are written into state. What metrics.jsonl says of later steps goes.
     """
-    path = stage_file(args, "resume")
-    progress = 0, 0, math.inf
-    if os.path.exists(path):
-        saved = sample.load(path)
-        try:
-            optimizer.load_state_dict(saved["optimizer"])
-            torch._foreach_copy_(state, saved["state"])
-            step, _, _ = progress = saved["progress"]
-        except Exception as error:
-            raise ValueError(f"{path}: expected this stage's checkpoint") from error
-        say(f"{args.stage}: continues at step {step} of {args.steps}")
-    else:
-        say(f"{args.stage}: begins; saved every {args.save_every} of {args.steps} steps")
+    path = os.path.join(args.out, f"{args.stage}.resume.pt")
+    if not os.path.exists(path):
+        keep(args, state, optimizer, (0, 0, math.inf))
+    saved = sample.load(path)
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+        torch._foreach_copy_(state, saved["state"])
+        step, best_step, best_loss = saved["progress"]
+        length = operator.index(saved["metrics"])
+    except Exception as error:
+        raise ValueError(f"{path}: expected this stage's checkpoint") from error
 
-    path = Path(args.out, "metrics.jsonl")
-    if rank() == 0 and path.exists():
-        kept = []
-        text = path.read_text(errors="replace")
-        for line in text.splitlines(True):  # a kill may have cut the last one
-            found = re.fullmatch(r'\{"stage": "([a-z-]+)", "step": (\d+), .*\}\n', line)
-            if found and (found[1] != args.stage or int(found[2]) <= progress[0]):
-                kept.append(line)
-        write_atomically(str(path), lambda file: file.write("".join(kept).encode()))
-    return progress
+    metrics = os.path.join(args.out, "metrics.jsonl")
+    if rank() == 0 and os.path.exists(metrics):
+        lines = Path(metrics).read_bytes()[:length]
+        write_atomically(metrics, lambda file: file.write(lines))
+    word = "continues" if step else "begins"
+    say(f"{args.stage}: {word} at step {step} of {args.steps}, saved every {args.save_every}")
+    return step, best_step, best_loss
 
 
 @contextlib.contextmanager
