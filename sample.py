@@ -32,6 +32,14 @@ from torch.utils import _pytree as pytree
 import hmar
 import tokenizer
 
+LIMITS = dict(  # of the options of `steps` that are numbers
+    guidance=(0, 1e4),
+    mask_guidance=(0, 1e4),
+    soften=(0, 1e4),
+    temperature=(0, 1e4),
+    top_k=(0, 2**31),
+    top_p=(1e-9, 1),
+)
 TIES = 128  # of the top_k-th code, that there is room for before all codes are sorted
 
 
@@ -62,7 +70,7 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     """
     scales = hmar.scales(params)
     counts = tokenizer.lengths(scales)
-    schedule, guidance, mask_guidance, soften, choose = settled(params, codec, labels, **options)
+    options = settled(params, codec, labels, **options)
 
     nothing = torch.zeros(len(labels), sum(counts), dtype=torch.int64, device=labels.device)
     known_tokens, given, features = known or (nothing, nothing.bool(), None)
@@ -78,7 +86,7 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
         inputs = tokenizer.resize_to_scale(f_hat, size) if k else None  # (B, n_k, code_dim)
         tokens = known_tokens[k]
         hidden = ~given[k]  # (B, n_k), what is to be drawn
-        keeps, nudge = schedule[k], None
+        keeps, nudge = options["schedule"][k], None
         if known is not None:
             keeps = kept_counts(keeps, hidden, k and "masked" in params)
             nudge = evidence(codec["codebook"], features - f_hat, stays, size)
@@ -86,15 +94,13 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
         for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
-                strength = (guidance, soften)
-                logits = draft(params, labels, inputs, k, strength, cache)
+                logits = draft(params, labels, inputs, k, options, cache)
             else:
-                strength = (mask_guidance, soften)
-                logits = refined(params, codec, labels, inputs, tokens, hidden, k, strength)
+                logits = refined(params, codec, labels, inputs, tokens, hidden, k, options)
 
             if nudge is not None:
                 logits = logits + nudge
-            drawn, confidence = choose(logits, k, number)
+            drawn, confidence = chosen(logits, k, number, options)
             tokens = torch.where(hidden, drawn, tokens)
             hidden = hidden & ~surest(confidence, hidden, keep)
 
@@ -106,83 +112,68 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
         f_hat = grown  # what the next scale is drawn from
 
 
-def settled(
-    params,
-    codec,
-    labels,
-    *,
-    schedule=None,
-    guidance=None,
-    mask_guidance=None,
-    soften=None,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
-):
-    """(schedule, guidance, mask_guidance, soften, `chosen` of logits, scale, pass) for `steps`.
+def settled(params, codec, labels, **asked):
+    """All options of `steps`, a dict: what was asked for, `defaults` where that is None.
 
     schedule: for each scale the tokens kept at each pass, as `masked_schedule` makes it. guidance
     and mask_guidance: of the last scale, rising to it from 0 at the first; 0 is off, at half the
-    cost. soften, in nats a token: where guidance is halved (see `guided`), 0 for never. None of
-    these four is what `defaults` says. temperature divides the logits, below 0.001 arg max; then
-    top_k codes stay, 0 = all; then top_p of the probability. Image i draws the numbers of seed + i,
-    or seed[i]. ValueError on what does not fit.
+    cost. soften, in nats a token: where guidance is halved (see `guided`), 0 for never.
+    temperature divides the logits, below 0.001 arg max; then top_k codes stay, 0 = all; then top_p
+    of the probability. Image i draws the numbers of seed + i, or seed[i]. ValueError on what does
+    not fit.
     """
-    scales = hmar.scales(params)
+    options = defaults(params)
+    unknown = ", ".join(asked.keys() - options.keys())
+    require(not unknown, f"options: got {unknown}, expected some of {', '.join(options)}")
+    options |= {name: value for name, value in asked.items() if value is not None}
+
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
     got = tuple(codec["codebook"].shape)
     require(got == sizes, f"codec: got (codes, code_dim) {got}, the transformer has {sizes}")
     require(torch.is_tensor(labels) and labels.ndim == 1, "labels: expected an int64 tensor (B,)")
+    for name, (least, most) in LIMITS.items():
+        check_number(name, options[name], least, most, int if name == "top_k" else (int, float))
+    check_schedule(options["schedule"], hmar.scales(params), "masked" in params)
 
+    seed = options["seed"]
     if isinstance(seed, int):
-        seed = [seed + i for i in range(len(labels))]
+        options["seed"] = seed = [seed + i for i in range(len(labels))]
     fits = isinstance(seed, (list, tuple)) and len(seed) == len(labels)
     require(fits, f"seed: got {seed!r}, expected an integer, or {len(labels)} of them")
     for number in seed:
         check_number("seed", number, 0, 2**63 - 1, int)
-    check_number("temperature", temperature, 0, 1e4)
-    check_number("top_k", top_k, 0, 2**31, int)
-    check_number("top_p", top_p, 1e-9, 1)
-    choose = partial(chosen, seeds=seed, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance, soften=soften)
-    how = defaults(params) | {name: value for name, value in given.items() if value is not None}
-    check_schedule(how["schedule"], scales, "masked" in params)
-    for name in ("guidance", "mask_guidance", "soften"):
-        check_number(name, how[name], 0, 1e4)
-    return how["schedule"], how["guidance"], how["mask_guidance"], how["soften"], choose
+    return options
 
 
-def draft(params, labels, inputs, k, strength, cache=None):
+def draft(params, labels, inputs, k, options, cache=None):
     """Logits (B, n_k, codes) of scale k given the coarser ones, inputs (B, n_k, code_dim)."""
     predict = partial(hmar.scale_features, params, k=k, cache=cache)
-    head = params["next_scale"]["head"]
-    return guided(predict, params, head, labels, k, strength, inputs, fills_cache=cache is not None)
+    needs_both = cache is not None  # whose rows are of both halves, at scale 0 too
+    return guided(predict, params, "next_scale", labels, k, options, inputs, needs_both=needs_both)
 
 
-def refined(params, codec, labels, inputs, tokens, hidden, k, strength):
+def refined(params, codec, labels, inputs, tokens, hidden, k, options):
     """Logits (B, n_k, codes) given the scale's own tokens (B, n_k) too, where not hidden."""
     # published trees, without an own_input, saw the hidden draft leak into its neighbours
     zeroed = hidden if "own_input" in params["masked"] else None
     own_inputs = tokenizer.masked_scale_input(codec, tokens, k, hmar.scales(params), zeroed)
     predict = partial(hmar.masked_scale_features, params, k=k)
-    head = params["masked"]["head"]
-    return guided(predict, params, head, labels, k, strength, inputs, own_inputs, hidden)
+    return guided(predict, params, "masked", labels, k, options, inputs, own_inputs, hidden)
 
 
-def guided(predict, params, head, labels, k, strength, *features, fills_cache=False):
+def guided(predict, params, branch, labels, k, options, *features, needs_both=False):
     """Logits, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
 
-    strength: (guidance, soften). t rises from 0 at the first scale to guidance at the last; at 0
-    one half is enough, but where it fills a cache, which needs both. With soften, t shrinks by 1 +
-    D / soften, D being the divergence of the two in nats, on average over an image's tokens: what a
-    class says is amplified where it says little, and not exaggerated where it says all.
+    t rises from 0 at the first scale to the branch's guidance at the last; at 0 one half is enough.
+    With soften, t shrinks by 1 + D / soften, D being the divergence of the two in nats, on average
+    over an image's tokens: what a class says is amplified where it says little, and not exaggerated
+    where it says all.
     """
-    guidance, soften = strength
-    rises = len(hmar.scales(params)) - 1
-    t = guidance * k / rises if rises else guidance
-    if t == 0 and not fills_cache:
+    head, soften = params[branch]["head"], options["soften"]
+    strongest = options["guidance"] if branch == "next_scale" else options["mask_guidance"]
+    last = len(hmar.scales(params)) - 1
+    t = strongest * k / last if last else strongest
+    if t == 0 and not needs_both:
         return hmar.logits(predict(labels, *features), **head)
 
     null = torch.full_like(labels, len(params["classes"]) - 1)
@@ -198,13 +189,13 @@ def guided(predict, params, head, labels, k, strength, *features, fills_cache=Fa
     return (1 + t) * conditional - t * unconditional
 
 
-def chosen(logits, k, number, *, seeds, temperature, top_k, top_p):
+def chosen(logits, k, number, options):
     """(tokens, confidence), (B, n_k) each, of logits (B, n_k, codes) at a pass of scale k."""
     uniform = None
-    if temperature >= 0.001:
-        uniform = uniforms(seeds, k, number, logits.shape[1]).to(logits.device)
-        logits = logits / temperature
-    return draw(*filtered(logits, top_k, top_p), uniform)
+    if options["temperature"] >= 0.001:
+        uniform = uniforms(options["seed"], k, number, logits.shape[1]).to(logits.device)
+        logits = logits / options["temperature"]
+    return draw(*filtered(logits, options["top_k"], options["top_p"]), uniform)
 
 
 def filtered(logits, top_k=0, top_p=1.0):
@@ -307,12 +298,13 @@ def defaults(params):
     A tree of our own is told by its masked branch, which has an input of its own.
     """
     scales = hmar.scales(params)
+    options = dict(guidance=1.5, mask_guidance=0.0, soften=0.0)
+    options |= dict(temperature=1.0, top_k=0, top_p=1.0, seed=0)
     if "own_input" in params.get("masked", {}):
-        return dict(
-            schedule=masked_schedule(scales, 1), guidance=5.0, mask_guidance=5.0, soften=0.1
-        )
+        options |= dict(guidance=5.0, mask_guidance=5.0, soften=0.1)
+        return options | dict(schedule=masked_schedule(scales, 1))
     schedule = published_schedule(scales) if "masked" in params else masked_schedule(scales, 0)
-    return dict(schedule=schedule, guidance=1.5, mask_guidance=0.0, soften=0.0)
+    return options | dict(schedule=schedule)
 
 
 def kept_counts(passes, hidden, has_masked_branch):
@@ -546,8 +538,6 @@ def digest(tree):
 
 # ---- the command
 
-OPTIONS = ("guidance", "mask_guidance", "soften", "temperature", "top_k", "top_p")  # of `steps`
-
 
 def parser():
     """The flags of `python sample.py`."""
@@ -569,9 +559,9 @@ def parser():
         type=float,
         help="nats of difference at which guidance halves (0.1, published 0: never)",
     )
-    add("--temperature", type=float, default=1, help="0: arg max (1)")
-    add("--top-k", type=int, default=0, help="codes that may be drawn, 0: all (0)")
-    add("--top-p", type=float, default=1, help="probability that may be drawn (1)")
+    add("--temperature", type=float, help="0: arg max (1)")
+    add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
+    add("--top-p", type=float, help="probability that may be drawn (1)")
     add("--mask-steps", type=number(int, 0, 10_000), help="masked passes a scale (1)")
     add("--edit", help="image to repaint")
     either = top.add_mutually_exclusive_group().add_argument
@@ -630,13 +620,12 @@ def run(args):
     labels = torch.tensor(classes).repeat_interleave(args.count)
     given = photo_and_mask(args, params, codec) if args.edit else ()
 
-    # what was not asked for is settled here, since a folder remembers it
-    asked = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    # ValueError before anything is written; a folder remembers what was not asked for, too
+    asked = {name: getattr(args, name) for name in (*LIMITS, "seed")}
     if args.mask_steps is not None:
         asked["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
-    settled(params, codec, labels, seed=args.seed, **asked)  # ValueError before anything is written
-    options = defaults(params) | asked | dict(is_causal=is_causal)
-    settings = dict(options, labels=labels.tolist(), seed=args.seed, dtype=str(dtype))
+    options = settled(params, codec, labels, **asked) | dict(is_causal=is_causal)
+    settings = dict(options, labels=labels.tolist(), dtype=str(dtype))
     settings["models"] = digest([params, codec, *given])
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models = pytree.tree_map(lambda leaf: leaf.to(device), models)
@@ -646,7 +635,7 @@ def run(args):
         for first in range(0, len(numbers), args.batch):
             some = numbers[first : first + args.batch]
             own = labels[some].to(device)
-            more = dict(options, seed=[args.seed + i for i in some])
+            more = dict(options, seed=[options["seed"][i] for i in some])
             if args.edit:
                 same = [x.to(device).expand(len(some), -1, -1, -1) for x in given]
                 yield some, edit(*models, *same, own, **more).cpu()
@@ -658,7 +647,7 @@ def run(args):
         images = torch.cat([images for _, images in draw(range(len(labels)))])
         write_image(args.out, sheet(images.split(args.count), rows))
     elif suffix == ".gif":
-        walk = steps(*models, labels.to(device), seed=args.seed, **options)
+        walk = steps(*models, labels.to(device), **options)
         maps = (decoded(models[1], step.f_hat) for step in walk)
         pages = [sheet(images.split(args.count), rows) for images in maps]
         times = [400] * (len(pages) - 1) + [2000]  # milliseconds

@@ -334,8 +334,9 @@ def test_defaults_are_ours_or_the_published_ones():
         (theirs, sample.published_schedule(SCALES), 1.5, 0, 0),
         (PLAIN, ((1,), (4,), (12,)), 1.5, 0, 0),
     ):
-        expected = dict(zip(("guidance", "mask_guidance", "soften"), numbers))
-        assert sample.defaults(params) == dict(schedule=schedule, **expected)
+        expected = dict(zip(("guidance", "mask_guidance", "soften"), numbers), schedule=schedule)
+        plain = dict(temperature=1, top_k=0, top_p=1, seed=0)
+        assert sample.defaults(params) == expected | plain
 
 
 # Editing
@@ -679,7 +680,7 @@ def test_flags_reach_the_sampler(run, tmp_path, monkeypatch, flags, expected):
     monkeypatch.setattr(sample, "generate", seen)
     flags = ("--labels", "disc", "--count", 2, "--out", tmp_path / "a.png", *flags.split())
     assert call(run, *flags) == 0
-    plain = dict(temperature=1, top_k=0, top_p=1, seed=[0, 1], is_causal=False)
+    plain = dict(seed=[0, 1], is_causal=False)
     assert calls == [sample.defaults(PARAMS) | plain | expected]
 
 
