@@ -12,6 +12,11 @@ Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et a
 classifier-free guidance (Ho and Salimans 2021).
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import hashlib
 import itertools
@@ -698,7 +703,9 @@ def find_device(name):
     """The torch.device of --device, by default this process's GPU or the CPU."""
     torch.backends.cudnn.allow_tf32 = False  # the quantiser is in fp32
     if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.empty(0, device=name).device
         require(device.type in ("cuda", "cpu"), "no float64")
@@ -839,4 +846,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

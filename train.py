@@ -7,6 +7,11 @@ command; run folders and processes come last. All randomness and the order of th
 of seed and step, so a run that was killed continues bit for bit though none of them is saved.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import colorsys
 import contextlib
@@ -21,7 +26,6 @@ import math
 import operator
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -817,7 +821,10 @@ def train(args):
     args.dtype = sample.find_dtype(args.dtype, args.device)
     args = resolved(args)
     data, held_out, args.class_names = data_sets(args)
+    require(len(data) >= world(), f"--data: got {len(data)} images, fewer than processes")
     claim_folder(args, data, held_out)
+    for label in set(range(len(args.class_names))).difference(data.labels):
+        say(f"class {args.class_names[label]}: its images are all held out, too few to train on")
     say(
         f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, "
         f"{len(args.class_names)} classes; {args.device}, {str(args.dtype)[6:]}, "
@@ -1139,9 +1146,10 @@ def save(path, tree):
 def write_sheet(args, name, rows, names):
     """Writes samples/<name>.png."""
     if rank() == 0:
-        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-        path = os.path.join(args.out, "samples", f"{name}.png")
-        sample.write_image(path, sample.sheet(rows, names))
+        folder = os.path.join(args.out, "samples")
+        require(not os.path.islink(folder), f"{folder}: got a link, expected an own folder")
+        os.makedirs(folder, exist_ok=True)
+        sample.write_image(os.path.join(folder, f"{name}.png"), sample.sheet(rows, names))
 
 
 # ---- parameters, processes, devices
@@ -1284,4 +1292,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
