@@ -4,6 +4,7 @@ python tests/judge.py shapes RUN              drawings of train.py
 python tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a wrong one
 python tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
 python tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
+python tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png, of a run on drawings
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
 Prints the share of samples that are of the class asked for, the Frechet distance (Heusel et al.
@@ -233,6 +234,38 @@ def report(kind, judge, held_out, run, flags=()):
     return numbers
 
 
+def write_letters(folder):
+    """The letters as a data set, one sub-folder a class."""
+    for index in range(4000):
+        picture, label = draw_letter(index)
+        place = Path(folder, LETTERS[label])
+        place.mkdir(parents=True, exist_ok=True)
+        picture.save(place / f"{index:05d}.png")
+
+
+def write_pictures(run, folder):
+    """growth.png, samples after each scale; edit.png, drawings whose right half is repainted."""
+    params = hmar.cast(sample.load_transformer(Path(run, "hmar.pt")), torch.bfloat16)
+    codec = tokenizer.cast(sample.load_tokenizer(Path(run, "tokenizer.pt")), torch.bfloat16)
+
+    names = ["star", "cross", "crescent", "arrow", "heart"]
+    labels = torch.tensor([train.SHAPES.index(name) for name in names])
+    last = {step.scale: step.f_hat for step in sample.steps(params, codec, labels, seed=100)}
+    grown = torch.stack([sample.decoded(codec, f_hat) for f_hat in last.values()], 1)
+    sample.sheet(list(grown), names).save(Path(folder, "growth.png"))
+
+    names, rows = ["disc", "triangle", "cross", "arrow", "heart"], []
+    for name in names:
+        label = train.SHAPES.index(name)
+        image = drawn(train.draw_shape, 20_000 + label, 1)[0]  # held out; (1, 3, 32, 32)
+        mask = torch.zeros(3, 1, *image.shape[2:], dtype=torch.bool)
+        mask[..., image.shape[3] // 2 :] = True
+        labels = torch.full((3,), label)
+        made = sample.edit(params, codec, image.expand(3, -1, -1, -1), mask, labels, seed=5)
+        rows.append(torch.cat([image, image.masked_fill(mask[:1], 0), made]))
+    sample.sheet(rows, names).save(Path(folder, "edit.png"))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -240,7 +273,7 @@ def main(argv=None):
     parser.add_argument("kind", choices=("shapes", "letters", "cifar10"))
     parser.add_argument("run", nargs="*", help="run folders")
     parser.add_argument("--data", help="of cifar10")
-    parser.add_argument("--write", metavar="DIR", help="write the letters instead")
+    parser.add_argument("--write", metavar="DIR", help="write letters, or pictures, there instead")
     argv = sys.argv[1:] if argv is None else argv
     ours, flags = argv, []
     if "--" in argv:
@@ -248,11 +281,10 @@ def main(argv=None):
     args = parser.parse_intermixed_args(ours)
 
     if args.write:
-        for index in range(4000):
-            picture, label = draw_letter(index)
-            folder = Path(args.write, LETTERS[label])
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"{index:05d}.png")
+        if args.kind == "letters":
+            write_letters(args.write)
+        else:
+            write_pictures(args.run[0], args.write)
         return
     training, held_out = images_of(args.kind, args.data)
     cache = Path(tempfile.gettempdir()) / f"judge-{args.kind}.pt"
