@@ -18,7 +18,6 @@ import contextlib
 import ctypes
 import fcntl
 import functools
-import glob
 import hashlib
 import itertools
 import json
@@ -958,14 +957,10 @@ def claim_folder(args, data, held_out):
         keep_needed(args, there)
     barrier()  # every process has looked
 
-    if rank() == 0:
-        for path in own_files(args):  # what a kill left half written
-            for temporary in glob.glob(f"{glob.escape(path)}.*[0-9].tmp"):
-                os.remove(temporary)
-        if args.restart or not before:
-            for path in there:
-                os.remove(path)
-            write_run(args, run)
+    if rank() == 0 and (args.restart or not before):
+        for path in there:
+            os.remove(path)
+        write_run(args, run)
     barrier()
 
 
