@@ -553,10 +553,11 @@ class Images(torch.utils.data.Dataset):
     A key is (index, seed), so that a sampler decides the randomness: seed None is the centre crop,
     another one decides crop and flip. A file that cannot be read is named, once a process, and
     replaced by the next of its class; ValueError when these are more than 5 % and more than ten.
+    With any_class, as for the few that are held out, by the next of all, and it takes its label.
     """
 
-    def __init__(self, items, size, flip=False):
-        self.items, self.size, self.flip = items, size, flip
+    def __init__(self, items, size, flip=False, any_class=False):
+        self.items, self.size, self.flip, self.any_class = items, size, flip, any_class
         self.is_drawn = isinstance(items, range)
         self.labels = [i % len(SHAPES) if self.is_drawn else i[1] for i in items]
         self.broken = {}  # index -> reason
@@ -575,10 +576,13 @@ class Images(torch.utils.data.Dataset):
     def readable(self, index):
         """The image of an index, or of the next one of its class that can be read."""
         for other in itertools.chain(range(index, len(self)), range(index)):
-            if self.labels[other] != self.labels[index] or other in self.broken:
+            is_alike = self.any_class or self.labels[other] == self.labels[index]
+            if not is_alike or other in self.broken:
                 continue
             try:
-                return sample.read_image(self.items[other][0], shortest=2 * self.size)
+                image = sample.read_image(self.items[other][0], shortest=2 * self.size)
+                self.labels[index] = self.labels[other]
+                return image
             except ValueError as error:
                 self.broken[other] = str(error)
                 print(f"skipped: {sample.printable(error)}", file=sys.stderr)
@@ -616,7 +620,7 @@ def data_sets(args):
         return Images(range(20_000), args.size), held_out, SHAPES
     files, names = list_images(args.data)
     train, held_out = split_held_out(files, args.data)
-    return Images(train, args.size, args.flip), Images(held_out, args.size), names
+    return Images(train, args.size, args.flip), Images(held_out, args.size, any_class=True), names
 
 
 def list_images(folder):
