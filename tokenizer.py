@@ -292,7 +292,7 @@ def init(
     sizes = (codes, code_dim, channels, residual_blocks, *multipliers)
     if min(sizes) < 1 or channels % 32 or not multipliers:  # the norms have 32 groups
         raise ValueError(f"sizes: got {sizes}, expected 1 or more, channels a multiple of 32")
-    generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     conv = partial(_new_convolution, generator)
     widths = [channels * multiplier for multiplier in multipliers]
     attended = [False] * (len(widths) - 1) + [attention]
@@ -414,14 +414,12 @@ def _named(tree):
     """{name: leaf}, a name such as decoder.up.0.conv1.bias; ValueError unless they are floats."""
     nodes = itertools.count()  # a small file can hold 2 ** 40: what is beyond the limit is no leaf
     leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 10_000)
-    named = {}
-    for path, leaf in leaves:
-        name = ".".join(re.findall(r"[^\[\]']+", pytree.keystr(path)))
+    named = {".".join(re.findall(r"[^\[\]']+", pytree.keystr(path))): leaf for path, leaf in leaves}
+    for name, leaf in named.items():
         fits = torch.is_tensor(leaf) and leaf.is_floating_point()
         fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # none stands for many
         if not fits or not (leaf.is_meta or leaf.isfinite().all()):
             raise ValueError(f"{name!r} is not finite floats, all of them in memory")
-        named[name] = leaf
     return named
 
 
