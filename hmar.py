@@ -104,15 +104,15 @@ def branch_features(
     lengths = [h * w for h, w in scales(params)]
     which = range(len(lengths)) if k is None else [k]
     seen = [lengths[i] for i in which]
-    batch = len(labels) if torch.is_tensor(labels) else 0
-    _expect("labels", labels, torch.int64, (batch,), len(params["classes"]))
+    batch = getattr(labels, "shape", ())[:1] or (0,)
+    _expect("labels", labels, torch.int64, batch, len(params["classes"]))
     condition = F.embedding(labels, params["classes"])  # (B, C)
 
-    # scale 0 starts from the class alone, a later one from the map of those before it
+    # scale 0 starts from the class, a later one from the map of those before it
     tokens = [condition[:, None] + params["start"]] if 0 in which else []  # (B, len_0, C)
     if which[-1] > 0:
         later = sum(seen[len(tokens) :])
-        _expect("inputs", inputs, None, (batch, later, params["input"]["weight"].shape[1]))
+        _expect("inputs", inputs, None, (*batch, later, params["input"]["weight"].shape[1]))
         if branch == "masked":
             tokens.append(masked_input(params, inputs, own_inputs, mask))
         else:
@@ -235,7 +235,7 @@ def next_scale_losses(params, labels, tokens, inputs, is_causal=False, **options
 def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=None, **options):
     """Cross entropy (M,), fp32, nats, of the M hidden tokens under masked_logits, in mask's order.
 
-    places (M,): mask.flatten().nonzero(), where known: to find it stalls a GPU's queue.
+    places (M,): mask.flatten().nonzero(), where known: finding it stalls a GPU.
     """
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask, **options)
     head = params["masked"]["head"]
@@ -359,7 +359,7 @@ def _new_block(normal, affine, width, heads, depth, gamma):
 def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     """The same tree and a masked branch: copies of the last blocks and head, the rest is shared.
 
-    own_input: also of the input weight, for a scale's own tokens; published trees have none.
+    own_input: and of the input weight, for a scale's own tokens; published trees have none.
     """
     every = params["trunk"] + params["next_scale"]["blocks"]
     if "masked" in params or not 1 <= blocks <= len(every):
@@ -376,7 +376,7 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
 
 
 def resize_positions(params, scales):
-    """The same weights for other scales, as a start for fine-tuning at another resolution or shape.
+    """The same weights for other scales, to fine-tune at another resolution or shape.
 
     A new scale takes after the old one of the nearest relative size, resampled bicubically.
     """
@@ -402,7 +402,7 @@ def resize_positions(params, scales):
 def check(params):
     """ValueError that names the leaves unless params is a whole tree of finite floats."""
     tree = _tree("params", _named(params))
-    pytree.tree_map(lambda *_: None, tree, params)  # ValueError on a dict in place of a list
+    pytree.tree_map(lambda *_: None, tree, params)  # no dict in place of a list
 
 
 def _named(tree):
@@ -419,7 +419,7 @@ def _named(tree):
 
 
 def _tree(argument, leaves):
-    """The tree of leaves, {name: leaf}. ValueError that lists those that do not make one."""
+    """The tree of leaves, {name: leaf}. ValueError lists what does not fit."""
     template = _template(leaves)
     found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     expected = {name: tuple(leaf.shape) for name, leaf in _named(template).items()}
@@ -434,8 +434,8 @@ def _tree(argument, leaves):
 def _template(leaves):
     """A tree without values that is as some of the leaves, {name: leaf}, say."""
 
-    def sizes(name, ndim):  # ones where there is no such leaf, which the comparison will tell
-        shape = tuple(leaves[name].shape) if name in leaves else ()
+    def sizes(name, ndim):  # ones where there is no such leaf, as the comparison will tell
+        shape = leaves[name].shape if name in leaves else ()
         return shape if len(shape) == ndim and all(shape) else (1,) * ndim
 
     blocks = [name for name in leaves if re.match("(trunk|next_scale).*log_temperature", name)]
@@ -454,6 +454,8 @@ def _template(leaves):
         )
         if branch:
             template = add_masked_branch(template, branch, "masked.own_input" in leaves)
+    if "masked.mask_embedding" not in leaves:
+        template.pop("masked", None)
     return template
 
 
@@ -510,7 +512,7 @@ def from_published(state_dict, scales=None):
         leaves[name] = leaf.flatten() if name.endswith("log_temperature") else leaf
 
     # the positions of all scales stand in one row
-    rows = leaves.pop("positions", torch.empty(0))  # (L, C)
+    rows = leaves.pop("positions", torch.empty(0))
     known = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
     scales = known.get(len(rows), ()) if scales is None else scales
     counts = [h * w for h, w in scales]

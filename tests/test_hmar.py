@@ -435,7 +435,7 @@ def test_check_takes_whole_trees_and_nothing_else(masked, own_input, data):
     params = tree(masked=int(masked), own_input=own_input, random=False)
     hmar.check(params)
     other, change, path = data.draw(changes(params))
-    whole = [("masked", "own_input"), ("trunk", 0), ("trunk", 1)]
+    whole = [("masked",), ("masked", "own_input"), ("trunk", 0), ("trunk", 1)]
     assume(change != "remove" or path not in whole)  # a whole tree again
     with pytest.raises(REFUSED):
         hmar.check(other)
