@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_kernels import block_sparse_attention
 
-SCALES = {  # published: an image's side in pixels -> scales, for a tokenizer that downsamples by 16
+SCALES = {  # published, by an image's side in pixels, for a tokenizer that downsamples by 16
     16 * sides[-1]: tuple(zip(sides, sides))
     for sides in (
         (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -80,7 +80,7 @@ def masked_input(params, inputs, own_inputs, mask):
 
     branch = params["masked"]
     own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
-    own = torch.where(mask[..., None], branch["mask_embedding"].to(own.dtype), own)
+    own = torch.where(mask[..., None], branch["mask_embedding"], own)
     return linear(inputs, **params["input"]) + own
 
 
@@ -103,15 +103,16 @@ def branch_features(
     """
     lengths = [h * w for h, w in scales(params)]
     which = range(len(lengths)) if k is None else [k]
-    batch = len(labels) if torch.is_tensor(labels) else 0
-    _expect("labels", labels, torch.int64, (batch,), len(params["classes"]))
+    seen = [lengths[i] for i in which]
+    batch = getattr(labels, "shape", ())[:1] or (0,)
+    _expect("labels", labels, torch.int64, batch, len(params["classes"]))
     condition = F.embedding(labels, params["classes"])  # (B, C)
 
-    # scale 0 starts from the class alone, a later one from the map of those before it
+    # scale 0 starts from the class, a later one from the map of those before it
     tokens = [condition[:, None] + params["start"]] if 0 in which else []  # (B, len_0, C)
     if which[-1] > 0:
-        count = sum(lengths[i] for i in which if i > 0)
-        _expect("inputs", inputs, None, (batch, count, params["input"]["weight"].shape[1]))
+        later = sum(seen[len(tokens) :])
+        _expect("inputs", inputs, None, (*batch, later, params["input"]["weight"].shape[1]))
         if branch == "masked":
             tokens.append(masked_input(params, inputs, own_inputs, mask))
         else:
@@ -120,7 +121,6 @@ def branch_features(
     x = torch.cat(tokens, 1) + torch.cat(places)  # (B, n, C)
 
     blocks = params["trunk"] + params[branch]["blocks"]
-    seen = [lengths[i] for i in which]
     attend = partial(block_sparse_attention, block_lengths=seen, is_causal=is_causal, scale=1.0)
     attends = [attend] * len(blocks)
     if cache is not None:
@@ -172,7 +172,7 @@ def of_length(length, x):
 def cached_attention(query, key, value, past):
     """Attention to all scales so far: past (2, B, heads, tokens, head_dim), its end filled in."""
     past[..., -key.shape[2] :, :] = torch.stack([key, value])
-    return F.scaled_dot_product_attention(query, past[0], past[1], scale=1.0)
+    return F.scaled_dot_product_attention(query, *past, scale=1.0)
 
 
 def feed_forward(x, expand, contract):
@@ -226,8 +226,7 @@ def next_scale_losses(params, labels, tokens, inputs, is_causal=False, **options
 
     options: gates and checkpointing, as of branch_features.
     """
-    options["is_causal"] = is_causal
-    features = branch_features(params, "next_scale", labels, inputs, **options)
+    features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal, **options)
     head = params["next_scale"]["head"]
     _expect("tokens", tokens, torch.int64, features.shape[:2], len(head["bias"]))
     return token_losses(features.flatten(0, 1), tokens.flatten(), **head).view(tokens.shape)
@@ -236,7 +235,7 @@ def next_scale_losses(params, labels, tokens, inputs, is_causal=False, **options
 def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=None, **options):
     """Cross entropy (M,), fp32, nats, of the M hidden tokens under masked_logits, in mask's order.
 
-    places (M,): mask.flatten().nonzero(), where known, since asking a GPU for it stalls its queue.
+    places (M,): mask.flatten().nonzero(), where known: finding it stalls a GPU.
     """
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask, **options)
     head = params["masked"]["head"]
@@ -273,9 +272,8 @@ def scale_weights(scales, kind):
     kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", a normal density
     of the relative sides, reversed and standardised (HMAR).
     """
-    counts = torch.tensor([h * w for h, w in scales], dtype=torch.float64)  # (S,)
-    alike = torch.ones_like(counts)
-    normal = alike
+    counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
+    alike = normal = torch.ones_like(counts)
     sides = (counts / counts[-1]).sqrt().flip(0)
     if (sides != 1).any():  # scales of one size are all alike
         normal = torch.exp(-0.5 * ((sides - sides.mean()) / sides.std()).square())
@@ -309,8 +307,7 @@ def init(
 ):
     """A new tree for next-scale prediction, fp32, as published; sizes follow from depth.
 
-    width defaults to 64 * depth, heads to width / 64, gamma, which scales the gates, to 1e-3, from
-    depth 24 1e-4, from 30 1e-5. On torch.device("meta") nothing is allocated.
+    gamma scales the gates. On torch.device("meta") nothing is allocated.
     """
     width = 64 * depth if width is None else width
     heads = max(1, width // 64) if heads is None else heads
@@ -318,7 +315,7 @@ def init(
         raise ValueError(f"width: got {width}, expected a multiple of the {heads} heads")
     if gamma is None:
         gamma = next(g for least, g in ((30, 1e-5), (24, 1e-4), (0, 1e-3)) if depth >= least)
-    normal = partial(_normal, width, _generator(seed))
+    normal = partial(_normal, width, torch.Generator().manual_seed(seed))
     affine = partial(_affine, normal)
 
     return dict(
@@ -327,15 +324,11 @@ def init(
         levels=normal(len(scales), width),
         positions=[normal(h, w, width) for h, w in scales],
         input=affine(code_dim, width),
-        trunk=[_new_block(normal, width, heads, depth, gamma) for _ in range(depth)],
+        trunk=[_new_block(normal, affine, width, heads, depth, gamma) for _ in range(depth)],
         next_scale=dict(
             blocks=[], modulation=affine(width, 2 * width, 0.5), head=affine(width, codes, 0.02)
         ),
     )
-
-
-def _generator(seed):
-    return None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
 
 
 def _normal(width, generator, *shape):
@@ -347,8 +340,7 @@ def _affine(normal, inputs, outputs, gain=1.0):
     return dict(weight=normal(outputs, inputs).mul_(gain), bias=torch.zeros(outputs))
 
 
-def _new_block(normal, width, heads, depth, gamma):
-    affine = partial(_affine, normal)
+def _new_block(normal, affine, width, heads, depth, gamma):
     modulation = affine(width, 6 * width)
     modulation["weight"][: 2 * width] *= gamma
     modulation["weight"][2 * width :] *= 0.5
@@ -367,7 +359,7 @@ def _new_block(normal, width, heads, depth, gamma):
 def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     """The same tree and a masked branch: copies of the last blocks and head, the rest is shared.
 
-    own_input: also of the input weight, for a scale's own tokens; published trees have none.
+    own_input: and of the input weight, for a scale's own tokens; published trees have none.
     """
     every = params["trunk"] + params["next_scale"]["blocks"]
     if "masked" in params or not 1 <= blocks <= len(every):
@@ -376,14 +368,15 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     next_scale = params["next_scale"] | dict(blocks=every[-blocks:])
     masked = pytree.tree_map(torch.clone, next_scale)
     width = params["classes"].shape[1]
-    masked["mask_embedding"] = _normal(width, _generator(seed), width).to(params["classes"])
+    embedding = _normal(width, torch.Generator().manual_seed(seed), width)
+    masked["mask_embedding"] = embedding.to(params["classes"])
     if own_input:
         masked["own_input"] = params["input"]["weight"].clone()
     return params | dict(trunk=every[:-blocks], next_scale=next_scale, masked=masked)
 
 
 def resize_positions(params, scales):
-    """The same weights for other scales, as a start for fine-tuning at another resolution or shape.
+    """The same weights for other scales, to fine-tune at another resolution or shape.
 
     A new scale takes after the old one of the nearest relative size, resampled bicubically.
     """
@@ -407,28 +400,26 @@ def resize_positions(params, scales):
 
 
 def check(params):
-    """None; ValueError that names the leaves unless params is a whole tree of finite floats."""
+    """ValueError that names the leaves unless params is a whole tree of finite floats."""
     tree = _tree("params", _named(params))
-    pytree.tree_map(lambda *_: None, tree, params)  # ValueError on a dict in place of a list
+    pytree.tree_map(lambda *_: None, tree, params)  # no dict in place of a list
 
 
 def _named(tree):
     """{name: leaf}, a name such as trunk.0.attention.qkv; ValueError unless they are floats."""
     nodes = itertools.count()  # a small file can hold 2 ** 40: what is beyond the limit is no leaf
-    leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 100_000)
-    named = {}
-    for path, leaf in leaves:
-        name = ".".join(re.findall(r"[^\[\]']+", pytree.keystr(path)))
+    leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 10_000)
+    named = {".".join(re.findall(r"[^\[\]']+", pytree.keystr(path))): leaf for path, leaf in leaves}
+    for name, leaf in named.items():
         fits = torch.is_tensor(leaf) and leaf.is_floating_point()
         fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # none stands for many
         if not fits or not (leaf.is_meta or leaf.isfinite().all()):
             raise ValueError(f"{name!r} is not finite floats, all of them in memory")
-        named[name] = leaf
     return named
 
 
 def _tree(argument, leaves):
-    """The tree of leaves, {name: leaf}. ValueError that lists those that do not make one."""
+    """The tree of leaves, {name: leaf}. ValueError lists what does not fit."""
     template = _template(leaves)
     found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     expected = {name: tuple(leaf.shape) for name, leaf in _named(template).items()}
@@ -437,25 +428,23 @@ def _tree(argument, leaves):
         wrong.append(f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}")
     if wrong:
         raise ValueError(f"{argument}: {len(wrong)} do not fit: {', '.join(wrong[:10])}")
-    ordered = [leaves[name] for name in expected]
-    return pytree.tree_unflatten(ordered, pytree.tree_structure(template))
+    return pytree.tree_unflatten(map(leaves.get, expected), pytree.tree_structure(template))
 
 
 def _template(leaves):
     """A tree without values that is as some of the leaves, {name: leaf}, say."""
 
-    def sizes(name, ndim):  # ones where there is no such leaf, which the comparison will tell
-        shape = tuple(leaves[name].shape) if name in leaves else ()
+    def sizes(name, ndim):  # ones where there is no such leaf, as the comparison will tell
+        shape = leaves[name].shape if name in leaves else ()
         return shape if len(shape) == ndim and all(shape) else (1,) * ndim
 
-    blocks = [name for name in leaves if name.endswith(".log_temperature")]
-    stacks = [name.split(".")[0] for name in blocks]
-    branch = stacks.count("next_scale")  # as many as the masked branch has, if it is there
+    blocks = [name for name in leaves if re.match("(trunk|next_scale).*log_temperature", name)]
+    branch = sum(name.startswith("next_scale") for name in blocks)  # the masked one has as many
     positions = [sizes(name, 3)[:2] for name in leaves if name.startswith("positions.")]
     classes, width = sizes("classes", 2)
     with torch.device("meta"):
         template = init(
-            depth=stacks.count("trunk") + branch,
+            depth=len(blocks),
             classes=classes - 1,
             codes=sizes("next_scale.head.bias", 1)[0],
             code_dim=sizes("input.weight", 2)[1],
@@ -465,7 +454,7 @@ def _template(leaves):
         )
         if branch:
             template = add_masked_branch(template, branch, "masked.own_input" in leaves)
-    if "masked" not in stacks:
+    if "masked.mask_embedding" not in leaves:
         template.pop("masked", None)
     return template
 
@@ -485,25 +474,25 @@ def _expect(name, tensor, dtype, shape, below=None):
 # ---- published weights
 
 PUBLISHED_NAMES = (  # patterns of their names, replaced by ours in this order
-    (r"^class_emb\.weight$", "classes"),
-    (r"^pos_start$", "start"),
-    (r"^pos_1LC$", "positions"),
-    (r"^lvl_embed\.weight$", "levels"),
-    (r"^word_embed[._]", "input."),
-    (r"^(base_)?blocks\.", "trunk."),
-    (r"^mask_embed\.weight$", "masked.mask_embedding"),
-    (r"^(ns_)?head", "next_scale.head"),
-    (r"^ns_", "next_scale."),
-    (r"^mask_", "masked."),
-    (r"(\.head_nm)?\.ada_lin\.1\.", ".modulation."),
-    (r"\.ffn\.fc1\.", ".mlp.expand."),
-    (r"\.ffn\.fc2\.", ".mlp.contract."),
-    (r"\.attn\.proj\.", ".attention.project."),
-    (r"\.attn\.mat_qkv\.weight$", ".attention.qkv"),
-    (r"\.attn\.scale_mul_1H11$", ".attention.log_temperature"),
-    (r"\.attn\.", ".attention."),
+    ("class_emb.weight", "classes"),
+    ("pos_start", "start"),
+    ("pos_1LC", "positions"),
+    ("lvl_embed.weight", "levels"),
+    ("word_embed[._]", "input."),
+    ("^(base_)?blocks", "trunk"),
+    ("mask_embed.weight", "masked.mask_embedding"),
+    ("^head", "ns_head"),
+    ("^ns_", "next_scale."),
+    ("^mask_", "masked."),
+    ("(.head_nm)?.ada_lin.1", ".modulation"),
+    ("ffn.fc1", "mlp.expand"),
+    ("ffn.fc2", "mlp.contract"),
+    ("attn", "attention"),
+    ("proj", "project"),
+    ("mat_qkv.weight", "qkv"),
+    ("scale_mul_1H11", "log_temperature"),
 )
-BUFFERS = ("lvl_1L", "attn_bias_for_masking", ".attn.zero_k_bias")  # ends of their names
+BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # ends of their names
 
 
 def from_published(state_dict, scales=None):
@@ -523,14 +512,14 @@ def from_published(state_dict, scales=None):
         leaves[name] = leaf.flatten() if name.endswith("log_temperature") else leaf
 
     # the positions of all scales stand in one row
-    rows = leaves.pop("positions", torch.empty(0))  # (L, C)
+    rows = leaves.pop("positions", torch.empty(0))
     known = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
     scales = known.get(len(rows), ()) if scales is None else scales
     counts = [h * w for h, w in scales]
     if sum(counts) != len(rows):
         raise ValueError(f"scales: got {scales}, expected some of {len(rows)} tokens (--scales)")
-    parts = zip(rows.split(counts), scales)
-    leaves |= {f"positions.{k}": row.unflatten(0, size) for k, (row, size) in enumerate(parts)}
+    for k, (row, size) in enumerate(zip(rows.split(counts), scales)):
+        leaves[f"positions.{k}"] = row.unflatten(0, size)
     return pytree.tree_map(torch.Tensor.float, _tree("state_dict", leaves))
 
 

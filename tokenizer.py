@@ -14,8 +14,7 @@ the functions below; its shapes are its configuration.
     >>> tokens.shape
     torch.Size([2, 21])
 
-Sources: VAR (Tian et al. 2024, section 3.2, algorithms 1 and 2); HMAR (Kumbong et al. 2025); the
-convnet is VQGAN's (Esser et al. 2021).
+Sources: VAR (Tian et al. 2024); HMAR (Kumbong et al. 2025); VQGAN's convnet (Esser et al. 2021).
 """
 
 import itertools
@@ -52,9 +51,8 @@ def next_scale_inputs(codec, tokens, scales):
 
     For each, f_hat of all coarser scales, area-resized to its size: HMAR's Markov property.
     """
-    *coarser, _ = f_hat_by_scale(codec, tokens, scales)
-    inputs = [F.embedding(tokens[:, :0], codec["codebook"])]  # where there is one scale alone
-    inputs += [resize_to_scale(f_hat, size) for f_hat, size in zip(coarser, scales[1:])]
+    f_hats = f_hat_by_scale(codec, tokens, scales)
+    inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(f_hats, scales[1:])]
     return torch.cat(inputs, 1)
 
 
@@ -71,10 +69,8 @@ def masked_inputs(codec, tokens, scales, mask=None):
     mask = torch.zeros_like(tokens, dtype=torch.bool) if mask is None else mask
     _expect("mask", mask, torch.bool, tokens.shape[1:], 0, 1)
 
-    inputs = [F.embedding(tokens[:, :0], codec["codebook"])]  # where there is one scale alone
-    parts = zip(tokens.split(finer, 1), mask.split(finer, 1))
-    for k, (own, hidden) in enumerate(parts, 1):
-        inputs.append(masked_scale_input(codec, own, k, scales, hidden))
+    parts = enumerate(zip(tokens.split(finer, 1), mask.split(finer, 1)), 1)
+    inputs = [masked_scale_input(codec, own, k, scales, hidden) for k, (own, hidden) in parts]
     return torch.cat(inputs, 1)
 
 
@@ -117,38 +113,33 @@ def nearest(codebook, vectors):
 def contribution(phi, codes, k, scales):
     """What scale k adds to f_hat, (B, code_dim, h, w), of its codes (B, n_k, code_dim)."""
     codes = _wide(codes).transpose(1, 2).unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
-    if k < len(scales) - 1:
-        codes = F.interpolate(codes, scales[-1], mode="bicubic")  # (B, code_dim, h, w)
+    codes = F.interpolate(codes, scales[-1], mode="bicubic")  # (B, code_dim, h, w)
     with torch.autocast(codes.device.type, enabled=False):
-        smoothed = convolution(codes, **phi[phi_index(k, len(scales), len(phi))])
+        smoothed = convolution(codes, **phi[phi_index(k, len(scales))])
     return 0.5 * codes + 0.5 * smoothed
 
 
-def phi_index(k, scale_count, phi_count=4):
-    """Which phi serves scale k: the nearest of evenly spread ticks.
+def phi_index(k, scale_count):
+    """Which of the four phi serves scale k: the nearest of evenly spread ticks.
 
     In float64, whose rounding decided the ties that ten scales have in the published model.
     """
     place = k / max(scale_count - 1, 1)
-    edge = 1 / 3 / phi_count
-    step = (1 - edge - edge) / max(phi_count - 1, 1)
-    return min(range(phi_count), key=lambda i: abs(edge + i * step - place))
+    step = (1 - 1 / 12 - 1 / 12) / 3
+    return min(range(4), key=lambda i: abs(1 / 12 + i * step - place))
 
 
 def f_hat_by_scale(codec, tokens, scales):
     """f_hat after each scale, [(B, code_dim, h, w), ...], of tokens (B, L)."""
     _check_tokens(codec, tokens, scales)
-    added = []
-    for k, own in enumerate(tokens.split(lengths(scales), 1)):
-        added.append(contribution(codec["phi"], F.embedding(own, codec["codebook"]), k, scales))
+    codes = [F.embedding(own, codec["codebook"]) for own in tokens.split(lengths(scales), 1)]
+    added = [contribution(codec["phi"], own, k, scales) for k, own in enumerate(codes)]
     return list(itertools.accumulate(added))
 
 
 def resize_to_scale(f_hat, size):
     """f_hat (B, code_dim, h, w), area-resized to (h_k, w_k), as a row (B, h_k w_k, code_dim)."""
-    if size != tuple(f_hat.shape[2:]):
-        f_hat = F.interpolate(f_hat, size, mode="area")
-    return f_hat.flatten(2).transpose(1, 2)
+    return F.interpolate(f_hat, size, mode="area").flatten(2).transpose(1, 2)
 
 
 def lengths(scales):
@@ -182,36 +173,30 @@ def unclamped(codec, f_hat):
 def encoder(x, conv_in, down, middle, norm_out, conv_out):
     """Images (B, 3, H, W) -> (B, code_dim, h, w): levels that halve the sides, then the middle."""
     x = convolution(x, **conv_in)
-
-    for level in down:
-        x = residual_blocks(x, level["blocks"], level["attentions"])
-        if "downsample" in level:
-            x = convolution(F.pad(x, (0, 1, 0, 1)), **level["downsample"], stride=2, padding=0)
-
-    x = residual_blocks(x, **middle)
+    for weights in [*down, middle]:
+        x = level(x, **weights)
     return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
 
 
 def decoder(x, conv_in, middle, up, norm_out, conv_out):
-    """(B, code_dim, h, w) -> images (B, 3, H, W): the encoder's way back."""
+    """(B, code_dim, h, w) -> images (B, 3, H, W): the encoder's way back, deepest level first."""
     x = convolution(x, **conv_in)
-    x = residual_blocks(x, **middle)
-
-    for level in up:  # deepest first
-        x = residual_blocks(x, level["blocks"], level["attentions"])
-        if "upsample" in level:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = convolution(x, **level["upsample"])
-
+    for weights in [middle, *up]:
+        x = level(x, **weights)
     return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
 
 
-def residual_blocks(x, blocks, attentions):
-    """Residual blocks, an attention after each while there are attentions."""
+def level(x, blocks, attentions, downsample=None, upsample=None):
+    """Residual blocks, an attention after each while there are attentions; then other sides."""
     for i, block in enumerate(blocks):
         x = residual_block(x, **block)
         if i < len(attentions):
             x = self_attention(x, **attentions[i])
+
+    if downsample is not None:
+        x = convolution(F.pad(x, (0, 1, 0, 1)), **downsample, stride=2, padding=0)
+    if upsample is not None:
+        x = convolution(F.interpolate(x, scale_factor=2, mode="nearest"), **upsample)
     return x
 
 
@@ -224,16 +209,14 @@ def residual_block(x, norm1, conv1, norm2, conv2, shortcut=None):
 
 def self_attention(x, norm, qkv, project):
     """Single-head attention over all positions, scale channels^-0.5."""
-    height, width = x.shape[2:]
     rows = convolution(group_norm(x, **norm), **qkv).flatten(2).transpose(1, 2)
     q, k, v = rows.unsqueeze(1).chunk(3, -1)  # (B, 1, h w, channels) each
     attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
-    return x + convolution(attended.unflatten(2, (height, width)), **project)
+    return x + convolution(attended.unflatten(2, x.shape[2:]), **project)
 
 
-def convolution(x, weight, bias, stride=1, padding=None):
+def convolution(x, weight, bias, stride=1, padding="same"):
     """In the weight's dtype: with a tree from `cast` in bf16, norms and quantiser in fp32."""
-    padding = weight.shape[-1] // 2 if padding is None else padding
     return F.conv2d(x.to(weight.dtype), weight, bias.to(weight.dtype), stride, padding)
 
 
@@ -250,12 +233,10 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
 
     images: reconstructions (B, 3, H, W), not clamped. coarse: (n, 3, H, W), the first n images
     decoded from scales 0 to stops (n,) int64 alone, lest coarse scales say nothing. loss: VAR,
-    equation 5, averaged over scales. residuals, tokens: of each scale. The decoder's gradient
-    passes straight through the quantiser; that of a coarse image through its scale's cell means.
+    equation 5, averaged over scales. residuals, tokens: of each scale.
     """
     f = _wide(encode_features(codec, images))  # (B, code_dim, h, w)
-    pyramid = quantise(codec["codebook"], codec["phi"], f, scales)
-    residuals, tokens, f_hats = zip(*pyramid)
+    residuals, tokens, f_hats = zip(*quantise(codec["codebook"], codec["phi"], f, scales))
     loss = 0.0
     for f_hat in f_hats:
         loss = loss + F.mse_loss(f_hat, f.detach()) + commitment * F.mse_loss(f, f_hat.detach())
@@ -300,7 +281,6 @@ def init(
     multipliers=(1, 1, 2, 2, 4),
     residual_blocks=2,
     attention=True,
-    phis=4,
     seed=0,
 ):
     """A new codec, fp32; the defaults are the published sizes, with 108,948,355 parameters.
@@ -309,66 +289,61 @@ def init(
     has one residual block a level more than the encoder; with attention, one follows each of the
     deepest level. Under torch.device("meta") nothing is allocated.
     """
-    sizes = (codes, code_dim, channels, residual_blocks, phis, *multipliers)
+    sizes = (codes, code_dim, channels, residual_blocks, *multipliers)
     if min(sizes) < 1 or channels % 32 or not multipliers:  # the norms have 32 groups
         raise ValueError(f"sizes: got {sizes}, expected 1 or more, channels a multiple of 32")
-    generator = None if torch.empty(0).is_meta else torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     conv = partial(_new_convolution, generator)
     widths = [channels * multiplier for multiplier in multipliers]
-    down, up = (len(widths) - 1, 0) if attention else (None, None)  # the levels with attention
+    attended = [False] * (len(widths) - 1) + [attention]
+    levels = list(zip(widths, attended))
+    deepest = widths[-1]
 
-    encoder = dict(
-        conv_in=conv(3, channels),
-        down=_new_levels(conv, channels, widths, residual_blocks, "downsample", down),
-        middle=_new_blocks(conv, widths[-1], widths[-1], 2, int(attention)),
-        norm_out=_new_norm(widths[-1]),
-        conv_out=conv(widths[-1], code_dim),
-    )
-    quantiser = dict(
+    return dict(
+        encoder=dict(
+            conv_in=conv(3, channels),
+            down=_new_levels(conv, channels, levels, residual_blocks, "downsample"),
+            middle=_new_level(conv, deepest, deepest, 2, int(attention)),
+            norm_out=_new_norm(deepest),
+            conv_out=conv(deepest, code_dim),
+        ),
         quant_conv=conv(code_dim, code_dim),
         codebook=torch.empty(codes, code_dim).normal_(generator=generator),
-        phi=[conv(code_dim, code_dim) for _ in range(phis)],
+        phi=[conv(code_dim, code_dim) for _ in range(4)],
         post_quant_conv=conv(code_dim, code_dim),
+        decoder=dict(
+            conv_in=conv(code_dim, deepest),
+            middle=_new_level(conv, deepest, deepest, 2, int(attention)),
+            up=_new_levels(conv, deepest, levels[::-1], residual_blocks + 1, "upsample"),
+            norm_out=_new_norm(widths[0]),
+            conv_out=conv(widths[0], 3),
+        ),
     )
-    decoder = dict(
-        conv_in=conv(code_dim, widths[-1]),
-        middle=_new_blocks(conv, widths[-1], widths[-1], 2, int(attention)),
-        up=_new_levels(conv, widths[-1], widths[::-1], residual_blocks + 1, "upsample", up),
-        norm_out=_new_norm(widths[0]),
-        conv_out=conv(widths[0], 3),
-    )
-    return dict(encoder=encoder, **quantiser, decoder=decoder)
 
 
-def _new_levels(conv, inputs, widths, count, sample, deepest):
-    levels = []
-    for i, width in enumerate(widths):
-        levels.append(_new_blocks(conv, inputs, width, count, count if i == deepest else 0))
-        if i < len(widths) - 1:
-            levels[i][sample] = conv(width, width)
+def _new_levels(conv, inputs, levels, count, sample):
+    made = []
+    for width, attended in levels:
+        made.append(_new_level(conv, inputs, width, count, count * attended))
+        if len(made) < len(levels):
+            made[-1][sample] = conv(width, width)
         inputs = width
-    return levels
+    return made
 
 
-def _new_blocks(conv, inputs, outputs, count, attentions):
-    blocks = [_new_block(conv, inputs, outputs)]
-    blocks += [_new_block(conv, outputs, outputs) for _ in range(count - 1)]
-    return dict(
-        blocks=blocks, attentions=[_new_attention(conv, outputs) for _ in range(attentions)]
-    )
+def _new_level(conv, inputs, outputs, count, attended):
+    blocks, attentions = [], []
+    for width in [inputs] + [outputs] * (count - 1):
+        block = dict(norm1=_new_norm(width), conv1=conv(width, outputs))
+        block |= dict(norm2=_new_norm(outputs), conv2=conv(outputs, outputs))
+        if width != outputs:
+            block["shortcut"] = conv(width, outputs, 1)
+        blocks.append(block)
 
-
-def _new_block(conv, inputs, outputs):
-    block = dict(norm1=_new_norm(inputs), conv1=conv(inputs, outputs))
-    block |= dict(norm2=_new_norm(outputs), conv2=conv(outputs, outputs))
-    if inputs != outputs:
-        block["shortcut"] = conv(inputs, outputs, 1)
-    return block
-
-
-def _new_attention(conv, width):
-    qkv = conv(width, 3 * width, 1)
-    return dict(norm=_new_norm(width), qkv=qkv, project=conv(width, width, 1))
+    for _ in range(attended):  # of the blocks
+        qkv, project = conv(outputs, 3 * outputs, 1), conv(outputs, outputs, 1)
+        attentions.append(dict(norm=_new_norm(outputs), qkv=qkv, project=project))
+    return dict(blocks=blocks, attentions=attentions)
 
 
 def _new_norm(width):
@@ -377,10 +352,8 @@ def _new_norm(width):
 
 def _new_convolution(generator, inputs, outputs, size=3):
     bound = (inputs * size * size) ** -0.5
-    weight = torch.empty(outputs, inputs, size, size)
-    return dict(
-        weight=weight.uniform_(-bound, bound, generator=generator), bias=torch.zeros(outputs)
-    )
+    weight = torch.empty(outputs, inputs, size, size).uniform_(-bound, bound, generator=generator)
+    return dict(weight=weight, bias=torch.zeros(outputs))
 
 
 def cast(codec, dtype):
@@ -404,34 +377,30 @@ def check_scales(scales):
     except (TypeError, ValueError):
         sides = []
     if len(sides) != 2 or sides != [sorted(axis) for axis in sides]:
-        expected = "(height, width) pairs of positive integers, coarse to fine"
-        raise ValueError(f"scales: got {scales}, expected {expected}")
+        raise ValueError(f"scales: got {scales}, expected integers (height, width), coarse to fine")
 
 
 def check_images(codec, images, scales):
     """ValueError unless images are floats (B, 3, H, W) in [-1, 1] whose latent fits the scales."""
     check_scales(scales)
-    height, width = (downsampling(codec) * side for side in scales[-1])
-    _expect("images", images, None, (3, height, width), -1.001, 1.001)
+    size = [downsampling(codec) * side for side in scales[-1]]
+    _expect("images", images, None, (3, *size), -1.001, 1.001)
 
 
 def _check_tokens(codec, tokens, scales):
     check_scales(scales)
-    codes = len(codec["codebook"])
-    _expect("tokens", tokens, torch.int64, (sum(lengths(scales)),), 0, codes - 1)
+    _expect("tokens", tokens, torch.int64, (sum(lengths(scales)),), 0, len(codec["codebook"]) - 1)
 
 
 def _expect(name, tensor, dtype, shape, low, high):
     """ValueError unless tensor is (B, *shape), of a dtype (None: any) and from low to high."""
-    fits = torch.is_tensor(tensor) and tensor.ndim > 0 and tensor.shape[1:] == shape
-    fits = fits and dtype in (None, tensor.dtype)
+    fits = torch.is_tensor(tensor) and dtype in (None, tensor.dtype) and tensor.shape[1:] == shape
     # on an accelerator a look at the values would stall its queue
     if fits and tensor.is_cpu and tensor.numel() and not torch.compiler.is_compiling():
         fits = low <= tensor.min() <= tensor.max() <= high
     if not fits:
         got = (tensor.dtype, *tensor.shape) if torch.is_tensor(tensor) else type(tensor)
-        expected = f"{(dtype, 'B', *shape)}, {low} to {high}"
-        raise ValueError(f"{name}: got {got}, expected {expected}")
+        raise ValueError(f"{name}: got {got}, expected {(dtype, 'B', *shape)}, {low} to {high}")
 
 
 def check(codec):
@@ -444,15 +413,13 @@ def check(codec):
 def _named(tree):
     """{name: leaf}, a name such as decoder.up.0.conv1.bias; ValueError unless they are floats."""
     nodes = itertools.count()  # a small file can hold 2 ** 40: what is beyond the limit is no leaf
-    leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 100_000)
-    named = {}
-    for path, leaf in leaves:
-        name = ".".join(re.findall(r"[^\[\]']+", pytree.keystr(path)))
+    leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 10_000)
+    named = {".".join(re.findall(r"[^\[\]']+", pytree.keystr(path))): leaf for path, leaf in leaves}
+    for name, leaf in named.items():
         fits = torch.is_tensor(leaf) and leaf.is_floating_point()
         fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # none stands for many
         if not fits or not (leaf.is_meta or leaf.isfinite().all()):
             raise ValueError(f"{name!r} is not finite floats, all of them in memory")
-        named[name] = leaf
     return named
 
 
@@ -465,8 +432,7 @@ def _tree(argument, leaves, template):
         wrong.append(f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}")
     if wrong:
         raise ValueError(f"{argument}: {len(wrong)} do not fit: {', '.join(wrong[:10])}")
-    ordered = [leaves[name] for name in expected]
-    return pytree.tree_unflatten(ordered, pytree.tree_structure(template))
+    return pytree.tree_unflatten(map(leaves.get, expected), pytree.tree_structure(template))
 
 
 def _template(leaves):
@@ -477,33 +443,33 @@ def _template(leaves):
         return [max(1, leaf.shape[:1].numel()) for leaf in fits] or [1]
 
     channels = max(32, sizes("encoder.conv_in.bias")[0] // 32 * 32)
-    widths = sizes("encoder.down.[0-9]+.blocks.0.norm2.bias")
+    widths = sizes("encoder.down.*.blocks.0.norm2.bias")
+    blocks = sizes("encoder.down.*.norm2.bias")
     with torch.device("meta"):
         return init(
             codes=sizes("codebook")[0],
             code_dim=sizes("quant_conv.bias")[0],
             channels=channels,
             multipliers=[max(1, width // channels) for width in widths],
-            residual_blocks=len(sizes("encoder.down.0.blocks.[0-9]+.norm2.bias")),
+            residual_blocks=len(blocks) // len(widths),
             attention=any(".attentions." in name for name in leaves),
-            phis=(len(sizes("phi.[0-9]+.(weight|bias)")) + 1) // 2,
         )
 
 
 # ---- published weights
 
-PUBLISHED_NAMES = (  # patterns of published names and ours, applied in order
-    (r"^quantize\.embedding\.weight$", "codebook"),
-    (r"^quantize\.quant_resi\.qresi_ls\.", "phi."),
-    (r"\.mid\.block_1\.", ".middle.blocks.0."),
-    (r"\.mid\.block_2\.", ".middle.blocks.1."),
-    (r"\.mid\.attn_1\.", ".middle.attentions.0."),
-    (r"\.block\.", ".blocks."),
-    (r"\.attn\.", ".attentions."),
-    (r"nin_shortcut", "shortcut"),
-    (r"proj_out", "project"),
-    (r"(down|up)sample\.conv", r"\1sample"),
-)
+PUBLISHED_NAMES = {  # parts of published names and ours, replaced in this order
+    "quantize.embedding.weight": "codebook",
+    "quantize.quant_resi.qresi_ls.": "phi.",
+    "mid.block_1.": "middle.blocks.0.",
+    "mid.block_2.": "middle.blocks.1.",
+    "mid.attn_1.": "middle.attentions.0.",
+    ".block.": ".blocks.",
+    ".attn.": ".attentions.",
+    "nin_shortcut": "shortcut",
+    "proj_out": "project",
+    "sample.conv": "sample",
+}
 
 
 def from_published(state_dict):
@@ -511,15 +477,12 @@ def from_published(state_dict):
 
     ValueError that lists, by our names, what does not fit.
     """
-    state = dict(state_dict)
-    state.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
     leaves = {}
-    for name, leaf in _named(state).items():
-        for theirs, ours in PUBLISHED_NAMES:
-            name = re.sub(theirs, ours, name)
-        if name in leaves:
-            raise ValueError(f"state_dict: {name} is there twice")
+    for name, leaf in _named(state_dict).items():
+        for theirs, ours in PUBLISHED_NAMES.items():
+            name = name.replace(theirs, ours)
         leaves[name] = leaf
+    leaves.pop("quantize.ema_vocab_hit_SV", None)  # statistics of use
 
     template = _template(leaves)
     template["decoder"]["up"].reverse()  # published by level, ours in the order they run

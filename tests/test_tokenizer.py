@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from unittest import mock
 
 import numpy as np
@@ -26,7 +25,7 @@ from helpers import (
     slow_bicubic,
     small_codec,
 )
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
@@ -34,6 +33,7 @@ import tokenizer
 
 quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 999)
+several = pyramids().filter(lambda scales: len(scales) > 1)
 SCALES = ((1, 1), (2, 2), (3, 4))
 TICKS = np.linspace(1 / 12, 11 / 12, 4)
 
@@ -77,7 +77,7 @@ def slow_contribution(codec, tokens, k, scales, hidden=None):
     if k < len(scales) - 1:
         codes = np.stack([slow_bicubic(grid, scales[-1]) for grid in codes])
     nearest = np.abs(TICKS - k / max(1, len(scales) - 1)).argmin()
-    phi = codec["phi"][nearest if len(codec["phi"]) == 4 else 0]
+    phi = codec["phi"][nearest]
     return 0.5 * codes + 0.5 * slow_convolution(codes, phi["weight"].numpy(), phi["bias"].numpy())
 
 
@@ -98,9 +98,10 @@ def slow_row(maps, size):
 
 
 @quick
-@given(pyramids(), st.integers(1, 9), st.integers(1, 3), st.sampled_from([1, 4]), seeds)
-def test_the_residual_pyramid_is_that_of_plain_loops(scales, codes, width, phis, seed):
-    codec, features = quantiser(codes, width, phis, seed), normal(2, width, *scales[-1], seed=seed)
+@given(pyramids(), st.integers(1, 9), st.integers(1, 3), seeds)
+def test_the_residual_pyramid_is_that_of_plain_loops(scales, codes, width, seed):
+    codec = quantiser(codes, width, seed=seed)
+    features = normal(2, width, *scales[-1], seed=seed)
     ours = list(tokenizer.quantise(codec["codebook"], codec["phi"], features, scales))
     for i, feature in enumerate(features.numpy()):
         slow = slow_quantise(codec, feature, scales)
@@ -111,7 +112,7 @@ def test_the_residual_pyramid_is_that_of_plain_loops(scales, codes, width, phis,
 
 
 @quick
-@given(pyramids(), seeds)
+@given(several, seeds)
 def test_inputs_of_the_transformer_are_those_of_plain_loops(scales, seed):
     codec, tokens = quantiser(7, 2, seed=seed), random_tokens(2, scales, 7, seed)
     mask = random_mask(tokens, scales, seed)
@@ -123,7 +124,7 @@ def test_inputs_of_the_transformer_are_those_of_plain_loops(scales, seed):
     for i in range(2):
         own, hidden = tokens[i].split(lengths(scales)), mask[i].split(lengths(scales)[1:])
         slow_f_hat = slow_contribution(codec, own[0], 0, scales)
-        expected = [[np.zeros((0, 2))] for _ in ours]
+        expected = [[] for _ in ours]
         for k, size in list(enumerate(scales))[1:]:
             plain = slow_contribution(codec, own[k], k, scales)
             zeroed = slow_contribution(codec, own[k], k, scales, hidden[k - 1])
@@ -143,7 +144,7 @@ def test_phi_map_of_the_published_scales():
 
 
 @quick
-@given(pyramids(), st.integers(0, 3), seeds)
+@given(several, st.integers(0, 3), seeds)
 def test_next_scale_inputs_know_only_coarser_scales(scales, changed, seed):
     changed %= len(scales)
     codec, tokens = quantiser(9, 3, seed=seed), random_tokens(2, scales, 9, seed)
@@ -156,7 +157,7 @@ def test_next_scale_inputs_know_only_coarser_scales(scales, changed, seed):
 
 
 @quick
-@given(pyramids(), seeds)
+@given(several, seeds)
 def test_masked_inputs_do_not_know_what_is_hidden(scales, seed):
     codec, tokens = quantiser(9, 3, seed=seed), random_tokens(2, scales, 9, seed)
     mask, first = random_mask(tokens, scales, seed), lengths(scales)[0]
@@ -325,15 +326,9 @@ NAMES = sorted(WEIGHTS.keys() - {"quantize.ema_vocab_hit_SV"})
 
 
 @quick
-@given(
-    st.lists(st.integers(1, 2), min_size=1, max_size=3),
-    st.integers(1, 2),
-    st.booleans(),
-    st.integers(1, 5),
-    seeds,
-)
-def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, phis, seed):
-    options = dict(multipliers=multipliers, residual_blocks=blocks, attention=attention, phis=phis)
+@given(st.lists(st.integers(1, 2), min_size=1, max_size=3), st.integers(1, 2), st.booleans(), seeds)
+def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, seed):
+    options = dict(multipliers=multipliers, residual_blocks=blocks, attention=attention)
     state = torch.get_rng_state()
     codec = small_codec(**options, seed=seed)
     assert torch.equal(torch.get_rng_state(), state)
@@ -358,8 +353,8 @@ def test_published_weights_of_any_dtype_load(dtype):
 @given(st.sampled_from(NAMES))
 def test_a_tensor_that_is_missing_or_of_another_shape_is_named(name):
     ours = name
-    for pattern, replacement in tokenizer.PUBLISHED_NAMES:
-        ours = re.sub(pattern, replacement, ours)
+    for theirs, replacement in tokenizer.PUBLISHED_NAMES.items():
+        ours = ours.replace(theirs, replacement)
     others = {key: leaf for key, leaf in WEIGHTS.items() if key != name}
     with pytest.raises(ValueError, match="^state_dict: ") as error:
         tokenizer.from_published(others)
@@ -374,10 +369,8 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(name):
 @settings(quick, max_examples=60)
 @given(changes(OURS))
 def test_check_refuses_any_other_tree(changed):
-    other, change, path = changed
-    assume(change != "remove" or path[:-1] != ("phi",))  # any number of them will do
     with pytest.raises(REFUSED):
-        tokenizer.check(other)
+        tokenizer.check(changed[0])
 
 
 def test_something_else_than_a_tokenizer():
@@ -446,7 +439,7 @@ def test_scales_are_pairs_coarse_to_fine(scales):
 
 
 def test_bad_sizes():
-    names = ["codes", "code_dim", "channels", "residual_blocks", "phis"]
+    names = ["codes", "code_dim", "channels", "residual_blocks"]
     bad = [{name: value} for name in names for value in (0, -32)]
     for sizes in [*bad, dict(channels=33), dict(multipliers=()), dict(multipliers=(1, 0))]:
         with pytest.raises(ValueError, match="^sizes: got .*, expected"):
