@@ -1,12 +1,10 @@
 """Agreement with the published systems: tiny random models of every kind, golden A."""
 
-import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 import hmar
@@ -123,35 +121,6 @@ def test_every_pass_of_refinement(golden, vqvae, models):
         hidden = [row.nonzero().flatten().tolist() for row in steps[k, number - 1].hidden]
         assert hidden == their_pass["masked"].sort().values.tolist()
         assert torch.equal(steps[k, number].tokens, their_pass["idx_after"])
-
-
-def test_blocks(golden, models):
-    micro, head = golden["micro"], models["var"]["next_scale"]
-    attend = functools.partial(hmar.block_sparse_attention, block_lengths=[5], scale=1.0)
-    for kind, i, x, theirs in (
-        ("var", 0, "x_small", "block0_small"),
-        ("var", 1, "x", "block1"),
-        ("nsp", 0, "x", "nsp_block0"),
-    ):
-        weights = models[kind]["trunk"][i]
-        near(hmar.block(micro[x], micro["cond"], attend, None, **weights), micro[theirs])
-    two = hmar.linear(F.silu(micro["cond"]), **head["modulation"]).unsqueeze(1)
-    for x, theirs in (("x_small", "logits_small"), ("x", "logits")):
-        features = hmar.modulate(micro[x], *two.chunk(2, -1))
-        near(hmar.logits(features, **head["head"]), micro[theirs])
-
-
-def test_quantiser_parts(golden, vqvae):
-    micro = golden["micro"]
-    codes = micro["phi_in"].flatten(2).mT
-    for k, theirs in enumerate(micro["phi_out"]):  # as many scales as phi: each has its own
-        near(tokenizer.contribution(vqvae["phi"], codes, k, ((5, 5),) * 4), theirs)
-    halves = [dict(weight=torch.zeros(3, 3, 3, 3), bias=torch.zeros(3))] * 4  # phi(h) = h / 2
-    codes = micro["bicubic_in"].flatten(2).mT
-    near(2 * tokenizer.contribution(halves, codes, 0, ((3, 3), (8, 8))), micro["bicubic_out_8"])
-    near(tokenizer.resize_to_scale(micro["area_in"], (3, 3)), micro["area_out_3"].flatten(2).mT)
-    for count, theirs in ((4, "phi_index_this"), (10, "phi_index_10"), (14, "phi_index_14")):
-        assert [tokenizer.phi_index(k, count) for k in range(count)] == micro[theirs]
 
 
 def test_filters(golden):

@@ -8,7 +8,7 @@ from unittest import mock
 import benchmark
 import pytest
 import torch
-from helpers import arguments, normal, random_tokens, tree
+from helpers import CODEC_SIZES, arguments, asked_of_fit, normal, random_tokens, tree
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,9 +20,7 @@ import tokenizer
 import train
 
 SCALES = ((1, 1), (2, 2), (4, 4))
-SIZES = dict(codes=11, code_dim=4, channels=32, multipliers=(1, 2))
-SIZES |= dict(residual_blocks=1, attention=False)
-CODEC = tokenizer.init(**SIZES)
+CODEC = tokenizer.init(**CODEC_SIZES)
 STAGES = pytest.mark.parametrize("name", ["tokenizer", "next_scale", "masked"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -45,23 +43,8 @@ def small(scales=SCALES, depth=3, masked=1):
     return tree(scales, depth=depth, masked=masked, codes=11, random=False)
 
 
-def stage(name, dtype=torch.bfloat16, scales=SCALES, device="cpu", **flags):
-    """(tree, loss(tree, **batch), batch) as the trainer makes them."""
-    flags |= dict(SIZES, stage=name, dtype=dtype, scales=scales, device=torch.device(device))
-    flags |= dict(steps=9, batch=4, accumulate=1, masked_blocks=1, loss_weights="token")
-    args = argparse.Namespace(**vars(train.parser().parse_args([])) | flags)
-    codec, params = train.to_device((CODEC, small(scales, masked=0)), args.device)
-    cache, data = random_tokens(4, scales, 11)[:, None].numpy(), train.Images(range(4), 8)
-    given = dict(on_tokens=lambda *_: (codec, cache, None), fit=lambda *given, **_: given)
-    given |= dict.fromkeys(["initial_transformer", "finished"], lambda *_: params)
-    with mock.patch.multiple(train, **given):
-        _, params, loss, batches, *_ = getattr(train, f"train_{name}")(args, data, data)
-    (batch,) = next(batches(0))
-    return params, loss, batch
-
-
 def step(*args, **flags):
-    params, loss, batch = stage(*args, **flags)
+    params, loss, (batch,) = asked_of_fit(*args, batch=4, steps=1, **flags)
     with Made() as made:
         loss(params, **batch)[0].backward()
     return made.tensors
@@ -76,7 +59,7 @@ def test_no_tensor_has_a_row_and_a_column_a_token(dtype, is_causal, monkeypatch)
     """And logits are sliced."""
     monkeypatch.setattr(hmar, "LOSS_SLICE", 70 * 11)
     scales = hmar.SCALES[256]
-    made = step("next_scale", dtype, scales, causal=is_causal) + step("masked", dtype, scales)
+    made = step("next_scale", scales, dtype, causal=is_causal) + step("masked", scales, dtype)
     with Made() as drawn:
         list(sample.steps(small(scales), CODEC, torch.tensor([0, 1]), is_causal=is_causal))
     shapes = [x.shape for _, x in made + drawn.tensors]
@@ -123,7 +106,7 @@ def test_computed_costs_are_those_of_a_real_step(masked):
 @pytest.mark.parametrize("name", ["next_scale", "masked"])
 def test_products_are_in_the_dtype_that_was_asked_for(name, dtype):
     """But for the input's and the head's modulation."""
-    made = step(name, dtype)
+    made = step(name, dtype=dtype)
     names = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled")
     products = [x.dtype for operator, x in made if operator.startswith(names)]
     assert products.count(dtype) > 40 and len(products) - products.count(dtype) < 12
@@ -160,7 +143,7 @@ def elsewhere(*trees):
 
 @STAGES
 def test_a_step_waits_for_nothing_and_mixes_no_devices(name):
-    params, loss, batch = stage(name, device="meta")
+    params, loss, (batch,) = asked_of_fit(name, device="meta", batch=4, steps=1)
     with elsewhere(params, batch) as (params, batch):
         model = train.Trained(benchmark.staged(params)[0], loss)
         optimizer = train.Optimizer(model.tree)
@@ -169,7 +152,7 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices(name):
 
 @STAGES
 def test_a_step_is_one_graph_that_other_batches_use_again(name):
-    params, loss, batch = stage(name)
+    params, loss, (batch,) = asked_of_fit(name, batch=4, steps=1)
     model = train.Trained(params, loss)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
