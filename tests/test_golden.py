@@ -55,27 +55,15 @@ def test_tokenizer(golden, vqvae):
     near(tokenizer.masked_inputs(vqvae, tokens, SCALES), theirs["mask_input"])
 
 
-def test_logits(golden, models):
+def test_logits_and_losses(golden, models):
     vq, train, labels = golden["vq"], golden["train"], golden["labels"]
+    tokens = torch.cat(vq["idx"], 1)
     ours = hmar.next_scale_logits(models["var"], labels, vq["var_input"], is_causal=True)
     near(ours, train["var_logits"])
-    near(hmar.next_scale_logits(models["nsp"], labels, vq["ns_input"]), train["nsp_logits"])
-    mask = torch.zeros(2, 29, dtype=torch.bool)
-    mask[:, train["mp_idx_to_mask"]] = True  # the published training shares a mask over the batch
-    ours = hmar.masked_logits(models["hmar"], labels, vq["ns_input"], vq["mask_input"], mask)
-    near(ours, train["mp_logits"])
-
-    tokens = torch.cat(vq["idx"], 1)
-    masked = (vq["ns_input"], vq["mask_input"], mask)
-    losses = hmar.masked_losses(models["hmar"], labels, tokens, *masked)
-    near(losses.mean(), train["mp_loss"])
-
-
-def test_losses(golden, models):
-    vq, train, labels = golden["vq"], golden["train"], golden["labels"]
-    tokens = torch.cat(vq["idx"], 1)
     losses = hmar.next_scale_losses(models["var"], labels, tokens, vq["var_input"], is_causal=True)
     near(losses.mean(), train["var_loss"])
+
+    near(hmar.next_scale_logits(models["nsp"], labels, vq["ns_input"]), train["nsp_logits"])
     losses = hmar.next_scale_losses(models["nsp"], labels, tokens, vq["ns_input"])
     near(losses.mean(), train["nsp_loss_uniform"])
     weights = hmar.scale_weights(SCALES, "lognormal")
@@ -83,6 +71,13 @@ def test_losses(golden, models):
     near((losses * weights).sum(1).mean(), train["nsp_loss_lognorm"])
     by_scale = (losses * hmar.scale_weights(SCALES, "scale")).sum(1).mean()
     near(by_scale * len(SCALES), train["nsp_loss_equal"], 1e-3)  # a sum over scales there
+
+    mask = torch.zeros(2, 29, dtype=torch.bool)
+    mask[:, train["mp_idx_to_mask"]] = True  # the published training shares a mask over the batch
+    masked = (vq["ns_input"], vq["mask_input"], mask)
+    near(hmar.masked_logits(models["hmar"], labels, *masked), train["mp_logits"])
+    losses = hmar.masked_losses(models["hmar"], labels, tokens, *masked)
+    near(losses.mean(), train["mp_loss"])
 
 
 ONE_PASS, REFINED = ((1,), (4,), (9,), (16,)), ((1,), (1, 3), (1, 3, 5), (16,))

@@ -467,16 +467,12 @@ def test_what_decoding_does_at_the_edge_is_taken_back(kind):
 
 # Bad arguments
 
-SCALAR = st.none() | st.booleans() | st.text(max_size=3) | st.integers() | st.floats() | st.binary()
-JUNK = st.recursive(
-    SCALAR, lambda x: st.lists(x, max_size=4) | st.dictionaries(SCALAR, x, max_size=2)
-)
-NAMES = ("schedule", "guidance", "mask_guidance", "soften", "temperature", "top_k", "top_p", "seed")
+JUNK = JSON | st.binary()
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(NAMES),
+    st.sampled_from(sorted(sample.defaults(PARAMS))),
     JUNK | st.lists(JUNK | st.just(math.nan) | st.lists(JUNK), min_size=3, max_size=3),
 )
 def test_options_work_or_are_a_value_error_that_names_them(name, value):
@@ -502,10 +498,7 @@ def test_labels_that_are_none_are_a_value_error(labels):
         (dict(schedule=((1,), (5, -1), (12,))), "schedule: got "),
         (dict(schedule=((0, 1), (4,), (12,))), "schedule: got "),
         (dict(schedule=((1,), (1, 3), (12,)), params=PLAIN), "schedule: got .* no masked branch"),
-        (
-            dict(codec=small_codec(codes=32)),
-            r"codec: got .* \(32, 8\), the transformer has \(16, 8\)",
-        ),
+        (dict(codec=small_codec(codes=32)), r"codec: got .*\(32, 8\), .* has \(16, 8\)"),
     ],
 )
 def test_bad_options_are_told(options, message):
@@ -580,8 +573,8 @@ def test_the_command_draws_the_same_images_in_every_form(run, tmp_path):
     with Image.open(tmp_path / "sheet.png") as page, Image.open(tmp_path / "growing.gif") as gif:
         left = page.width - 3 * (64 + 2)  # images grow by whole pixels
         assert page.height == 2 * (48 + 2) and left > 12
-        assert_same(np.asarray(page)[None, :48:8, left : left + 64 : 8], expected[:1])
-        assert_same(np.asarray(page)[None, 50:98:8, left : left + 64 : 8], expected[3:4])
+        rows = np.asarray(page).reshape(2, 50, -1, 3)
+        assert_same(rows[:, :48:8, left : left + 64 : 8], expected[::3])
         assert gif.n_frames == 5 and gif.size == page.size  # a page a pass
         for number, step in enumerate(sample.steps(PARAMS, CODEC, torch.tensor(labels), seed=5)):
             gif.seek(number)

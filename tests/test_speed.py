@@ -189,13 +189,11 @@ def test_the_benchmark_refuses_to_time_what_disagrees(capsys, monkeypatch):
         with pytest.raises(SystemExit, match="differs from the reference"):
             run(flags)
 
-    capsys.readouterr()
     seconds = dict(fp32=6.0, autocast=4.0, ours=2.0)
     monkeypatch.setattr(benchmark, "best_seconds", lambda *_: seconds)
-    benchmark.compare("what", dict.fromkeys(seconds, int), flags)
-    _, head, *_, ours, _, _ = capsys.readouterr().out.splitlines()
-    assert re.match("what +seconds +x fp32 +x autocast +x faster", head)
-    assert ours.split()[:5] == ["ours", "2.00", "3.00", "2.00", "2.00"]
+    benchmark.compare("", dict.fromkeys(seconds, int), flags)
+    table = r"x fp32 +x autocast +x faster .*\nours +2.00 +3.00 +2.00 +2.00 "
+    assert re.search(table, capsys.readouterr().out, re.DOTALL)
 
     logits = normal(9, 4096, scale=2)
     kept = benchmark.dense_filtered(logits, 900, 0.96).isfinite().sum(-1)

@@ -373,17 +373,6 @@ def stop_at(step, stop, now, reports, optimizer):
         stop()
 
 
-def past_a_size():
-    """An evaluate: a loss that falls until the weights have a size, then rises."""
-
-    def evaluate(tree):
-        trees.append(copy.deepcopy(tree))
-        return dict(loss=abs(float(tree["weight"].norm()) - 0.1))
-
-    trees = []
-    return trees, evaluate
-
-
 def test_the_loop_is_muon_and_adamw_with_clipping_a_schedule_and_averages(tmp_path):
     """Against a loop that is written out."""
     args = toy_args(tmp_path, steps=9, warmup=3)
@@ -413,7 +402,12 @@ def test_the_loop_is_muon_and_adamw_with_clipping_a_schedule_and_averages(tmp_pa
 
 
 def test_the_best_weights_are_kept_and_the_run_ends_early_across_a_kill_too(tmp_path, capsys):
-    trees, evaluate = past_a_size()
+    def evaluate(tree):
+        """A loss that falls until the weights have a size, then rises."""
+        trees.append(copy.deepcopy(tree))
+        return dict(loss=abs(float(tree["weight"].norm()) - 0.1))
+
+    trees = []
     whole = toy_fit(toy_args(tmp_path / "whole"), evaluate)
     losses = [line["held_out_loss"] for line in lines_of(tmp_path / "whole", name="held_out_loss")]
     best = int(np.argmin(losses))
@@ -735,20 +729,15 @@ def test_what_links_point_to_is_not_written_over(folder, tmp_path, monkeypatch):
 # Starting from given weights
 
 
-def flags_of(*flags, classes="abc"):
-    args = train.resolved(train.parser().parse_args([*TINY, *map(str, flags)]))
-    args.device, args.dtype, args.class_names = torch.device("cpu"), torch.float32, classes
-    return args
-
-
 def test_a_transformer_starts_from_other_classes_scales_and_branches(tmp_path, capsys):
     sizes = dict(width=32, classes=5, codes=16, code_dim=8)
     params = hmar.add_masked_branch(hmar.init(depth=3, scales=SCALES, seed=5, **sizes), 2)
 
     def started(*flags, classes="abcde", params=params):
         torch.save(params, tmp_path / "init.pt")
-        own = ["--init", tmp_path / "init.pt", "--out", tmp_path / "run"]
-        args = flags_of("next-scale", *own, *flags, classes=classes)
+        own = ["next-scale", "--init", tmp_path / "init.pt", "--out", tmp_path / "run", *flags]
+        args = train.resolved(train.parser().parse_args([*TINY, *map(str, own)]))
+        args.device, args.class_names = torch.device("cpu"), classes
         return train.initial_transformer(args, CODEC), capsys.readouterr().out
 
     same, said = started()
