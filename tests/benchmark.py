@@ -194,7 +194,7 @@ def dense_mask(lengths, is_causal, dtype=torch.float32):
     block = torch.repeat_interleave(torch.tensor(lengths, device=DEVICE))
     sees = torch.ge if is_causal else torch.eq
     visible = sees(block[:, None], block)
-    return torch.zeros(visible.shape, dtype=dtype, device=DEVICE).masked_fill(~visible, -torch.inf)
+    return torch.where(visible, 0.0, -torch.inf).to(dtype)
 
 
 def attention_contestants(lengths, is_causal, dtype):
@@ -367,6 +367,7 @@ def training(arguments):
     for is_causal in (False, True):
         mask = dense_mask(lengths, is_causal)
         refuse("ours in fp32", ours(torch.float32, is_causal), published(mask), 1e-3)
+    refuse("autocast", published(mask, True), published(mask), 0.1)
     contestants = {
         "published, fp32": lambda: published(mask),
         "published, bf16 autocast": lambda: published(mask, autocast=True),
@@ -433,7 +434,7 @@ def begin(arguments):
     arguments.depth = arguments.depth or depth
     arguments.dtype = sample.find_dtype(None, DEVICE)
     what = f"{arguments.batch} x {arguments.size} pixels, depth {arguments.depth}, width 512"
-    print_conditions(f"{what}, 4096 codes; ours in {arguments.dtype}")
+    print_conditions(what, f"4096 codes; ours in {arguments.dtype}")
 
     scales = hmar.SCALES[arguments.size]
     params = hmar.init(depth=arguments.depth, width=512, scales=scales, gamma=1.0)
@@ -531,9 +532,8 @@ def cost(depth, scales, masked_blocks=0, **sizes):
 def weights_cost(tree, trained):
     parameters = sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
     moving = sum(leaf.numel() for leaf in trained)
-    of_muon = sum(
-        matrix.numel() for _, matrix in train.Optimizer(tree).pairs
-    )  # one moment, not two
+    pairs = train.Optimizer(tree).pairs
+    of_muon = sum(matrix.numel() for _, matrix in pairs)  # one moment, not two
     return dict(parameters=parameters, optimizer=4 * (parameters + 4 * moving - of_muon))
 
 
@@ -550,9 +550,8 @@ def tokenizer_cost(size, scales, **sizes):
 
         flops = flops_of(lambda: losses().backward())
         activations = saved_bytes(losses, pytree.tree_leaves((codec, fast)))
-        return weights_cost(codec, pytree.tree_leaves(codec)) | dict(
-            flops=flops, activations=activations
-        )
+        numbers = dict(flops=flops, activations=activations)
+        return numbers | weights_cost(codec, pytree.tree_leaves(codec))
 
 
 def costs(arguments):
@@ -568,9 +567,8 @@ def costs(arguments):
     def add(name, size, stages):
         cells = []
         for key, unit in units.items():
-            cells.append(
-                " / ".join(f"{stage[key] / unit:,.2f}" for stage in stages if key in stage)
-            )
+            parts = [f"{stage[key] / unit:,.2f}" for stage in stages if key in stage]
+            cells.append(" / ".join(parts))
         rows.append((name, size, *cells))
 
     for depth, (size, scales) in itertools.product((16, 20, 24, 30), hmar.SCALES.items()):

@@ -1,9 +1,11 @@
 """What several test files use: random trees and arguments, comparisons, plain re-derivations."""
 
+import argparse
 import functools
 import math
 import operator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import hmar
 import tokenizer
+import train
 
 JSON = st.none() | st.booleans() | st.text(max_size=3) | st.integers() | st.floats()
 JSON = JSON | st.lists(JSON, max_size=3) | st.dictionaries(st.text(), JSON, max_size=2)
@@ -129,6 +132,27 @@ def arguments(params, batch, seed=0):
     labels = torch.randint(len(params["classes"]), (batch,), generator=generator)
     features = [normal(*shape, seed=seed + i).to(params["classes"].dtype) for i in range(2)]
     return labels, *features, torch.rand(shape[:2], generator=generator) < 0.5
+
+
+CODEC_SIZES = dict(codes=11, code_dim=4, channels=32, multipliers=(1, 2))
+CODEC_SIZES |= dict(residual_blocks=1, attention=False)
+
+
+def asked_of_fit(
+    name, scales=((1, 1), (2, 2), (4, 4)), dtype=torch.bfloat16, device="cpu", **flags
+):
+    """(tree, loss(tree, **batch), batches) that a stage of the trainer hands to its loop."""
+    flags |= dict(CODEC_SIZES, stage=name, scales=scales, dtype=dtype, device=torch.device(device))
+    flags |= dict(accumulate=1, masked_blocks=2, loss_weights="scale")
+    args = argparse.Namespace(**vars(train.parser().parse_args([])) | flags)
+    models = tokenizer.init(**CODEC_SIZES), tree(scales, depth=3, masked=0, codes=11, random=False)
+    codec, params = train.to_device(models, args.device)
+    cache, data = random_tokens(3, scales, 11)[:, None].numpy(), train.Images(range(3), 8)
+    given = dict(on_tokens=lambda *_: (codec, cache, None), fit=lambda *given, **_: given)
+    given |= dict.fromkeys(["initial_transformer", "finished"], lambda *_: params)
+    with mock.patch.multiple(train, **given, DEPTH_DROP=4):
+        _, params, loss, batches, *_ = getattr(train, f"train_{name}")(args, data, data)
+        return params, loss, [part for (part,) in batches(0)]
 
 
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # what their names end in

@@ -9,6 +9,7 @@ import judge  # puts the repository on the path
 import numpy as np
 import pytest
 import torch
+from helpers import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -54,25 +55,6 @@ def test_a_drawing_depends_on_its_index_alone(index, size):
     assert image.tobytes() == again.tobytes() != train.draw_shape(index + 10, size)[0].tobytes()
 
 
-@quick
-@given(st.integers(0, 10_000), st.sampled_from([64, 128, 96]))
-def test_a_drawing_shows_the_same_at_every_size(index, size):
-    large = train.draw_shape(index, size)[0].resize((32, 32), Image.Resampling.BOX)
-    small = np.asarray(train.draw_shape(index)[0], dtype=float)
-    assert np.abs(small - np.asarray(large)).mean() < 4  # edges are placed to a quarter of a pixel
-
-
-def test_drawings_are_bright_on_dark_and_differ_by_class():
-    images = np.stack([np.asarray(train.draw_shape(index)[0]) for index in range(500)])
-    brightness = images.max(axis=3)  # (500, 32, 32)
-    assert (brightness.max(axis=(1, 2)) >= 0.85 * 255 - 1).all()
-    assert (brightness.min(axis=(1, 2)) <= 0.3 * 255 + 1).all()
-    covered = (brightness > 0.5 * 255).mean(axis=(1, 2)).reshape(-1, 10).mean(axis=0)
-    of = dict(zip(train.SHAPES, covered, strict=True))
-    assert of["disc"] > of["hexagon"] > of["square"] > of["triangle"] > of["star"] > 0.1
-    assert of["ring"] < 0.8 * of["disc"] and of["crescent"] < 0.65 * of["disc"]
-
-
 # Folders
 
 
@@ -95,20 +77,6 @@ def test_links_in_a_circle_end(tmp_path):
         (tmp_path / "data" / link).symlink_to(target)
     files, _ = train.list_images(tmp_path / "data")
     assert [Path(path).name for path, _ in files] == ["1.png", "2.png"]
-
-
-def test_a_directory_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
-    save_all(tmp_path, "cat/1.png", "dog/2.png")
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("dog"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    assert train.list_images(tmp_path)[1] == ["cat"]
-    assert capsys.readouterr().err.count(f"{tmp_path}/dog") == 1
 
 
 def test_folders_without_a_meaning_are_refused(tmp_path):
@@ -367,9 +335,7 @@ def test_more_than_a_twentieth_and_more_than_ten_broken_files_stop_the_run(tmp_p
 @quick
 @given(st.integers(2, 6), st.integers(0, 2**31))
 def test_the_frechet_distance_of_gaussians(dimensions, seed):
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(40, dimensions, generator=generator, dtype=torch.float64)
-    shift = torch.randn(dimensions, generator=generator, dtype=torch.float64)
+    a, shift = normal(40, dimensions, seed=seed), normal(dimensions, seed=seed + 1)
     moved = shift.square().sum().item()
     assert judge.frechet(a, a + shift) == pytest.approx(moved, rel=1e-7, abs=1e-8)
     centred = a - a.mean(0)

@@ -1,12 +1,10 @@
 """Agreement with the published systems: tiny random models of every kind, golden A."""
 
-import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 import hmar
@@ -57,27 +55,15 @@ def test_tokenizer(golden, vqvae):
     near(tokenizer.masked_inputs(vqvae, tokens, SCALES), theirs["mask_input"])
 
 
-def test_logits(golden, models):
+def test_logits_and_losses(golden, models):
     vq, train, labels = golden["vq"], golden["train"], golden["labels"]
+    tokens = torch.cat(vq["idx"], 1)
     ours = hmar.next_scale_logits(models["var"], labels, vq["var_input"], is_causal=True)
     near(ours, train["var_logits"])
-    near(hmar.next_scale_logits(models["nsp"], labels, vq["ns_input"]), train["nsp_logits"])
-    mask = torch.zeros(2, 29, dtype=torch.bool)
-    mask[:, train["mp_idx_to_mask"]] = True  # the published training shares a mask over the batch
-    ours = hmar.masked_logits(models["hmar"], labels, vq["ns_input"], vq["mask_input"], mask)
-    near(ours, train["mp_logits"])
-
-    tokens = torch.cat(vq["idx"], 1)
-    masked = (vq["ns_input"], vq["mask_input"], mask)
-    losses = hmar.masked_losses(models["hmar"], labels, tokens, *masked)
-    near(losses.mean(), train["mp_loss"])
-
-
-def test_losses(golden, models):
-    vq, train, labels = golden["vq"], golden["train"], golden["labels"]
-    tokens = torch.cat(vq["idx"], 1)
     losses = hmar.next_scale_losses(models["var"], labels, tokens, vq["var_input"], is_causal=True)
     near(losses.mean(), train["var_loss"])
+
+    near(hmar.next_scale_logits(models["nsp"], labels, vq["ns_input"]), train["nsp_logits"])
     losses = hmar.next_scale_losses(models["nsp"], labels, tokens, vq["ns_input"])
     near(losses.mean(), train["nsp_loss_uniform"])
     weights = hmar.scale_weights(SCALES, "lognormal")
@@ -85,6 +71,13 @@ def test_losses(golden, models):
     near((losses * weights).sum(1).mean(), train["nsp_loss_lognorm"])
     by_scale = (losses * hmar.scale_weights(SCALES, "scale")).sum(1).mean()
     near(by_scale * len(SCALES), train["nsp_loss_equal"], 1e-3)  # a sum over scales there
+
+    mask = torch.zeros(2, 29, dtype=torch.bool)
+    mask[:, train["mp_idx_to_mask"]] = True  # the published training shares a mask over the batch
+    masked = (vq["ns_input"], vq["mask_input"], mask)
+    near(hmar.masked_logits(models["hmar"], labels, *masked), train["mp_logits"])
+    losses = hmar.masked_losses(models["hmar"], labels, tokens, *masked)
+    near(losses.mean(), train["mp_loss"])
 
 
 ONE_PASS, REFINED = ((1,), (4,), (9,), (16,)), ((1,), (1, 3), (1, 3, 5), (16,))
@@ -123,35 +116,6 @@ def test_every_pass_of_refinement(golden, vqvae, models):
         hidden = [row.nonzero().flatten().tolist() for row in steps[k, number - 1].hidden]
         assert hidden == their_pass["masked"].sort().values.tolist()
         assert torch.equal(steps[k, number].tokens, their_pass["idx_after"])
-
-
-def test_blocks(golden, models):
-    micro, head = golden["micro"], models["var"]["next_scale"]
-    attend = functools.partial(hmar.block_sparse_attention, block_lengths=[5], scale=1.0)
-    for kind, i, x, theirs in (
-        ("var", 0, "x_small", "block0_small"),
-        ("var", 1, "x", "block1"),
-        ("nsp", 0, "x", "nsp_block0"),
-    ):
-        weights = models[kind]["trunk"][i]
-        near(hmar.block(micro[x], micro["cond"], attend, None, **weights), micro[theirs])
-    two = hmar.linear(F.silu(micro["cond"]), **head["modulation"]).unsqueeze(1)
-    for x, theirs in (("x_small", "logits_small"), ("x", "logits")):
-        features = hmar.modulate(micro[x], *two.chunk(2, -1))
-        near(hmar.logits(features, **head["head"]), micro[theirs])
-
-
-def test_quantiser_parts(golden, vqvae):
-    micro = golden["micro"]
-    codes = micro["phi_in"].flatten(2).mT
-    for k, theirs in enumerate(micro["phi_out"]):  # as many scales as phi: each has its own
-        near(tokenizer.contribution(vqvae["phi"], codes, k, ((5, 5),) * 4), theirs)
-    halves = [dict(weight=torch.zeros(3, 3, 3, 3), bias=torch.zeros(3))] * 4  # phi(h) = h / 2
-    codes = micro["bicubic_in"].flatten(2).mT
-    near(2 * tokenizer.contribution(halves, codes, 0, ((3, 3), (8, 8))), micro["bicubic_out_8"])
-    near(tokenizer.resize_to_scale(micro["area_in"], (3, 3)), micro["area_out_3"].flatten(2).mT)
-    for count, theirs in ((4, "phi_index_this"), (10, "phi_index_10"), (14, "phi_index_14")):
-        assert [tokenizer.phi_index(k, count) for k in range(count)] == micro[theirs]
 
 
 def test_filters(golden):

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("attention_kernels", "tokenizer", "hmar", "sample", "train")
 README = (ROOT / "README.md").read_text()
 BUDGETS = dict(attention_kernels=23_000, tokenizer=21_000, hmar=23_000, sample=24_000, train=39_000)
+BUDGETS |= dict(together=sum(BUDGETS.values()), tests=200_000, benchmark=28_000, README=8_000)
 
 
 def python(*arguments, cwd):
@@ -39,18 +40,25 @@ def blocks(language):
 
 
 def test_first_code_block_is_two_commands():
-    first = re.search(r"^```\w*\n(.*?)^```$", README, re.MULTILINE | re.DOTALL).group(1)
-    first = first.splitlines()
-    assert len(first) == 2
-    assert "train.py" in first[0] and "pytest" in first[1]
+    _, one, two = README.split("```")[1].splitlines()
+    assert "train.py" in one and "pytest" in two
 
 
 def test_readme_fits_a_screen():
     lines = README.splitlines()
     numbers = re.findall(r"\d[\d,.]*", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
     assert len(lines) <= 120 and len(README.encode()) < 8000 and len(numbers) < 100
+    assert max(map(len, lines)) <= 100
     tables = re.findall(r"^\|[ :-]+\|", README, re.MULTILINE)
     assert len(tables) <= 2
+
+
+def test_what_is_named_and_linked_is_there():
+    for path in re.findall(r"\]\((.+?)\)", README):
+        assert (ROOT / path).is_file(), path
+    text = README + (ROOT / "tests/RESULTS.md").read_text()
+    for module, name in re.findall(rf"`({'|'.join(MODULES)})\.(?!py`)(\w+)`", text):
+        assert hasattr(sys.modules[module], name), name
 
 
 def test_readme_example_runs():
@@ -106,10 +114,15 @@ def test_help_fits_a_screen():
 
 def test_sizes_of_files_are_printed():
     sizes = {name: (ROOT / f"{name}.py").stat().st_size for name in MODULES}
+    sizes["together"] = sum(sizes.values())
+    tests = [*ROOT.glob("tests/test_*.py"), ROOT / "tests/helpers.py"]
+    sizes["tests"] = sum(path.stat().st_size for path in tests)
+    sizes["benchmark"] = (ROOT / "tests/benchmark.py").stat().st_size
+    sizes["README"] = len(README.encode())
     for name, size in sizes.items():
-        print(f"{name}.py: {size} bytes of {BUDGETS[name]}")
-    print(f"together {sum(sizes.values())} of {sum(BUDGETS.values())}; README {len(README)}")
-    assert sum(sizes.values()) <= 167_000
+        print(f"{name}: {size} bytes of {BUDGETS[name]}")
+    assert sizes["together"] <= 167_000
+    assert sizes["tests"] <= BUDGETS["tests"] and sizes["benchmark"] <= BUDGETS["benchmark"]
 
 
 @pytest.mark.parametrize("name", MODULES)

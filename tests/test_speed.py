@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import re
 from unittest import mock
 
 import benchmark
 import pytest
 import torch
-from helpers import arguments, normal, random_tokens, tree
+from helpers import CODEC_SIZES, arguments, asked_of_fit, normal, random_tokens, tree
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ import tokenizer
 import train
 
 SCALES = ((1, 1), (2, 2), (4, 4))
-CODEC = tokenizer.init(codes=11, code_dim=4, channels=32, multipliers=(1, 2), attention=False)
+CODEC = tokenizer.init(**CODEC_SIZES)
 STAGES = pytest.mark.parametrize("name", ["tokenizer", "next_scale", "masked"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -42,39 +43,10 @@ def small(scales=SCALES, depth=3, masked=1):
     return tree(scales, depth=depth, masked=masked, codes=11, random=False)
 
 
-def stage(name, dtype=torch.bfloat16, scales=SCALES, **options):
-    """(tree, loss(tree, **batch), batch) as the trainer has them."""
-    params = small(scales)
-    labels, _, _, mask = arguments(params, 4)
-    tokens, gates = random_tokens(4, scales, 11), hmar.stochastic_depth(torch.rand(4, 3, 2), 0.1)
-    batch = dict(codec=CODEC, labels=labels, tokens=tokens, gates=gates)
-
-    def prediction(params, codec, labels, tokens, **more):
-        inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
-        given = [hmar.cast(params, dtype), labels, tokens, inputs]
-        if "mask" not in more:
-            return hmar.next_scale_losses(*given, **more, **options).mean(), {}
-        given.append(tokenizer.masked_inputs(codec, tokens, scales, more["mask"]))
-        return hmar.masked_losses(*given, **more).mean(), {}
-
-    def reconstruction(codec, images, stops):
-        made = tokenizer.training_pass(tokenizer.cast(codec, dtype), images, scales, stops)
-        return train.reconstruction_loss(made["images"], images) + made["loss"], {}
-
-    if name == "tokenizer":
-        images = torch.rand(4, 3, 8, 8)
-        return CODEC, reconstruction, dict(images=images, stops=torch.tensor([1]))
-    if name == "masked":
-        batch |= dict(mask=mask, places=mask.flatten().nonzero()[:, 0])
-    else:
-        del params["masked"]
-    return params, prediction, batch
-
-
-def step(name, *args, **options):
-    params, loss, batch = stage(name, *args, **options)
+def step(*args, **flags):
+    params, loss, (batch,) = asked_of_fit(*args, batch=4, steps=1, **flags)
     with Made() as made:
-        loss(benchmark.staged(params)[0], **batch)[0].backward()
+        loss(params, **batch)[0].backward()
     return made.tensors
 
 
@@ -87,7 +59,7 @@ def test_no_tensor_has_a_row_and_a_column_a_token(dtype, is_causal, monkeypatch)
     """And logits are sliced."""
     monkeypatch.setattr(hmar, "LOSS_SLICE", 70 * 11)
     scales = hmar.SCALES[256]
-    made = step("next_scale", dtype, scales, is_causal=is_causal) + step("masked", dtype, scales)
+    made = step("next_scale", scales, dtype, causal=is_causal) + step("masked", scales, dtype)
     with Made() as drawn:
         list(sample.steps(small(scales), CODEC, torch.tensor([0, 1]), is_causal=is_causal))
     shapes = [x.shape for _, x in made + drawn.tensors]
@@ -134,7 +106,7 @@ def test_computed_costs_are_those_of_a_real_step(masked):
 @pytest.mark.parametrize("name", ["next_scale", "masked"])
 def test_products_are_in_the_dtype_that_was_asked_for(name, dtype):
     """But for the input's and the head's modulation."""
-    made = step(name, dtype)
+    made = step(name, dtype=dtype)
     names = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled")
     products = [x.dtype for operator, x in made if operator.startswith(names)]
     assert products.count(dtype) > 40 and len(products) - products.count(dtype) < 12
@@ -171,7 +143,7 @@ def elsewhere(*trees):
 
 @STAGES
 def test_a_step_waits_for_nothing_and_mixes_no_devices(name):
-    params, loss, batch = stage(name)
+    params, loss, (batch,) = asked_of_fit(name, device="meta", batch=4, steps=1)
     with elsewhere(params, batch) as (params, batch):
         model = train.Trained(benchmark.staged(params)[0], loss)
         optimizer = train.Optimizer(model.tree)
@@ -180,8 +152,8 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices(name):
 
 @STAGES
 def test_a_step_is_one_graph_that_other_batches_use_again(name):
-    params, loss, batch = stage(name)
-    model = train.Trained(benchmark.staged(params)[0], loss)
+    params, loss, (batch,) = asked_of_fit(name, batch=4, steps=1)
+    model = train.Trained(params, loss)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -201,15 +173,27 @@ def test_sampling_waits_for_nothing_and_mixes_no_devices(options):
 
 def test_the_benchmark_refuses_to_time_what_disagrees(capsys, monkeypatch):
     monkeypatch.setitem(hmar.SCALES, 256, hmar.SCALES[256][:4])
+    refuse = mock.Mock(wraps=benchmark.refuse)
+    monkeypatch.setattr(benchmark, "refuse", refuse)
     flags = argparse.Namespace(size=256, depth=2, batch=1, rounds=1)
     for run in (benchmark.training, benchmark.sampling):
         run(flags)
+    benchmark.attention(argparse.Namespace(size=[256], batch=1, head_dim=16, dtype=None, rounds=1))
     assert capsys.readouterr().out.count("\nours") == 5
+    (autocast,) = [call.args for call in refuse.call_args_list if call.args[0] == "autocast"]
+    assert not torch.equal(autocast[1][0], autocast[2][0])  # it is on
+
     whole = hmar.feed_forward  # the reference has its own
     monkeypatch.setattr(hmar, "feed_forward", lambda *args, **more: 1.01 * whole(*args, **more))
     for run in (benchmark.training, benchmark.sampling):
         with pytest.raises(SystemExit, match="differs from the reference"):
             run(flags)
+
+    seconds = dict(fp32=6.0, autocast=4.0, ours=2.0)
+    monkeypatch.setattr(benchmark, "best_seconds", lambda *_: seconds)
+    benchmark.compare("", dict.fromkeys(seconds, int), flags)
+    table = r"x fp32 +x autocast +x faster .*\nours +2.00 +3.00 +2.00 +2.00 "
+    assert re.search(table, capsys.readouterr().out, re.DOTALL)
 
     logits = normal(9, 4096, scale=2)
     kept = benchmark.dense_filtered(logits, 900, 0.96).isfinite().sum(-1)

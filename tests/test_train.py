@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import JSON, contents, small_codec
+from helpers import CODEC_SIZES, JSON, asked_of_fit, contents, scrambled, small_codec, tree
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -373,17 +373,6 @@ def stop_at(step, stop, now, reports, optimizer):
         stop()
 
 
-def past_a_size():
-    """An evaluate: a loss that falls until the weights have a size, then rises."""
-
-    def evaluate(tree):
-        trees.append(copy.deepcopy(tree))
-        return dict(loss=abs(float(tree["weight"].norm()) - 0.1))
-
-    trees = []
-    return trees, evaluate
-
-
 def test_the_loop_is_muon_and_adamw_with_clipping_a_schedule_and_averages(tmp_path):
     """Against a loop that is written out."""
     args = toy_args(tmp_path, steps=9, warmup=3)
@@ -413,7 +402,12 @@ def test_the_loop_is_muon_and_adamw_with_clipping_a_schedule_and_averages(tmp_pa
 
 
 def test_the_best_weights_are_kept_and_the_run_ends_early_across_a_kill_too(tmp_path, capsys):
-    trees, evaluate = past_a_size()
+    def evaluate(tree):
+        """A loss that falls until the weights have a size, then rises."""
+        trees.append(copy.deepcopy(tree))
+        return dict(loss=abs(float(tree["weight"].norm()) - 0.1))
+
+    trees = []
     whole = toy_fit(toy_args(tmp_path / "whole"), evaluate)
     losses = [line["held_out_loss"] for line in lines_of(tmp_path / "whole", name="held_out_loss")]
     best = int(np.argmin(losses))
@@ -490,15 +484,13 @@ def test_a_convolution_is_stepped_as_a_matrix_and_moments_are_forgotten_by_rows(
 
 
 def test_muon_is_for_what_maps_features_to_features():
-    codec = tokenizer.init(codes=32, code_dim=8, channels=32, multipliers=(1, 2))
-    params = hmar.init(depth=2, width=32, classes=3, codes=32, code_dim=8, scales=SCALES)
-    tree = train.trainable(dict(codec=codec, hmar=hmar.add_masked_branch(params, 1)))
-    chosen = {id(leaf) for leaf, _ in train.Optimizer(tree).pairs}
+    codec = small_codec(multipliers=(1, 2))
+    params = train.trainable(dict(codec=codec, hmar=tree(random=False)))
+    muon = {id(leaf) for leaf, _ in train.Optimizer(params).pairs}
     kinds = "conv1|conv2|shortcut|upsample|downsample|qkv|project|expand|contract"
-    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-        name = pytree.keystr(path)
-        expected = leaf.ndim > 1 and re.search(rf"'({kinds})'\](\['weight'\])?$", name) is not None
-        assert (id(leaf) in chosen) == expected, name
+    for path, leaf in pytree.tree_flatten_with_path(params)[0]:
+        is_named = re.search(rf"'({kinds})'\](\['weight'\])?$", pytree.keystr(path))
+        assert (id(leaf) in muon) == (leaf.ndim > 1 and is_named is not None), path
 
 
 def test_every_item_comes_once_an_epoch_in_a_new_order():
@@ -525,7 +517,7 @@ def test_two_processes_or_two_parts_are_one_with_the_whole(base, start, folder, 
             continued(base, tmp_path / name, *earlier, **recorded)
     one = start(*flags, tmp_path / "one")
     parts = start(*flags, tmp_path / "parts", "--accumulate", 2)
-    for job in (one, parts, *start_two(start, *flags, tmp_path / "two")):
+    for job in (one, parts, *start_two(start, *flags, tmp_path / "two", "--accumulate", 2)):
         job.ended()
 
     file = train.STAGES[stage]
@@ -581,18 +573,23 @@ def test_dead_codes_alone_are_replaced_and_their_moments_forgotten(folder, tmp_p
 
     def revived(codebook, counts, *rest):
         new, dead = revive(codebook, counts, *rest)
-        seen.append((counts.clone(), dead))
+        seen.append((counts.clone(), new, dead))
         return new, dead
 
+    def noted(optimizer, leaf, rows):
+        forgotten.append((leaf.detach().clone(), rows))
+        forget(optimizer, leaf, rows)
+
+    forget, forgotten = train.Optimizer.forget, []
     monkeypatch.setattr(tokenizer, "revive_codes", revived)
-    forgotten = watched(monkeypatch, train.Optimizer, "forget")
+    monkeypatch.setattr(train.Optimizer, "forget", noted)
     flags = ["tokenizer", "--data", folder, "--batch", 2, "--codes", 128]
     run(*flags, "--out", tmp_path)
     # at steps 1, 4 and 8, not after 80 %
-    assert [int(counts.sum()) for counts, _ in seen] == [2 * 81 * n for n in (1, 3, 4)]
-    for (counts, dead), (_, (_, leaf, rows), _) in zip(seen, forgotten, strict=True):
+    assert [int(counts.sum()) for counts, *_ in seen] == [2 * 81 * n for n in (1, 3, 4)]
+    for (counts, new, dead), (codebook, rows) in zip(seen, forgotten, strict=True):
         assert torch.equal(dead, counts == 0) and 0 < dead.sum() < 128
-        assert leaf.shape == (128, 8) and torch.equal(rows, dead)
+        assert torch.equal(codebook, new) and torch.equal(rows, dead)
 
 
 def test_held_out_numbers_are_those_of_the_weights_that_are_saved(base, folder):
@@ -628,18 +625,25 @@ def test_held_out_numbers_are_those_of_the_weights_that_are_saved(base, folder):
         assert found == pytest.approx(losses.mean().item(), rel=1e-4)
 
 
-def test_labels_are_dropped_and_the_share_of_hidden_tokens_is_uniform(base, folder, monkeypatch):
-    args = flags_of("masked", "--data", folder, "--batch", 50, "--out", base)
-    args.stage, args.steps, seen = "masked", 10, []
-    on_tokens = CODEC, np.zeros((30, 2, 81), np.uint16), None
-    monkeypatch.setattr(train, "on_tokens", lambda *_: on_tokens)
-    monkeypatch.setattr(train, "fit", lambda *arguments: seen.extend(arguments[3](0)))
-    data = argparse.Namespace(labels=[0, 1, 2] * 10)
-    train.train_masked(args, data, data)
-    parts = [part for (part,) in seen]
-    ratios = torch.cat([part["mask"].float().mean(1) for part in parts])
+def test_labels_are_dropped_hidden_shares_uniform_and_losses_those_of_the_model():
+    codec = tokenizer.init(**CODEC_SIZES)
+    for name in ("next_scale", "masked"):
+        params, loss, batches = asked_of_fit(name, SCALES, torch.float32, batch=50, steps=10)
+        params = pytree.tree_map(torch.Tensor.float, scrambled(params))
+        labels, tokens, gates, *masked = batches[0].values()
+        given = [params, labels, tokens, tokenizer.next_scale_inputs(codec, tokens, SCALES)]
+        if name == "masked":
+            given += [tokenizer.masked_inputs(codec, tokens, SCALES, masked[0]), masked[0]]
+            expected = hmar.masked_losses(*given, gates=gates).mean()
+        else:
+            by_scale = hmar.next_scale_losses(*given, gates=gates).split([1, 16, 64], 1)
+            expected = sum(losses.mean() for losses in by_scale) / 3
+        torch.testing.assert_close(loss(params, **batches[0])[0], expected)
+        assert (gates == 0).any()
+
+    ratios = torch.cat([batch["mask"].float().mean(1) for batch in batches])
     assert len(ratios) == 500 and np.histogram(ratios, 4, (0, 1))[0].min() > 90
-    labels = torch.cat([part["labels"] for part in parts])
+    labels = torch.cat([batch["labels"] for batch in batches])
     assert 25 < (labels == 3).sum() < 85  # a tenth
 
 
@@ -725,20 +729,15 @@ def test_what_links_point_to_is_not_written_over(folder, tmp_path, monkeypatch):
 # Starting from given weights
 
 
-def flags_of(*flags, classes="abc"):
-    args = train.resolved(train.parser().parse_args([*TINY, *map(str, flags)]))
-    args.device, args.dtype, args.class_names = torch.device("cpu"), torch.float32, classes
-    return args
-
-
 def test_a_transformer_starts_from_other_classes_scales_and_branches(tmp_path, capsys):
     sizes = dict(width=32, classes=5, codes=16, code_dim=8)
     params = hmar.add_masked_branch(hmar.init(depth=3, scales=SCALES, seed=5, **sizes), 2)
 
     def started(*flags, classes="abcde", params=params):
         torch.save(params, tmp_path / "init.pt")
-        own = ["--init", tmp_path / "init.pt", "--out", tmp_path / "run"]
-        args = flags_of("next-scale", *own, *flags, classes=classes)
+        own = ["next-scale", "--init", tmp_path / "init.pt", "--out", tmp_path / "run", *flags]
+        args = train.resolved(train.parser().parse_args([*TINY, *map(str, own)]))
+        args.device, args.class_names = torch.device("cpu"), classes
         return train.initial_transformer(args, CODEC), capsys.readouterr().out
 
     same, said = started()
@@ -754,15 +753,24 @@ def test_a_transformer_starts_from_other_classes_scales_and_branches(tmp_path, c
         started(params=hmar.init(depth=1, scales=SCALES, **sizes | dict(codes=8)))
 
 
-def test_a_given_tokenizer_is_taken_as_it_is_or_trained_on(folder, tmp_path):
+def test_a_given_tokenizer_is_taken_as_it_is_or_trained_on(folder, tmp_path, monkeypatch):
     given = tmp_path / "given.pt"
     torch.save(CODEC, given)
     flags = ["--data", folder, "--out", tmp_path / "run", "--steps", 1]
-    run(*flags, "--tokenizer", given)
+    checkpointed = watched(monkeypatch, hmar, "checkpoint")
+    run(*flags, "--tokenizer", given, "--checkpointing")
+    assert len(checkpointed) == 2  # a block and a step a stage
     assert difference(weights(tmp_path / "run", "tokenizer.pt"), CODEC) == 0
     assert {line["stage"] for line in lines_of(tmp_path / "run")} == {"next-scale", "masked"}
     run(*flags)  # --tokenizer need not be repeated
     assert sample.main([str(tmp_path / "run"), "--count", "1", "--out", str(tmp_path / "a")]) == 0
+
+    calls = watched(monkeypatch, hmar, "branch_features")
+    run(*flags, "--causal", "--tokenizer", given, "--out", tmp_path / "var")
+    for _, _, options in calls:  # to train, to judge, to draw
+        assert options.get("is_causal") or options.get("cache"), options
+    assert "masked" not in weights(tmp_path / "var", "hmar.pt")
+    assert json.loads((tmp_path / "var" / "args.json").read_text())["causal"] is True
 
     run("tokenizer", *flags, "--init", given, "--out", tmp_path / "other", "--lr", 1e-6)
     trained = weights(tmp_path / "other", "tokenizer.pt")
@@ -896,10 +904,11 @@ def test_a_damaged_checkpoint_or_metrics_are_told_or_passed_over(base, folder, t
         torch.save(content, path)
         assert refused(*flags) == f"train.py: {path}: expected this stage's checkpoint"
     path.unlink()
-    whole = (base / "metrics.jsonl").read_bytes()
-    (out / "metrics.jsonl").write_bytes(b'5\n[]\n{"step": 1}\n\xff')  # it is read by nobody
+    junk = b'5\n[]\n{"step": 1}\n\xff'  # it is read by nobody
+    (out / "metrics.jsonl").write_bytes(junk)
     run(*flags)
-    assert whole.startswith((out / "metrics.jsonl").read_bytes().partition(b"\xff")[2])
+    own, _, _ = (base / "metrics.jsonl").read_bytes().partition(b'{"stage": "next-scale"')
+    assert (out / "metrics.jsonl").read_bytes() == junk + own
 
 
 # Bad input
