@@ -313,6 +313,8 @@ def test_a_broken_file_is_named_once_and_replaced_by_another_of_its_class(folder
     assert capsys.readouterr().err == expected
     for path in (folder / "cat").iterdir():
         path.write_text("text")
+    held_out = train.Images(images.items, 16, any_class=True)  # by any other, with its label
+    assert held_out[2, None][1] == held_out.labels[2] != images.labels[2]
     with pytest.raises(ValueError, match="no image of the class of .*cat/1.png can be read"):
         train.Images(train.list_images(folder)[0], 16)[1, None]
 

@@ -562,6 +562,10 @@ def test_the_tokenizer_is_trained_on_all_its_errors(folder, tmp_path, monkeypatc
         expected = rest.square().mean() + 0.5 * rest.abs().mean() + made["loss"]
         for dim in (2, 3):
             expected = expected + 0.25 * rest.diff(dim=dim).abs().mean()
+        cells = rest.unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5))  # of 4 x 4 pixels
+        red, green, blue = cells.unbind(1)
+        hues = (red - blue).square().mean() + (2 * green - red - blue).square().mean()
+        expected = expected + 1.5 * hues / 2
         coarse = F.mse_loss(made["coarse"], images[: len(own)])
         assert line["coarse"] == pytest.approx(coarse.item(), rel=1e-4)
         assert line["loss"] == pytest.approx((expected + 0.5 * coarse).item(), rel=1e-4)
@@ -724,6 +728,9 @@ def test_what_links_point_to_is_not_written_over(folder, tmp_path, monkeypatch):
     (out / "args.json").unlink()
     run(*flags, "--restart")
     assert victim.read_text() == "mine" and "masked" in weights(out, "hmar.pt")
+    shutil.rmtree(out / "samples")
+    (out / "samples").symlink_to(tmp_path)
+    assert status_of(*flags, "--restart") == 2 and not list(tmp_path.glob("*.png"))
 
 
 # Starting from given weights
@@ -803,6 +810,15 @@ def test_changed_images_are_refused(tmp_path, refused):
     for change in (partial(os.utime, times=(0, 0)), os.remove):
         change(images / "disc" / "000.png")
         assert "not begun with these flags or images: images [" in refused(*flags)
+
+
+def test_too_few_images_are_told(tmp_path, capsys, refused, monkeypatch):
+    flags = ["tokenizer", "--data", drawings(tmp_path / "few", 2, classes=2), "--steps", 1]
+    run(*flags, "--out", tmp_path / "run")
+    assert re.search("class (disc|ring): its images are all held out", capsys.readouterr().out)
+    monkeypatch.setattr(train, "start_processes", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(train, "world", lambda: 2)
+    assert "--data: got 1 images, fewer than processes" in refused(*flags)
 
 
 def test_files_without_a_record_are_not_trained_over(folder, tmp_path, refused):
