@@ -63,16 +63,6 @@ def masked_logits(params, labels, inputs, own_inputs, mask):
     return logits(features, **params["masked"]["head"])
 
 
-def scale_features(params, labels, inputs, k, cache=None):
-    """(B, n_k, C), fp32: what the next-scale head reads at scale k alone; of VAR, with a cache."""
-    return branch_features(params, "next_scale", labels, inputs, k=k, cache=cache)
-
-
-def masked_scale_features(params, labels, inputs, own_inputs, mask, k):
-    """(B, n_k, C), fp32: what the masked head reads at scale k alone."""
-    return branch_features(params, "masked", labels, inputs, own_inputs, mask, k)
-
-
 def masked_input(params, inputs, own_inputs, mask):
     """(B, n, C): the coarser scales plus the own tokens or, where hidden, the mask embedding."""
     _expect("own_inputs", own_inputs, None, inputs.shape)
@@ -99,6 +89,7 @@ def branch_features(
 ):
     """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
 
+    Of all scales, or of scale k alone, as sampling wants it: for VAR with a cache, of new_cache.
     gates (B, depth, 2), from stochastic_depth. checkpointing: blocks run again for the gradient.
     """
     lengths = [h * w for h, w in scales(params)]
@@ -212,7 +203,7 @@ def cast(params, dtype):
 
 
 def new_cache(params, batch):
-    """Room for keys and values, (2, batch, heads, L, head_dim) a block, for scale_features: VAR."""
+    """Room for keys and values, (2, batch, heads, L, head_dim) a block, to sample VAR."""
     blocks = params["trunk"] + params["next_scale"]["blocks"]
     heads = len(blocks[0]["attention"]["log_temperature"])
     total = sum(h * w for h, w in scales(params))

@@ -99,7 +99,7 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
         for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
-                logits = draft(params, labels, inputs, k, options, cache)
+                logits = guided(params, "next_scale", labels, k, options, inputs, cache=cache)
             else:
                 logits = refined(params, codec, labels, inputs, tokens, hidden, k, options)
 
@@ -150,35 +150,29 @@ def settled(params, codec, labels, **asked):
     return options
 
 
-def draft(params, labels, inputs, k, options, cache=None):
-    """Logits (B, n_k, codes) of scale k given the coarser ones, inputs (B, n_k, code_dim)."""
-    predict = partial(hmar.scale_features, params, k=k, cache=cache)
-    needs_both = cache is not None  # whose rows are of both halves, at scale 0 too
-    return guided(predict, params, "next_scale", labels, k, options, inputs, needs_both=needs_both)
-
-
 def refined(params, codec, labels, inputs, tokens, hidden, k, options):
     """Logits (B, n_k, codes) given the scale's own tokens (B, n_k) too, where not hidden."""
     # published trees, without an own_input, saw the hidden draft leak into its neighbours
     zeroed = hidden if "own_input" in params["masked"] else None
     own_inputs = tokenizer.masked_scale_input(codec, tokens, k, hmar.scales(params), zeroed)
-    predict = partial(hmar.masked_scale_features, params, k=k)
-    return guided(predict, params, "masked", labels, k, options, inputs, own_inputs, hidden)
+    return guided(params, "masked", labels, k, options, inputs, own_inputs, hidden)
 
 
-def guided(predict, params, branch, labels, k, options, *features, needs_both=False):
-    """Logits, (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6).
+def guided(params, branch, labels, k, options, *features, cache=None):
+    """Logits (B, n_k, codes) of scale k from a branch of hmar and what it is fed, guided.
 
-    t rises from 0 at the first scale to the branch's guidance at the last; at 0 one half is enough.
-    With soften, t shrinks by 1 + D / soften, D being the divergence of the two in nats, on average
-    over an image's tokens: what a class says is amplified where it says little, and not exaggerated
-    where it says all.
+    (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6); t rises from 0 at the
+    first scale to the branch's guidance at the last. At 0 one half is enough, but for a cache,
+    which needs both. With soften, t shrinks by 1 + D / soften, D being the divergence of the two in
+    nats, on average over an image's tokens: what a class says is amplified where it says little,
+    and not exaggerated where it says all.
     """
     head, soften = params[branch]["head"], options["soften"]
     strongest = options["guidance"] if branch == "next_scale" else options["mask_guidance"]
     last = len(hmar.scales(params)) - 1
     t = strongest * k / last if last else strongest
-    if t == 0 and not needs_both:
+    predict = partial(hmar.branch_features, params, branch, k=k, cache=cache)
+    if t == 0 and cache is None:
         return hmar.logits(predict(labels, *features), **head)
 
     null = torch.full_like(labels, len(params["classes"]) - 1)

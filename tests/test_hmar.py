@@ -162,12 +162,13 @@ def test_one_scale_alone_is_a_part_of_the_whole(scales, own_input, batch, seed):
     masked = hmar.masked_logits(params, labels, *rest).split(lengths(scales), 1)
     cache = hmar.new_cache(params, batch)
     for k in range(len(scales)):
-        features = hmar.scale_features(params, labels, parts[k][0], k)
+        given = [params, "next_scale", labels, parts[k][0]]
+        features = hmar.branch_features(*given, k=k)
         close(hmar.logits(features, **params["next_scale"]["head"]), whole[k])
-        features = hmar.scale_features(params, labels, parts[k][0], k, cache)
+        features = hmar.branch_features(*given, k=k, cache=cache)
         close(hmar.logits(features, **params["next_scale"]["head"]), causal[k])
         if k:
-            features = hmar.masked_scale_features(params, labels, *parts[k], k)
+            features = hmar.branch_features(params, "masked", labels, *parts[k], k)
             close(hmar.logits(features, **params["masked"]["head"]), masked[k])
 
 
@@ -529,7 +530,8 @@ def test_bad_arguments_are_named(name):
 
 def test_a_part_of_another_scale_or_a_wrong_tree_is_an_error():
     labels, inputs = CALL["labels"], CALL["inputs"]
-    refused("^inputs: got .* 10, 4", hmar.scale_features, PARAMS, labels, inputs, 1)
+    given = PARAMS, "next_scale", labels, inputs
+    refused("^inputs: got .* 10, 4", hmar.branch_features, *given, k=1)
     misspelt = copy.deepcopy(PLAIN)
     attention = misspelt["trunk"][1]["attention"]
     attention["qvk"] = attention.pop("qkv")

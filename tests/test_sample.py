@@ -97,16 +97,20 @@ class Script:
         self.read = normal(code_dim, codes, seed=seed + 90)
         self.shift = normal(codes, seed=seed + 91)
 
-    def scale_features(self, params, labels, inputs, k, cache=None):
+    def scale_features(self, params, labels, inputs, k):
         return self.first[k][labels] + (0 if inputs is None else inputs @ self.read)
 
     def masked_scale_features(self, params, labels, inputs, own_inputs, mask, k):
         seen = (inputs - 2 * own_inputs) @ self.read
         return self.again[k][labels] + seen + mask[..., None] * self.shift
 
+    def branch_features(self, params, branch, *features, k, cache):
+        masked = branch == "masked"
+        predict = self.masked_scale_features if masked else self.scale_features
+        return predict(params, *features, k=k)
+
     def play(self):
-        functions = dict(scale_features=self.scale_features, logits=lambda x, weight, bias: x)
-        functions["masked_scale_features"] = self.masked_scale_features
+        functions = dict(branch_features=self.branch_features, logits=lambda x, weight, bias: x)
         return mock.patch.multiple(hmar, **functions)
 
 
@@ -227,10 +231,10 @@ def test_filters_of_ties_keep_one_at_least():
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("guidance, halves", [(2.0, [1, 2, 2]), (0, [1, 1, 1])])
 def test_guidance_of_zero_asks_for_one_half_but_with_a_cache(is_causal, guidance, halves):
-    with mock.patch.object(hmar, "scale_features", wraps=hmar.scale_features) as predict:
+    with mock.patch.object(hmar, "branch_features", wraps=hmar.branch_features) as predict:
         sample.generate(PLAIN, CODEC, LABELS, guidance=guidance, is_causal=is_causal)
     halves = [2, 2, 2] if is_causal else halves
-    assert [len(call.args[1]) for call in predict.call_args_list] == [3 * n for n in halves]
+    assert [len(call.args[2]) for call in predict.call_args_list] == [3 * n for n in halves]
 
 
 def test_a_draw_never_falls_on_a_code_that_was_ruled_out():
