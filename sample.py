@@ -83,6 +83,8 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     known_tokens, given = known_tokens.split(counts, 1), given.split(counts, 1)
     stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of an edit
 
+    # published trees, without an own_input, saw hidden tokens leak into their neighbours
+    zeroes_hidden = "own_input" in params.get("masked", {})
     cache = hmar.new_cache(params, 2 * len(labels)) if is_causal else None
     f_hat = torch.zeros_like(known_maps[0])  # (B, code_dim, h, w)
 
@@ -101,7 +103,10 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
             if number == 0:
                 logits = guided(params, "next_scale", labels, k, options, inputs, cache=cache)
             else:
-                logits = refined(params, codec, labels, inputs, tokens, hidden, k, options)
+                zeroed = hidden if zeroes_hidden else None
+                own_inputs = tokenizer.masked_scale_input(codec, tokens, k, scales, zeroed)
+                seen = inputs, own_inputs, hidden
+                logits = guided(params, "masked", labels, k, options, *seen)
 
             if nudge is not None:
                 logits = logits + nudge
@@ -148,14 +153,6 @@ def settled(params, codec, labels, **asked):
     for number in seed:
         check_number("seed", number, 0, 2**63 - 1, int)
     return options
-
-
-def refined(params, codec, labels, inputs, tokens, hidden, k, options):
-    """Logits (B, n_k, codes) given the scale's own tokens (B, n_k) too, where not hidden."""
-    # published trees, without an own_input, saw the hidden draft leak into its neighbours
-    zeroed = hidden if "own_input" in params["masked"] else None
-    own_inputs = tokenizer.masked_scale_input(codec, tokens, k, hmar.scales(params), zeroed)
-    return guided(params, "masked", labels, k, options, inputs, own_inputs, hidden)
 
 
 def guided(params, branch, labels, k, options, *features, cache=None):
