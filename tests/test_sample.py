@@ -97,17 +97,11 @@ class Script:
         self.read = normal(code_dim, codes, seed=seed + 90)
         self.shift = normal(codes, seed=seed + 91)
 
-    def scale_features(self, params, labels, inputs, k):
-        return self.first[k][labels] + (0 if inputs is None else inputs @ self.read)
-
-    def masked_scale_features(self, params, labels, inputs, own_inputs, mask, k):
-        seen = (inputs - 2 * own_inputs) @ self.read
-        return self.again[k][labels] + seen + mask[..., None] * self.shift
-
-    def branch_features(self, params, branch, *features, k, cache):
-        masked = branch == "masked"
-        predict = self.masked_scale_features if masked else self.scale_features
-        return predict(params, *features, k=k)
+    def branch_features(self, params, branch, labels, inputs, own=None, mask=None, k=0, cache=None):
+        seen = 0 if inputs is None else inputs @ self.read
+        if branch == "next_scale":
+            return self.first[k][labels] + seen
+        return self.again[k][labels] + seen - 2 * own @ self.read + mask[..., None] * self.shift
 
     def play(self):
         functions = dict(branch_features=self.branch_features, logits=lambda x, weight, bias: x)
@@ -123,16 +117,16 @@ def slow_steps(script, params, codec, label, seed, options):
         inputs = tokenizer.resize_to_scale(f_hat, (h, w)) if k else None
         for number, keep in enumerate(options["schedule"][k]):
             mask = torch.tensor([[place in hidden for place in range(h * w)]])
-            t, predict = options["guidance"], partial(script.scale_features, inputs=inputs)
+            t, branch, seen = options["guidance"], "next_scale", [inputs]
             if number:
                 zeroed = mask if "own_input" in params["masked"] else None
                 own = torch.tensor([tokens])
                 own = tokenizer.masked_scale_input(codec, own, k, scales, zeroed)
-                seen = dict(inputs=inputs, own_inputs=own, mask=mask)
-                t, predict = options["mask_guidance"], partial(script.masked_scale_features, **seen)
+                t, branch, seen = options["mask_guidance"], "masked", [inputs, own, mask]
             if len(scales) > 1:
                 t = t * k / (len(scales) - 1)
-            both = [predict(params, torch.tensor([row]), k=k)[0] for row in (label, null)]
+            rows = torch.tensor([[label], [null]])
+            both = [script.branch_features(params, branch, row, *seen, k=k)[0] for row in rows]
             if options["soften"]:
                 p, q = (logits.softmax(-1) for logits in both)
                 divergence = (p * (p / q).log()).sum() / (h * w)
