@@ -89,12 +89,10 @@ def branch_features(
 ):
     """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
 
-    Of all scales, or of scale k alone, as sampling wants it: for VAR with a cache, of new_cache.
-    gates (B, depth, 2), from stochastic_depth. checkpointing: blocks run again for the gradient.
+    k: of scale k alone; of VAR with a cache, from new_cache. gates: from stochastic_depth.
     """
     lengths = [h * w for h, w in scales(params)]
     which = range(len(lengths)) if k is None else [k]
-    seen = [lengths[i] for i in which]
     batch = getattr(labels, "shape", ())[:1] or (0,)
     _expect("labels", labels, torch.int64, batch, len(params["classes"]))
     condition = F.embedding(labels, params["classes"])  # (B, C)
@@ -102,8 +100,8 @@ def branch_features(
     # scale 0 starts from the class, a later one from the map of those before it
     tokens = [condition[:, None] + params["start"]] if 0 in which else []  # (B, len_0, C)
     if which[-1] > 0:
-        later = sum(seen[len(tokens) :])
-        _expect("inputs", inputs, None, (*batch, later, params["input"]["weight"].shape[1]))
+        count = sum(lengths[i] for i in which if i > 0)
+        _expect("inputs", inputs, None, (*batch, count, params["input"]["weight"].shape[1]))
         if branch == "masked":
             tokens.append(masked_input(params, inputs, own_inputs, mask))
         else:
@@ -112,7 +110,8 @@ def branch_features(
     x = torch.cat(tokens, 1) + torch.cat(places)  # (B, n, C)
 
     blocks = params["trunk"] + params[branch]["blocks"]
-    attend = partial(block_sparse_attention, block_lengths=seen, is_causal=is_causal, scale=1.0)
+    own = [lengths[i] for i in which]
+    attend = partial(block_sparse_attention, block_lengths=own, is_causal=is_causal, scale=1.0)
     attends = [attend] * len(blocks)
     if cache is not None:
         end = sum(lengths[: k + 1])

@@ -83,8 +83,7 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     known_tokens, given = known_tokens.split(counts, 1), given.split(counts, 1)
     stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of an edit
 
-    # published trees, without an own_input, saw hidden tokens leak into their neighbours
-    zeroes_hidden = "own_input" in params.get("masked", {})
+    zeroes_hidden = "own_input" in params.get("masked", {})  # in published trees they leak
     cache = hmar.new_cache(params, 2 * len(labels)) if is_causal else None
     f_hat = torch.zeros_like(known_maps[0])  # (B, code_dim, h, w)
 
@@ -93,14 +92,14 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
         inputs = tokenizer.resize_to_scale(f_hat, size) if k else None  # (B, n_k, code_dim)
         tokens = known_tokens[k]
         hidden = ~given[k]  # (B, n_k), what is to be drawn
-        keeps, nudge = options["schedule"][k], None
+        keeps = options["schedule"][k]
+        nudge = None
         if known is not None:
-            keeps = kept_counts(keeps, hidden, k and "masked" in params)
+            keeps = kept_counts(keeps, hidden, k > 0 and "masked" in params)
             nudge = evidence(codec["codebook"], features - f_hat, stays, size)
 
         for number, keep in enumerate(keeps):
-            # the first pass sees the coarser scales alone, later ones also what was kept of this
-            if number == 0:
+            if number == 0:  # from the coarser scales alone; then also from what was kept of this
                 logits = guided(params, "next_scale", labels, k, options, inputs, cache=cache)
             else:
                 zeroed = hidden if zeroes_hidden else None
@@ -155,7 +154,7 @@ def settled(params, codec, labels, **asked):
     return options
 
 
-def guided(params, branch, labels, k, options, *features, cache=None):
+def guided(params, branch, labels, k, options, *inputs, cache=None):
     """Logits (B, n_k, codes) of scale k from a branch of hmar and what it is fed, guided.
 
     (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6); t rises from 0 at the
@@ -170,10 +169,10 @@ def guided(params, branch, labels, k, options, *features, cache=None):
     t = strongest * k / last if last else strongest
     predict = partial(hmar.branch_features, params, branch, k=k, cache=cache)
     if t == 0 and cache is None:
-        return hmar.logits(predict(labels, *features), **head)
+        return hmar.logits(predict(labels, *inputs), **head)
 
     null = torch.full_like(labels, len(params["classes"]) - 1)
-    doubled = [None if x is None else torch.cat([x, x]) for x in features]
+    doubled = [None if x is None else torch.cat([x, x]) for x in inputs]
     conditional, unconditional = predict(torch.cat([labels, null]), *doubled).chunk(2)
     if soften == 0:  # the head, which is affine, may follow
         return hmar.logits((1 + t) * conditional - t * unconditional, **head)
@@ -181,7 +180,7 @@ def guided(params, branch, labels, k, options, *features, cache=None):
     conditional = hmar.logits(conditional, **head).log_softmax(-1)  # (B, n_k, codes)
     unconditional = hmar.logits(unconditional, **head).log_softmax(-1)
     divergence = (conditional.exp() * (conditional - unconditional)).sum(-1).mean(1)  # (B,)
-    t = t / (1 + divergence.clamp(min=0)[:, None, None] / soften)
+    t = t / (1 + divergence.clamp(min=0)[:, None, None] / max(soften, 1e-30))
     return (1 + t) * conditional - t * unconditional
 
 
@@ -656,7 +655,8 @@ def run(args):
 
 def fill_folder(out, settings, draw):
     """Draws this process's share of what is missing of number-label.png files; packs an .npz."""
-    folder = out.removesuffix(".npz")
+    name, suffix = os.path.splitext(out)
+    folder = name if suffix.lower() == ".npz" else out
     path = os.path.join(folder, "settings.json")
     text = json.dumps(settings)
     os.makedirs(folder, exist_ok=True)
@@ -685,6 +685,8 @@ def check_flags(args):
     suffix = os.path.splitext(args.out)[1].lower()
     fits = suffix not in (".jpg", ".jpeg", ".webp", ".bmp")
     require(fits, f"--out: got {args.out}, expected a .png, .gif or .npz, or the name of a folder")
+    fits = not suffix or os.path.isdir(os.path.dirname(args.out) or ".")
+    require(fits, f"--out: got {args.out}, expected a folder that is there")
     fits = bool(args.edit) == bool(args.mask or args.pad) and not (args.edit and suffix == ".gif")
     require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
     return suffix
@@ -755,7 +757,7 @@ def photo_and_mask(args, params, codec):
     if args.mask is not None:
         mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.Resampling.NEAREST)
     else:
-        border = tuple(int(side * args.pad) for side in size)
+        border = tuple(max(1, int(side * args.pad)) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
         photo = ImageOps.expand(photo.resize(inner), border, "grey")
         mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)

@@ -82,12 +82,12 @@ NOT_FOR_MUON = (  # what faces other than features, and modulation
 LABEL_DROP = 0.1  # labels made null, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
-COARSE_EVERY = 4  # of which images of a batch one is decoded from its coarse scales too
+COARSE_EVERY = 4  # images of a batch: one of them is decoded from its coarse scales too
 COARSE_WEIGHT = 0.5  # of the squared error of these
 COLOUR_WEIGHT = 1.5  # of the squared error of hues, in means over 4 x 4 pixels
 LOG_EVERY = 50  # steps
 JUDGEMENTS = 8  # times in a stage that held-out images are looked at
-JUDGED = 256  # of these, at most
+JUDGED = 256  # of these, at most; by the tokenizer stage half as many
 PATIENCE = 3 / 8  # of the steps without a better held-out loss end a stage
 HELD_OUT = 0.05  # share of the images
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
@@ -216,7 +216,7 @@ def learning_rate(step, args):
     return args.lr * decay * min(1, step / max(1, args.warmup))
 
 
-# ---- stage one
+# ---- the tokenizer stage
 
 
 def train_tokenizer(args, data, held_out):
@@ -228,9 +228,9 @@ def train_tokenizer(args, data, held_out):
     codec = trainable(to_device(codec, args.device))
     codebook = codec["codebook"]
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
-    reserved = [held_out[index, None][0] for index in range(len(held_out))[:128]]
+    reserved = [held_out[index, None][0] for index in range(len(held_out))[: JUDGED // 2]]
 
-    def loss(codec, images, stops, rows):
+    def loss(codec, images, stops, back):
         fast = tokenizer.cast(codec, args.dtype)
         made = tokenizer.training_pass(fast, images, args.scales, stops)
         coarse = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
@@ -238,19 +238,20 @@ def train_tokenizer(args, data, held_out):
         total = reconstruction_loss(made["images"], images) + COARSE_WEIGHT * coarse + made["loss"]
 
         numbers = dict(loss=total, coarse=coarse, quantisation=made["loss"])
-        residuals = [residual[rows] for residual in made["residuals"]]
+        residuals = [residual[back] for residual in made["residuals"]]
         return total, numbers | dict(tokens=made["tokens"], residuals=residuals)
 
     def batches(start):
-        for step, (images, _) in enumerate(loader(args, data, start), start):
-            generator = generator_of(args.seed, "tokenizer", step)
+        for done, (images, _) in enumerate(loader(args, data, start), start):
+            generator = generator_of(args.seed, "tokenizer", done)
             stops = torch.randint(len(args.scales) - 1, (args.batch,), generator=generator)
-            whole = torch.arange(args.batch) % COARSE_EVERY < COARSE_EVERY - 1
-            stops = own_parts(args, stops.masked_fill(whole, -1))
+            every = min(COARSE_EVERY, args.batch)
+            is_whole = torch.arange(args.batch) % every < every - 1
+            stops = own_parts(args, stops.masked_fill(is_whole, -1))
             parts = []
             for pixels, stop in zip(images.tensor_split(args.accumulate), stops):
-                stop, order = stop.sort(descending=True)  # those with a stop come first
-                part = dict(images=to_unit(pixels[order], args.device), rows=order.argsort())
+                stop, order = stop.sort(descending=True)  # those with a stop first, and back
+                part = dict(images=to_unit(pixels[order], args.device), back=order.argsort())
                 parts.append(part | dict(stops=stop[stop >= 0]))
             yield to_device(parts, args.device)
 
@@ -284,7 +285,7 @@ def reconstruction_loss(made, images):
     return plain + COLOUR_WEIGHT * hues.square().mean()
 
 
-# ---- stages two and three
+# ---- the next-scale and the masked stage
 
 
 def train_next_scale(args, data, held_out):
@@ -304,8 +305,8 @@ def train_next_scale(args, data, held_out):
         return total, dict(loss=total, scale_losses=torch.stack(by_scale))
 
     def batches(start):
-        for step in range(start, args.steps):
-            batch = transformer_batch(args, step, params, data.labels, cache)
+        for done in range(start, args.steps):
+            batch = transformer_batch(args, done, params, data.labels, cache)
             yield to_device(in_parts(args, batch), args.device)
 
     return fit(args, params, loss, batches, evaluate)
@@ -362,9 +363,9 @@ def train_masked(args, data, held_out):
         return total, dict(loss=total)
 
     def batches(start):
-        for step in range(start, args.steps):
-            batch = transformer_batch(args, step, params, data.labels, cache)
-            generator = generator_of(args.seed, "mask", step)
+        for done in range(start, args.steps):
+            batch = transformer_batch(args, done, params, data.labels, cache)
+            generator = generator_of(args.seed, "mask", done)
             ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens
             numbers = torch.rand(args.batch, cache.shape[2] - first, generator=generator)
             mask = numbers < ratio
@@ -388,24 +389,24 @@ def on_tokens(args, data, held_out):
     return codec, cache, functools.partial(judge_transformer, args, *judged)
 
 
-def transformer_batch(args, step, params, labels, cache):
-    """dict(labels (B,), tokens (B, L), gates (B, depth, 2)) of a step's whole batch.
+def transformer_batch(args, done, params, labels, cache):
+    """dict(labels (B,), tokens (B, L), gates (B, depth, 2)) of the whole batch after `done` steps.
 
     Each image in one of its views, some labels null, some branches dropped.
     """
-    generator = generator_of(args.seed, args.stage, step)
-    rows = [index for index, _ in step_items(args, step, len(labels))]
+    generator = generator_of(args.seed, args.stage, done)
+    rows = [index for index, _ in step_items(args, done, len(labels))]
     views = torch.randint(cache.shape[1], (args.batch,), generator=generator).numpy()
     tokens = torch.from_numpy(cache[rows, views].astype(np.int64))
 
     null = len(params["classes"]) - 1
     dropped = torch.rand(args.batch, generator=generator) < LABEL_DROP
-    chosen = torch.tensor(labels)[rows].masked_fill(dropped, null)
+    chosen = torch.tensor([labels[row] for row in rows]).masked_fill(dropped, null)
 
     frozen = len(params["trunk"]) if args.stage == "masked" else 0  # blocks that drop nothing
     depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
     uniform = torch.rand(args.batch, depth - frozen, 2, generator=generator)
-    gates = hmar.stochastic_depth(uniform, DEPTH_DROP * depth / 24)
+    gates = hmar.stochastic_depth(uniform, min(0.5, DEPTH_DROP * depth / 24))
     gates = F.pad(gates, (0, 0, frozen, 0), value=1)
     return dict(labels=chosen, tokens=tokens, gates=gates)
 
@@ -691,9 +692,9 @@ def epoch_order(seed, epoch, count):
     return torch.randperm(count, generator=generator_of(seed, "epoch", epoch)).tolist()
 
 
-def step_items(args, step, count):
+def step_items(args, done, count):
     """[(index, draw), ...] of a step: every item once an epoch; draw numbers them over the run."""
-    draws = range(step * args.batch, (step + 1) * args.batch)
+    draws = range(done * args.batch, (done + 1) * args.batch)
     return [(epoch_order(args.seed, draw // count, count)[draw % count], draw) for draw in draws]
 
 
@@ -703,8 +704,8 @@ def loader(args, data, start):
     own = slice(rank() * share, (rank() + 1) * share)
 
     def keys():
-        for step in range(start, args.steps):
-            items = step_items(args, step, len(data))[own]
+        for done in range(start, args.steps):
+            items = step_items(args, done, len(data))[own]
             yield [(index, (args.seed, draw)) for index, draw in items]
 
     workers = dict(num_workers=args.workers, worker_init_fn=stand_apart)
@@ -884,21 +885,21 @@ def resolved(args):
     fits = args.init is None or args.stage in ("tokenizer", "next-scale")
     require(fits, "--init: needs the stage that it starts, tokenizer or next-scale")
 
-    step = downsampling(args)
-    side = args.size // step
-    require(args.size % step == 0, f"--size: got {args.size}, expected a multiple of {step}")
+    cell = downsampling(args)
+    side = args.size // cell
+    require(args.size % cell == 0, f"--size: got {args.size}, expected a multiple of {cell}")
     args.scales = tuple(args.scales or default_scales(side))
     fits = args.scales[-1] == (side, side) and len(args.scales) > 1
-    expected = f"two or more, the last {side}, {args.size} pixels / {step}"
+    expected = f"two or more, the last {side}, {args.size} pixels / {cell}"
     require(fits, f"--scales: got {args.scales}, expected {expected}")
     check_sizes(args)
 
-    fits = [n for n in range(1, args.batch + 1) if args.batch % (n * world()) == 0]
+    counts = [n for n in range(1, args.batch + 1) if args.batch % (n * world()) == 0]
     if args.accumulate is None:  # as few parts as memory allows
         least = args.batch / (world() * at_once(args.size**2))
-        args.accumulate = next((n for n in fits if n >= least), args.batch)
+        args.accumulate = next((n for n in counts if n >= least), args.batch)
     expected = f"a multiple of {args.accumulate} parts on {world()} processes"
-    require(args.accumulate in fits, f"--batch: got {args.batch}, expected {expected}")
+    require(args.accumulate in counts, f"--batch: got {args.batch}, expected {expected}")
     return args
 
 
@@ -967,6 +968,7 @@ def claim_folder(args, data, held_out):
     )
     if args.restart:
         keep_needed(args, there)
+        say(f"{args.out}: begun anew; to go on with it later, leave out --restart")
     barrier()  # every process has looked
 
     if rank() == 0 and (args.restart or not before):
@@ -1077,7 +1079,9 @@ def resume(args, state, optimizer):
     Its tensors are written into state. What metrics.jsonl says of later steps goes.
     """
     path = os.path.join(args.out, f"{args.stage}.resume.pt")
-    if not os.path.exists(path):
+    is_missing = not os.path.exists(path)
+    barrier()  # every process has looked
+    if is_missing:  # so that metrics.jsonl is cut even after a kill before the first save
         keep(args, state, optimizer, (0, 0, math.inf))
     saved = sample.load(path)
     try:

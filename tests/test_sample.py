@@ -29,7 +29,7 @@ from helpers import (
     small_codec,
     tree,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils import _pytree as pytree
@@ -473,6 +473,7 @@ JUNK = JSON | st.binary()
     st.sampled_from(sorted(sample.defaults(PARAMS))),
     JUNK | st.lists(JUNK | st.just(math.nan) | st.lists(JUNK), min_size=3, max_size=3),
 )
+@example("soften", 1e-220)
 def test_options_work_or_are_a_value_error_that_names_them(name, value):
     try:
         images, _ = sample.generate(PARAMS, CODEC, LABELS, **{name: value})
