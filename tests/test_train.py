@@ -521,16 +521,17 @@ def test_two_processes_or_two_parts_are_one_with_the_whole(base, start, folder, 
         job.ended()
 
     file = train.STAGES[stage]
-    near = 0.01 if stage == "tokenizer" else 2e-4  # rounding may choose another code
+    # of the tokenizer three steps: then rounding chooses another code
+    most = 4 if stage == "tokenizer" else None
     whole = weights(tmp_path / "one", file)
     metrics = lines_of(tmp_path / "one", stage)
     for name in ("parts", "two"):
         made = weights(tmp_path / name, file)
         assert difference(made, whole) < 2 * lr, name  # of 12 steps; Muon multiplies in bf16
-        for ours, line in zip(lines_of(tmp_path / name, stage), metrics, strict=True):
+        for ours, line in zip(lines_of(tmp_path / name, stage)[:most], metrics[:most], strict=True):
             for key, value in line.items():
-                if key not in ("stage", "held_out_codes_used", "held_out_perplexity"):
-                    assert ours[key] == pytest.approx(value, rel=near, abs=near), (name, key)
+                if key != "stage":
+                    assert ours[key] == pytest.approx(value, rel=2e-4, abs=2e-4), (name, key)
     if stage == "masked":
         before = weights(base, "hmar.pt")
         assert difference(whole.pop("masked"), before.pop("masked")) > 1e-4
