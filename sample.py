@@ -331,7 +331,8 @@ def edit(params, codec, images, mask, labels, **options):
     expected = (len(images), 1, *images.shape[2:])
     fits = torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == expected
     require(fits, f"mask: expected a bool tensor {expected}")
-    require(len(labels) == len(images), f"labels: got {len(labels)}, expected {len(images)}")
+    fits = torch.is_tensor(labels) and labels.shape == images.shape[:1]
+    require(fits, f"labels: got {labels}, expected a tensor ({len(images)},)")
 
     parts = images.split(at_once(images.shape[2:].numel()))
     features = torch.cat([tokenizer.encode_features(codec, part) for part in parts]).float()
@@ -414,7 +415,7 @@ def check_schedule(schedule, scales, has_masked_branch):
         fits = [sum(kept) for kept in schedule] == counts and min(map(min, schedule)) >= 0
         refined = [k for k, kept in enumerate(schedule) if len(kept) > 1]
         fits = fits and 0 not in refined and (has_masked_branch or not refined)
-    except (TypeError, ValueError):  # no numbers, or none
+    except (TypeError, ValueError, LookupError):  # no numbers, or none
         fits = False
     expected = f"for each scale numbers that sum to {counts}, one where no masked branch sees them"
     require(fits, f"schedule: got {schedule!r}, expected {expected}")
@@ -477,7 +478,8 @@ def as_rgb(image):
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
-        grey = np.asarray(image).clip(0, 65535) / 257 + 0.5
+        grey = np.asarray(image)
+        grey = np.where(grey == key, 65535, grey).clip(0, 65535) / 257 + 0.5
         image = Image.fromarray(grey.astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -620,7 +622,7 @@ def run(args):
     if args.mask_steps is not None:
         asked["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
     options = settled(params, codec, labels, **asked) | dict(is_causal=is_causal)
-    settings = dict(options, labels=labels.tolist(), dtype=str(dtype))
+    settings = dict(options, labels=labels.tolist(), dtype=str(dtype), scales=hmar.scales(params))
     settings["models"] = digest([params, codec, *given])
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models = pytree.tree_map(lambda leaf: leaf.to(device), models)

@@ -208,6 +208,9 @@ class Optimizer:
     def load_state_dict(self, states):
         for optimizer, state in zip(self.both, states, strict=True):
             optimizer.load_state_dict(state)
+            for leaf, own in optimizer.state.items():
+                shapes = {moment.shape for moment in own.values() if moment.ndim}
+                require(shapes == {leaf.shape}, "moments of other shapes")
 
 
 def learning_rate(step, args):
@@ -599,7 +602,7 @@ class Images(torch.utils.data.Dataset):
                 reasons = "; ".join(list(self.broken.values())[:10])
                 raise ValueError(f"--data: more than 5 % of the images cannot be read: {reasons}")
         path = self.items[index][0]
-        raise ValueError(f"--data: no image of the class of {path} can be read")
+        raise ValueError(f"--data: {path} cannot be read, nor one that could take its place")
 
 
 def crop(image, size, seed=None, flip=False):
@@ -945,11 +948,14 @@ def claim_folder(args, data, held_out):
 
     ValueError where the folder is in use, somebody else's, or was begun differently.
     """
+    inside = args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve())
+    require(not inside, f"--out: {args.out} lies in --data, whose images would be mixed with ours")
     os.makedirs(args.out, exist_ok=True)
     args.lock = locked(args) if rank() == 0 else None
     before = read_run(args)
     flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
     flags |= dict(dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
+    flags["init"] = args.init and f"{args.stage}: {args.init}"
     flags["images"] = [fingerprint(args, data), fingerprint(args, held_out)]
     run = dict(flags=flags, class_names=list(args.class_names), causal=args.causal, made={})
     run = json.loads(json.dumps(run))  # as it comes back from a file
@@ -958,7 +964,8 @@ def claim_folder(args, data, held_out):
     differ = [f"{os.path.basename(path)} without args.json" for path in there if not before]
     for name, value in run["flags"].items() if before else ():
         old = before["flags"].get(name)
-        need_not_repeat = name in ("init", "tokenizer") and value is None
+        began = dict(tokenizer=name, init=str(old).partition(":")[0]).get(name)  # which stage
+        need_not_repeat = value is None and began in before["made"]
         if old != value and not need_not_repeat:
             differ.append(f"{name} {old} -> {value}")
     advice = "--out NAME begins another run, --restart this one anew"
@@ -1086,9 +1093,12 @@ def resume(args, state, optimizer):
     saved = sample.load(path)
     try:
         optimizer.load_state_dict(saved["optimizer"])
-        torch._foreach_copy_(state, saved["state"])
+        for own, kept in zip(state, saved["state"], strict=True):
+            require(own.shape == kept.shape, "other shapes")
+            own.copy_(kept)
         step, best_step, best_loss = saved["progress"]
-        length = operator.index(saved["metrics"])
+        step, best_step, length = map(operator.index, (step, best_step, saved["metrics"]))
+        require(0 <= best_step <= step <= args.steps and min(best_loss, length) >= 0, "other steps")
     except Exception as error:
         raise ValueError(f"{path}: expected this stage's checkpoint") from error
 

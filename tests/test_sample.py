@@ -423,7 +423,7 @@ def test_evidence_draws_a_cut_cell_towards_its_part_that_stays():
     assert more[0, 2].min() < numbers[0, 0].min()  # of a cell known whole: surer still
 
 
-def test_an_edit_knows_what_lies_outside_the_mask_and_draws_the_rest_by_evidence():
+def test_an_edit_knows_what_lies_outside_the_mask():
     def sure(codebook, residual, stays, size):
         numbers = torch.zeros(len(residual), size[0] * size[1], len(codebook))
         numbers[..., 7] = 1e4

@@ -416,10 +416,22 @@ def test_the_best_weights_are_kept_and_the_run_ends_early_across_a_kill_too(tmp_
     said = f"tokenizer: stopped early at step {best + 6}; best at {best + 1}\n"
     assert said in capsys.readouterr().out
 
-    killed = mock.Mock(side_effect=Killed)
+    path, killed = tmp_path / "cut" / "tokenizer.resume.pt", mock.Mock(side_effect=Killed)
     for step in (best, best + 3):  # killed before the best step, and after it
         with pytest.raises(Killed):
             toy_fit(toy_args(tmp_path / "cut"), evaluate, partial(stop_at, step, killed))
+        saved, scalar = torch.load(path), torch.zeros(1)
+        adamw, muon = copy.deepcopy(saved["optimizer"])
+        adamw["state"][0] = dict(exp_avg=scalar)
+        for other in (
+            dict(state=[scalar, *saved["state"][1:]]),
+            dict(optimizer=[adamw, muon]),
+            dict(progress=(99, 0, 1.0)),
+        ):
+            torch.save(saved | other, path)
+            with pytest.raises(ValueError, match="expected this stage's checkpoint"):
+                toy_fit(toy_args(tmp_path / "cut"), evaluate)
+        torch.save(saved, path)
     again = toy_fit(toy_args(tmp_path / "cut"), evaluate)
     assert said in capsys.readouterr().out and difference(again, whole) == 0
     assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
@@ -630,7 +642,7 @@ def test_held_out_numbers_are_those_of_the_weights_that_are_saved(base, folder):
         assert found == pytest.approx(losses.mean().item(), rel=1e-4)
 
 
-def test_labels_are_dropped_hidden_shares_uniform_and_losses_those_of_the_model():
+def test_labels_masks_and_losses_of_the_stages():
     codec = tokenizer.init(**CODEC_SIZES)
     for name in ("next_scale", "masked"):
         params, loss, batches = asked_of_fit(name, SCALES, torch.float32, batch=50, steps=10)
@@ -761,7 +773,7 @@ def test_a_transformer_starts_from_other_classes_scales_and_branches(tmp_path, c
         started(params=hmar.init(depth=1, scales=SCALES, **sizes | dict(codes=8)))
 
 
-def test_a_given_tokenizer_is_taken_as_it_is_or_trained_on(folder, tmp_path, monkeypatch):
+def test_a_given_tokenizer_is_taken_or_trained_on(folder, tmp_path, monkeypatch, refused):
     given = tmp_path / "given.pt"
     torch.save(CODEC, given)
     flags = ["--data", folder, "--out", tmp_path / "run", "--steps", 1]
@@ -780,7 +792,12 @@ def test_a_given_tokenizer_is_taken_as_it_is_or_trained_on(folder, tmp_path, mon
     assert "masked" not in weights(tmp_path / "var", "hmar.pt")
     assert json.loads((tmp_path / "var" / "args.json").read_text())["causal"] is True
 
-    run("tokenizer", *flags, "--init", given, "--out", tmp_path / "other", "--lr", 1e-6)
+    own = ["tokenizer", *flags, "--out", tmp_path / "other", "--lr", 1e-6]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", mock.Mock(side_effect=KeyboardInterrupt))
+        assert status_of(*own, "--init", given) == 130
+    assert "init tokenizer: " in refused(*own)
+    run(*own, "--init", given)
     trained = weights(tmp_path / "other", "tokenizer.pt")
     assert 0 < difference(trained["encoder"], CODEC["encoder"]) < 1e-4
 
@@ -933,8 +950,9 @@ def test_a_damaged_checkpoint_or_metrics_are_told_or_passed_over(base, folder, t
 
 BAD = [
     ("--step-s=3", "unrecognized arguments: --step-s=3"),
-    ("--data {here}/broken", "no image of the class of {here}/broken/"),
-    ("--data {here}/broken --workers 1", "no image of the class of {here}/broken/"),
+    ("--data {here}/broken", ".png cannot be read, nor one that could take its place"),
+    ("--data {here}/broken --workers 1", ".png cannot be read, nor one that could take its place"),
+    ("--data {here} --out {here}/run", "run lies in --data"),
     ("--size 15", "--size: got 15, expected a multiple of 2"),
     ("--scales 1 2 16", "expected two or more, the last 8, 16 pixels / 2"),
     ("--channels 48", "expected 1 or more, channels a multiple of 32"),
