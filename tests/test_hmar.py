@@ -175,7 +175,7 @@ def test_one_scale_alone_is_a_part_of_the_whole(scales, own_input, batch, seed):
 @quick
 @given(pyramids(), st.integers(0, 3), seeds)
 def test_a_scale_does_not_depend_on_the_inputs_of_others(scales, changed, seed):
-    """Bit for bit; block-causal, only on coarser ones."""
+    """Bit for bit; causal, on coarser ones."""
     changed %= len(scales)
     params = tree(scales, seed=seed)
     labels, inputs, own, mask = arguments(params, 2, seed)

@@ -512,8 +512,9 @@ HALF = masks("half", 3)
 def test_bad_edits(mask):
     with pytest.raises(ValueError, match=r"^mask: expected a bool tensor \(3, 1, 6, 8\)"):
         sample.edit(PARAMS, CODEC, picture(3), mask, LABELS)
-    with pytest.raises(ValueError, match="^labels: got 2, expected 3"):
-        sample.edit(PARAMS, CODEC, picture(3), HALF, LABELS[:2])
+    for labels in (LABELS[:2], 3):
+        with pytest.raises(ValueError, match="^labels: "):
+            sample.edit(PARAMS, CODEC, picture(3), HALF, labels)
 
 
 # The command
