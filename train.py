@@ -84,7 +84,7 @@ DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportio
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
 COARSE_EVERY = 4  # images of a batch: one of them is decoded from its coarse scales too
 COARSE_WEIGHT = 0.5  # of the squared error of these
-COLOUR_WEIGHT = 1.5  # of the squared error of hues, in means over 4 x 4 pixels
+HUE_WEIGHT = 0.05  # of the share of the hues' variance that is lost
 LOG_EVERY = 50  # steps
 JUDGEMENTS = 8  # times in a stage that held-out images are looked at
 JUDGED = 256  # of these, at most; by the tokenizer stage half as many
@@ -232,13 +232,16 @@ def train_tokenizer(args, data, held_out):
     codebook = codec["codebook"]
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
     reserved = [held_out[index, None][0] for index in range(len(held_out))[: JUDGED // 2]]
+    reserved = to_unit(torch.stack(reserved), args.device)
+    variance = hues(reserved).var((1, 2, 3), correction=0)
 
     def loss(codec, images, stops, back):
         fast = tokenizer.cast(codec, args.dtype)
         made = tokenizer.training_pass(fast, images, args.scales, stops)
         coarse = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
         coarse = coarse * (COARSE_EVERY / len(images))
-        total = reconstruction_loss(made["images"], images) + COARSE_WEIGHT * coarse + made["loss"]
+        total = reconstruction_loss(made["images"], images, variance)
+        total = total + COARSE_WEIGHT * coarse + made["loss"]
 
         numbers = dict(loss=total, coarse=coarse, quantisation=made["loss"])
         residuals = [residual[back] for residual in made["residuals"]]
@@ -271,21 +274,27 @@ def train_tokenizer(args, data, held_out):
             optimizer.forget(codebook, dead)
             chosen.zero_()
 
-    judge = functools.partial(judge_tokenizer, args, to_unit(torch.stack(reserved), args.device))
+    judge = functools.partial(judge_tokenizer, args, reserved)
     return fit(args, codec, loss, batches, judge, after_step, extra=[chosen])
 
 
-def reconstruction_loss(made, images):
-    """Squared, absolute, edge and colour errors of reconstructions (B, 3, H, W)."""
+def reconstruction_loss(made, images, variance):
+    """Squared, absolute, edge and hue errors of reconstructions (B, 3, H, W).
+
+    variance (2,) is that of the data's hues, of which the last counts what is not reproduced. In
+    photographs green varies so little beside brightness that no code was spent on it otherwise.
+    """
     edges = sum(F.l1_loss(made.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
     plain = F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges
+    lost = hues(made - images).square().mean((1, 2, 3)) / (variance + 0.01)  # (2,), shares
+    return plain + HUE_WEIGHT * lost.sum()
 
-    # hues vary less than brightness in photographs, green against red and blue the least: without
-    # a weight of their own no code is spent on them
+
+def hues(images):
+    """(2, B, H / 4, W / 4): red - blue and 2 green - red - blue of images, means over 4 x 4."""
     cells = [max(1, side // 4) for side in images.shape[2:]]
-    red, green, blue = F.adaptive_avg_pool2d(made - images, cells).unbind(1)
-    hues = torch.stack([red - blue, 2 * green - red - blue])
-    return plain + COLOUR_WEIGHT * hues.square().mean()
+    red, green, blue = F.adaptive_avg_pool2d(images, cells).unbind(1)
+    return torch.stack([red - blue, 2 * green - red - blue])
 
 
 # ---- the next-scale and the masked stage
