@@ -84,7 +84,7 @@ DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportio
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
 COARSE_EVERY = 4  # images of a batch: one of them is decoded from its coarse scales too
 COARSE_WEIGHT = 0.5  # of the squared error of these
-HUE_WEIGHT = 0.05  # of the share of the hues' variance that is lost
+HUE_WEIGHT = 0.14  # of the share of the hues' variance that is lost
 LOG_EVERY = 50  # steps
 JUDGEMENTS = 8  # times in a stage that held-out images are looked at
 JUDGED = 256  # of these, at most; by the tokenizer stage half as many
@@ -233,7 +233,7 @@ def train_tokenizer(args, data, held_out):
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
     reserved = [held_out[index, None][0] for index in range(len(held_out))[: JUDGED // 2]]
     reserved = to_unit(torch.stack(reserved), args.device)
-    variance = hues(reserved).var((1, 2, 3), correction=0)
+    variance = hues(reserved).var((1, 2, 3), correction=0).mean()
 
     def loss(codec, images, stops, back):
         fast = tokenizer.cast(codec, args.dtype)
@@ -281,13 +281,12 @@ def train_tokenizer(args, data, held_out):
 def reconstruction_loss(made, images, variance):
     """Squared, absolute, edge and hue errors of reconstructions (B, 3, H, W).
 
-    variance (2,) is that of the data's hues, of which the last counts what is not reproduced. In
-    photographs green varies so little beside brightness that no code was spent on it otherwise.
+    The last is the share that is lost of the variance of the data's hues: in photographs green
+    varies so little beside brightness that no code was spent on it otherwise.
     """
     edges = sum(F.l1_loss(made.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
     plain = F.mse_loss(made, images) + 0.5 * F.l1_loss(made, images) + 0.25 * edges
-    lost = hues(made - images).square().mean((1, 2, 3)) / (variance + 0.01)  # (2,), shares
-    return plain + HUE_WEIGHT * lost.sum()
+    return plain + HUE_WEIGHT * hues(made - images).square().mean() / (variance + 0.01)
 
 
 def hues(images):

@@ -579,8 +579,9 @@ def test_the_tokenizer_is_trained_on_all_its_errors(folder, tmp_path, monkeypatc
         expected = rest.square().mean() + 0.5 * rest.abs().mean() + made["loss"]
         for dim in (2, 3):
             expected = expected + 0.25 * rest.diff(dim=dim).abs().mean()
-        for lost, all_ in zip(plain_hues(rest), plain_hues(held_out(folder)[0])):
-            expected = expected + 0.05 * lost.square().mean() / (all_.var(correction=0) + 0.01)
+        lost = sum(hue.square().mean() for hue in plain_hues(rest))
+        variance = sum(hue.var(correction=0) for hue in plain_hues(held_out(folder)[0]))
+        expected = expected + 0.14 * lost / (variance + 0.02)
         coarse = F.mse_loss(made["coarse"], images[: len(own)])
         assert line["coarse"] == pytest.approx(coarse.item(), rel=1e-4)
         assert line["loss"] == pytest.approx((expected + 0.5 * coarse).item(), rel=1e-4)
