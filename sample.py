@@ -83,7 +83,6 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     known_tokens, given = known_tokens.split(counts, 1), given.split(counts, 1)
     stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of an edit
 
-    zeroes_hidden = "own_input" in params.get("masked", {})  # in published trees they leak
     cache = hmar.new_cache(params, 2 * len(labels)) if is_causal else None
     f_hat = torch.zeros_like(known_maps[0])  # (B, code_dim, h, w)
 
@@ -102,10 +101,9 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
             if number == 0:  # from the coarser scales alone; then also from what was kept of this
                 logits = guided(params, "next_scale", labels, k, options, inputs, cache=cache)
             else:
-                zeroed = hidden if zeroes_hidden else None
-                own_inputs = tokenizer.masked_scale_input(codec, tokens, k, scales, zeroed)
-                seen = inputs, own_inputs, hidden
-                logits = guided(params, "masked", labels, k, options, *seen)
+                zeroed = hidden if "own_input" in params["masked"] else None  # published: they leak
+                own = tokenizer.masked_scale_input(codec, tokens, k, scales, zeroed)
+                logits = guided(params, "masked", labels, k, options, inputs, own, hidden)
 
             if nudge is not None:
                 logits = logits + nudge

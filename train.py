@@ -249,13 +249,9 @@ def train_tokenizer(args, data, held_out):
 
     def batches(start):
         for done, (images, _) in enumerate(loader(args, data, start), start):
-            generator = generator_of(args.seed, "tokenizer", done)
-            stops = torch.randint(len(args.scales) - 1, (args.batch,), generator=generator)
-            every = min(COARSE_EVERY, args.batch)
-            is_whole = torch.arange(args.batch) % every < every - 1
-            stops = own_parts(args, stops.masked_fill(is_whole, -1))
             parts = []
-            for pixels, stop in zip(images.tensor_split(args.accumulate), stops):
+            pixels_of_parts = images.tensor_split(args.accumulate)
+            for pixels, stop in zip(pixels_of_parts, coarse_stops(args, done)):
                 stop, order = stop.sort(descending=True)  # those with a stop first, and back
                 part = dict(images=to_unit(pixels[order], args.device), back=order.argsort())
                 parts.append(part | dict(stops=stop[stop >= 0]))
@@ -276,6 +272,15 @@ def train_tokenizer(args, data, held_out):
 
     judge = functools.partial(judge_tokenizer, args, reserved)
     return fit(args, codec, loss, batches, judge, after_step, extra=[chosen])
+
+
+def coarse_stops(args, done):
+    """Of each image, in parts, the scale up to which it is decoded alone too; -1: of none."""
+    generator = generator_of(args.seed, "tokenizer", done)
+    stops = torch.randint(len(args.scales) - 1, (args.batch,), generator=generator)
+    every = min(COARSE_EVERY, args.batch)
+    is_whole = torch.arange(args.batch) % every < every - 1
+    return own_parts(args, stops.masked_fill(is_whole, -1))
 
 
 def reconstruction_loss(made, images, variance):
