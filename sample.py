@@ -543,7 +543,7 @@ def parser():
     add("--tokenizer", help="ours or published (RUN/tokenizer.pt)")
     add("--causal", action="store_true", help="the weights are VAR's")
     add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
-    add("--labels", nargs="+", default=["all"], help="class names or numbers (all)")
+    add("--labels", nargs="+", default=["all"], help="class names, else numbers (all)")
     add("--count", type=number(int, 1), default=8, help="images a label (8)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of image 0; image i has i more (0)")
     add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
@@ -558,7 +558,7 @@ def parser():
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
     add("--mask-steps", type=number(int, 0, 10_000), help="masked passes a scale (1)")
-    add("--edit", help="image to repaint")
+    add("--edit", help="image to repaint, cropped to the model's shape")
     either = top.add_mutually_exclusive_group().add_argument
     either("--mask", help="image, white: repaint; any size")
     either("--pad", type=number(float, 0.01, 0.49), help="outpaint, a border of this share")
@@ -721,6 +721,9 @@ def load_models(args):
     """(params, codec, class names, whether it is VAR's), by args.json beside the weights."""
     require(args.run or (args.weights and args.tokenizer), "expected RUN or --weights, --tokenizer")
     weights = args.weights or os.path.join(args.run, "hmar.pt")
+    require(
+        os.path.exists(weights), f"{weights} is missing; RUN is a folder that train.py finished"
+    )
     trained = read_json(os.path.join(os.path.dirname(weights), "args.json"))
     is_causal = args.causal or trained.get("causal") is True
     fits = not args.causal or trained.get("causal") is not False
@@ -762,7 +765,9 @@ def photo_and_mask(args, params, codec):
         photo = ImageOps.expand(photo.resize(inner), border, "grey")
         mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return pixels, torch.from_numpy(np.array(mask))[None, None] > 127
+    mask = torch.from_numpy(np.array(mask))[None, None] > 127
+    require(mask.any(), "--mask: expected white where the image is to be repainted")
+    return pixels, mask
 
 
 def read_json(path):

@@ -984,7 +984,7 @@ def claim_folder(args, data, held_out):
     advice = "--out NAME begins another run, --restart this one anew"
     fits = args.restart or not differ
     require(
-        fits, f"{args.out}: not begun with these flags or images: {', '.join(differ)}; {advice}"
+        fits, f"{args.out}: not begun with these flags or images: {', '.join(differ[:5])}; {advice}"
     )
     if args.restart:
         keep_needed(args, there)
@@ -1119,7 +1119,7 @@ def resume(args, state, optimizer):
     if rank() == 0 and os.path.exists(metrics):
         lines = Path(metrics).read_bytes()[:length]
         write_atomically(metrics, lambda file: file.write(lines))
-    word = "continues" if step else "begins"
+    word = "continues" if step else "nothing is saved yet, begins"
     say(f"{args.stage}: {word} at step {step} of {args.steps}, saved every {args.save_every}")
     return step, best_step, best_loss
 
