@@ -977,8 +977,8 @@ def claim_folder(args, data, held_out):
     differ = [f"{os.path.basename(path)} without args.json" for path in there if not before]
     for name, value in run["flags"].items() if before else ():
         old = before["flags"].get(name)
-        began = dict(tokenizer=name, init=str(old).partition(":")[0]).get(name)  # which stage
-        need_not_repeat = value is None and began in before["made"]
+        stage = dict(tokenizer="tokenizer", init=str(old).partition(":")[0]).get(name)
+        need_not_repeat = value is None and stage in before["made"]  # its work is done
         if old != value and not need_not_repeat:
             differ.append(f"{name} {old} -> {value}")
     advice = "--out NAME begins another run, --restart this one anew"

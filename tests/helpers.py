@@ -255,7 +255,7 @@ def places_in(node, path=()):
 
 @st.composite
 def changes(draw, tree):
-    """(tree, change, path): it with something else at a path, without it or with more beside it."""
+    """(tree, change, path): something else at a path, nothing, or more beside it."""
     tree = pytree.tree_map(lambda leaf: leaf, tree)  # of new dicts and lists
     path = draw(st.sampled_from(list(places_in(tree))))
     change = draw(st.sampled_from(["replace", "remove", "add"]))

@@ -128,7 +128,7 @@ def test_filters(golden):
 
 
 def layout(kind):
-    """A state dict of that layout: parameters without data, buffers as they are published."""
+    """A state dict of that layout, parameters without data."""
     state = {}
     layouts = json.loads((GOLDEN / "published_layouts.json").read_text())
     for name, (dtype, what, *shape) in layouts[kind].items():

@@ -268,7 +268,7 @@ def test_a_partly_given_scale_keeps_in_proportion():
 
 
 def test_a_caller_chooses_what_the_next_scale_is_drawn_from():
-    """Test-time scaling: of several drafts of the coarse scales the best goes on in all rows."""
+    """Of several drafts of the coarse scales the best goes on in all rows."""
     drawn = []
     for step in sample.steps(PARAMS, CODEC, LABELS, seed=[5, 6, 7]):
         if not step.hidden.any():
@@ -368,7 +368,7 @@ def test_editing_leaves_what_is_outside_the_mask(params, kind):
 
 @pytest.mark.parametrize("schedule", [None, ((1,), (4,), (12,)), ((1,), (0, 4), (3, 0, 9))])
 def test_editing_does_not_depend_on_the_batch(schedule):
-    """An empty, a full and a half mask together: each image as alone, the full one as generated."""
+    """Three masks together: each image as alone, the full one as generated."""
     images, labels = picture(4), torch.tensor([1, 2, 0, 2])
     mask = torch.cat([masks(kind, 1) for kind in ("empty", "full", "half", "random")])
     edited = sample.edit(PARAMS, CODEC, images, mask, labels, schedule=schedule, seed=9)
@@ -531,6 +531,7 @@ def run(tmp_path_factory):
     Image.fromarray(sample.to_bytes(picture(1))[0]).save(folder / "photo.png")
     mask = masks("half", 1)[0, 0].numpy() * 255
     Image.fromarray(mask.astype(np.uint8)).save(folder / "mask.png")
+    Image.new("L", (8, 8)).save(folder / "black.png")
     return folder
 
 
@@ -794,6 +795,7 @@ def broken(tmp_path_factory):
         ("{run} --weights {broken}/hmar.pt", "not finite"),
         ("{run} --tokenizer {run}/hmar.pt", "hmar.pt: "),
         ("{run} --edit {run}/photo.png", "--edit: expected with one of --mask and --pad"),
+        ("{run} --edit {run}/photo.png --mask {run}/black.png", "--mask: expected white"),
         ("{run} --edit {run}/hmar.pt --pad 0.2", "hmar.pt: no image of these formats"),
         ("{run} --device abacus", "--device: got 'abacus', expected cpu or a cuda"),
     ],

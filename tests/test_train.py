@@ -87,7 +87,7 @@ class Job:
         return Path(f"{self.log}.{end}").read_text()
 
     def ended(self, status=0):
-        """Itself, when it has ended as expected; minus the number of a signal that ended it."""
+        """Itself, when it has ended as expected; minus a signal's number."""
         self.process.join()
         assert self.process.exitcode == status, self.said("out") + self.said("err")
         return self
@@ -162,7 +162,7 @@ def base(tmp_path_factory, often, start, folder):
 
 
 def continued(base, out, *stages, **flags):
-    """A run folder in which the stages of `base` that are named are finished, begun with flags."""
+    """A run folder, begun with flags, in which stages of `base` are finished."""
     shutil.copytree(base, out)
     record = json.loads((out / "args.json").read_text())
     record["made"] = {stage: record["made"][stage] for stage in stages}
@@ -183,7 +183,7 @@ def weights(out, name):
 
 
 def difference(ours, theirs):
-    """The largest absolute difference of two trees' tensors; the trees have the same structure."""
+    """The largest absolute difference of two trees of one structure."""
     (ours, structure), (theirs, other) = pytree.tree_flatten(ours), pytree.tree_flatten(theirs)
     assert structure == other
     return max((a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs))
@@ -728,7 +728,7 @@ def test_a_cache_killed_while_it_was_made_anew_is_not_taken_for_whole(tmp_path, 
 
 
 def test_what_links_point_to_is_not_written_over(folder, tmp_path, monkeypatch):
-    """Of a run folder that somebody else made: its files, what they are written as, the lock."""
+    """Of a run folder that somebody else made: all its files."""
     victim, out = tmp_path / "victim", tmp_path / "run"
     victim.write_text("mine")
     flags = ["--data", folder, "--out", out, "--steps", 1]
