@@ -1,6 +1,6 @@
 """Attention over a sequence of blocks, such as the scales of an image: no L x L mask anywhere.
 
-`block_sparse_attention` is the entry, `dense_masked_attention` says briefly what it computes. On
+`block_sparse_attention` is the entry, `dense_masked_attention` says what it computes. On
 CUDA three Triton kernels (forward; dQ; dK and dV) stream the softmax as FlashAttention-2 does (Dao
 2023, algorithms 1 and 2), elsewhere PyTorch computes block by block.
 
@@ -23,14 +23,15 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Mac and Windows: the kernels are then plain functions that nobody calls
+except ImportError:  # Mac, Windows: kernels are plain functions nobody calls
     triton = None
 
-# the kernels then run in numpy, for tensors on any device
+# the kernels then run in numpy, on any device
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PLAIN_KEYS = 700  # blocks up to here train faster by plain products, on CPUs in bf16
+PLAIN_KEYS = 700  # blocks up to here are faster by plain products, on CPUs in bf16,
+PLAIN_SCORES = 2**27  # unless so many scores take a gigabyte
 
 
 def block_sparse_attention(query, key, value, block_lengths, is_causal=False, scale=None):
@@ -88,7 +89,7 @@ def _seen(x, block_lengths, is_causal):
     if not is_causal:
         return x.split(block_lengths, dim=1)
 
-    # each cut from the next: a cut's gradient is as large as what it was cut from
+    # each is cut from the next: its gradient is as large as what it was cut from
     prefixes = [x]
     for length in reversed(block_lengths[1:]):
         prefixes.append(prefixes[-1][:, :-length])
@@ -99,11 +100,11 @@ def _attention(query, key, value, scale):
     """Attention of (batch, tokens, heads, head_dim) without a mask."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, heads, tokens, head_dim)
 
-    half_on_cpu = q.device.type == "cpu" and q.element_size() == 2
+    is_small = k.shape[2] <= PLAIN_KEYS and q.shape[:3].numel() * k.shape[2] <= PLAIN_SCORES
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    fused_is_slow = gradients or not torch.cpu._is_amx_tile_supported()
 
-    if half_on_cpu and gradients and k.shape[2] <= PLAIN_KEYS:
-        # where the fused backward pass is slow
+    if q.is_cpu and q.element_size() == 2 and is_small and fused_is_slow:
         scores = (q * scale) @ k.mT  # (batch, heads, queries, keys)
         output = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
     else:
@@ -540,7 +541,7 @@ def _checked(query, key, value, block_lengths, scale):
         if not torch.is_tensor(x):
             raise ValueError(f"{name} is {type(x).__name__}, expected a tensor")
 
-    # as autocast has it for a matmul
+    # as for a matmul
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -560,16 +561,14 @@ def _checked(query, key, value, block_lengths, scale):
         if given != expected:
             raise ValueError(f"{name} is {given}, expected that of query, {expected}")
 
-    is_sequence = isinstance(block_lengths, Sequence)
-    if not is_sequence or not all(map(_is_positive_int, block_lengths)):
+    if not isinstance(block_lengths, Sequence) or not all(map(_is_positive_int, block_lengths)):
         raise ValueError(f"block_lengths is {block_lengths!r}, expected positive ints")
     total = sum(block_lengths)
     if total != tokens:
         raise ValueError(f"block_lengths sums to {total}, expected the {tokens} tokens of query")
 
     scale = head_dim**-0.5 if scale is None else scale
-    is_number = isinstance(scale, (int, float)) and scale is not True
-    if not is_number or not 0 < scale < float("inf"):
+    if scale is True or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale!r}, expected a positive number")
     return query, key, value, tuple(block_lengths), float(scale)
 

@@ -501,9 +501,9 @@ def load_tokenizer(path):
 
     def whole(state):
         if not isinstance(state, dict) or "codebook" not in state:
-            return tokenizer.from_published(state)
+            return in_fp32(tokenizer.from_published(state))
         tokenizer.check(state)
-        return pytree.tree_map(torch.Tensor.float, state)
+        return in_fp32(state)
 
     return load(path, whole)
 
@@ -514,13 +514,18 @@ def load_transformer(path, scales=None, is_causal=None):
     def whole(state):
         if isinstance(state, dict) and "trunk" in state:
             hmar.check(state)
-            return pytree.tree_map(torch.Tensor.float, state)
+            return in_fp32(state)
         found = hmar.published_is_causal(state)
         kind = "VAR's: add --causal" if found else "HMAR's: leave out --causal"
         require(None in (found, is_causal) or found == is_causal, f"holds weights of {kind}")
-        return hmar.from_published(state, scales)
+        return in_fp32(hmar.from_published(state, scales))
 
     return load(path, whole)
+
+
+def in_fp32(tree):
+    """The tree with all leaves fp32, on the CPU. NotImplementedError for one without values."""
+    return pytree.tree_map(lambda leaf: leaf.float().cpu(), tree)
 
 
 def digest(tree):

@@ -57,7 +57,7 @@ def processor():
 
 
 def print_table(header, rows):
-    """Columns as wide as their widest cell, numbers to the right."""
+    """Columns as wide as their widest cell."""
     formats = {float: ",.2f", int: ",", str: ""}
     lines = [header, *([format(cell, formats[type(cell)]) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -387,7 +387,7 @@ def sampling(arguments):
     labels = torch.arange(arguments.batch, device=DEVICE)
     check_sampling(params, codec, labels[:1])
 
-    weights = train.trainable(params)  # autocast keeps the casts of such leaves, and is faster
+    weights = train.trainable(params)  # autocast keeps casts of such leaves: faster
     fast = hmar.cast(params, arguments.dtype)
     several = sample.published_schedule(scales)
     once = [[length] for length in lengths]
@@ -397,8 +397,9 @@ def sampling(arguments):
             dense_sample(weights, codec, labels)
 
     def ours(schedule, is_causal=False):
-        options = dict(guidance=1.5, mask_guidance=0, top_k=900, top_p=0.96, is_causal=is_causal)
-        for _ in sample.steps(fast, codec, labels, schedule=schedule, **options):
+        options = dict(guidance=1.5, mask_guidance=0, soften=0, top_k=900, top_p=0.96)
+        options |= dict(schedule=schedule, is_causal=is_causal)
+        for _ in sample.steps(fast, codec, labels, **options):
             pass
 
     contestants = {

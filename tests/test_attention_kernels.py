@@ -162,9 +162,22 @@ def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, pytorch_path
 
 
 @both_patterns
-@pytest.mark.parametrize("wanted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_plain_products_train_short_blocks_in_two_bytes(dtype, wanted, is_causal, pytorch_path):
+@pytest.mark.parametrize(
+    "dtype, wanted, amx, many, is_plain",
+    [
+        (torch.bfloat16, True, True, False, True),
+        (torch.bfloat16, False, False, False, True),
+        (torch.bfloat16, False, True, False, False),
+        (torch.bfloat16, False, False, True, False),
+        (torch.float32, True, False, False, False),
+    ],
+)
+def test_plain_products_where_the_fused_ones_are_slow(
+    dtype, wanted, amx, many, is_plain, is_causal, pytorch_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    if many:
+        monkeypatch.setattr(attention_kernels, "PLAIN_SCORES", 1)
     limit = attention_kernels.PLAIN_KEYS
     block_lengths = (limit, 4, limit + 1)
     query, key, value, _ = (x.cpu() for x in inputs(block_lengths, dtype=dtype))
@@ -174,7 +187,7 @@ def test_plain_products_train_short_blocks_in_two_bytes(dtype, wanted, is_causal
         block_sparse_attention(query, key, value, block_lengths, is_causal)
 
     seen = [*itertools.accumulate(block_lengths)] if is_causal else block_lengths
-    plain_up_to = limit if wanted and dtype == torch.bfloat16 else 0
+    plain_up_to = limit if is_plain else 0
     keys = [call.args[1].shape[2] for call in called.call_args_list]
     assert keys == [n for n in seen if n > plain_up_to]
 

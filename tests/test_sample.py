@@ -712,7 +712,7 @@ def test_another_tokenizer_than_it_was_trained_for_is_refused(copied, tmp_path, 
     assert "hmar.pt: not what the run beside it made" in capsys.readouterr().err
 
 
-def test_leaves_of_several_float_types_are_one_when_they_are_loaded(tmp_path):
+def test_leaves_are_fp32_once_loaded_and_have_values(tmp_path):
     for whole, load in ((CODEC, sample.load_tokenizer), (PARAMS, sample.load_transformer)):
         leaves, structure = pytree.tree_flatten(whole)
         mixed = [leaf.double() if i % 2 else leaf for i, leaf in enumerate(leaves)]
@@ -720,6 +720,10 @@ def test_leaves_of_several_float_types_are_one_when_they_are_loaded(tmp_path):
         loaded = load(tmp_path / "a.pt")
         assert leaves_equal(loaded, whole)
         assert {leaf.dtype for leaf in pytree.tree_leaves(loaded)} == {torch.float}
+
+        torch.save(pytree.tree_map(lambda leaf: leaf.to("meta"), whole), tmp_path / "a.pt")
+        with pytest.raises(ValueError, match="a.pt: no weights that can be read safely"):
+            load(tmp_path / "a.pt")
 
 
 @settings(max_examples=60, deadline=None)
