@@ -28,10 +28,11 @@ except ImportError:  # Mac, Windows: kernels are plain functions nobody calls
 
 # the kernels then run in numpy, on any device
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN_KEYS = 700  # blocks up to here are faster by plain products, on CPUs in bf16,
-PLAIN_SCORES = 2**27  # unless so many scores take a gigabyte
+PLAIN_SCORES = 2**27  # unless they take a gigabyte
 
 
 def block_sparse_attention(query, key, value, block_lengths, is_causal=False, scale=None):
@@ -43,8 +44,8 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     scale: positive factor on the scores, head_dim ** -0.5 if None.
 
     Returns (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim), so that
-    joining the heads copies nothing. Gradients are of the first order. In two bytes on a CPU the
-    rounding depends on whether they are wanted. ValueError on anything else.
+    joining the heads copies nothing. Gradients are of the first order. On CPUs in two bytes
+    rounding varies with them, batch, processor. ValueError on anything else.
 
     Call it once before you capture a CUDA graph: that makes its table.
     """
@@ -102,7 +103,7 @@ def _attention(query, key, value, scale):
 
     is_small = k.shape[2] <= PLAIN_KEYS and q.shape[:3].numel() * k.shape[2] <= PLAIN_SCORES
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    fused_is_slow = gradients or not torch.cpu._is_amx_tile_supported()
+    fused_is_slow = gradients or not HAS_AMX
 
     if q.is_cpu and q.element_size() == 2 and is_small and fused_is_slow:
         scores = (q * scale) @ k.mT  # (batch, heads, queries, keys)

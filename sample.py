@@ -70,8 +70,9 @@ class Step(NamedTuple):
 def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
-    labels (B,) int64. is_causal: VAR, with a key/value cache. known: (tokens (B, L), given (B, L)
-    bool, features (B, code_dim, h, w)) of an image, for `edit`. options: those of `settled`.
+    labels (B,) int64. is_causal: VAR, with a key/value cache; no tree tells it. known: (tokens
+    (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`. options: those
+    of `settled`.
     """
     scales = hmar.scales(params)
     counts = tokenizer.lengths(scales)
@@ -83,7 +84,8 @@ def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     known_tokens, given = known_tokens.split(counts, 1), given.split(counts, 1)
     stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of an edit
 
-    cache = hmar.new_cache(params, 2 * len(labels)) if is_causal else None
+    halves = 2 if options["guidance"] else 1
+    cache = hmar.new_cache(params, halves * len(labels)) if is_causal else None
     f_hat = torch.zeros_like(known_maps[0])  # (B, code_dim, h, w)
 
     for k, size in enumerate(scales):
@@ -166,7 +168,7 @@ def guided(params, branch, labels, k, options, *inputs, cache=None):
     last = len(hmar.scales(params)) - 1
     t = strongest * k / last if last else strongest
     predict = partial(hmar.branch_features, params, branch, k=k, cache=cache)
-    if t == 0 and cache is None:
+    if strongest == 0 or (t == 0 and cache is None):
         return hmar.logits(predict(labels, *inputs), **head)
 
     null = torch.full_like(labels, len(params["classes"]) - 1)
@@ -192,10 +194,10 @@ def chosen(logits, k, number, options):
 
 
 def filtered(logits, top_k=0, top_p=1.0):
-    """(values, codes), (..., K) each: the logits of codes that may be drawn, the surest first.
+    """(values, codes), (..., K) each, of the codes that may be drawn; -inf for those that may not.
 
     Of logits (..., V) those below the top_k-th go (ties stay), then those whose betters hold top_p
-    of what is left; -inf stands where a row has fewer than K. Unfiltered none is moved.
+    of what is left. The surest come first; unfiltered, all codes stand in their own order.
     """
     everything = logits.shape[-1]
     is_cut = 0 < top_k < everything
@@ -359,7 +361,7 @@ def evidence(codebook, residual, stays, size):
     square = tokenizer.resize_to_scale(residual.square() * weight, size) / known
     variance = (square - mean.square()).mean(-1, keepdim=True).clamp(min=1e-4)
 
-    places = stays[0].numel() / (size[0] * size[1])  # of the latent in a cell
+    places = stays.shape[2:].numel() / (size[0] * size[1])  # of the latent in a cell
     precision = places * share / (1 - share).clamp(min=1e-2) / variance
     distance = torch.cdist(mean, codebook.to(mean.dtype)).square()
     return torch.where(share > 0, -0.5 * precision * distance, 0.0)
@@ -485,47 +487,37 @@ def as_rgb(image):
     return image.convert("RGB")
 
 
-def load(path, convert=lambda tree: tree):
-    """convert(what a file of weights holds), on the CPU. ValueError that names any other file."""
-    with open(path, "rb") as file:
-        try:
-            return convert(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:
-            text = f"no weights that can be read safely, {type(error).__name__}"
-            text = error if isinstance(error, ValueError) else text
-            raise ValueError(f"{path}: {text}") from error
-
-
 def load_tokenizer(path):
     """A codec from a file, ours or published. ValueError that names the file."""
-
-    def whole(state):
-        if not isinstance(state, dict) or "codebook" not in state:
-            return in_fp32(tokenizer.from_published(state))
-        tokenizer.check(state)
-        return in_fp32(state)
-
-    return load(path, whole)
+    return load_model(path, "codebook", tokenizer.check, tokenizer.from_published)
 
 
 def load_transformer(path, scales=None, is_causal=None):
     """A transformer's tree from a file, ours or published: of VAR if is_causal, None for either."""
 
-    def whole(state):
-        if isinstance(state, dict) and "trunk" in state:
-            hmar.check(state)
-            return in_fp32(state)
+    def from_published(state):
         found = hmar.published_is_causal(state)
         kind = "VAR's: add --causal" if found else "HMAR's: leave out --causal"
         require(None in (found, is_causal) or found == is_causal, f"holds weights of {kind}")
-        return in_fp32(hmar.from_published(state, scales))
+        return hmar.from_published(state, scales)
 
-    return load(path, whole)
+    return load_model(path, "trunk", hmar.check, from_published)
 
 
-def in_fp32(tree):
-    """The tree with all leaves fp32, on the CPU. NotImplementedError for one without values."""
-    return pytree.tree_map(lambda leaf: leaf.float().cpu(), tree)
+def load_model(path, key, check, from_published):
+    """A tree in fp32, on the CPU: ours, told by a key that it has, or made from_published."""
+    with open(path, "rb") as file:
+        try:
+            tree = torch.load(file, map_location="cpu", weights_only=True)
+            if isinstance(tree, dict) and key in tree:
+                check(tree)
+            else:
+                tree = from_published(tree)
+            return pytree.tree_map(lambda leaf: leaf.float().cpu(), tree)
+        except Exception as error:
+            text = f"no weights that can be read safely, {type(error).__name__}"
+            text = error if isinstance(error, ValueError) else text
+            raise ValueError(f"{path}: {text}") from error
 
 
 def digest(tree):
@@ -662,19 +654,23 @@ def fill_folder(out, settings, draw):
     """Draws this process's share of what is missing of number-label.png files; packs an .npz."""
     name, suffix = os.path.splitext(out)
     folder = name if suffix.lower() == ".npz" else out
-    path = os.path.join(folder, "settings.json")
     text = json.dumps(settings)
     os.makedirs(folder, exist_ok=True)
     others = [name for name in os.listdir(folder) if not name.endswith(".tmp")]
-    fits = not others or read_json(path) == json.loads(text)
     message = f"--out: {folder} holds something else, or images of other settings"
+    fits = not others or "settings.json" in others
     require(fits, f"{message}; expected a new folder")
-    write_atomically(path, lambda file: file.write(text.encode()))
+    if rank() == 0:
+        record = locked(os.path.join(folder, "settings.json"))
+        record.seek(0)
+        before = record.read()
+        require(before in ("", text), f"{message}; expected a new folder")
+        record.write(text[len(before) :])
+        record.flush()
 
     labels = settings["labels"]
     paths = [os.path.join(folder, f"{i:06d}-{label}.png") for i, label in enumerate(labels)]
-    rank, world = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    own = range(len(paths))[rank::world]
+    own = range(len(paths))[rank() :: world()]
     for numbers, images in draw([i for i in own if not os.path.exists(paths[i])]):
         for i, pixels in zip(numbers, to_bytes(images)):
             write_image(paths[i], Image.fromarray(pixels))
@@ -694,6 +690,10 @@ def check_flags(args):
     require(fits, f"--out: got {args.out}, expected a folder that is there")
     fits = bool(args.edit) == bool(args.mask or args.pad) and not (args.edit and suffix == ".gif")
     require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
+    fits = os.path.realpath(args.out) not in map(
+        os.path.realpath, filter(None, (args.edit, args.mask))
+    )
+    require(fits, f"--out: got {args.out}, which is also to be read")
     return suffix
 
 
@@ -793,7 +793,7 @@ def write_atomically(path, write):
 
     It has the process's rank in its name, so that the next run writes over what a kill left.
     """
-    temporary = f"{path}.{os.environ.get('RANK', '0')}.tmp"
+    temporary = f"{path}.{rank()}.tmp"
     try:
         if os.path.lexists(temporary):  # it may be a link, whose target is somebody else's
             os.remove(temporary)
@@ -811,6 +811,29 @@ def write_atomically(path, write):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def locked(path):
+    """The file, which may be new, open to read and add to, locked while this process lives."""
+    import fcntl  # Windows has none
+
+    file = open(path, "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        message = "another process works there; workers of a killed one end within seconds"
+        raise ValueError(f"{os.path.dirname(path)}: {message}") from error
+    return file
+
+
+def rank():
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world():
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def write_image(path, image, kind="PNG", **options):

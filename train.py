@@ -16,7 +16,6 @@ import argparse
 import colorsys
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -42,8 +41,10 @@ from sample import (
     digest,
     load_tokenizer,
     load_transformer,
+    rank,
     read_json,
     require,
+    world,
     write_atomically,
 )
 
@@ -105,7 +106,8 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
 
     args.steps and .lr are of this stage. loss(tree, **batch) -> (scalar, {name: tensor} to log);
     batches(start) yields each step's batch, a dict a part; evaluate(tree) -> {name: numbers}, the
-    lowest "loss" is best; after_step(step, reports, optimizer) may change parameters and `extra`.
+    lowest "loss" is best; after_step(step, reports, optimizer) may change parameters and `extra`,
+    and takes out of the reports what is not to be logged.
     """
     model = Trained(tree, loss)
     leaves = list(model.leaves)
@@ -126,7 +128,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
             torch._foreach_lerp_(average, current, 1 - min(args.ema, step / (step + 10)))
             after_step(step, reports, optimizer)
 
-            window += [{"gradient": norm} | shown(report) for report in reports]
+            window += [{"gradient": norm} | report for report in reports]
             if step % LOG_EVERY == 0 or step == args.steps:
                 log(args, step, rate=rate, **means(window))
                 window.clear()
@@ -160,7 +162,7 @@ def optimise(call, parts, leaves, optimizer, rate):
         with call.no_sync() if alone else contextlib.nullcontext():
             value, report = call(**batch)
             (value / len(parts)).backward()
-        reports.append(report)
+        reports.append(pytree.tree_map(torch.Tensor.detach, report))
 
     norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
     optimizer.step(rate)
@@ -231,7 +233,7 @@ def train_tokenizer(args, data, held_out):
     codec = trainable(to_device(codec, args.device))
     codebook = codec["codebook"]
     chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
-    reserved = [held_out[index, None][0] for index in range(len(held_out))[: JUDGED // 2]]
+    reserved = [held_out[index, None, 0][0] for index in range(len(held_out))[: JUDGED // 2]]
     reserved = to_unit(torch.stack(reserved), args.device)
     variance = hues(reserved).var((1, 2, 3), correction=0).mean()
 
@@ -239,7 +241,7 @@ def train_tokenizer(args, data, held_out):
         fast = tokenizer.cast(codec, args.dtype)
         made = tokenizer.training_pass(fast, images, args.scales, stops)
         coarse = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
-        coarse = coarse * (COARSE_EVERY / len(images))
+        coarse = coarse * (min(COARSE_EVERY, args.batch) / len(images))  # the mean of a batch
         total = reconstruction_loss(made["images"], images, variance)
         total = total + COARSE_WEIGHT * coarse + made["loss"]
 
@@ -258,12 +260,12 @@ def train_tokenizer(args, data, held_out):
             yield to_device(parts, args.device)
 
     def after_step(step, reports, optimizer):
-        tokens = torch.cat([own.flatten() for report in reports for own in report["tokens"]])
+        tokens = torch.cat([own.flatten() for report in reports for own in report.pop("tokens")])
+        by_scale = zip(*(report.pop("residuals") for report in reports))
         counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
         chosen.add_(summed(counts))
         if step == 1 or step % REVIVE_EVERY == 0 and step <= 0.8 * args.steps:
             generator = generator_of(args.seed, "revive", step)
-            by_scale = zip(*(report["residuals"] for report in reports))
             residuals = [gathered(torch.cat(parts)) for parts in by_scale]
             new, dead = tokenizer.revive_codes(codebook.detach(), chosen, residuals, generator)
             codebook.data.copy_(new)
@@ -406,10 +408,7 @@ def on_tokens(args, data, held_out):
 
 
 def transformer_batch(args, done, params, labels, cache):
-    """dict(labels (B,), tokens (B, L), gates (B, depth, 2)) of the whole batch after `done` steps.
-
-    Each image in one of its views, some labels null, some branches dropped.
-    """
+    """dict(labels (B,), tokens (B, L), gates (B, depth, 2)) of a whole batch after `done` steps."""
     generator = generator_of(args.seed, args.stage, done)
     rows = [index for index, _ in step_items(args, done, len(labels))]
     views = torch.randint(cache.shape[1], (args.batch,), generator=generator).numpy()
@@ -575,8 +574,8 @@ def draw_shape(index, size=32):
 class Images(torch.utils.data.Dataset):
     """Images as (uint8 (3, size, size), label), of paths and labels or of numbers of drawings.
 
-    A key is (index, seed), so that a sampler decides the randomness: seed None is the centre crop,
-    another one decides crop and flip. A file that cannot be read is named, once a process, and
+    A key is (index, seed, turn), so that a sampler decides the randomness: seed None is the centre
+    crop; with flip an odd turn mirrors. A file that cannot be read is named, once a process, and
     replaced by the next of its class; ValueError when these are more than 5 % and more than ten.
     With any_class, as for the few that are held out, by the next of all, and it takes its label.
     """
@@ -591,11 +590,12 @@ class Images(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, key):
-        index, seed = key
+        index, seed, turn = key
         if self.is_drawn:  # these vary enough by themselves
             image, _ = draw_shape(self.items[index], self.size)
         else:
-            image = crop(self.readable(index), self.size, seed, self.flip)
+            image = crop(self.readable(index), self.size, seed)
+            image = ImageOps.mirror(image) if self.flip and turn % 2 else image
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), self.labels[index]
 
     def readable(self, index):
@@ -618,24 +618,22 @@ class Images(torch.utils.data.Dataset):
         raise ValueError(f"--data: {path} cannot be read, nor one that could take its place")
 
 
-def crop(image, size, seed=None, flip=False):
+def crop(image, size, seed=None):
     """An image -> size x size: the shorter side is resized to size and the centre cut out.
 
-    With a seed (what numpy.random.default_rng takes) the shorter side becomes size to 1.125 size,
-    the place is random, and with flip half are mirrored.
+    With a seed (what numpy.random.default_rng takes) the shorter side becomes size to 1.125 size
+    and the place is random.
     """
     width, height = image.size
     reach = min(width, height)  # of the source, so that no resized image of extreme shape is made
-    left, top, is_mirrored = (width - reach) // 2, (height - reach) // 2, False
+    left, top = (width - reach) // 2, (height - reach) // 2
     if seed is not None:
-        zoom, x, y, coin = np.random.default_rng(seed).random(4).tolist()
+        zoom, x, y = np.random.default_rng(seed).random(3).tolist()
         reach /= 1 + zoom / 8
         left, top = x * (width - reach), y * (height - reach)
-        is_mirrored = flip and coin < 0.5
 
     box = (left, top, left + reach, top + reach)
-    image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=2.0)
-    return ImageOps.mirror(image) if is_mirrored else image
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=2.0)
 
 
 def data_sets(args):
@@ -722,7 +720,8 @@ def loader(args, data, start):
     def keys():
         for done in range(start, args.steps):
             items = step_items(args, done, len(data))[own]
-            yield [(index, (args.seed, draw)) for index, draw in items]
+            # every image is mirrored every other epoch
+            yield [(i, (args.seed, draw), i + draw // len(data)) for i, draw in items]
 
     workers = dict(num_workers=args.workers, worker_init_fn=stand_apart)
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=keys(), **workers))
@@ -748,7 +747,7 @@ def to_unit(images, device):
 def token_cache(args, data, codec):
     """Tokens of all images, a memory-mapped array (N, views, L), encoded once by the codec.
 
-    The first view is the centre crop; a small folder's images have several random crops besides.
+    View 0 is the centre crop, others are random; with --flip every second one is mirrored.
     """
     views = 1
     if not data.is_drawn:
@@ -775,7 +774,7 @@ def token_cache(args, data, codec):
 def file_digest(path):
     """A digest of a file's bytes, a gigabyte in about a second; "" where there are none."""
     size = os.path.getsize(path) if os.path.exists(path) else 0
-    return digest(torch.from_file(path, size=size, dtype=torch.uint8)) if size else ""
+    return digest(torch.from_numpy(np.memmap(path, np.uint8, "c"))) if size else ""
 
 
 def encoded(args, data, codec, rows, views=1):
@@ -784,7 +783,8 @@ def encoded(args, data, codec, rows, views=1):
     tokens = []
     for first in range(0, len(rows), 64):
         part = rows[first : first + 64]
-        keys = [(i, (args.seed, view, i) if view else None) for i in part for view in range(views)]
+        views_of = itertools.product(part, range(views))
+        keys = [(i, (args.seed, view, i) if view else None, view) for i, view in views_of]
         pixels = torch.stack([data[key][0] for key in keys])
         for few in pixels.split(at_once(args.size**2)):
             images = to_unit(few, args.device)
@@ -882,8 +882,7 @@ def resolved(args):
     if args.size is None:
         args.size = 32 if args.data is None else 256
     if args.out is None:
-        folder = "shapes" if args.data is None else os.path.basename(os.path.abspath(args.data))
-        args.out = os.path.join("runs", folder)
+        args.out = os.path.join("runs", os.path.basename(os.path.abspath(args.data or "shapes")))
     for name, presets in PRESETS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, presets[args.size > LARGEST_SMALL])
@@ -961,10 +960,11 @@ def claim_folder(args, data, held_out):
 
     ValueError where the folder is in use, somebody else's, or was begun differently.
     """
-    inside = args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve())
-    require(not inside, f"--out: {args.out} lies in --data, whose images would be mixed with ours")
+    ours = [Path(path).resolve() for path in own_files(args)]
+    inside = args.data and any(path.is_relative_to(Path(args.data).resolve()) for path in ours)
+    require(not inside, f"--out: {args.out} has files in --data, whose images would mix with ours")
     os.makedirs(args.out, exist_ok=True)
-    args.lock = locked(args) if rank() == 0 else None
+    args.lock = sample.locked(os.path.join(args.out, "lock")) if rank() == 0 else None
     before = read_run(args)
     flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
     flags |= dict(dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
@@ -1016,23 +1016,13 @@ def own_files(args):
     return [os.path.join(args.out, name) for name in (*names, "args.json")]
 
 
-def locked(args):
-    """The run folder's lock file, held while this process lives."""
-    file = open(os.path.join(args.out, "lock"), "a")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(f"{args.out}: another process trains in it") from error
-    return file
-
-
 def fingerprint(args, data):
     """What tells images from others: names, sizes and times of files, or numbers of drawings."""
     if data.is_drawn:
         return str(data.items)
     total = hashlib.sha256()
     for path, label in data.items:
-        stat = os.stat(path)
+        stat = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing
         name = name_inside(path, args.data)
         total.update(f"{name!r} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return total.hexdigest()[:16]
@@ -1103,8 +1093,8 @@ def resume(args, state, optimizer):
     barrier()  # every process has looked
     if is_missing:  # so that metrics.jsonl is cut even after a kill before the first save
         keep(args, state, optimizer, (0, 0, math.inf))
-    saved = sample.load(path)
     try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         for own, kept in zip(state, saved["state"], strict=True):
             require(own.shape == kept.shape, "other shapes")
@@ -1231,11 +1221,6 @@ def wrapped(model, args):
     return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
 
 
-def shown(report):
-    """What of a loss's report is for metrics: the tensors, detached; lists are for after_step."""
-    return {name: value.detach() for name, value in report.items() if torch.is_tensor(value)}
-
-
 def means(window):
     """{name: mean number or numbers} of reports, over the steps and over all processes."""
     stacked = {name: torch.stack([report[name] for report in window]) for name in window[0]}
@@ -1256,16 +1241,6 @@ def to_device(tree, device):
         return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
     return pytree.tree_map(send, tree)
-
-
-def rank():
-    """This process's number among those that torchrun started."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world():
-    """How many processes torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def barrier():

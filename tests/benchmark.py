@@ -387,7 +387,7 @@ def sampling(arguments):
     labels = torch.arange(arguments.batch, device=DEVICE)
     check_sampling(params, codec, labels[:1])
 
-    weights = train.trainable(params)  # autocast keeps casts of such leaves: faster
+    weights = train.trainable(params)  # autocast keeps their casts: faster
     fast = hmar.cast(params, arguments.dtype)
     several = sample.published_schedule(scales)
     once = [[length] for length in lengths]
@@ -587,7 +587,7 @@ def curves(arguments):
     """losses of 200 steps on drawn shapes in bf16 and in fp32"""
     print_conditions("mean losses of 20 steps")
     scales, data = train.default_scales(8), train.Images(range(500), 8)
-    images = train.to_unit(torch.stack([data[i, None][0] for i in range(500)]), DEVICE)
+    images = train.to_unit(torch.stack([data[i, None, 0][0] for i in range(500)]), DEVICE)
     codec = tokenizer.init(codes=256, code_dim=3, channels=32, multipliers=(1,))
     codec = train.to_device(codec, DEVICE)  # of which the quantiser is used, on the pixels
     pyramid = tokenizer.quantise(codec["codebook"], codec["phi"], images, scales)

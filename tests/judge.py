@@ -3,6 +3,7 @@
 python tests/judge.py shapes RUN              drawings of train.py
 python tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a wrong one
 python tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
+python tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
 python tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 python tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png, of a run on drawings
 
@@ -234,6 +235,32 @@ def report(kind, judge, held_out, run, flags=()):
     return numbers
 
 
+@torch.no_grad()
+def report_edits(kind, judge, held_out, run, count=200):
+    """Prints, of held-out images with a half repainted, the share right and how the seam shows:
+
+    the mean jump from one side of it to the other, over that of the originals.
+    """
+    images, labels = (rows[:count] for rows in held_out)
+    params = sample.load_transformer(f"{run}/hmar.pt")
+    codec = sample.load_tokenizer(f"{run}/tokenizer.pt")
+    middle = images.shape[3] // 2
+    for turn, name in enumerate(("left", "lower", "right", "upper")):
+        mask = torch.zeros(count, 1, *images.shape[2:], dtype=torch.bool)
+        mask[..., :middle] = True
+        mask = mask.rot90(turn, (2, 3))
+        made = sample.edit(params, codec, images, mask, labels, seed=8000)
+
+        jumps = []
+        for pictures in (made, images):
+            upright = pictures.rot90(-turn, (2, 3))
+            jumps.append((upright[..., middle] - upright[..., middle - 1]).abs().mean().item())
+        right = accuracy(judge, made, labels)
+        print(
+            f"{kind} {run}  {name}  right {right:.3g}  seam {jumps[0] / jumps[1]:.3g}", flush=True
+        )
+
+
 def write_letters(folder):
     """The letters as a data set, one sub-folder a class."""
     for index in range(4000):
@@ -273,6 +300,7 @@ def main(argv=None):
     parser.add_argument("kind", choices=("shapes", "letters", "cifar10"))
     parser.add_argument("run", nargs="*", help="run folders")
     parser.add_argument("--data", help="of cifar10")
+    parser.add_argument("--edit", action="store_true", help="judge edits, not samples")
     parser.add_argument("--write", metavar="DIR", help="write letters, or pictures, there instead")
     argv = sys.argv[1:] if argv is None else argv
     ours, flags = argv, []
@@ -292,7 +320,10 @@ def main(argv=None):
         args.kind, *training, epochs=16 if args.kind == "cifar10" else 4, cache=cache
     )
     for run in args.run:
-        report(args.kind, judge, held_out, run, flags)
+        if args.edit:
+            report_edits(args.kind, judge, held_out, run)
+        else:
+            report(args.kind, judge, held_out, run, flags)
 
 
 if __name__ == "__main__":

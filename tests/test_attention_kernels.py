@@ -175,7 +175,7 @@ def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, pytorch_path
 def test_plain_products_where_the_fused_ones_are_slow(
     dtype, wanted, amx, many, is_plain, is_causal, pytorch_path, monkeypatch
 ):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(attention_kernels, "HAS_AMX", amx)
     if many:
         monkeypatch.setattr(attention_kernels, "PLAIN_SCORES", 1)
     limit = attention_kernels.PLAIN_KEYS
@@ -359,6 +359,8 @@ def test_compiles_as_one_graph(is_causal):
     ours = run(compiled, *tensors, (1, 3, 12), is_causal)
     expected = run(block_sparse_attention, *tensors, (1, 3, 12), is_causal)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*tensors[:3], (1, 3, 12), is_causal), expected[0])
 
 
 @needs_kernels

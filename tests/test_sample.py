@@ -224,10 +224,10 @@ def test_filters_of_ties_keep_one_at_least():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("guidance, halves", [(2.0, [1, 2, 2]), (0, [1, 1, 1])])
-def test_guidance_of_zero_asks_for_one_half_but_with_a_cache(is_causal, guidance, halves):
+def test_guidance_of_zero_asks_for_one_half(is_causal, guidance, halves):
     with mock.patch.object(hmar, "branch_features", wraps=hmar.branch_features) as predict:
         sample.generate(PLAIN, CODEC, LABELS, guidance=guidance, is_causal=is_causal)
-    halves = [2, 2, 2] if is_causal else halves
+    halves = [2, 2, 2] if is_causal and guidance else halves
     assert [len(call.args[2]) for call in predict.call_args_list] == [3 * n for n in halves]
 
 
@@ -647,6 +647,23 @@ def test_folders_of_other_settings_are_refused(run, tmp_path, capsys, flags):
     assert call(*plain, *flags) == 2
     assert "images of other settings" in capsys.readouterr().err
     assert contents(tmp_path) == before
+
+
+def test_one_process_at_a_time_draws_into_a_folder(run, tmp_path, capsys):
+    held = sample.locked(tmp_path / "settings.json")
+    assert call(run, "--count", 1, "--out", tmp_path) == 2
+    assert f"sample.py: {tmp_path}: another process works there" in capsys.readouterr().err
+    assert contents(tmp_path) == {"settings.json": b""}
+    held.close()
+    assert call(run, "--count", 1, "--out", tmp_path) == 0
+
+
+def test_what_is_edited_is_not_written_over(run, capsys):
+    photo = (run / "photo.png").read_bytes()
+    for flags in (("--mask", run / "mask.png"), ("--pad", 0.2)):
+        assert call(run, "--edit", run / "photo.png", *flags, "--out", run / "photo.png") == 2
+        assert "photo.png, which is also to be read" in capsys.readouterr().err
+    assert (run / "photo.png").read_bytes() == photo
 
 
 def test_the_command_edits(run, tmp_path):
