@@ -10,11 +10,11 @@ the trunk, and sees visible tokens of its own scale besides: `masked_input` is w
 
 A model is a tree of tensors: keys are argument names of functions, shapes are the configuration.
 
-    labels      (B,) int64, the last is the null class
+    labels      (B,) int64, 0 to classes; `classes` is the null class
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
     own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
     mask        (B, L - len_0) bool, True where hidden; scale 0 is never masked
-    k           scale k alone, from its own part of the others; scale 0 has no inputs: None
+    k           scale k alone, from its own part of the others; inputs None for scale 0
 
     >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
     >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
@@ -166,9 +166,10 @@ def cached_attention(query, key, value, past):
 
 
 def feed_forward(x, expand, contract):
-    """(B, n, C): the MLP, four times as wide inside, tanh-GELU; in bf16 the exact one, as near."""
+    """(B, n, C): the MLP, four times as wide inside, with tanh-GELU."""
     x = linear(x, **expand)
-    form = "none" if x.dtype == torch.bfloat16 else "tanh"  # a quarter of the time on CPUs
+    # in bf16 the exact one is no further off than rounding, and takes a quarter of the time
+    form = "none" if x.dtype == torch.bfloat16 else "tanh"
     return linear(F.gelu(x, approximate=form), **contract)
 
 
@@ -268,7 +269,10 @@ def scale_weights(scales, kind):
     sides = (counts / counts[-1]).sqrt().flip(0)
     spread = sides.std(correction=int(len(sides) > 1)).clamp(min=1e-9)  # of one size: all alike
     normal = torch.exp(-0.5 * ((sides - sides.mean()) / spread).square())
-    mass = dict(token=counts, scale=torch.ones_like(counts), lognormal=normal)[kind]
+    kinds = dict(token=counts, scale=torch.ones_like(counts), lognormal=normal)
+    if kind not in kinds:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(kinds)}")
+    mass = kinds[kind]
     return (mass / mass.sum() / counts).repeat_interleave(counts.long()).float()
 
 
@@ -350,7 +354,7 @@ def _new_block(normal, affine, width, heads, depth, gamma):
 def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     """The same tree and a masked branch: copies of the last blocks and head, the rest is shared.
 
-    own_input: and of the input weight, for a scale's own tokens; published trees have none.
+    own_input: the input weight is copied too, for a scale's own tokens; published trees lack it.
     """
     every = params["trunk"] + params["next_scale"]["blocks"]
     if "masked" in params or not 1 <= blocks <= len(every):
@@ -398,12 +402,12 @@ def check(params):
 
 def _named(tree):
     """{name: leaf}, a name such as trunk.0.attention.qkv; ValueError unless they are floats."""
-    nodes = itertools.count()  # a small file can hold 2 ** 40: what is beyond the limit is no leaf
+    nodes = itertools.count()  # lists that are shared can unfold to 2 ** 40: stop, and refuse
     leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 10_000)
     named = {".".join(re.findall(r"[^\[\]']+", pytree.keystr(path))): leaf for path, leaf in leaves}
     for name, leaf in named.items():
         fits = torch.is_tensor(leaf) and leaf.is_floating_point()
-        fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # none stands for many
+        fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # no expanded view
         if not fits or not (leaf.is_meta or leaf.isfinite().all()):
             raise ValueError(f"{name!r} is not finite floats, all of them in memory")
     return named

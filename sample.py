@@ -141,17 +141,17 @@ def settled(params, codec, labels, **asked):
     require(got == sizes, f"codec: got (codes, code_dim) {got}, the transformer has {sizes}")
     require(torch.is_tensor(labels) and labels.ndim == 1, "labels: expected an int64 tensor (B,)")
     for name, (least, most) in LIMITS.items():
-        check_number(name, options[name], least, most, int if name == "top_k" else (int, float))
+        kind = int if name == "top_k" else (int, float)
+        fits = isinstance(options[name], kind) and least <= options[name] <= most
+        require(fits, f"{name}: got {options[name]!r}, expected a number, {least:g} to {most:g}")
     check_schedule(options["schedule"], hmar.scales(params), "masked" in params)
 
     seed = options["seed"]
-    if isinstance(seed, int):
-        options["seed"] = seed = [seed + i for i in range(len(labels))]
-    fits = isinstance(seed, (list, tuple)) and len(seed) == len(labels)
-    require(fits, f"seed: got {seed!r}, expected an integer, or {len(labels)} of them")
-    for number in seed:
-        check_number("seed", number, 0, 2**63 - 1, int)
-    return options
+    seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
+    fits = isinstance(seeds, (list, tuple)) and len(seeds) == len(labels)
+    fits = fits and all(isinstance(number, int) and number >= 0 for number in seeds)
+    require(fits, f"seed: got {seed!r}, expected one from 0 on, or {len(labels)} of them")
+    return options | dict(seed=seeds)
 
 
 def guided(params, branch, labels, k, options, *inputs, cache=None):
@@ -401,13 +401,6 @@ def require(fine, message):
         raise ValueError(message)
 
 
-def check_number(name, value, least, most, kind=(int, float)):
-    """ValueError unless value is a number of this kind and range."""
-    what = "an integer" if kind is int else "a number"
-    fits = isinstance(value, kind) and least <= value <= most
-    require(fits, f"{name}: got {value!r}, expected {what} from {least:g} to {most:g}")
-
-
 def check_schedule(schedule, scales, has_masked_branch):
     """ValueError unless the numbers of each scale sum to its tokens."""
     counts = tokenizer.lengths(scales)
@@ -546,11 +539,7 @@ def parser():
     add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
     add("--guidance", type=float, help="at the last scale, 0 at the first (5, published 1.5)")
     add("--mask-guidance", type=float, help="of masked passes (5, published 0)")
-    add(
-        "--soften",
-        type=float,
-        help="nats of difference at which guidance halves (0.1, published 0: never)",
-    )
+    add("--soften", type=float, help="nats at which guidance halves (0.1, published 0: never)")
     add("--temperature", type=float, help="0: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
@@ -569,17 +558,12 @@ class Parser(argparse.ArgumentParser):
     """The stock parser, whose errors are ValueErrors and whose help has a line a flag."""
 
     def __init__(self, description):
-        shape = partial(Help, max_help_position=30, width=100)
+        shape = partial(argparse.HelpFormatter, max_help_position=42, width=100)
         options = dict(formatter_class=shape, usage=argparse.SUPPRESS, allow_abbrev=False)
         super().__init__(description=description, **options)
 
     def error(self, message):
         raise ValueError(message)
-
-
-class Help(argparse.HelpFormatter):
-    def _get_default_metavar_for_optional(self, action):
-        return action.dest[0].upper()
 
 
 def number(kind, least, most=10**9):

@@ -241,8 +241,8 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     for f_hat in f_hats:
         loss = loss + F.mse_loss(f_hat, f.detach()) + commitment * F.mse_loss(f, f_hat.detach())
 
-    # straight-through: decoded is `coded`, the gradient is that of `smooth`. Behind the whole
-    # images stand the coarse ones.
+    # straight-through: the decoder sees `coded`, gradients reach `smooth`; rows from B on are
+    # the coarse images
     count = len(stops)
     rows = torch.arange(count, device=f.device)
     means = torch.stack([cell_means(f[:count], size) for size in scales])
@@ -262,7 +262,7 @@ def cell_means(features, size):
 
 
 def revive_codes(codebook, counts, residuals, generator):
-    """(codebook, dead (V,) bool): codes never chosen become random vectors that needed one.
+    """(codebook, dead (V,) bool): codes never chosen become random residuals.
 
     counts (V,) says how often each was chosen, residuals [(B, n_k, code_dim), ...] for what.
     """
@@ -412,12 +412,12 @@ def check(codec):
 
 def _named(tree):
     """{name: leaf}, a name such as decoder.up.0.conv1.bias; ValueError unless they are floats."""
-    nodes = itertools.count()  # a small file can hold 2 ** 40: what is beyond the limit is no leaf
+    nodes = itertools.count()  # lists that are shared can unfold to 2 ** 40: stop, and refuse
     leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 10_000)
     named = {".".join(re.findall(r"[^\[\]']+", pytree.keystr(path))): leaf for path, leaf in leaves}
     for name, leaf in named.items():
         fits = torch.is_tensor(leaf) and leaf.is_floating_point()
-        fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # none stands for many
+        fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # no expanded view
         if not fits or not (leaf.is_meta or leaf.isfinite().all()):
             raise ValueError(f"{name!r} is not finite floats, all of them in memory")
     return named

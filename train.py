@@ -145,7 +145,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
 
             stops = asked_to_stop(step)
             if stops or step % args.save_every == 0:
-                require_finite(args, step, norm.isfinite())  # of weights that are not, it is not
+                require_finite(args, step, norm.isfinite())  # nan weights give a nan norm
                 keep(args, state, optimizer, (step, best_step, best_loss))
             if stops:
                 raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
@@ -477,23 +477,23 @@ def judge_transformer(args, codec, labels, tokens, params):
     generator = generator_of("held-out mask")
     lengths = tokenizer.lengths(args.scales)
     sums = torch.zeros(3, sum(lengths), dtype=torch.float64, device=args.device)
-    for own, own_labels in zip(tokens.split(32), labels.split(32)):
-        inputs = tokenizer.next_scale_inputs(codec, own, args.scales)
-        judged = torch.ones_like(own, dtype=torch.bool)
+    for part, part_labels in zip(tokens.split(32), labels.split(32)):
+        inputs = tokenizer.next_scale_inputs(codec, part, args.scales)
+        judged = torch.ones_like(part, dtype=torch.bool)
         if args.stage == "masked":
             mask = torch.rand(inputs.shape[:2], generator=generator).to(args.device) < 0.5
-            own_inputs = tokenizer.masked_inputs(codec, own, args.scales, mask)
-            logits = hmar.masked_logits(params, own_labels, inputs, own_inputs, mask)
+            own_inputs = tokenizer.masked_inputs(codec, part, args.scales, mask)
+            logits = hmar.masked_logits(params, part_labels, inputs, own_inputs, mask)
             judged = F.pad(mask, (lengths[0], 0))  # scale 0 is never masked
         else:
-            logits = hmar.next_scale_logits(params, own_labels, inputs, args.causal)
-        losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
-        hits = logits.argmax(-1) == own
+            logits = hmar.next_scale_logits(params, part_labels, inputs, args.causal)
+        losses = F.cross_entropy(logits.transpose(1, 2), part, reduction="none")
+        hits = logits.argmax(-1) == part
         sums += torch.stack([losses * judged, hits * judged, judged]).sum(1)
 
     names = args.class_names[:10]
-    own = torch.arange(len(names), device=args.device).repeat_interleave(8)
-    images, _ = sample.generate(params, codec, own, is_causal=args.causal)
+    classes = torch.arange(len(names), device=args.device).repeat_interleave(8)
+    images, _ = sample.generate(params, codec, classes, is_causal=args.causal)
     write_sheet(args, args.stage, images.split(8), names)
 
     by_scale = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)  # (3, S)

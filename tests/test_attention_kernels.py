@@ -162,24 +162,17 @@ def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, pytorch_path
 
 
 @both_patterns
-@pytest.mark.parametrize(
-    "dtype, wanted, amx, many, is_plain",
-    [
-        (torch.bfloat16, True, True, False, True),
-        (torch.bfloat16, False, False, False, True),
-        (torch.bfloat16, False, True, False, False),
-        (torch.bfloat16, False, False, True, False),
-        (torch.float32, True, False, False, False),
-    ],
-)
-def test_plain_products_where_the_fused_ones_are_slow(
-    dtype, wanted, amx, many, is_plain, is_causal, pytorch_path, monkeypatch
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("kind", ["amx", "none", "fp32", "many"])
+def test_plain_products_where_fused_ones_are_slow(
+    kind, wanted, is_causal, pytorch_path, monkeypatch
 ):
-    monkeypatch.setattr(attention_kernels, "HAS_AMX", amx)
-    if many:
-        monkeypatch.setattr(attention_kernels, "PLAIN_SCORES", 1)
+    monkeypatch.setattr(attention_kernels, "HAS_AMX", kind == "amx")
+    monkeypatch.setattr(attention_kernels, "PLAIN_SCORES", 1 if kind == "many" else 2**27)
+    is_plain = kind == "none" or (kind == "amx" and wanted)
     limit = attention_kernels.PLAIN_KEYS
     block_lengths = (limit, 4, limit + 1)
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     query, key, value, _ = (x.cpu() for x in inputs(block_lengths, dtype=dtype))
     value.requires_grad_(wanted)
     fused = F.scaled_dot_product_attention

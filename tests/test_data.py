@@ -266,9 +266,8 @@ def test_items_are_decided_by_their_keys(folder):
             assert pixels.dtype == torch.uint8 and pixels.shape == (3, 16, 16)
             assert torch.equal(pixels, again) and label == same and len(images) == 7
     drawing = torch.from_numpy(np.array(train.draw_shape(33, 16)[0])).permute(2, 0, 1)
-    assert (
-        torch.equal(images[3, 1, 1][0], drawing) and images[3, 1, 1][1] == 3
-    )  # drawings stay whole
+    pixels, label = images[3, 1, 1]
+    assert torch.equal(pixels, drawing) and label == 3  # drawings stay whole
     photo = train.Images(files, 32)
     assert not torch.equal(photo[6, 0, 0][0], photo[6, 1, 0][0]) and photo[6, 0, 0][1] == 1
 
@@ -290,20 +289,20 @@ def test_a_large_jpeg_is_decoded_small_yet_looks_the_same(tmp_path):
 
 def test_every_second_time_an_image_is_mirrored_if_asked(folder):
     items = train.list_images(folder)[0]
-    gradient(40, 30).save(items[1][0])
-    plain, flipped = train.Images(items, 16), train.Images(items, 16, flip=True)
-    for seed, turn in itertools.product((None, (0, 5)), range(4)):
-        image = plain[1, seed, turn][0]
-        assert torch.equal(image, plain[1, seed, 0][0])
-        mirrored = image.flip(-1) if turn % 2 else image
-        assert torch.equal(flipped[1, seed, turn][0], mirrored)
+    images = [train.Images(items, 16, flip=flip) for flip in (False, True)]
+    for turn, flip in itertools.product(range(4), (0, 1)):
+        expected = images[0][1, 5, 0][0]
+        expected = expected.flip(-1) if flip and turn % 2 else expected
+        assert torch.equal(images[flip][1, 5, turn][0], expected)
 
-    args = argparse.Namespace(seed=3, batch=4, steps=8, workers=0)
-    turns = {}
-    with mock.patch.object(train.Images, "__getitem__", lambda _, key: turns.setdefault(key) or 0):
-        list(train.loader(args, flipped, 0))
-    by_image = [[turn % 2 for i, _, turn in turns if i == index] for index in range(len(items))]
-    assert all(abs(sum(own) - len(own) / 2) < 1 for own in by_image)
+    keys = []
+    with mock.patch.object(
+        train.Images, "__getitem__", lambda _, key: len(keys.append(key) or keys)
+    ):
+        list(train.loader(argparse.Namespace(seed=3, batch=7, steps=8, workers=0), images[0], 0))
+    for index in range(7):
+        turns = [turn % 2 for i, _, turn in keys if i == index]
+        assert len(turns) == 8 and sum(turns) == 4
 
 
 def test_a_broken_file_is_named_once_and_replaced_by_another_of_its_class(folder, capsys):

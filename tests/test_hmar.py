@@ -173,35 +173,6 @@ def test_one_scale_alone_is_a_part_of_the_whole(scales, own_input, batch, seed):
 
 
 @quick
-@given(pyramids(), st.integers(0, 3), seeds)
-def test_a_scale_does_not_depend_on_the_inputs_of_others(scales, changed, seed):
-    """Bit for bit; causal, on coarser ones."""
-    changed %= len(scales)
-    params = tree(scales, seed=seed)
-    labels, inputs, own, mask = arguments(params, 2, seed)
-    later = torch.tensor(scale_of_tokens(lengths(scales))[len(params["start"]) :])
-    here = (later == changed)[:, None]  # the inputs of the changed scale
-
-    def moved(predict, before, after):
-        """Whether the logits of each scale change."""
-        pairs = zip(*(predict(*x).split(lengths(scales), 1) for x in (before, after)))
-        return [not torch.equal(a, b) for a, b in pairs]
-
-    def next_scale(inputs, is_causal=False):
-        return hmar.next_scale_logits(params, labels, inputs, is_causal)
-
-    def masked(*x):
-        return hmar.masked_logits(params, labels, *x)
-
-    same_scale = [k == changed and k > 0 for k in range(len(scales))]
-    assert moved(next_scale, [inputs], [inputs + here]) == same_scale
-    others = [inputs + here, own + here, mask ^ here[:, 0]]
-    assert moved(masked, [inputs, own, mask], others) == same_scale
-    causal = moved(next_scale, [inputs, True], [inputs + here, True])
-    assert causal == [0 < changed <= k for k in range(len(scales))]
-
-
-@quick
 @given(pyramids().filter(lambda scales: len(scales) > 1), seeds)
 def test_masked_logits_do_not_see_the_tokens_under_the_mask(scales, seed):
     params = tree(scales, seed=seed)

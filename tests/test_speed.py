@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import re
 from unittest import mock
 
 import benchmark
@@ -188,12 +187,6 @@ def test_the_benchmark_refuses_to_time_what_disagrees(capsys, monkeypatch):
     for run in (benchmark.training, benchmark.sampling):
         with pytest.raises(SystemExit, match="differs from the reference"):
             run(flags)
-
-    seconds = dict(fp32=6.0, autocast=4.0, ours=2.0)
-    monkeypatch.setattr(benchmark, "best_seconds", lambda *_: seconds)
-    benchmark.compare("", dict.fromkeys(seconds, int), flags)
-    table = r"x fp32 +x autocast +x faster .*\nours +2.00 +3.00 +2.00 +2.00 "
-    assert re.search(table, capsys.readouterr().out, re.DOTALL)
 
     logits = normal(9, 4096, scale=2)
     kept = benchmark.dense_filtered(logits, 900, 0.96).isfinite().sum(-1)

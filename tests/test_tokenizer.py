@@ -144,19 +144,6 @@ def test_phi_map_of_the_published_scales():
 
 
 @quick
-@given(several, st.integers(0, 3), seeds)
-def test_next_scale_inputs_know_only_coarser_scales(scales, changed, seed):
-    changed %= len(scales)
-    codec, tokens = quantiser(9, 3, seed=seed), random_tokens(2, scales, 9, seed)
-    other = tokens.clone()
-    other[:, sum(lengths(scales)[:changed]) :] += 1  # the scale and all finer ones
-    before = tokenizer.next_scale_inputs(codec, tokens, scales)
-    same = (before == tokenizer.next_scale_inputs(codec, other % 9, scales)).all(2).all(0)
-    for k, own in enumerate(same.split(lengths(scales)[1:]), 1):
-        assert own.all() == (k <= changed)
-
-
-@quick
 @given(several, seeds)
 def test_masked_inputs_do_not_know_what_is_hidden(scales, seed):
     codec, tokens = quantiser(9, 3, seed=seed), random_tokens(2, scales, 9, seed)
