@@ -70,22 +70,20 @@ class Step(NamedTuple):
 def steps(params, codec, labels, *, is_causal=False, known=None, **options):
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
-    labels (B,) int64. is_causal: VAR, with a key/value cache; no tree tells it. known: (tokens
-    (B, L), given (B, L) bool, features (B, code_dim, h, w)) of an image, for `edit`. options: those
-    of `settled`.
+    labels (B,) int64. is_causal: VAR, with a key/value cache; no tree tells it. known: what `edit`
+    passes, tokens (B, L), given (B, L) bool, features. options: those of `settled`.
     """
     scales = hmar.scales(params)
     counts = tokenizer.lengths(scales)
     options = settled(params, codec, labels, **options)
+    rows = 2 * len(labels) if options["guidance"] else len(labels)
+    cache = hmar.new_cache(params, rows) if is_causal else None
 
     nothing = torch.zeros(len(labels), sum(counts), dtype=torch.int64, device=labels.device)
     known_tokens, given, features = known or (nothing, nothing.bool(), None)
     known_maps = tokenizer.f_hat_by_scale(codec, known_tokens, scales)
     known_tokens, given = known_tokens.split(counts, 1), given.split(counts, 1)
     stays = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w), outside of an edit
-
-    halves = 2 if options["guidance"] else 1
-    cache = hmar.new_cache(params, halves * len(labels)) if is_causal else None
     f_hat = torch.zeros_like(known_maps[0])  # (B, code_dim, h, w)
 
     for k, size in enumerate(scales):

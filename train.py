@@ -106,8 +106,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
 
     args.steps and .lr are of this stage. loss(tree, **batch) -> (scalar, {name: tensor} to log);
     batches(start) yields each step's batch, a dict a part; evaluate(tree) -> {name: numbers}, the
-    lowest "loss" is best; after_step(step, reports, optimizer) may change parameters and `extra`,
-    and takes out of the reports what is not to be logged.
+    lowest "loss" is best; after_step(step, reports, optimizer) may change tree, extra and reports.
     """
     model = Trained(tree, loss)
     leaves = list(model.leaves)
