@@ -585,7 +585,7 @@ def test_the_tokenizer_is_trained_on_all_its_errors(folder, tmp_path, monkeypatc
         coarse = F.mse_loss(made["coarse"], images[: len(own)])
         assert line["coarse"] == pytest.approx(coarse.item(), rel=1e-4)
         assert line["loss"] == pytest.approx((expected + 0.5 * coarse).item(), rel=1e-4)
-    assert len(stops) == 10 and set(stops) == {0, 1}  # a quarter of the images; not the last scale
+    assert len(stops) == 10 and set(stops) == {0, 1}  # a quarter; never the last
 
 
 def test_dead_codes_alone_are_replaced_and_their_moments_forgotten(folder, tmp_path, monkeypatch):
@@ -832,6 +832,7 @@ def test_an_own_folder_is_gone_on_with_by_its_own_flags_alone(base, folder, tmp_
 
 def test_changed_images_are_refused(tmp_path, refused):
     images = drawings(tmp_path / "images", 6)
+    (images / "disc/z.png").symlink_to("nowhere")
     flags = ["tokenizer", "--data", images, "--out", tmp_path / "run", "--steps", 1]
     run(*flags)
     for change in (partial(os.utime, times=(0, 0)), os.remove):
