@@ -585,7 +585,7 @@ def test_the_tokenizer_is_trained_on_all_its_errors(folder, tmp_path, monkeypatc
         coarse = F.mse_loss(made["coarse"], images[: len(own)])
         assert line["coarse"] == pytest.approx(coarse.item(), rel=1e-4)
         assert line["loss"] == pytest.approx((expected + 0.5 * coarse).item(), rel=1e-4)
-    assert len(stops) == 10 and set(stops) == {0, 1}  # a quarter; never the last
+    assert len(stops) == 10 and set(stops) == {0, 1}  # a quarter, no last
 
 
 def test_dead_codes_alone_are_replaced_and_their_moments_forgotten(folder, tmp_path, monkeypatch):
