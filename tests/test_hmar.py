@@ -509,5 +509,6 @@ def test_a_part_of_another_scale_or_a_wrong_tree_is_an_error():
 def test_bad_sizes():
     refused("^width: got 30, expected a multiple of the 4 heads", hmar.init, width=30, heads=4)
     refused("^blocks: got 3, expected 1 to 2", hmar.add_masked_branch, PLAIN, 3)
+    refused("^kind: got 'x'", hmar.scale_weights, ((1, 1),), "x")
     refused("^blocks: got 0", hmar.add_masked_branch, PLAIN, 0)
     refused("^blocks: got 1, .* only once", hmar.add_masked_branch, PARAMS, 1)
