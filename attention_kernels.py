@@ -32,7 +32,7 @@ HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN_KEYS = 700  # blocks up to here are faster by plain products, on CPUs in bf16,
-PLAIN_SCORES = 2**27  # but no more scores
+PLAIN_SCORES = 2**27  # up to so many scores
 
 
 def block_sparse_attention(query, key, value, block_lengths, is_causal=False, scale=None):

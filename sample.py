@@ -140,8 +140,9 @@ def settled(params, codec, labels, **asked):
     require(torch.is_tensor(labels) and labels.ndim == 1, "labels: expected an int64 tensor (B,)")
     for name, (least, most) in LIMITS.items():
         kind = int if name == "top_k" else (int, float)
+        what = "an integer" if kind is int else "a number"
         fits = isinstance(options[name], kind) and least <= options[name] <= most
-        require(fits, f"{name}: got {options[name]!r}, expected a number, {least:g} to {most:g}")
+        require(fits, f"{name}: got {options[name]!r}, expected {what}, {least:g} to {most:g}")
     check_schedule(options["schedule"], hmar.scales(params), "masked" in params)
 
     seed = options["seed"]
@@ -496,7 +497,7 @@ def load_transformer(path, scales=None, is_causal=None):
 
 
 def load_model(path, key, check, from_published):
-    """A tree in fp32, on the CPU: ours, told by a key that it has, or made from_published."""
+    """A tree in fp32, on the CPU: ours, told by its key, or published. ValueError for others."""
     with open(path, "rb") as file:
         try:
             tree = torch.load(file, map_location="cpu", weights_only=True)
@@ -642,7 +643,7 @@ def fill_folder(out, settings, draw):
     message = f"--out: {folder} holds something else, or images of other settings"
     fits = not others or "settings.json" in others
     require(fits, f"{message}; expected a new folder")
-    if rank() == 0:
+    if rank() == 0:  # the record is the lock, held until all is drawn
         record = locked(os.path.join(folder, "settings.json"))
         record.seek(0)
         before = record.read()
@@ -672,9 +673,8 @@ def check_flags(args):
     require(fits, f"--out: got {args.out}, expected a folder that is there")
     fits = bool(args.edit) == bool(args.mask or args.pad) and not (args.edit and suffix == ".gif")
     require(fits, "--edit: expected with one of --mask and --pad, and no .gif")
-    fits = os.path.realpath(args.out) not in map(
-        os.path.realpath, filter(None, (args.edit, args.mask))
-    )
+    read = [os.path.realpath(path) for path in (args.edit, args.mask) if path]
+    fits = os.path.realpath(args.out) not in read
     require(fits, f"--out: got {args.out}, which is also to be read")
     return suffix
 

@@ -157,11 +157,19 @@ def test_one_scale_alone_is_a_part_of_the_whole(scales, own_input, batch, seed):
     params = tree(scales, own_input=own_input, seed=seed)
     labels, *rest = arguments(params, batch, seed)
     parts = list(zip(*(parts_of(scales, x) for x in rest)))
-    whole = hmar.next_scale_logits(params, labels, rest[0]).split(lengths(scales), 1)
-    causal = hmar.next_scale_logits(params, labels, rest[0], True).split(lengths(scales), 1)
-    masked = hmar.masked_logits(params, labels, *rest).split(lengths(scales), 1)
+
+    def by_scale(inputs, *masked):
+        made = [hmar.next_scale_logits(params, labels, inputs, kind) for kind in (False, True)]
+        made.append(hmar.masked_logits(params, labels, inputs, *masked))
+        return [logits.split(lengths(scales), 1) for logits in made]
+
+    whole, causal, masked = by_scale(*rest)
     cache = hmar.new_cache(params, batch)
+    scale_of = torch.tensor(scale_of_tokens(lengths(scales))[len(params["start"]) :])
     for k in range(len(scales)):
+        others = (scale_of != k)[:, None]  # not seen: bit for bit the same
+        same, _, refined = by_scale(rest[0] + others, rest[1] + others, rest[2] ^ others[:, 0])
+        assert torch.equal(same[k], whole[k]) and torch.equal(refined[k], masked[k])
         given = [params, "next_scale", labels, parts[k][0]]
         features = hmar.branch_features(*given, k=k)
         close(hmar.logits(features, **params["next_scale"]["head"]), whole[k])
@@ -220,17 +228,12 @@ def test_losses_are_cross_entropies_of_the_logits(
         assert ours.shape == tokens.shape and ours_hidden.shape == (int(mask.sum()),)
         close(ours.detach(), expected.detach())
         close(ours_hidden.detach(), hidden.detach())
+        some = dict(places=mask.flatten().nonzero()[::2, 0])
+        half = hmar.masked_losses(params, labels, tokens, inputs, own, mask, **some)
+        close(half.detach(), hidden[::2].detach())
         grads = gradients(torch.cat([ours.flatten(), ours_hidden]))
     for a, b in zip(grads, gradients(torch.cat([expected.flatten(), hidden]))):
         close(a, b, 1e-9)
-
-
-def test_places_of_the_mask_may_be_given():
-    params = tree()
-    labels, inputs, own, mask = arguments(params, 2)
-    call = (params, labels, random_tokens(2, SCALES, 5), inputs, own, mask)
-    some = mask.flatten().nonzero()[::2, 0]
-    assert torch.equal(hmar.masked_losses(*call, places=some), hmar.masked_losses(*call)[::2])
 
 
 @quick
