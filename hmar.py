@@ -134,8 +134,8 @@ def block(x, condition, attend, gates, modulation, attention, mlp):
     six = linear(F.silu(condition), **modulation).unsqueeze(1)  # (B, 1, 6 C)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.chunk(6, -1)  # the published order
     if gates is not None:
-        gamma1 = gamma1 * gates[:, :1, None]
-        gamma2 = gamma2 * gates[:, 1:, None]
+        gamma1 = (gamma1 * gates[:, :1, None]).to(gamma1.dtype)
+        gamma2 = (gamma2 * gates[:, 1:, None]).to(gamma2.dtype)
 
     x = x + gamma1 * self_attention(modulate(x, scale1, shift1), attend, **attention)
     return x + gamma2 * feed_forward(modulate(x, scale2, shift2), **mlp)
@@ -174,8 +174,9 @@ def feed_forward(x, expand, contract):
 
 
 def modulate(x, scale, shift):
-    """Layer norm without weights of its own, scaled and shifted by the class."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    """Layer norm without weights of its own, scaled and shifted by the class, in their dtype."""
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype)
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def linear(x, weight, bias=None):

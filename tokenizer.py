@@ -216,13 +216,13 @@ def self_attention(x, norm, qkv, project):
 
 
 def convolution(x, weight, bias, stride=1, padding="same"):
-    """In the weight's dtype: with a tree from `cast` in bf16, norms and quantiser in fp32."""
-    return F.conv2d(x.to(weight.dtype), weight, bias.to(weight.dtype), stride, padding)
+    """In the weight's dtype."""
+    return F.conv2d(x.to(weight.dtype), weight, bias, stride, padding)
 
 
 def group_norm(x, weight, bias):
-    """Over 32 groups, in the dtype of its weight."""
-    return F.group_norm(x.to(weight.dtype), 32, weight, bias, eps=1e-6)
+    """Over 32 groups, in x's dtype, summed in fp32."""
+    return F.group_norm(x, 32, weight, bias, eps=1e-6)
 
 
 # ---- training
@@ -357,9 +357,9 @@ def _new_convolution(generator, inputs, outputs, size=3):
 
 
 def cast(codec, dtype):
-    """The same tree, the encoder's and decoder's convolutions in dtype; gradients pass through."""
+    """The same tree, encoder and decoder in dtype, not the quantiser; gradients pass through."""
     nets = dict(encoder=codec["encoder"], decoder=codec["decoder"])
-    return codec | pytree.tree_map(lambda leaf: leaf.to(dtype) if leaf.ndim == 4 else leaf, nets)
+    return codec | pytree.tree_map(lambda leaf: leaf.to(dtype), nets)
 
 
 def downsampling(codec):

@@ -70,13 +70,15 @@ PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published 
     "ema": (0.998, 0.9999),
     "warmup": (100, 1000),
     "save_every": (100, 500),
-    "steps": ((1300, 1200, 250), (200_000, 400_000, 80_000)),  # of each stage
+    "steps": ((1200, 1150, 250), (200_000, 400_000, 80_000)),  # of each stage
     "lr": ((4e-3, 4e-3, 2e-3), (1e-4, 1e-4, 1e-4)),
 }
 LARGEST_SMALL = 64  # pixels
 CLIP = 1.0  # largest gradient norm
 WEIGHT_DECAY = 0.05  # on matrices alone
-BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.95)  # AdamW's
+MOMENTUM = 0.95  # Muon's
+MUON_TOGETHER = 2**22  # numbers in the matrices of a shape that are stepped together
 NOT_FOR_MUON = (  # what faces other than features, and modulation
     "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
 )
@@ -114,7 +116,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
     average = [leaf.clone() for leaf in current]
     best = [leaf.clone() for leaf in current]
     optimizer = Optimizer(tree)
-    state = [*current, *average, *best, *extra]
+    state = [*current, *average, *best, *optimizer.momenta, *extra]
     start, best_step, best_loss = resume(args, state, optimizer)
     call = wrapped(model, args)
     judge_every = math.ceil(args.steps / JUDGEMENTS)
@@ -171,47 +173,69 @@ def optimise(call, parts, leaves, optimizer, rate):
 class Optimizer:
     """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for everything else.
 
-    A convolution's weight is a matrix of its outputs. Muon's steps are scaled to AdamW's size, so
-    that both take the same learning rate (Liu et al. 2025).
+    A convolution's weight is a matrix of its outputs. Matrices of one shape are stepped together:
+    one by one, small ones take a fifth of a step. Muon's steps are scaled to AdamW's size, so that
+    both take the same learning rate (Liu et al. 2025).
     """
 
     def __init__(self, tree):
-        self.pairs, others = [], []  # (leaf, a view of it as a matrix)
+        by_shape, others = {}, []
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
             if not isinstance(leaf, torch.nn.Parameter):
                 continue
             if leaf.ndim < 2 or re.search(NOT_FOR_MUON, pytree.keystr(path)):
                 others.append(leaf)
             else:
-                self.pairs.append((leaf, torch.nn.Parameter(leaf.detach().flatten(1))))
-        matrices = [matrix for _, matrix in self.pairs]
-        self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
-        options = dict(weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
-        self.both = self.adamw, torch.optim.Muon(matrices, **options)
+                by_shape.setdefault(leaf.shape, []).append(leaf)
 
+        self.groups = []
+        for shape, leaves in by_shape.items():
+            count = max(1, MUON_TOGETHER // shape.numel())
+            self.groups += [leaves[i : i + count] for i in range(0, len(leaves), count)]
+        self.momenta = [torch.stack([*group]).detach().flatten(2) * 0 for group in self.groups]
+        self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
+
+    @torch.no_grad()
     def step(self, rate):
-        for leaf, matrix in self.pairs:
-            matrix.grad = leaf.grad.flatten(1)
-            leaf.grad = None
-        for optimizer in self.both:
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+        for leaves, momentum in zip(self.groups, self.momenta):
+            gradients = torch.stack([leaf.grad for leaf in leaves]).flatten(2)  # (N, rows, columns)
+            momentum.lerp_(gradients, 1 - MOMENTUM)
+            updates = orthogonal(gradients.lerp(momentum, MOMENTUM))  # Nesterov
+            size = 0.2 * math.sqrt(max(updates.shape[1:]))
+            for leaf, update in zip(leaves, updates):
+                leaf.mul_(1 - rate * WEIGHT_DECAY)
+                leaf.sub_(update.reshape(leaf.shape), alpha=rate * size)
+                leaf.grad = None
+
+        self.adamw.param_groups[0]["lr"] = rate
+        self.adamw.step()
+        self.adamw.zero_grad()
 
     def forget(self, leaf, rows):
         """Sets the moments of some rows of a leaf to zero."""
         for name in ("exp_avg", "exp_avg_sq"):
             self.adamw.state[leaf][name][rows] = 0
 
-    def state_dict(self):
-        return [optimizer.state_dict() for optimizer in self.both]
+    def load(self, adamw):
+        """Takes up what `adamw.state_dict` gave. ValueError for moments of other shapes."""
+        self.adamw.load_state_dict(adamw)
+        for leaf, own in self.adamw.state.items():
+            shapes = {moment.shape for moment in own.values() if moment.ndim}
+            require(shapes == {leaf.shape}, "moments of other shapes")
 
-    def load_state_dict(self, states):
-        for optimizer, state in zip(self.both, states, strict=True):
-            optimizer.load_state_dict(state)
-            for leaf, own in optimizer.state.items():
-                shapes = {moment.shape for moment in own.values() if moment.ndim}
-                require(shapes == {leaf.shape}, "moments of other shapes")
+
+def orthogonal(matrices):
+    """(N, rows, columns): each about the nearest orthogonal matrix, in bf16, by five Newton-Schulz
+    steps, whose coefficients bring the singular values to .7 to 1.2 (Jordan et al. 2024)."""
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if is_tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+
+    for _ in range(5):
+        gram = x @ x.mT
+        quintic = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, quintic, x, beta=3.4445)
+    return x.mT if is_tall else x
 
 
 def learning_rate(step, args):
@@ -1078,7 +1102,7 @@ def keep(args, state, optimizer, progress):
     """Saves what a stage goes on from after a kill, and how long metrics.jsonl was then."""
     metrics = Path(args.out, "metrics.jsonl")
     length = metrics.stat().st_size if metrics.exists() else 0
-    kept = dict(state=state, optimizer=optimizer.state_dict(), progress=progress, metrics=length)
+    kept = dict(state=state, adamw=optimizer.adamw.state_dict(), progress=progress, metrics=length)
     save(os.path.join(args.out, f"{args.stage}.resume.pt"), kept)
 
 
@@ -1094,7 +1118,7 @@ def resume(args, state, optimizer):
         keep(args, state, optimizer, (0, 0, math.inf))
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load(saved["adamw"])
         for own, kept in zip(state, saved["state"], strict=True):
             require(own.shape == kept.shape, "other shapes")
             own.copy_(kept)
@@ -1191,12 +1215,8 @@ class Trained(torch.nn.Module):
 
 
 def trainable(tree):
-    """The tree with its leaves as parameters, contiguous, since Muon works on views of them."""
-
-    def fresh(leaf):
-        return torch.nn.Parameter(leaf.clone(memory_format=torch.contiguous_format))
-
-    return pytree.tree_map(fresh, tree)
+    """The tree with copies of its leaves as parameters."""
+    return pytree.tree_map(lambda leaf: torch.nn.Parameter(leaf.clone()), tree)
 
 
 def with_leaves(tree, leaves):

@@ -533,8 +533,8 @@ def cost(depth, scales, masked_blocks=0, **sizes):
 def weights_cost(tree, trained):
     parameters = sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
     moving = sum(leaf.numel() for leaf in trained)
-    pairs = train.Optimizer(tree).pairs
-    of_muon = sum(matrix.numel() for _, matrix in pairs)  # one moment, not two
+    momenta = train.Optimizer(tree).momenta
+    of_muon = sum(momentum.numel() for momentum in momenta)  # one moment, not two
     return dict(parameters=parameters, optimizer=4 * (parameters + 4 * moving - of_muon))
 
 
