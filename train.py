@@ -13,6 +13,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a t
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import collections
 import colorsys
 import contextlib
 import ctypes
@@ -25,6 +26,7 @@ import operator
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +275,8 @@ def train_tokenizer(args, data, held_out):
         return total, numbers | dict(tokens=made["tokens"], residuals=residuals)
 
     def batches(start):
-        for done, (images, _) in enumerate(loader(args, data, start), start):
+        steps = loaded(args, data, step_keys(args, data, start))
+        for done, images in enumerate(steps, start):
             parts = []
             pixels_of_parts = images.tensor_split(args.accumulate)
             for pixels, stop in zip(pixels_of_parts, coarse_stops(args, done)):
@@ -735,31 +738,27 @@ def step_items(args, done, count):
     return [(epoch_order(args.seed, draw // count, count)[draw % count], draw) for draw in draws]
 
 
-def loader(args, data, start):
-    """Batches (uint8 images (B / processes, 3, size, size), labels) from step `start` on."""
+def step_keys(args, data, start):
+    """Yields the keys of this process's images of each step, from step `start` on."""
     share = args.batch // world()
-    own = slice(rank() * share, (rank() + 1) * share)
-
-    def keys():
-        for done in range(start, args.steps):
-            items = step_items(args, done, len(data))[own]
-            # every image is mirrored every other epoch
-            yield [(i, (args.seed, draw), i + draw // len(data)) for i, draw in items]
-
-    workers = dict(num_workers=args.workers, worker_init_fn=stand_apart)
-    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=keys(), **workers))
-    if args.workers > 0:  # torch's own handler would raise anywhere, even in a write
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield from batches
-    except (ValueError, RuntimeError) as error:  # a worker's own, below its traceback, or its end
-        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
+    for done in range(start, args.steps):
+        items = step_items(args, done, len(data))[rank() * share :][:share]
+        # every image is mirrored every other epoch
+        yield [(i, (args.seed, draw), i + draw // len(data)) for i, draw in items]
 
 
-def stand_apart(_):
-    """Of a worker that decodes: Ctrl-C is for the run alone, which saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def loaded(args, data, key_lists):
+    """Yields uint8 (n, 3, size, size), the images of each list of keys.
+
+    --workers threads read the next list meanwhile; Pillow decodes without Python's lock.
+    """
+    with ThreadPoolExecutor(args.workers or 1) as pool:
+        fetch = pool.map if args.workers else map  # which reads when it is asked
+        waiting = (fetch(lambda key: data[key][0], keys) for keys in key_lists)
+        ahead = collections.deque(itertools.islice(waiting, 2))
+        while ahead:
+            yield torch.stack(list(ahead.popleft()))
+            ahead.extend(itertools.islice(waiting, 1))
 
 
 def to_unit(images, device):
@@ -803,18 +802,20 @@ def file_digest(path):
 def encoded(args, data, codec, rows, views=1):
     """Tokens (len(rows), views, L) of some images."""
     fast = tokenizer.cast(codec, args.dtype)
+    total = len(rows) * views
+    keys = (
+        (i, (args.seed, view, i) if view else None, view) for i in rows for view in range(views)
+    )
+    lists = iter(lambda: list(itertools.islice(keys, 64)), [])
+
     tokens = []
-    for first in range(0, len(rows), 64):
-        part = rows[first : first + 64]
-        views_of = itertools.product(part, range(views))
-        keys = [(i, (args.seed, view, i) if view else None, view) for i, view in views_of]
-        pixels = torch.stack([data[key][0] for key in keys])
+    for number, pixels in enumerate(loaded(args, data, lists), 1):
         for few in pixels.split(at_once(args.size**2)):
             images = to_unit(few, args.device)
             tokens.append(tokenizer.encode(fast, images, args.scales).cpu())
-        done = first + len(part)
-        if done % 4096 == 0 or done == len(rows):
-            say(f"encoded {done} of {len(rows)} images")
+        done = min(64 * number, total)
+        if done % 4096 == 0 or done == total:
+            say(f"encoded {done} of {total} crops")
     return torch.cat(tokens).unflatten(0, (len(rows), views))
 
 
@@ -983,9 +984,14 @@ def claim_folder(args, data, held_out):
 
     ValueError where the folder is in use, somebody else's, or was begun differently.
     """
-    ours = [Path(path).resolve() for path in own_files(args)]
-    inside = args.data and any(path.is_relative_to(Path(args.data).resolve()) for path in ours)
-    require(not inside, f"--out: {args.out} has files in --data, whose images would mix with ours")
+    out = Path(args.out).resolve()
+    for name in ("data", "tokenizer", "init"):  # --restart would remove them, or images mix
+        given = getattr(args, name)
+        path = Path(given or os.devnull).resolve()
+        fits = not path.is_relative_to(out) and not out.is_relative_to(path)
+        require(fits, f"--{name}: got {given}, which lies inside --out {args.out} or around it")
+    fits = not args.restart or "tokenizer" in args.stages
+    require(fits, f"--restart: begins with the tokenizer stage, got {args.stage}")
     os.makedirs(args.out, exist_ok=True)
     args.lock = sample.locked(os.path.join(args.out, "lock")) if rank() == 0 else None
     before = read_run(args)
@@ -1010,7 +1016,6 @@ def claim_folder(args, data, held_out):
         fits, f"{args.out}: not begun with these flags or images: {', '.join(differ[:5])}; {advice}"
     )
     if args.restart:
-        keep_needed(args, there)
         say(f"{args.out}: begun anew; to go on with it later, leave out --restart")
     barrier()  # every process has looked
 
@@ -1019,16 +1024,6 @@ def claim_folder(args, data, held_out):
             os.remove(path)
         write_run(args, run)
     barrier()
-
-
-def keep_needed(args, there):
-    """ValueError where --restart would remove what the same command needs."""
-    needed = [args.tokenizer, args.init]
-    if "tokenizer" not in args.stages:
-        needed.append(os.path.join(args.out, "tokenizer.pt"))
-    for path in there:
-        fits = os.path.realpath(path) not in map(os.path.realpath, filter(None, needed))
-        require(fits, f"--restart: would remove {path}, which this command needs")
 
 
 def own_files(args):

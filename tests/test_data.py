@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import pickle
-from unittest import mock
+import time
 
 import judge  # puts the repository on the path
 import numpy as np
@@ -296,11 +296,29 @@ def test_every_second_time_an_image_is_mirrored_if_asked(folder):
         assert torch.equal(images[0][1, 5, turn][0], plain)
         assert torch.equal(images[1][1, 5, turn][0], mirrored)
 
-    with mock.patch.object(train.Images, "__getitem__", return_value=0) as taken:
-        list(train.loader(argparse.Namespace(seed=3, batch=7, steps=8, workers=0), images[0], 0))
-    keys = [call.args[-1] for call in taken.call_args_list]
+    args = argparse.Namespace(seed=3, batch=7, steps=8)
+    keys = itertools.chain(*train.step_keys(args, images[0], 0))
     turns = sorted((i, turn % 2) for i, _, turn in keys)
     assert turns == sorted(itertools.product(range(7), (0, 1) * 4))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_images_come_in_the_order_of_their_keys_however_many_read(workers):
+    args, begun = argparse.Namespace(workers=workers), []
+
+    class Slow(dict):
+        def __missing__(self, key):
+            begun.append(key)
+            time.sleep(0.02 * (key % 3))  # later ones may be ready first
+            return torch.full((3, 2, 2), key), 0
+
+    lists = [range(7), range(7, 9), range(9, 15)]
+    seen = []
+    for number, images in enumerate(train.loaded(args, Slow(), iter(lists)), 1):
+        seen += images[:, 0, 0, 0].tolist()
+        ahead = sum(map(len, lists[: number + 1]))  # the next list is asked for, no other
+        assert len(seen) <= len(begun) <= ahead and (workers or begun == seen)
+    assert seen == sorted(begun) == list(range(15))
 
 
 def test_a_broken_file_is_named_once_and_replaced_by_another_of_its_class(folder, capsys):

@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -68,7 +67,6 @@ def command(flags, hook, environment, log):
         os.dup2(os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # workers beyond this machine's cores
     train.LOG_EVERY, train.REVIVE_EVERY = 1, 4
     hook()
     sys.exit(train.main(flags))
@@ -261,7 +259,7 @@ def at(stage, step, act, rank="0"):
 
 
 def ask(number):
-    """Sends this process and its workers a signal, as a terminal and torchrun do."""
+    """Sends this process a signal, as a terminal and torchrun do."""
     os.killpg(os.getpgrp(), number)
 
 
@@ -271,7 +269,7 @@ def limit_files():
 
 
 def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on(base, start, folder, tmp_path):
-    """With a worker, which changes nothing and does not heed the signal."""
+    """With a thread that reads ahead, which changes nothing."""
     flags = ["--data", folder, "--out", tmp_path / "run", "--workers", 1]
     for stage, step, number in (
         ("tokenizer", 6, signal.SIGINT),
@@ -295,18 +293,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(base, start, folder, tmp_p
     assert weights(out, "tokenizer.resume.pt")["progress"][0] == 4
     start("--data", folder, "--out", out).ended()
     assert_same_run(out, base)
-
-
-def kill_a_worker():
-    (worker, *_) = multiprocessing.active_children()
-    worker.kill()
-
-
-def test_a_killed_worker_ends_the_run_with_one_line(start, folder, tmp_path):
-    flags = ["tokenizer", "--data", folder, "--out", tmp_path, "--workers", 2]
-    job = start(*flags, hook=partial(at, "tokenizer", 6, kill_a_worker)).ended(2)
-    assert re.fullmatch(r"train.py: DataLoader worker .* exited unexpectedly\n", job.said("err"))
-    start(*flags).ended()
 
 
 def test_two_processes_stop_together_and_go_on_bit_for_bit(start, folder, tmp_path):
@@ -679,7 +665,9 @@ CODEC = small_codec(attention=False, seed=7)
 
 def cache(out, data, made=None, **changes):
     """Of a run folder in which nothing was made before but `made`."""
-    flags = dict(out=str(out), scales=SCALES, size=16, flip=False, seed=0, dtype=torch.float32)
+    flags = dict(
+        out=str(out), scales=SCALES, size=16, flip=False, seed=0, workers=2, dtype=torch.float32
+    )
     args = argparse.Namespace(**flags | dict(device=torch.device("cpu")) | changes)
     if made is not None:
         train.write_run(args, dict(flags={}, made=made))
@@ -922,7 +910,8 @@ def test_restart_removes_nothing_that_it_needs(base, folder, refused, flags):
     before = contents(base)
     flags = flags.format(base).split()
     line = refused(*flags, "--data", folder, "--out", base, "--restart")
-    assert line.startswith("train.py: --restart: would remove") and contents(base) == before
+    assert "restart: begins with" in line or "which lies inside --out" in line
+    assert contents(base) == before
 
 
 def test_a_kill_between_weights_and_their_record_loses_nothing(base, folder, tmp_path):
@@ -967,9 +956,9 @@ def test_a_damaged_checkpoint_or_metrics_are_told_or_passed_over(base, folder, t
 BAD = [
     ("--step-s=3", "unrecognized arguments: --step-s=3"),
     ("--data {here}/broken", ".png cannot be read, nor one that could take its place"),
-    ("--data {here}/broken --workers 1", ".png cannot be read, nor one that could take its place"),
-    ("--data {here} --out {here}/run", "run has files in --data"),
-    ("--data {here}/samples --out {here}", "has files in --data"),
+    ("--data {here}/broken --workers 2", ".png cannot be read, nor one that could take its place"),
+    ("--data {here} --out {here}/run", "which lies inside --out {here}/run or around it"),
+    ("--data {here}/samples --out {here}", "which lies inside --out"),
     ("--size 15", "--size: got 15, expected a multiple of 2"),
     ("--scales 1 2 16", "expected two or more, the last 8, 16 pixels / 2"),
     ("--channels 48", "expected 1 or more, channels a multiple of 32"),
