@@ -50,11 +50,8 @@ from sample import (
     write_atomically,
 )
 
-STAGES = {
-    "tokenizer": "tokenizer.pt",
-    "next-scale": "hmar.pt",
-    "masked": "hmar.pt",
-}  # what each leaves
+# what each leaves
+STAGES = {"tokenizer": "tokenizer.pt", "next-scale": "hmar.pt", "masked": "hmar.pt"}
 
 PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published one, for GPUs
     "channels": (32, 160),
@@ -118,8 +115,8 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
     average = [leaf.clone() for leaf in current]
     best = [leaf.clone() for leaf in current]
     optimizer = Optimizer(tree)
-    state = [*current, *average, *best, *optimizer.momenta, *extra]
-    start, best_step, best_loss = resume(args, state, optimizer)
+    state = [*current, *average, *best, *optimizer.moments, *extra]
+    start, best_step, best_loss = resume(args, state)
     call = wrapped(model, args)
     judge_every = math.ceil(args.steps / JUDGEMENTS)
     window = []  # what was reported since the last line of metrics
@@ -149,7 +146,7 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
             stops = asked_to_stop(step)
             if stops or step % args.save_every == 0:
                 require_finite(args, step, norm.isfinite())  # nan weights give a nan norm
-                keep(args, state, optimizer, (step, best_step, best_loss))
+                keep(args, state, (step, best_step, best_loss))
             if stops:
                 raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
 
@@ -196,6 +193,11 @@ class Optimizer:
             self.groups += [leaves[i : i + count] for i in range(0, len(leaves), count)]
         self.momenta = [torch.stack([*group]).detach().flatten(2) * 0 for group in self.groups]
         self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
+        for leaf in others:
+            step = torch.zeros((), device=leaf.device)
+            first, second = torch.zeros_like(leaf), torch.zeros_like(leaf)
+            self.adamw.state[leaf] = dict(step=step, exp_avg=first, exp_avg_sq=second)
+        self.moments = [*self.momenta, *pytree.tree_leaves([*self.adamw.state.values()])]
 
     @torch.no_grad()
     def step(self, rate):
@@ -217,13 +219,6 @@ class Optimizer:
         """Sets the moments of some rows of a leaf to zero."""
         for name in ("exp_avg", "exp_avg_sq"):
             self.adamw.state[leaf][name][rows] = 0
-
-    def load(self, adamw):
-        """Takes up what `adamw.state_dict` gave. ValueError for moments of other shapes."""
-        self.adamw.load_state_dict(adamw)
-        for leaf, own in self.adamw.state.items():
-            shapes = {moment.shape for moment in own.values() if moment.ndim}
-            require(shapes == {leaf.shape}, "moments of other shapes")
 
 
 def orthogonal(matrices):
@@ -696,7 +691,7 @@ def list_images(folder):
     fits = not alone or len(groups) == 1
     require(fits, f"--data: got {folder!r} with both {alone!r} and sub-folders of images")
     classes = sorted(groups)
-    names = [name or Path(folder).resolve().name for name in classes]
+    names = classes if not alone else [Path(folder).resolve().name]
     return [(path, i) for i, name in enumerate(classes) for path in groups[name]], names
 
 
@@ -708,7 +703,8 @@ def split_held_out(files, folder):
     require(len(files) >= 2, f"--data: got {len(files)} image in {folder}, expected at least two")
 
     def place(file):
-        return hashlib.sha256(os.fsencode(name_inside(file[0], folder))).digest()
+        name = name_inside(file[0], folder)
+        return hashlib.sha256(os.fsencode(name)).digest()
 
     ordered = sorted(files, key=place)
     count = math.ceil(HELD_OUT * len(files))
@@ -716,7 +712,7 @@ def split_held_out(files, folder):
 
 
 def name_inside(path, folder):
-    """The part of a path below the folder that it begins with."""
+    """The part of a path below the folder that it begins with, much faster than os.path.relpath."""
     return path[len(os.fspath(folder)) :].lstrip(os.sep)
 
 
@@ -1093,15 +1089,15 @@ def finished(args, stage):
     return to_device(tree, args.device)
 
 
-def keep(args, state, optimizer, progress):
+def keep(args, state, progress):
     """Saves what a stage goes on from after a kill, and how long metrics.jsonl was then."""
     metrics = Path(args.out, "metrics.jsonl")
     length = metrics.stat().st_size if metrics.exists() else 0
-    kept = dict(state=state, adamw=optimizer.adamw.state_dict(), progress=progress, metrics=length)
+    kept = dict(state=state, progress=progress, metrics=length)
     save(os.path.join(args.out, f"{args.stage}.resume.pt"), kept)
 
 
-def resume(args, state, optimizer):
+def resume(args, state):
     """(step, best step, best loss) to go on from: those of the stage's checkpoint, or of a first.
 
     Its tensors are written into state. What metrics.jsonl says of later steps goes.
@@ -1110,10 +1106,9 @@ def resume(args, state, optimizer):
     is_missing = not os.path.exists(path)
     barrier()  # every process has looked
     if is_missing:  # so that metrics.jsonl is cut even after a kill before the first save
-        keep(args, state, optimizer, (0, 0, math.inf))
+        keep(args, state, (0, 0, math.inf))
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.load(saved["adamw"])
         for own, kept in zip(state, saved["state"], strict=True):
             require(own.shape == kept.shape, "other shapes")
             own.copy_(kept)

@@ -788,6 +788,7 @@ def broken(tmp_path_factory):
     """Files that hold no weights."""
     folder = tmp_path_factory.mktemp("broken")
     torch.save(print, folder / "code.pt")
+    os.mkfifo(folder / "pipe.pt")
     torch.save(pytree.tree_map(lambda leaf: leaf * math.nan, PARAMS), folder / "hmar.pt")
     return folder
 
@@ -805,6 +806,7 @@ def broken(tmp_path_factory):
         ("", "expected RUN or --weights, --tokenizer"),
         ("{run} --weights {broken}/code.pt", "code.pt: no weights that can be read safely"),
         ("{run} --weights {broken}/hmar.pt", "not finite"),
+        ("{run} --weights {broken}/pipe.pt", "pipe.pt: missing or no regular file"),
         ("{run} --tokenizer {run}/hmar.pt", "hmar.pt: "),
         ("{run} --edit {run}/photo.png", "--edit: expected with one of --mask and --pad"),
         ("{run} --edit {run}/photo.png --mask {run}/black.png", "--mask: expected white"),

@@ -399,11 +399,9 @@ def test_the_best_weights_are_kept_and_the_run_ends_early_across_a_kill_too(tmp_
         with pytest.raises(Killed):
             toy_fit(toy_args(tmp_path / "cut"), evaluate, partial(stop_at, step, killed))
         saved, scalar = torch.load(path), torch.zeros(1)
-        adamw = copy.deepcopy(saved["adamw"])
-        adamw["state"][0] = dict(exp_avg=scalar)
         for other in (
             dict(state=[scalar, *saved["state"][1:]]),
-            dict(adamw=adamw),
+            dict(state=[*saved["state"][:-1], scalar]),
             dict(progress=(99, 0, 1.0)),
         ):
             torch.save(saved | other, path)
@@ -939,7 +937,7 @@ def test_a_damaged_checkpoint_or_metrics_are_told_or_passed_over(base, folder, t
     out = continued(base, tmp_path / "run")
     flags = ["tokenizer", "--data", folder, "--out", out]
     path = out / "tokenizer.resume.pt"
-    for content in (torch.zeros(3), {}, dict(progress=(1, 1, 1.0), optimizer=[{}, {}], state=[])):
+    for content in (torch.zeros(3), {}, dict(progress=(1, 1, 1.0), state=[])):
         torch.save(content, path)
         assert refused(*flags) == f"train.py: {path}: expected this stage's checkpoint"
     path.unlink()
