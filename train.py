@@ -191,7 +191,7 @@ class Optimizer:
         for shape, leaves in by_shape.items():
             count = max(1, MUON_TOGETHER // shape.numel())
             self.groups += [leaves[i : i + count] for i in range(0, len(leaves), count)]
-        self.momenta = [torch.stack([*group]).detach().flatten(2) * 0 for group in self.groups]
+        self.momenta = [torch.stack(group).detach().flatten(2) * 0 for group in self.groups]
         self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
         for leaf in others:
             step = torch.zeros((), device=leaf.device)

@@ -204,7 +204,7 @@ def test_filters_are_those_of_plain_loops(codes, top_k, tied, data, seed):
 
 @pytest.mark.parametrize("spread", [0, 0.01, 3])
 def test_many_ties_stay_in_the_order_of_their_codes(spread):
-    """Of logits in bf16, as a head makes them; flat ones tie more than there is room for."""
+    """Of logits in bf16; flat ones tie more than there is room for."""
     logits = (normal(2, 3, 999, scale=spread) - 9).bfloat16().float()
     logits[..., 5], logits[..., 3] = 0.0, -0.0
     values, codes = torch.sort(logits, dim=-1, descending=True, stable=True)
@@ -309,7 +309,6 @@ def test_generate_is_a_pure_function_of_its_arguments(way):
 
 
 def test_an_image_depends_on_its_batch_by_rounding_alone(way):
-    """A product of another shape may round elsewhere; in bf16 that may tip a token."""
     params, options = way
     labels, seeds = torch.tensor([2, 0, 3, 1, 2]), [7, 3, 11, 4, 2**40]
     options = {name: value for name, value in options.items() if name != "seed"}

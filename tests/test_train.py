@@ -85,7 +85,7 @@ class Job:
         return Path(f"{self.log}.{end}").read_text()
 
     def ended(self, status=0):
-        """Itself, when it has ended as expected; minus a signal's number."""
+        """Itself, when it has ended as expected."""
         self.process.join()
         assert self.process.exitcode == status, self.said("out") + self.said("err")
         return self
@@ -171,7 +171,7 @@ def continued(base, out, *stages, **flags):
 
 
 def lines_of(out, stage=None, name="stage"):
-    """The lines of metrics.jsonl, of a stage, that have a name."""
+    """The lines of metrics.jsonl that have a name."""
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if stage in (None, line["stage"]) and name in line]
 
@@ -271,11 +271,8 @@ def limit_files():
 def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on(base, start, folder, tmp_path):
     """With a thread that reads ahead, which changes nothing."""
     flags = ["--data", folder, "--out", tmp_path / "run", "--workers", 1]
-    for stage, step, number in (
-        ("tokenizer", 6, signal.SIGINT),
-        ("next-scale", 10, signal.SIGTERM),
-        ("masked", 7, signal.SIGINT),
-    ):
+    stops = [("tokenizer", 6, signal.SIGINT), ("next-scale", 10, signal.SIGTERM)]
+    for stage, step, number in (*stops, ("masked", 7, signal.SIGINT)):
         job = start(*flags, hook=partial(at, stage, step, partial(ask, number))).ended(130)
         assert job.said("err") == f"train.py: {stage}: stopped and saved at step {step}\n"
         assert weights(tmp_path / "run", f"{stage}.resume.pt")["progress"][0] == step
@@ -449,13 +446,12 @@ def test_what_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, monkeypatch,
             assert not re.search("NaN|Infinity", (tmp_path / "metrics.jsonl").read_text())
 
 
-def test_matrices_of_a_shape_are_stepped_together_as_torchs_muon_steps_each(monkeypatch):
+def test_matrices_of_a_shape_are_stepped_together_as_by_torch(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(8, 4, 3, 3, generator=generator) for _ in range(3)]
     weights[1] = weights[1].contiguous(memory_format=torch.channels_last)  # as a file may have it
     weights.append(torch.randn(40, 8, generator=generator))
-    params = dict(conv1=weights, codebook=torch.randn(16, 4))
-    params = train.trainable(params)
+    params = train.trainable(dict(conv1=weights, codebook=torch.randn(16, 4)))
     plain = [torch.nn.Parameter(weight.flatten(1).clone()) for weight in weights]
     muon = torch.optim.Muon(plain, lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     monkeypatch.setattr(train, "MUON_TOGETHER", 2 * weights[0].numel())
@@ -465,13 +461,12 @@ def test_matrices_of_a_shape_are_stepped_together_as_torchs_muon_steps_each(monk
         for leaf in pytree.tree_leaves(params):
             leaf.grad = torch.randn(leaf.shape, generator=generator)
         for leaf, own in zip(params["conv1"], plain):
-            own.grad = leaf.grad.flatten(1).clone()
+            own.grad = leaf.grad.flatten(1)
         optimizer.step(0.1)
         muon.step()
         for leaf, own in zip(params["conv1"], plain):
-            size = 0.1 * 0.2 * max(own.shape) ** 0.5  # of a step, which is rounded to bf16
-            assert difference(leaf.detach().flatten(1), own.detach()) < 0.01 * size
-        assert all(leaf.grad is None for leaf in pytree.tree_leaves(params))
+            size = 0.02 * max(own.shape) ** 0.5  # of a step, which is rounded to bf16
+            assert difference(leaf.flatten(1), own) < 0.01 * size and leaf.grad is None
 
     optimizer.forget(params["codebook"], torch.arange(16) < 3)
     moment = optimizer.adamw.state[params["codebook"]]["exp_avg"].abs().sum(1)
@@ -502,7 +497,7 @@ def test_every_item_comes_once_an_epoch_in_a_new_order():
 
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_two_processes_or_two_parts_are_one_with_the_whole(base, start, folder, tmp_path, stage):
-    """Two channels share a norm, else AdamW makes steps of rounding where a gradient is 0."""
+    """Two channels share a norm: AdamW steps by rounding where a gradient is 0."""
     lr = 1e-4
     flags = [stage, "--data", folder, "--lr", lr, "--batch", 16, "--channels", 64, "--out"]
     earlier = list(train.STAGES)[: list(train.STAGES).index(stage)]
@@ -953,7 +948,6 @@ def test_a_damaged_checkpoint_or_metrics_are_told_or_passed_over(base, folder, t
 
 BAD = [
     ("--step-s=3", "unrecognized arguments: --step-s=3"),
-    ("--data {here}/broken", ".png cannot be read, nor one that could take its place"),
     ("--data {here}/broken --workers 2", ".png cannot be read, nor one that could take its place"),
     ("--data {here} --out {here}/run", "which lies inside --out {here}/run or around it"),
     ("--data {here}/samples --out {here}", "which lies inside --out"),
