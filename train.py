@@ -270,8 +270,7 @@ def train_tokenizer(args, data, held_out):
         return total, numbers | dict(tokens=made["tokens"], residuals=residuals)
 
     def batches(start):
-        steps = loaded(args, data, step_keys(args, data, start))
-        for done, images in enumerate(steps, start):
+        for done, images in enumerate(loaded(args, data, step_keys(args, data, start)), start):
             parts = []
             pixels_of_parts = images.tensor_split(args.accumulate)
             for pixels, stop in zip(pixels_of_parts, coarse_stops(args, done)):

@@ -533,8 +533,7 @@ def cost(depth, scales, masked_blocks=0, **sizes):
 def weights_cost(tree, trained):
     parameters = sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
     moving = sum(leaf.numel() for leaf in trained)
-    momenta = train.Optimizer(tree).momenta
-    of_muon = sum(momentum.numel() for momentum in momenta)  # one moment, not two
+    of_muon = sum(x.numel() for x in train.Optimizer(tree).momenta)  # one moment, not two
     return dict(parameters=parameters, optimizer=4 * (parameters + 4 * moving - of_muon))
 
 
