@@ -804,8 +804,7 @@ def locked(path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        message = "another process works there; workers of a killed one end within seconds"
-        raise ValueError(f"{os.path.dirname(path)}: {message}") from error
+        raise ValueError(f"{os.path.dirname(path)}: another process works there") from error
     return file
 
 

@@ -216,12 +216,13 @@ def self_attention(x, norm, qkv, project):
 
 
 def convolution(x, weight, bias, stride=1, padding="same"):
-    """In the weight's dtype."""
-    return F.conv2d(x.to(weight.dtype), weight, bias, stride, padding)
+    """In the weight's dtype: with a tree from `cast` in bf16, norms and quantiser in fp32."""
+    return F.conv2d(x.to(weight.dtype), weight, bias.to(weight.dtype), stride, padding)
 
 
 def group_norm(x, weight, bias):
-    """Over 32 groups, in x's dtype, summed in fp32."""
+    """Over 32 groups, with statistics in the dtype of its weight."""
+    x = x if x.is_cpu else x.to(weight.dtype)  # only CPUs take two dtypes, and save the copies
     return F.group_norm(x, 32, weight, bias, eps=1e-6)
 
 
@@ -357,9 +358,9 @@ def _new_convolution(generator, inputs, outputs, size=3):
 
 
 def cast(codec, dtype):
-    """The same tree, encoder and decoder in dtype, not the quantiser; gradients pass through."""
+    """The same tree, the encoder's and decoder's convolutions in dtype; gradients pass through."""
     nets = dict(encoder=codec["encoder"], decoder=codec["decoder"])
-    return codec | pytree.tree_map(lambda leaf: leaf.to(dtype), nets)
+    return codec | pytree.tree_map(lambda leaf: leaf.to(dtype) if leaf.ndim == 4 else leaf, nets)
 
 
 def downsampling(codec):

@@ -629,8 +629,9 @@ class Images(torch.utils.data.Dataset):
                 self.labels[index] = self.labels[other]
                 return image
             except ValueError as error:
-                self.broken[other] = str(error)
-                print(f"skipped: {sample.printable(error)}", file=sys.stderr)
+                reason = str(error)
+                if self.broken.setdefault(other, reason) is reason:  # not another thread's
+                    print(f"skipped: {sample.printable(reason)}", file=sys.stderr)
             if len(self.broken) > max(10, 0.05 * len(self)):
                 reasons = "; ".join(list(self.broken.values())[:10])
                 raise ValueError(f"--data: more than 5 % of the images cannot be read: {reasons}")
@@ -979,12 +980,14 @@ def claim_folder(args, data, held_out):
 
     ValueError where the folder is in use, somebody else's, or was begun differently.
     """
-    out = Path(args.out).resolve()
+    samples = os.path.join(args.out, "samples")
+    require(not os.path.islink(samples), f"{samples}: got a link, expected an own folder")
     for name in ("data", "tokenizer", "init"):  # --restart would remove them, or images mix
-        given = getattr(args, name)
-        path = Path(given or os.devnull).resolve()
-        fits = not path.is_relative_to(out) and not out.is_relative_to(path)
-        require(fits, f"--{name}: got {given}, which lies inside --out {args.out} or around it")
+        given = getattr(args, name) or os.devnull
+        for real in (os.path.abspath, os.path.realpath):  # of a link, where it lies and leads
+            path, out = Path(real(given)), Path(real(args.out))
+            fits = not path.is_relative_to(out) and not out.is_relative_to(path)
+            require(fits, f"--{name}: got {given}, which lies inside --out {args.out} or around it")
     fits = not args.restart or "tokenizer" in args.stages
     require(fits, f"--restart: begins with the tokenizer stage, got {args.stage}")
     os.makedirs(args.out, exist_ok=True)
@@ -1183,7 +1186,6 @@ def write_sheet(args, name, rows, names):
     """Writes samples/<name>.png."""
     if rank() == 0:
         folder = os.path.join(args.out, "samples")
-        require(not os.path.islink(folder), f"{folder}: got a link, expected an own folder")
         os.makedirs(folder, exist_ok=True)
         sample.write_image(os.path.join(folder, f"{name}.png"), sample.sheet(rows, names))
 
