@@ -172,9 +172,9 @@ def optimise(call, parts, leaves, optimizer, rate):
 class Optimizer:
     """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for everything else.
 
-    A convolution's weight is a matrix of its outputs. Matrices of one shape are stepped together:
-    one by one, small ones take a fifth of a step. Muon's steps are scaled to AdamW's size, so that
-    both take the same learning rate (Liu et al. 2025).
+    A convolution's weight is a matrix of its outputs. Matrices of one shape are stepped together,
+    in half the time. Muon's steps are scaled to AdamW's size, so that both take the same learning
+    rate (Liu et al. 2025).
     """
 
     def __init__(self, tree):
@@ -222,8 +222,7 @@ class Optimizer:
 
 
 def orthogonal(matrices):
-    """(N, rows, columns): each about the nearest orthogonal matrix, in bf16, by five Newton-Schulz
-    steps, whose coefficients bring the singular values to .7 to 1.2 (Jordan et al. 2024)."""
+    """(N, rows, columns) in bf16, singular values about 1: five Newton-Schulz steps (Jordan 2024)."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if is_tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -1014,7 +1013,7 @@ def claim_folder(args, data, held_out):
         fits, f"{args.out}: not begun with these flags or images: {', '.join(differ[:5])}; {advice}"
     )
     if args.restart:
-        say(f"{args.out}: begun anew; to go on with it later, leave out --restart")
+        say(f"{args.out}: begun anew; leave out --restart to go on with it")
     barrier()  # every process has looked
 
     if rank() == 0 and (args.restart or not before):
@@ -1110,7 +1109,7 @@ def resume(args, state):
     if is_missing:  # so that metrics.jsonl is cut even after a kill before the first save
         keep(args, state, (0, 0, math.inf))
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
         for own, kept in zip(state, saved["state"], strict=True):
             require(own.shape == kept.shape, "other shapes")
             own.copy_(kept)

@@ -153,7 +153,6 @@ def parts_of(scales, x):
 @quick
 @given(pyramids(), st.booleans(), st.integers(1, 3), seeds)
 def test_one_scale_alone_is_a_part_of_the_whole(scales, own_input, batch, seed):
-    """Of each branch, and with a cache of the block-causal whole."""
     params = tree(scales, own_input=own_input, seed=seed)
     labels, *rest = arguments(params, batch, seed)
     parts = list(zip(*(parts_of(scales, x) for x in rest)))

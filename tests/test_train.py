@@ -269,7 +269,6 @@ def limit_files():
 
 
 def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on(base, start, folder, tmp_path):
-    """With a thread that reads ahead, which changes nothing."""
     flags = ["--data", folder, "--out", tmp_path / "run", "--workers", 1]
     stops = [("tokenizer", 6, signal.SIGINT), ("next-scale", 10, signal.SIGTERM)]
     for stage, step, number in (*stops, ("masked", 7, signal.SIGINT)):
@@ -705,7 +704,7 @@ def test_a_cache_that_is_not_what_the_run_made_is_made_anew(tmp_path, monkeypatc
     assert np.array_equal(made(False), first)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"foreign", whole[:-1] + b"\1"):
-        path.write_bytes(content)  # no missing row is token 0
+        path.write_bytes(content)
         assert np.array_equal(made(True), first)
     path.unlink()
     assert np.array_equal(made(True), first)
@@ -951,6 +950,7 @@ BAD = [
     ("--data {here}/broken --workers 2", ".png cannot be read, nor one that could take its place"),
     ("--data {here} --out {here}/run", "which lies inside --out {here}/run or around it"),
     ("--data {here}/samples --out {here}", "which lies inside --out"),
+    ("--tokenizer {here}/run/link --out {here}/run", "which lies inside --out"),
     ("--size 15", "--size: got 15, expected a multiple of 2"),
     ("--scales 1 2 16", "expected two or more, the last 8, 16 pixels / 2"),
     ("--channels 48", "expected 1 or more, channels a multiple of 32"),
@@ -973,6 +973,9 @@ def here(tmp_path_factory):
     for name in ("broken/a.png", "broken/b.png", "samples/a.png", "samples/b.png", "file.txt"):
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text("text")
+    (here / "run").mkdir()
+    torch.save(CODEC, here / "codec.pt")
+    (here / "run/link").symlink_to(here / "codec.pt")
     return here
 
 
@@ -1000,8 +1003,6 @@ def test_flags_of_any_value_are_taken_or_refused(pairs):
         with contextlib.redirect_stderr(io.StringIO()):
             args = train.resolved(train.parser().parse_args(flags))
         assert args.batch % args.accumulate == 0
-    except SystemExit as end:
-        assert end.code == 2
     except ValueError as error:
         assert str(error)
 
