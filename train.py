@@ -222,7 +222,7 @@ class Optimizer:
 
 
 def orthogonal(matrices):
-    """(N, rows, columns) in bf16, singular values about 1: five Newton-Schulz steps (Jordan 2024)."""
+    """(N, rows, columns), bf16, singular values about 1, by Newton-Schulz (Jordan et al. 2024)."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if is_tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
