@@ -538,7 +538,7 @@ def weights_cost(tree, trained):
 
 
 def tokenizer_cost(size, scales, **sizes):
-    """`cost` of a tokenizer step in bf16. sizes: tokenizer.init's."""
+    """`cost` of a tokenizer step in bf16."""
     gpu = mock.patch.object(torch.Tensor, "is_cpu", False)  # norms in fp32
     with FakeTensorMode(), gpu:
         codec = train.trainable(tokenizer.init(**sizes))
