@@ -539,7 +539,7 @@ def weights_cost(tree, trained):
 
 def tokenizer_cost(size, scales, **sizes):
     """`cost` of a tokenizer step in bf16."""
-    gpu = mock.patch.object(torch.Tensor, "is_cpu", False)  # norms in fp32
+    gpu = mock.patch.object(torch.Tensor, "is_cpu", False)  # fp32 norms
     with FakeTensorMode(), gpu:
         codec = train.trainable(tokenizer.init(**sizes))
         fast = tokenizer.cast(codec, torch.bfloat16)
