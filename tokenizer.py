@@ -222,8 +222,7 @@ def convolution(x, weight, bias, stride=1, padding="same"):
 
 def group_norm(x, weight, bias):
     """Over 32 groups, with statistics in the dtype of its weight."""
-    x = x if x.is_cpu else x.to(weight.dtype)  # only CPUs take two dtypes, and save the copies
-    return F.group_norm(x, 32, weight, bias, eps=1e-6)
+    return F.group_norm(x.to(weight.dtype), 32, weight, bias, eps=1e-6)
 
 
 # ---- training
