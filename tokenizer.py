@@ -221,7 +221,7 @@ def convolution(x, weight, bias, stride=1, padding="same"):
 
 
 def group_norm(x, weight, bias):
-    """Over 32 groups, with statistics in the dtype of its weight."""
+    """Over 32 groups, in the dtype of its weight."""
     return F.group_norm(x.to(weight.dtype), 32, weight, bias, eps=1e-6)
 
 

@@ -590,7 +590,7 @@ def draw_shape(index, size=32):
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), label
 
 
-class Images(torch.utils.data.Dataset):
+class Images:
     """Images as (uint8 (3, size, size), label), of paths and labels or of numbers of drawings.
 
     A key is (index, seed, turn), so that a sampler decides the randomness: seed None is the centre
@@ -702,8 +702,7 @@ def split_held_out(files, folder):
     require(len(files) >= 2, f"--data: got {len(files)} image in {folder}, expected at least two")
 
     def place(file):
-        name = name_inside(file[0], folder)
-        return hashlib.sha256(os.fsencode(name)).digest()
+        return hashlib.sha256(os.fsencode(name_inside(file[0], folder))).digest()
 
     ordered = sorted(files, key=place)
     count = math.ceil(HELD_OUT * len(files))
@@ -711,7 +710,7 @@ def split_held_out(files, folder):
 
 
 def name_inside(path, folder):
-    """The part of a path below the folder that it begins with, much faster than os.path.relpath."""
+    """The part of a path below the folder that it begins with."""
     return path[len(os.fspath(folder)) :].lstrip(os.sep)
 
 
@@ -828,7 +827,7 @@ def parser():
     add("--data", help="images, a sub-folder a class or all in one (drawings)")
     add("--size", type=size, help="side of the images (256, drawings 32)")
     add("--flip", action="store_true", help="mirror images at random")
-    add("--workers", type=sample.number(int, 0, 1024), default=0, help="that decode")
+    add("--workers", type=sample.number(int, 0, 1024), default=0, help="threads that decode")
     add = top.add_argument_group("run").add_argument
     add("stage", nargs="?", default="all", help="all, tokenizer, next-scale or masked (all)")
     add("--out", help="run folder (runs/shapes or runs/<data folder>)")
