@@ -237,28 +237,23 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     """
     f = _wide(encode_features(codec, images))  # (B, code_dim, h, w)
     residuals, tokens, f_hats = zip(*quantise(codec["codebook"], codec["phi"], f, scales))
-    loss = 0.0
-    for f_hat in f_hats:
-        loss = loss + F.mse_loss(f_hat, f.detach()) + commitment * F.mse_loss(f, f_hat.detach())
+    f_hats = torch.stack(f_hats)  # (S, B, code_dim, h, w)
+    target = f.expand_as(f_hats)
+    loss = F.mse_loss(f_hats, target.detach()) + commitment * F.mse_loss(target, f_hats.detach())
 
     # straight-through: the decoder sees `coded`, gradients reach `smooth`; rows from B on are
-    # the coarse images
+    # the coarse images, whose gradients reach the means of their scale's cells
     count = len(stops)
     rows = torch.arange(count, device=f.device)
-    means = torch.stack([cell_means(f[:count], size) for size in scales])
+    cells = [F.interpolate(f[:count], size, mode="area") for size in scales]
+    means = [F.interpolate(own, scales[-1], mode="bicubic") for own in cells]
+    means = torch.stack(means)  # (S, n, code_dim, h, w)
     smooth = torch.cat([f, means[stops, rows]])  # (B + n, code_dim, h, w)
-    coded = torch.cat([f_hats[-1], torch.stack(f_hats)[stops, rows]])
+    coded = torch.cat([f_hats[-1], f_hats[stops, rows]])
     made = unclamped(codec, smooth + (coded - smooth).detach()).to(f.dtype)
 
     whole, coarse = made.split([len(images), count])
-    loss = loss / len(scales)
     return dict(images=whole, coarse=coarse, loss=loss, residuals=residuals, tokens=tokens)
-
-
-def cell_means(features, size):
-    """features (B, code_dim, h, w) as a scale of (h_k, w_k) cells could say them at best."""
-    means = F.interpolate(features, size, mode="area")
-    return F.interpolate(means, features.shape[2:], mode="bicubic")
 
 
 def revive_codes(codebook, counts, residuals, generator):
