@@ -69,8 +69,8 @@ PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published 
     "ema": (0.998, 0.9999),
     "warmup": (100, 1000),
     "save_every": (100, 500),
-    "steps": ((1300, 1200, 250), (200_000, 400_000, 80_000)),  # of each stage
-    "lr": ((4e-3, 4e-3, 2e-3), (1e-4, 1e-4, 1e-4)),
+    "steps": ((1150, 1100, 250), (200_000, 400_000, 80_000)),  # of each stage
+    "lr": ((4e-3, 4e-3, 1e-3), (1e-4, 1e-4, 1e-4)),
 }
 LARGEST_SMALL = 64  # pixels
 CLIP = 1.0  # largest gradient norm
