@@ -82,7 +82,7 @@ NOT_FOR_MUON = (  # what faces other than features, and modulation
     "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
 )
 LABEL_DROP = 0.1  # labels made null, for guidance
-COOL_DOWN = 0.6  # of the steps, at the end, let the learning rate fall
+COOL_DOWN = 0.6  # share of the steps, the last ones, in which the learning rate falls
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
 COARSE_EVERY = 4  # images of a batch: one of them is decoded from its coarse scales too
