@@ -82,16 +82,16 @@ NOT_FOR_MUON = (  # what faces other than features, and modulation
     "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
 )
 LABEL_DROP = 0.1  # labels made null, for guidance
-COOL_DOWN = 0.6  # share of the steps, the last ones, in which the learning rate falls
+COOL_DOWN = 0.6  # last share of the steps: the learning rate falls to zero
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
 COARSE_EVERY = 4  # images of a batch: one of them is decoded from its coarse scales too
 COARSE_WEIGHT = 0.5  # of the squared error of these
 HUE_WEIGHT = 0.28  # of the share of the hues' variance that is lost
 LOG_EVERY = 50  # steps
-JUDGEMENTS = 6  # times in a stage that held-out images are looked at
+JUDGEMENTS = 6  # looks at held-out images in a stage
 JUDGED = 128  # of these, at most
-PATIENCE = 1 / 3  # of the steps without a better held-out loss end a stage
+PATIENCE = 1 / 3  # of the steps without a better loss of these end a stage
 HELD_OUT = 0.05  # share of the images
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
 MOST_VIEWS = 16  # but not in more than these
@@ -228,7 +228,7 @@ def orthogonal(matrices):
     x = (matrices.mT if is_tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
 
-    for _ in range(4):  # a fifth one lowers no loss
+    for _ in range(4):  # a fifth gains nothing
         gram = x @ x.mT
         quintic = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, quintic, x, beta=3.4445)
