@@ -236,7 +236,7 @@ def orthogonal(matrices):
 
 
 def learning_rate(step, args):
-    """Of step 1, 2, ...: linear warm-up, constant, then linear to zero (Hägele et al. 2024)."""
+    """Of step 1, 2, ...: warm-up, constant, then linear to zero (Hägele et al. 2024)."""
     decay = min(1, (1 - (step - 1) / args.steps) / COOL_DOWN)
     return args.lr * decay * min(1, step / max(1, args.warmup))
 
