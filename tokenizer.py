@@ -236,10 +236,11 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     equation 5, averaged over scales. residuals, tokens: of each scale.
     """
     f = _wide(encode_features(codec, images))  # (B, code_dim, h, w)
-    residuals, tokens, f_hats = zip(*quantise(codec["codebook"], codec["phi"], f, scales))
-    f_hats = torch.stack(f_hats)  # (S, B, code_dim, h, w)
-    target = f.expand_as(f_hats)
-    loss = F.mse_loss(f_hats, target.detach()) + commitment * F.mse_loss(target, f_hats.detach())
+    residuals, tokens, maps = zip(*quantise(codec["codebook"], codec["phi"], f, scales))
+    f_hats = torch.stack(maps)  # (S, B, code_dim, h, w)
+    features = f.expand_as(f_hats)
+    to_features = F.mse_loss(f_hats, features.detach())
+    loss = to_features + commitment * F.mse_loss(features, f_hats.detach())
 
     # straight-through: the decoder sees `coded`, gradients reach `smooth`; rows from B on are
     # the coarse images, whose gradients reach the means of their scale's cells
@@ -247,8 +248,8 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     rows = torch.arange(count, device=f.device)
     cells = [F.interpolate(f[:count], size, mode="area") for size in scales]
     means = [F.interpolate(own, scales[-1], mode="bicubic") for own in cells]
-    means = torch.stack(means)  # (S, n, code_dim, h, w)
-    smooth = torch.cat([f, means[stops, rows]])  # (B + n, code_dim, h, w)
+    own_means = torch.stack(means)[stops, rows]  # (n, code_dim, h, w)
+    smooth = torch.cat([f, own_means])  # (B + n, code_dim, h, w)
     coded = torch.cat([f_hats[-1], f_hats[stops, rows]])
     made = unclamped(codec, smooth + (coded - smooth).detach()).to(f.dtype)
 

@@ -69,10 +69,11 @@ PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published 
     "ema": (0.998, 0.9999),
     "warmup": (100, 1000),
     "save_every": (100, 500),
-    "steps": ((1150, 1100, 250), (200_000, 400_000, 80_000)),  # of each stage
+    "steps": ((1150, 1200, 250), (200_000, 400_000, 80_000)),  # of each stage
     "lr": ((4e-3, 4e-3, 1e-3), (1e-4, 1e-4, 1e-4)),
 }
 LARGEST_SMALL = 64  # pixels
+COOL_DOWN = 0.6  # last share of the steps: the rate falls to zero
 CLIP = 1.0  # largest gradient norm
 WEIGHT_DECAY = 0.05  # on matrices alone
 BETAS = (0.9, 0.95)  # AdamW's
@@ -82,7 +83,6 @@ NOT_FOR_MUON = (  # what faces other than features, and modulation
     "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
 )
 LABEL_DROP = 0.1  # labels made null, for guidance
-COOL_DOWN = 0.6  # last share of the steps: the learning rate falls to zero
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
 COARSE_EVERY = 4  # images of a batch: one of them is decoded from its coarse scales too
@@ -90,8 +90,8 @@ COARSE_WEIGHT = 0.5  # of the squared error of these
 HUE_WEIGHT = 0.28  # of the share of the hues' variance that is lost
 LOG_EVERY = 50  # steps
 JUDGEMENTS = 6  # looks at held-out images in a stage
-JUDGED = 128  # of these, at most
-PATIENCE = 1 / 3  # of the steps without a better loss of these end a stage
+JUDGED = 128  # held-out images, at most
+PATIENCE = 1 / 3  # of the steps with no better look end a stage
 HELD_OUT = 0.05  # share of the images
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
 MOST_VIEWS = 16  # but not in more than these
@@ -140,9 +140,9 @@ def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=(
                 if numbers["loss"] < best_loss:
                     best_step, best_loss = step, numbers["loss"]
                     torch._foreach_copy_(best, average)
-            if step < args.steps and step - best_step >= PATIENCE * args.steps:
-                say(f"{args.stage}: stopped early at step {step}; best at {best_step}")
-                break
+                elif step < args.steps and step - best_step >= PATIENCE * args.steps:
+                    say(f"{args.stage}: stopped early at step {step}; best at {best_step}")
+                    break
 
             stops = asked_to_stop(step)
             if stops or step % args.save_every == 0:
@@ -228,7 +228,7 @@ def orthogonal(matrices):
     x = (matrices.mT if is_tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
 
-    for _ in range(4):  # a fifth gains nothing
+    for _ in range(5):
         gram = x @ x.mT
         quintic = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, quintic, x, beta=3.4445)
@@ -236,9 +236,9 @@ def orthogonal(matrices):
 
 
 def learning_rate(step, args):
-    """Of step 1, 2, ...: warm-up, constant, then linear to zero (Hägele et al. 2024)."""
-    decay = min(1, (1 - (step - 1) / args.steps) / COOL_DOWN)
-    return args.lr * decay * min(1, step / max(1, args.warmup))
+    """Of step 1, 2, ...: warm-up, then constant, then linear to zero (Hägele et al. 2024)."""
+    left = 1 - (step - 1) / args.steps
+    return args.lr * min(1, step / max(1, args.warmup), left / COOL_DOWN)
 
 
 # ---- the tokenizer stage
@@ -494,7 +494,7 @@ def judge_transformer(args, codec, labels, tokens, params):
 
     Draws samples/<stage>.png: eight samples of each of the first ten classes.
     """
-    params = hmar.cast(params, args.dtype)
+    params, codec = hmar.cast(params, args.dtype), tokenizer.cast(codec, args.dtype)
     generator = generator_of("held-out mask")
     lengths = tokenizer.lengths(args.scales)
     sums = torch.zeros(3, sum(lengths), dtype=torch.float64, device=args.device)
@@ -514,7 +514,6 @@ def judge_transformer(args, codec, labels, tokens, params):
 
     names = args.class_names[:10]
     classes = torch.arange(len(names), device=args.device).repeat_interleave(8)
-    codec = tokenizer.cast(codec, args.dtype)
     images, _ = sample.generate(params, codec, classes, is_causal=args.causal)
     write_sheet(args, args.stage, images.split(8), names)
 

@@ -42,14 +42,13 @@ STEPS = 12
 SIZES = "--size 16 --scales 1 4 8 --channels 32 --multipliers 1 1 --codes 16 --code-dim 8 --depth 1"
 REST = "--width 32 --masked-blocks 1 --batch 4 --warmup 2 --save-every 4 --dtype fp32 --device cpu"
 TINY = [*SIZES.split(), *REST.split()]
-MUON = dict(weight_decay=0.05, adjust_lr_fn="match_rms_adamw", ns_steps=4)  # torch's
+MUON = dict(weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_train", "torch._dynamo"])
 
 
 @pytest.fixture(autouse=True, scope="module")
 def often():
-    """Reports at each step, revival at every fourth."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setattr(train, "LOG_EVERY", 1)
@@ -86,7 +85,6 @@ class Job:
         return Path(f"{self.log}.{end}").read_text()
 
     def ended(self, status=0):
-        """Itself, when it has ended as expected."""
         self.process.join()
         assert self.process.exitcode == status, self.said("out") + self.said("err")
         return self
@@ -154,7 +152,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, often, start, folder):
-    """A run folder of all three stages that nobody interrupted. Only to be read."""
+    """A run folder of all three stages that nobody interrupted."""
     out = tmp_path_factory.mktemp("runs") / "base"
     start("--data", folder, "--out", out).ended()
     return out
@@ -334,23 +332,22 @@ def toy_loss(params, x, y):
     return value, dict(loss=value)
 
 
-def toy_fit(args, evaluate=lambda tree: dict(loss=1.0), after_step=lambda *_: None):
+def toy_fit(args, evaluate=lambda tree: dict(loss=1.0), after_step=lambda *_: None, looks=None):
     params = train.trainable(dict(weight=torch.zeros(2, 3), bias=torch.zeros(2)))
     batches = partial(toy_batches, args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "JUDGEMENTS", args.steps)
+        patch.setattr(train, "JUDGEMENTS", looks or args.steps)
         return train.fit(args, params, toy_loss, batches, evaluate, after_step)
 
 
 def stop_at(step, stop, now, reports, optimizer):
-    """An after_step."""
     if now == step:
         stop()
 
 
-def test_the_loop_is_muon_and_adamw_with_clipping_a_schedule_and_averages(tmp_path):
-    """Against a loop that is written out."""
-    args = toy_args(tmp_path, steps=9, warmup=3)
+@pytest.mark.parametrize("warmup", (3, 6))
+def test_the_loop_is_as_one_that_is_written_out(tmp_path, warmup):
+    args = toy_args(tmp_path, steps=9, warmup=warmup)
     falling = iter(range(99, 0, -1))
     ours = toy_fit(args, lambda tree: dict(loss=float(next(falling))))
     theirs = dict(weight=torch.zeros(2, 3), bias=torch.zeros(2))
@@ -363,7 +360,7 @@ def test_the_loop_is_muon_and_adamw_with_clipping_a_schedule_and_averages(tmp_pa
     for step, (batch,) in enumerate(toy_batches(args, 0), 1):
         toy_loss(theirs, **batch)[0].backward()
         norm = math.sqrt(sum(float(leaf.grad.square().sum()) for leaf in theirs.values()))
-        rate = 0.1 * min(step / 3, 1, (10 - step) / 9 / 0.6)
+        rate = 0.1 * min(step / warmup, 1, (10 - step) / 9 / 0.6)
         for leaf in theirs.values():
             leaf.grad /= max(1, norm)
         for optimizer in (muon, adamw):
@@ -410,6 +407,11 @@ def test_the_best_weights_are_kept_and_the_run_ends_early_across_a_kill_too(tmp_
     assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
 
 
+def test_the_second_look_that_is_no_better_ends_a_stage(tmp_path):
+    toy_fit(toy_args(tmp_path, steps=20), looks=6)
+    assert [line["step"] for line in lines_of(tmp_path, name="held_out_loss")] == [4, 8, 12]
+
+
 def test_a_second_signal_ends_the_run_at_once_and_one_at_the_end_is_heeded(tmp_path):
     once = partial(signal.raise_signal, signal.SIGINT)
 
@@ -417,7 +419,7 @@ def test_a_second_signal_ends_the_run_at_once_and_one_at_the_end_is_heeded(tmp_p
         once()
         once()
 
-    for stop, step in ((twice, 3), (once, 5)):  # the last one, 4 after the best
+    for stop, step in ((twice, 3), (once, 5)):  # 4 after the best
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.raises(KeyboardInterrupt) as stopped:
             toy_fit(toy_args(tmp_path), after_step=partial(stop_at, step, stop))
@@ -936,7 +938,7 @@ def test_a_damaged_checkpoint_or_metrics_are_told_or_passed_over(base, folder, t
         torch.save(content, path)
         assert refused(*flags) == f"train.py: {path}: expected this stage's checkpoint"
     path.unlink()
-    junk = b'5\n[]\n{"step": 1}\n\xff'  # it is read by nobody
+    junk = b'5\n[]\n{"step": 1}\n\xff'
     (out / "metrics.jsonl").write_bytes(junk)
     run(*flags)
     own, _, _ = (base / "metrics.jsonl").read_bytes().partition(b'{"stage": "next-scale"')
