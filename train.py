@@ -68,7 +68,7 @@ PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published 
     "batch": (16, 64),
     "ema": (0.998, 0.9999),
     "warmup": (100, 1000),
-    "save_every": (100, 500),
+    "save_every": (250, 500),
     "steps": ((1150, 1200, 250), (200_000, 400_000, 80_000)),  # of each stage
     "lr": ((4e-3, 4e-3, 1e-3), (1e-4, 1e-4, 1e-4)),
 }
