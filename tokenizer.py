@@ -216,7 +216,7 @@ def self_attention(x, norm, qkv, project):
 
 
 def convolution(x, weight, bias, stride=1, padding="same"):
-    """In the weight's dtype: with a tree from `cast` in bf16, norms and quantiser in fp32."""
+    """In the weight's dtype, whatever that of x and the bias."""
     return F.conv2d(x.to(weight.dtype), weight, bias.to(weight.dtype), stride, padding)
 
 
@@ -239,11 +239,11 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     residuals, tokens, maps = zip(*quantise(codec["codebook"], codec["phi"], f, scales))
     f_hats = torch.stack(maps)  # (S, B, code_dim, h, w)
     features = f.expand_as(f_hats)
-    to_features = F.mse_loss(f_hats, features.detach())
-    loss = to_features + commitment * F.mse_loss(features, f_hats.detach())
+    loss = F.mse_loss(f_hats, features.detach())
+    loss = loss + commitment * F.mse_loss(features, f_hats.detach())
 
     # straight-through: the decoder sees `coded`, gradients reach `smooth`; rows from B on are
-    # the coarse images, whose gradients reach the means of their scale's cells
+    # the coarse images, whose gradients reach their scale's cell means
     count = len(stops)
     rows = torch.arange(count, device=f.device)
     cells = [F.interpolate(f[:count], size, mode="area") for size in scales]

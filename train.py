@@ -4,7 +4,7 @@
 
 The settings, then `fit`, the loop of all stages; then each stage, how it is judged, data, the
 command; run folders and processes come last. All randomness and the order of the data are functions
-of seed and step, so a run that was killed continues bit for bit though none of them is saved.
+of seed and step, so a killed run continues bit for bit though none of them is saved.
 """
 
 import signal
@@ -84,17 +84,17 @@ NOT_FOR_MUON = (  # what faces other than features, and modulation
 )
 LABEL_DROP = 0.1  # labels made null, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
-REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced, until 80 % of the run
+REVIVE_EVERY = 20  # steps; then codes that nobody chose are replaced, until 80 % of the run
 COARSE_EVERY = 4  # images of a batch: one of them is decoded from its coarse scales too
 COARSE_WEIGHT = 0.5  # of the squared error of these
 HUE_WEIGHT = 0.28  # of the share of the hues' variance that is lost
 LOG_EVERY = 50  # steps
 JUDGEMENTS = 6  # looks at held-out images in a stage
 JUDGED = 128  # held-out images, at most
-PATIENCE = 1 / 3  # of the steps with no better look end a stage
+PATIENCE = 1 / 3  # of the steps without a better loss end a stage
 HELD_OUT = 0.05  # share of the images
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
-MOST_VIEWS = 16  # but not in more than these
+MOST_VIEWS = 16  # but in no more than these
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 TOKENIZER_SIZES = ("codes", "code_dim", "channels", "multipliers", "residual_blocks", "attention")
 UNRECORDED = (  # flags that change no result
@@ -173,9 +173,8 @@ def optimise(call, parts, leaves, optimizer, rate):
 class Optimizer:
     """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for everything else.
 
-    A convolution's weight is a matrix of its outputs. Matrices of one shape are stepped together,
-    in half the time. Muon's steps are scaled to AdamW's size, so that both take the same learning
-    rate (Liu et al. 2025).
+    A convolution's weight is a matrix of its outputs. Those of one shape are stepped together,
+    in half the time. Muon's steps are scaled to AdamW's size: one rate for both (Liu et al. 2025).
     """
 
     def __init__(self, tree):
@@ -236,7 +235,7 @@ def orthogonal(matrices):
 
 
 def learning_rate(step, args):
-    """Of step 1, 2, ...: warm-up, then constant, then linear to zero (Hägele et al. 2024)."""
+    """Of step 1, 2, ...: warm-up, constant, then linear to zero (Hägele et al. 2024)."""
     left = 1 - (step - 1) / args.steps
     return args.lr * min(1, step / max(1, args.warmup), left / COOL_DOWN)
 
