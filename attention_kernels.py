@@ -31,8 +31,8 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PLAIN_KEYS = 700  # blocks up to here are faster by plain products, on CPUs in bf16,
-PLAIN_SCORES = 2**27  # up to so many scores
+PLAIN_KEYS = 700  # on a CPU, in 2 bytes, plain products are faster for blocks up to here,
+PLAIN_SCORES = 2**27  # and up to so many scores
 
 
 def block_sparse_attention(query, key, value, block_lengths, is_causal=False, scale=None):
@@ -44,8 +44,8 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     scale: positive factor on the scores, head_dim ** -0.5 if None.
 
     Returns (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim), so that
-    joining the heads copies nothing. Gradients are of the first order. On CPUs in two bytes
-    rounding varies with them, batch, processor. ValueError on anything else.
+    joining the heads copies nothing. Gradients are of the first order. Rounding in 2 bytes on a CPU
+    depends on batch and processor (`_attention`). ValueError on anything else.
 
     Call it once before you capture a CUDA graph: that makes its table.
     """
@@ -74,7 +74,7 @@ def dense_masked_attention(query, key, value, block_lengths, is_causal=False, sc
 
 
 def _block_by_block(query, key, value, block_lengths, is_causal, scale):
-    # tokens first: gradients of cuts then join by plain copies
+    # blocks are cut along dimension 1: their gradients are then joined by copies of whole rows
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
     queries = query.split(block_lengths, dim=1)
@@ -90,7 +90,7 @@ def _seen(x, block_lengths, is_causal):
     if not is_causal:
         return x.split(block_lengths, dim=1)
 
-    # each is cut from the next: its gradient is as large as what it was cut from
+    # each is cut from the next longer one: cut from x, each would have a gradient as long as x
     prefixes = [x]
     for length in reversed(block_lengths[1:]):
         prefixes.append(prefixes[-1][:, :-length])
@@ -102,6 +102,7 @@ def _attention(query, key, value, scale):
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, heads, tokens, head_dim)
 
     is_small = k.shape[2] <= PLAIN_KEYS and q.shape[:3].numel() * k.shape[2] <= PLAIN_SCORES
+    # as measured (RESULTS, "Speed"): with gradients, or without AMX, plain products win
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     fused_is_slow = gradients or not HAS_AMX
 
@@ -116,9 +117,14 @@ def _attention(query, key, value, scale):
 # ---- the kernels
 #
 # A program owns a tile of rows of one head (queries; for dK and dV, keys) and walks over the
-# columns that its rows see. The rows of a tile lie in one block, or in a run of tiny ones. The
-# columns that all of them see are walked in full steps without a mask, the others (a tail, or
-# tiny blocks) in half steps with one.
+# columns that its rows see. The rows of a tile lie in one block, or in a run of tiny ones:
+#
+#     one block of 9, full steps of 4     blocks of 1 and 4, causal
+#     ########|#                          |#
+#     ########|#                          |#####
+#     no mask |mask: the tail             |mask: no full step is seen by all
+#
+# With a mask a step is half as wide.
 
 
 @functools.lru_cache(maxsize=256)
@@ -147,7 +153,7 @@ def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"
         while last + 1 < count and edges[last + 2] - edges[first] <= rows:
             last += 1
 
-        # what only some rows see lies before the common columns if transposed, else after them
+        # all see low[last] to high[first]; what only some see lies before if transposed, else after
         start, stop = low[first], high[last]
         full = max(high[first] - low[last], 0) // columns * columns
         if transposed:
@@ -171,7 +177,7 @@ jit = triton.jit if triton else lambda function: function
 
 @jit
 def _program(work, ROWS):
-    """Tile; (batch, head, first row in the statistics); rows, which are there, what they see."""
+    """Tile; place: (batch, head, first row in the statistics); rows, which exist, what they see."""
     tiles, bounds, tile_count, heads, tokens = work
     program = tl.program_id(0)  # a head's tiles run side by side and find its keys in the cache
     tile = tiles + program % tile_count * 6
@@ -193,27 +199,27 @@ def _columns(tile, MASKED, COLUMNS):
 
 
 @jit
-def _pointers(tensor, head, start, tokens, HEAD_DIM):
+def _pointers(tensor, place, start, tokens, HEAD_DIM):
     """Pointers (tokens, features), and which features there are: a power of two is loaded."""
     base, batch_stride, head_stride, token_stride, feature_stride = tensor
-    base += head[0] * batch_stride + head[1] * head_stride
+    base += place[0] * batch_stride + place[1] * head_stride
     features = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     offsets = tokens.to(tl.int64)[:, None] * token_stride + features.to(tl.int64) * feature_stride
     return base + offsets + tl.cast(start, tl.int64) * token_stride, (features < HEAD_DIM)[None, :]
 
 
 @jit
-def _load(tensor, head, start, tokens, inside, HEAD_DIM, DOT, MASKED=True):
+def _load(tensor, place, start, tokens, inside, HEAD_DIM, DOT, MASKED=True):
     """(tokens, features) from start on, zero where there is none."""
-    pointers, features = _pointers(tensor, head, start, tokens, HEAD_DIM)
+    pointers, features = _pointers(tensor, place, start, tokens, HEAD_DIM)
     if MASKED:
         features = inside[:, None] & features
     return tl.load(pointers, features, 0).to(DOT)
 
 
 @jit
-def _store(tensor, x, head, rows, inside, HEAD_DIM):
-    pointers, features = _pointers(tensor, head, 0, rows, HEAD_DIM)
+def _store(tensor, x, place, rows, inside, HEAD_DIM):
+    pointers, features = _pointers(tensor, place, 0, rows, HEAD_DIM)
     tl.store(pointers, x, inside[:, None] & features)
 
 
@@ -223,17 +229,21 @@ def _visible(bounds, column):
     return (low[:, None] <= column[None, :]) & (column[None, :] < high[:, None])  # (rows, columns)
 
 
+# Where one scale has overflowed, the others must not notice: 0 * inf is nan, so a column's values
+# go into the product as `_finite` numbers, and rows that see it get nan through `_masked`.
+
+
 @jit
 def _finite(x):
-    """Zero in place of inf and nan, which a zero probability would not cancel."""
+    """Zero in place of inf and nan."""
     return tl.where(x - x == 0, x, 0)
 
 
 @jit
 def _masked(p, visible, x):
-    """p where visible, nan where x (columns, features) has what `_finite` hides from the sum."""
-    poisoned = tl.max((x - x != 0).to(tl.int32), 1) != 0
-    return tl.where(visible, tl.where(poisoned[None, :], float("nan"), p), 0)
+    """p, zero where not visible, nan where the column of x (columns, features) is not finite."""
+    is_finite = tl.min((x - x == 0).to(tl.int32), 1) != 0
+    return tl.where(visible, tl.where(is_finite[None, :], p, float("nan")), 0)
 
 
 @jit
@@ -242,9 +252,9 @@ def _products(a, b, ACC, PRECISION):
 
 
 @jit
-def _add_product(total, p, x, tensor, PRECISION):
-    """total + p @ x, where p is rounded to the dtype of the tensor."""
-    p = p.to(tensor[0].dtype.element_ty).to(x.dtype)
+def _add_product(total, p, x, dtype, PRECISION):
+    """total + p @ x, where p is rounded to the dtype of the tensors."""
+    p = p.to(dtype).to(x.dtype)
     return tl.dot(p, x, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
@@ -262,21 +272,21 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):
     query, key, value, output = tensors
-    tile, head, rows, inside, bounds = _program(work, ROWS)
-    q = _load(query, head, 0, rows, inside, HEAD_DIM, DOT)
+    tile, place, rows, inside, bounds = _program(work, ROWS)
+    q = _load(query, place, 0, rows, inside, HEAD_DIM, DOT)
 
     scale *= 1.4426950408889634  # 1 / ln 2, for powers of two
-    highest = tl.full([ROWS], -1e30, ACC)
+    highest = tl.full([ROWS], -1e30, ACC)  # finite: inf - inf is nan
     total = tl.zeros([ROWS], ACC)
     out = tl.zeros(q.shape, ACC)
 
-    for masked in tl.static_range(2):
+    for masked in tl.static_range(2):  # first without a mask, then with one
         start, stop, columns = _columns(tile, masked, COLUMNS)
         for step in tl.range(start, stop, columns.shape[0]):
             column = step + columns
             there = column < stop
-            k = _load(key, head, step, columns, there, HEAD_DIM, DOT, masked)
-            v = _load(value, head, step, columns, there, HEAD_DIM, DOT, masked)
+            k = _load(key, place, step, columns, there, HEAD_DIM, DOT, masked)
+            v = _load(value, place, step, columns, there, HEAD_DIM, DOT, masked)
 
             scores = _products(q, k, ACC, PRECISION)
             if masked:
@@ -293,11 +303,11 @@ def _forward_kernel(
             shrink = tl.exp2(highest - higher)
             highest = higher
             total = total * shrink + tl.sum(p, 1)
-            out = _add_product(out * shrink[:, None], p, v, value, PRECISION)
+            out = _add_product(out * shrink[:, None], p, v, value[0].dtype.element_ty, PRECISION)
 
     total = tl.where(total == 0, 1, total)  # rows beyond the tile
-    _store(output, out / total[:, None], head, rows, inside, HEAD_DIM)
-    tl.store(statistics[0] + head[2] + rows, highest + tl.log2(total), inside)
+    _store(output, out / total[:, None], place, rows, inside, HEAD_DIM)
+    tl.store(statistics[0] + place[2] + rows, highest + tl.log2(total), inside)
 
 
 @jit
@@ -322,15 +332,15 @@ def _query_gradient_kernel(
 ):
     query, key, value, output, output_gradient, query_gradient = tensors
     logsumexp, delta = statistics
-    tile, head, rows, inside, bounds = _program(work, ROWS)
-    q = _load(query, head, 0, rows, inside, HEAD_DIM, DOT)
-    out = _load(output, head, 0, rows, inside, HEAD_DIM, DOT)
-    do = _load(output_gradient, head, 0, rows, inside, HEAD_DIM, DOT)
+    tile, place, rows, inside, bounds = _program(work, ROWS)
+    q = _load(query, place, 0, rows, inside, HEAD_DIM, DOT)
+    out = _load(output, place, 0, rows, inside, HEAD_DIM, DOT)
+    do = _load(output_gradient, place, 0, rows, inside, HEAD_DIM, DOT)
 
     # delta is the sum of p dp over a row's columns, for the next kernel too
     row_delta = tl.sum(out.to(ACC) * do.to(ACC), 1)[:, None]
-    tl.store(delta + head[2] + rows[:, None], row_delta, inside[:, None])
-    row_logsumexp = tl.load(logsumexp + head[2] + rows, inside, 0)[:, None]
+    tl.store(delta + place[2] + rows[:, None], row_delta, inside[:, None])
+    row_logsumexp = tl.load(logsumexp + place[2] + rows, inside, 0)[:, None]
     dq = tl.zeros(q.shape, ACC)
 
     for masked in tl.static_range(2):
@@ -338,16 +348,16 @@ def _query_gradient_kernel(
         for step in tl.range(start, stop, columns.shape[0]):
             column = step + columns
             there = column < stop
-            k = _load(key, head, step, columns, there, HEAD_DIM, DOT, masked)
-            v = _load(value, head, step, columns, there, HEAD_DIM, DOT, masked)
+            k = _load(key, place, step, columns, there, HEAD_DIM, DOT, masked)
+            v = _load(value, place, step, columns, there, HEAD_DIM, DOT, masked)
 
             _, ds = _score_gradient(q, k, do, v, scale, row_logsumexp, row_delta, PRECISION)
             if masked:
                 ds = tl.where(_visible(bounds, column), ds, 0)
                 k = _finite(k)
-            dq = _add_product(dq, ds, k, key, PRECISION)
+            dq = _add_product(dq, ds, k, key[0].dtype.element_ty, PRECISION)
 
-    _store(query_gradient, dq * scale, head, rows, inside, HEAD_DIM)
+    _store(query_gradient, dq * scale, place, rows, inside, HEAD_DIM)
 
 
 @jit
@@ -366,9 +376,9 @@ def _key_value_gradient_kernel(
     # rows are keys here and columns are queries
     query, key, value, output_gradient, key_gradient, value_gradient = tensors
     logsumexp, delta = statistics
-    tile, head, rows, inside, bounds = _program(work, ROWS)
-    k = _load(key, head, 0, rows, inside, HEAD_DIM, DOT)
-    v = _load(value, head, 0, rows, inside, HEAD_DIM, DOT)
+    tile, place, rows, inside, bounds = _program(work, ROWS)
+    k = _load(key, place, 0, rows, inside, HEAD_DIM, DOT)
+    v = _load(value, place, 0, rows, inside, HEAD_DIM, DOT)
     dk = tl.zeros(k.shape, ACC)
     dv = tl.zeros(v.shape, ACC)
 
@@ -377,10 +387,10 @@ def _key_value_gradient_kernel(
         for step in tl.range(start, stop, columns.shape[0]):
             column = step + columns
             there = column < stop
-            q = _load(query, head, step, columns, there, HEAD_DIM, DOT, masked)
-            do = _load(output_gradient, head, step, columns, there, HEAD_DIM, DOT, masked)
-            column_logsumexp = tl.load(logsumexp + head[2] + column, there, 0)[None, :]
-            column_delta = tl.load(delta + head[2] + column, there, 0)[None, :]
+            q = _load(query, place, step, columns, there, HEAD_DIM, DOT, masked)
+            do = _load(output_gradient, place, step, columns, there, HEAD_DIM, DOT, masked)
+            column_logsumexp = tl.load(logsumexp + place[2] + column, there, 0)[None, :]
+            column_delta = tl.load(delta + place[2] + column, there, 0)[None, :]
 
             p, ds = _score_gradient(k, q, v, do, scale, column_logsumexp, column_delta, PRECISION)
             if masked:
@@ -390,18 +400,19 @@ def _key_value_gradient_kernel(
                 q = _finite(q)
                 do = _finite(do)
 
-            dv = _add_product(dv, p, do, query, PRECISION)
-            dk = _add_product(dk, ds, q, query, PRECISION)
+            dtype: tl.constexpr = query[0].dtype.element_ty
+            dv = _add_product(dv, p, do, dtype, PRECISION)
+            dk = _add_product(dk, ds, q, dtype, PRECISION)
 
-    _store(key_gradient, dk * scale, head, rows, inside, HEAD_DIM)
-    _store(value_gradient, dv, head, rows, inside, HEAD_DIM)
+    _store(key_gradient, dk * scale, place, rows, inside, HEAD_DIM)
+    _store(value_gradient, dv, place, rows, inside, HEAD_DIM)
 
 
 # ---- the launch
 
 # {(major architecture, bytes of an element): {up to this head_dim: (rows of a tile, columns of a
 # full step, warps, stages) of forward, dQ, dK/dV}}. Chosen by what they compile to: no spills in
-# 2 bytes, and shared memory within the 99 KiB of consumer cards for 8.
+# 2 bytes, and shared memory within the 99 KiB of consumer cards for 8, which serves all others.
 TILES = {
     (8, 2): {
         64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
@@ -562,11 +573,10 @@ def _checked(query, key, value, block_lengths, scale):
         if given != expected:
             raise ValueError(f"{name} is {given}, expected that of query, {expected}")
 
-    if not isinstance(block_lengths, Sequence) or not all(map(_is_positive_int, block_lengths)):
-        raise ValueError(f"block_lengths is {block_lengths!r}, expected positive ints")
-    total = sum(block_lengths)
-    if total != tokens:
-        raise ValueError(f"block_lengths sums to {total}, expected the {tokens} tokens of query")
+    fits = isinstance(block_lengths, Sequence) and all(map(_is_positive_int, block_lengths))
+    if not fits or sum(block_lengths) != tokens:
+        expected = f"positive ints that sum to the {tokens} tokens of query"
+        raise ValueError(f"block_lengths is {block_lengths!r}, expected {expected}")
 
     scale = head_dim**-0.5 if scale is None else scale
     if scale is True or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):

@@ -6,15 +6,18 @@ A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and
 one of `inputs`, the map accumulated over those before it. Attention stays inside a scale, so none
 needs another's keys: the Markov property, and why sampling keeps no cache. With is_causal=True all
 this is VAR, where a scale attends to coarser ones too. The masked branch shares the first blocks,
-the trunk, and sees visible tokens of its own scale besides: `masked_input` is where the mask goes.
+the trunk, and sees visible tokens of its own scale besides: `apply_mask` is where the mask goes.
 
 A model is a tree of tensors: keys are argument names of functions, shapes are the configuration.
 
     labels      (B,) int64, 0 to classes; `classes` is the null class
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
-    own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
+    own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs; `own_input` embeds them
     mask        (B, L - len_0) bool, True where hidden; scale 0 is never masked
     k           scale k alone, from its own part of the others; inputs None for scale 0
+
+`scales` is ((h_0, w_0), ...), what the function of this name reads off a tree. `levels` holds an
+embedding a scale, under its published name; `scale` and `shift` are those of adaptive layer norms.
 
     >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
     >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
@@ -23,7 +26,6 @@ A model is a tree of tensors: keys are argument names of functions, shapes are t
 Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024), adaptive layer norm as in DiT (2023).
 """
 
-import itertools
 import math
 import re
 from functools import partial
@@ -63,15 +65,24 @@ def masked_logits(params, labels, inputs, own_inputs, mask):
     return logits(features, **params["masked"]["head"])
 
 
-def masked_input(params, inputs, own_inputs, mask):
+def apply_mask(params, inputs, own_inputs, mask):
     """(B, n, C): the coarser scales plus the own tokens or, where hidden, the mask embedding."""
     _expect("own_inputs", own_inputs, None, inputs.shape)
     _expect("mask", mask, torch.bool, inputs.shape[:2])
 
     branch = params["masked"]
-    own = linear(own_inputs, branch.get("own_input", params["input"]["weight"]))
-    own = torch.where(mask[..., None], branch["mask_embedding"], own)
-    return linear(inputs, **params["input"]) + own
+    weight = branch["own_input"] if is_ours(params) else params["input"]["weight"]
+    visible = linear(own_inputs, weight, bias=None)
+    visible = torch.where(mask[..., None], branch["mask_embedding"], visible)
+    return linear(inputs, **params["input"]) + visible
+
+
+def is_ours(params):
+    """Whether the masked branch has an input weight of its own, which published ones lack.
+
+    These were trained on own_inputs into which hidden codes leak, ours on such without a leak.
+    """
+    return "own_input" in params["masked"]
 
 
 def branch_features(
@@ -81,6 +92,7 @@ def branch_features(
     inputs,
     own_inputs=None,
     mask=None,
+    *,
     k=None,
     is_causal=False,
     cache=None,
@@ -89,31 +101,23 @@ def branch_features(
 ):
     """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
 
-    k: of scale k alone; of VAR with a cache, from new_cache. gates: from stochastic_depth.
+    own_inputs and mask go with the masked branch. Training: gates, of stochastic_depth, and
+    checkpointing. Sampling: k; of VAR also cache, of new_cache, in which it looks back.
     """
-    lengths = [h * w for h, w in scales(params)]
-    which = range(len(lengths)) if k is None else [k]
-    batch = getattr(labels, "shape", ())[:1] or (0,)
-    _expect("labels", labels, torch.int64, batch, len(params["classes"]))
+    if branch not in params:
+        raise ValueError(f"branch: got {branch!r}, the tree has no such branch")
+    places = range(len(params["positions"])) if k is None else [k]
+    _expect("labels", labels, torch.int64, (None,), 0, len(params["classes"]) - 1)
     condition = F.embedding(labels, params["classes"])  # (B, C)
+    x = embedded(params, branch, condition, inputs, own_inputs, mask, places)  # (B, n, C)
 
-    # scale 0 starts from the class, a later one from the map of those before it
-    tokens = [condition[:, None] + params["start"]] if 0 in which else []  # (B, len_0, C)
-    if which[-1] > 0:
-        count = sum(lengths[i] for i in which if i > 0)
-        _expect("inputs", inputs, None, (*batch, count, params["input"]["weight"].shape[1]))
-        if branch == "masked":
-            tokens.append(masked_input(params, inputs, own_inputs, mask))
-        else:
-            tokens.append(linear(inputs, **params["input"]))
-    places = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in which]
-    x = torch.cat(tokens, 1) + torch.cat(places)  # (B, n, C)
-
+    # the temperature is already in q, so attention scales nothing
     blocks = params["trunk"] + params[branch]["blocks"]
-    own = [lengths[i] for i in which]
-    attend = partial(block_sparse_attention, block_lengths=own, is_causal=is_causal, scale=1.0)
-    attends = [attend] * len(blocks)
-    if cache is not None:
+    lengths = [h * w for h, w in scales(params)]
+    if cache is None:
+        pattern = dict(block_lengths=[lengths[i] for i in places], is_causal=is_causal, scale=1.0)
+        attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
+    else:
         end = sum(lengths[: k + 1])
         attends = [partial(cached_attention, past=layer[..., :end, :]) for layer in cache]
 
@@ -124,6 +128,24 @@ def branch_features(
 
     two = linear(F.silu(condition), **params[branch]["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
     return modulate(x, *two.chunk(2, -1))
+
+
+def embedded(params, branch, condition, inputs, own_inputs, mask, places):
+    """What the blocks read, (B, n, C): tokens of the scales in places, and where they are.
+
+    Scale 0 starts from the class, condition (B, C); a later one from the map of those before it.
+    """
+    tokens = [condition[:, None] + params["start"]] if 0 in places else []  # (B, len_0, C)
+    if places[-1] > 0:
+        count = sum(params["positions"][i].shape[:2].numel() for i in places if i > 0)
+        _expect("inputs", inputs, None, (len(condition), count, params["input"]["weight"].shape[1]))
+        if branch == "masked":
+            tokens.append(apply_mask(params, inputs, own_inputs, mask))
+        else:
+            tokens.append(linear(inputs, **params["input"]))
+
+    rows = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in places]
+    return torch.cat(tokens, 1) + torch.cat(rows)
 
 
 def block(x, condition, attend, gates, modulation, attention, mlp):
@@ -142,7 +164,10 @@ def block(x, condition, attend, gates, modulation, attention, mlp):
 
 
 def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
-    """(B, n, C): attention of unit-length queries and keys, log_temperature up to log 100."""
+    """(B, n, C): cosine attention: of unit-length queries and keys, with a learned temperature.
+
+    log_temperature (heads,) counts up to log 100.
+    """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     parts = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
     q, k, v = parts.permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim) each
@@ -168,7 +193,7 @@ def cached_attention(query, key, value, past):
 def feed_forward(x, expand, contract):
     """(B, n, C): the MLP, four times as wide inside, with tanh-GELU."""
     x = linear(x, **expand)
-    # in bf16 the exact one is no further off than rounding, and takes a quarter of the time
+    # in bf16 the exact GELU is no further off than rounding, and takes a quarter of the time
     form = "none" if x.dtype == torch.bfloat16 else "tanh"
     return linear(F.gelu(x, approximate=form), **contract)
 
@@ -179,7 +204,7 @@ def modulate(x, scale, shift):
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def linear(x, weight, bias=None):
+def linear(x, weight, bias):
     """The product in the weight's dtype."""
     return F.linear(x.to(weight.dtype), weight, bias)
 
@@ -192,7 +217,8 @@ def logits(features, weight, bias):
 def cast(params, dtype):
     """The same tree with the weights of its blocks and heads in dtype, in which products then are.
 
-    Temperatures, residual stream, softmax and losses stay fp32. Gradients pass through.
+    The blocks' modulation and gates too. Temperatures, residual stream, softmax and losses stay
+    fp32. Gradients pass through.
     """
 
     def move(path, leaf):
@@ -222,7 +248,6 @@ def next_scale_losses(params, labels, tokens, inputs, is_causal=False, **options
     """
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal, **options)
     head = params["next_scale"]["head"]
-    _expect("tokens", tokens, torch.int64, features.shape[:2], len(head["bias"]))
     return token_losses(features.flatten(0, 1), tokens.flatten(), **head).view(tokens.shape)
 
 
@@ -233,7 +258,6 @@ def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=No
     """
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask, **options)
     head = params["masked"]["head"]
-    _expect("tokens", tokens, torch.int64, features.shape[:2], len(head["bias"]))
 
     # the head runs on the hidden tokens alone
     if places is None:
@@ -263,14 +287,15 @@ def token_losses(features, targets, weight, bias):
 def scale_weights(scales, kind):
     """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
 
-    kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", a normal density
-    of the relative sides, reversed and standardised (HMAR).
+    kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", HMAR's name for a
+    normal density, exp(-z^2 / 2) with z the standardised relative side of scale S - 1 - k.
     """
     counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
     sides = (counts / counts[-1]).sqrt().flip(0)
-    spread = sides.std(correction=int(len(sides) > 1)).clamp(min=1e-9)  # of one size: all alike
-    normal = torch.exp(-0.5 * ((sides - sides.mean()) / spread).square())
-    kinds = dict(token=counts, scale=torch.ones_like(counts), lognormal=normal)
+    spread = sides.std() if len(sides) > 1 else 0
+    standardised = ((sides - sides.mean()) / spread).nan_to_num()  # of one size: all alike
+    density = torch.exp(-0.5 * standardised.square())
+    kinds = dict(token=counts, scale=torch.ones_like(counts), lognormal=density)
     if kind not in kinds:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(kinds)}")
     mass = kinds[kind]
@@ -303,14 +328,18 @@ def init(
 ):
     """A new tree for next-scale prediction, fp32, as published; sizes follow from depth.
 
-    gamma scales the gates. On torch.device("meta") nothing is allocated.
+    gamma scales the gates: 1e-3, 1e-4 from depth 24 on, 1e-5 from 30 on. On torch.device("meta")
+    nothing is allocated.
     """
     width = 64 * depth if width is None else width
     heads = max(1, width // 64) if heads is None else heads
-    if width % heads:
-        raise ValueError(f"width: got {width}, expected a multiple of the {heads} heads")
+    if not 1 <= depth <= 1000 or min(width, heads) < 1 or width % heads:
+        got = f"{(depth, width, heads)}"
+        raise ValueError(
+            f"depth, width, heads: got {got}, expected 1 or more, heads dividing width"
+        )
     if gamma is None:
-        gamma = next(g for least, g in ((30, 1e-5), (24, 1e-4), (0, 1e-3)) if depth >= least)
+        gamma = 1e-3 * 0.1 ** ((depth >= 24) + (depth >= 30))
     normal = partial(_normal, width, torch.Generator().manual_seed(seed))
     affine = partial(_affine, normal)
 
@@ -355,6 +384,7 @@ def _new_block(normal, affine, width, heads, depth, gamma):
 def add_masked_branch(params, blocks=8, own_input=True, seed=0):
     """The same tree and a masked branch: copies of the last blocks and head, the rest is shared.
 
+    trunk [1 2 3 4] -> trunk [1 2], next_scale [3 4], masked [copies of 3 4], for 2 blocks.
     own_input: the input weight is copied too, for a scale's own tokens; published trees lack it.
     """
     every = params["trunk"] + params["next_scale"]["blocks"]
@@ -392,79 +422,38 @@ def resize_positions(params, scales):
     return params | dict(start=start, levels=params["levels"][source], positions=positions)
 
 
-# ---- what fits
+# ---- checks
 
 
+@torch.no_grad()
 def check(params):
-    """ValueError that names the leaves unless params is a whole tree of finite floats."""
-    tree = _tree("params", _named(params))
-    pytree.tree_map(lambda *_: None, tree, params)  # no dict in place of a list
+    """ValueError unless the branches take this tree: they do, in scale 0, and embed the others."""
+    try:
+        condition = params["classes"][:1]
+        labels = torch.zeros(1, dtype=torch.int64, device=condition.device)
+        count = sum(h * w for h, w in scales(params)[1:])
+        inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
+        mask = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
+        every = range(len(params["positions"]))
+        for branch in ("next_scale", *({"masked"} & params.keys())):
+            logits(branch_features(params, branch, labels, None, k=0), **params[branch]["head"])
+            embedded(params, branch, condition, inputs, inputs, mask, every)
+    except Exception as error:
+        raise ValueError(
+            f"params: no transformer's tree: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _named(tree):
-    """{name: leaf}, a name such as trunk.0.attention.qkv; ValueError unless they are floats."""
-    nodes = itertools.count()  # lists that are shared can unfold to 2 ** 40: stop, and refuse
-    leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda _: next(nodes) > 10_000)
-    named = {".".join(re.findall(r"[^\[\]']+", pytree.keystr(path))): leaf for path, leaf in leaves}
-    for name, leaf in named.items():
-        fits = torch.is_tensor(leaf) and leaf.is_floating_point()
-        fits = fits and leaf.untyped_storage().nbytes() >= leaf.nbytes  # no expanded view
-        if not fits or not (leaf.is_meta or leaf.isfinite().all()):
-            raise ValueError(f"{name!r} is not finite floats, all of them in memory")
-    return named
-
-
-def _tree(argument, leaves):
-    """The tree of leaves, {name: leaf}. ValueError lists what does not fit."""
-    template = _template(leaves)
-    found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    expected = {name: tuple(leaf.shape) for name, leaf in _named(template).items()}
-    wrong = []
-    for name in sorted(dict(found.items() ^ expected.items())):
-        wrong.append(f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}")
-    if wrong:
-        raise ValueError(f"{argument}: {len(wrong)} do not fit: {', '.join(wrong[:10])}")
-    return pytree.tree_unflatten(map(leaves.get, expected), pytree.tree_structure(template))
-
-
-def _template(leaves):
-    """A tree without values that is as some of the leaves, {name: leaf}, say."""
-
-    def sizes(name, ndim):  # ones where there is no such leaf, as the comparison will tell
-        shape = leaves[name].shape if name in leaves else ()
-        return shape if len(shape) == ndim and all(shape) else (1,) * ndim
-
-    blocks = [name for name in leaves if re.match("(trunk|next_scale).*log_temperature", name)]
-    branch = sum(name.startswith("next_scale") for name in blocks)  # the masked one has as many
-    positions = [sizes(name, 3)[:2] for name in leaves if name.startswith("positions.")]
-    classes, width = sizes("classes", 2)
-    with torch.device("meta"):
-        template = init(
-            depth=len(blocks),
-            classes=classes - 1,
-            codes=sizes("next_scale.head.bias", 1)[0],
-            code_dim=sizes("input.weight", 2)[1],
-            scales=positions or [(1, 1)],
-            width=width,
-            heads=math.gcd(width, *sizes(min(blocks, default=""), 1)),
-        )
-        if branch:
-            template = add_masked_branch(template, branch, "masked.own_input" in leaves)
-    if "masked.mask_embedding" not in leaves:
-        template.pop("masked", None)
-    return template
-
-
-def _expect(name, tensor, dtype, shape, below=None):
-    """ValueError unless tensor has this dtype (None: any), this shape and values 0 to below - 1."""
-    fits = torch.is_tensor(tensor) and dtype in (None, tensor.dtype) and tensor.shape == shape
+def _expect(name, tensor, dtype, shape, low=-math.inf, high=math.inf):
+    """ValueError unless tensor has this dtype and shape (None: any) and values from low to high."""
+    fits = torch.is_tensor(tensor) and dtype in (None, tensor.dtype) and tensor.ndim == len(shape)
+    fits = fits and all(side in (None, own) for side, own in zip(shape, tensor.shape))
     # on an accelerator a look at the values would stall its queue
-    if fits and below and tensor.is_cpu and tensor.numel() and not torch.compiler.is_compiling():
-        fits = 0 <= tensor.min() <= tensor.max() < below
+    if fits and low > -math.inf and tensor.is_cpu and tensor.numel():
+        fits = torch.compiler.is_compiling() or low <= tensor.min() <= tensor.max() <= high
     if not fits:
         got = (tensor.dtype, *tensor.shape) if torch.is_tensor(tensor) else type(tensor)
-        values = f", values 0 to {below - 1}" if below else ""
-        raise ValueError(f"{name}: got {got}, expected {(dtype, *shape)}{values}")
+        raise ValueError(f"{name}: got {got}, expected {(dtype, *shape)}, {low} to {high}")
 
 
 # ---- published weights
@@ -494,32 +483,47 @@ BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # ends of their na
 def from_published(state_dict, scales=None):
     """A tree, fp32, from the state dict of VAR, HMAR after stage one or with both branches.
 
-    scales may be left out for 680, 2240 and 9451 tokens. ValueError lists what does not fit.
+    scales may be left out for 680, 2240 and 9451 tokens. ValueError where that does not fit.
     """
-    state = {name: leaf for name, leaf in state_dict.items() if not str(name).endswith(BUFFERS)}
-    leaves = {}
-    for name, leaf in _named(state).items():
-        for theirs, ours in PUBLISHED_NAMES:
-            name = re.sub(theirs, ours, name)
-        if name in leaves:
-            raise ValueError(f"state_dict: {name} is there twice")
-        if name in ("start", "positions", "masked.mask_embedding"):
-            leaf = leaf.squeeze(0)
-        leaves[name] = leaf.flatten() if name.endswith("log_temperature") else leaf
+    params = {}
+    try:
+        for name, leaf in state_dict.items():
+            if name.endswith(BUFFERS):
+                continue
+            for theirs, ours in PUBLISHED_NAMES:
+                name = re.sub(theirs, ours, name)
+            if name in ("start", "positions", "masked.mask_embedding"):
+                leaf = leaf.squeeze(0)
+            *path, last = name.split(".")
+            node = params
+            for key in path:
+                node = node.setdefault(key, {})
+            node[last] = (leaf.flatten() if last == "log_temperature" else leaf).float()
 
-    # the positions of all scales stand in one row
-    rows = leaves.pop("positions", torch.empty(0))
-    known = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
-    scales = known.get(len(rows), ()) if scales is None else scales
-    counts = [h * w for h, w in scales]
-    if sum(counts) != len(rows):
-        raise ValueError(f"scales: got {scales}, expected some of {len(rows)} tokens (--scales)")
-    for k, (row, size) in enumerate(zip(rows.split(counts), scales)):
-        leaves[f"positions.{k}"] = row.unflatten(0, size)
-    return pytree.tree_map(torch.Tensor.float, _tree("state_dict", leaves))
+        branches = [(params[name], "blocks") for name in ("next_scale", "masked") if name in params]
+        for tree, stack in [(params, "trunk"), *branches]:
+            blocks = tree.get(stack, {})
+            tree[stack] = [blocks[number] for number in sorted(blocks, key=int)]
+
+        # the positions of all scales stand in one row
+        rows = params["positions"]
+        published = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
+        scales = published.get(len(rows), ()) if scales is None else scales
+        counts = [h * w for h, w in scales]
+        if sum(counts) != len(rows):
+            raise ValueError(
+                f"scales: got {scales}, expected some of {len(rows)} tokens (--scales)"
+            )
+        grids = zip(rows.split(counts), scales)
+        params["positions"] = [row.unflatten(0, size) for row, size in grids]
+    except (AttributeError, LookupError, TypeError) as error:
+        text = f"no transformer's: {type(error).__name__}: {error}"
+        raise ValueError(f"state_dict: {text}") from error
+    check(params)
+    return params
 
 
 def published_is_causal(state_dict):
-    """Whether published weights come with VAR's block-causal mask; None if without one."""
+    """Whether published weights come with VAR's block-causal mask."""
     mask = state_dict.get("attn_bias_for_masking")
-    return None if mask is None else bool(mask[0, 0, -1, 0] == 0)  # the last token sees the first
+    return mask is not None and bool(mask[0, 0, -1, 0] == 0)  # the last token sees the first

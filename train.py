@@ -1,10 +1,11 @@
-"""Training: drawn shapes or a folder of images -> tokenizer.pt and hmar.pt; `python train.py`.
+"""Training: drawn shapes or a folder of images -> tokenizer.pt, hmar.pt; and `python train.py`.
 
     images -> tokenizer stage -> tokens (N, views, L) -> next-scale stage -> masked stage
 
 The settings, then `fit`, the loop of all stages; then each stage, how it is judged, data, the
 command; run folders and processes come last. All randomness and the order of the data are functions
-of seed and step, so a killed run continues bit for bit though none of them is saved.
+of seed and step, so a killed run continues bit for bit though none of them is saved. No perceptual
+and no adversarial loss is trained.
 """
 
 import signal
@@ -17,6 +18,7 @@ import collections
 import colorsys
 import contextlib
 import ctypes
+import datetime
 import functools
 import hashlib
 import itertools
@@ -26,6 +28,7 @@ import operator
 import os
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,30 +41,18 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
-from sample import (
-    at_once,
-    digest,
-    load_tokenizer,
-    load_transformer,
-    rank,
-    read_json,
-    require,
-    world,
-    write_atomically,
-)
 
-# what each leaves
-STAGES = {"tokenizer": "tokenizer.pt", "next-scale": "hmar.pt", "masked": "hmar.pt"}
+# a stage is finished when its file is there
+STAGES = {"tokenizer": "tokenizer.pt", "next-scale": "next-scale.pt", "masked": "hmar.pt"}
 
-PRESETS = {  # up to 64 pixels, a model for two CPU cores; above, the published one, for GPUs
+PRESETS = {  # (up to 64 pixels, a model for two CPU cores; above, the published one, for GPUs)
     "channels": (32, 160),
     "multipliers": ((1, 1, 2), (1, 1, 2, 2, 4)),
     "residual_blocks": (1, 2),
     "attention": (False, True),
     "codes": (256, 4096),
     "code_dim": (16, 32),
-    "depth": (3, 16),
-    "width": (192, None),
+    "depth": (3, 16),  # the width is 64 times that
     "gamma": (0.1, None),
     "masked_blocks": (2, 8),
     "loss_weights": ("token", "lognormal"),
@@ -82,92 +73,106 @@ MUON_TOGETHER = 2**22  # numbers in the matrices of a shape that are stepped tog
 NOT_FOR_MUON = (  # what faces other than features, and modulation
     "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
 )
-LABEL_DROP = 0.1  # labels made null, for guidance
+LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
+CHECKPOINTING = False  # the transformer's activations are computed twice, which saves memory
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
-REVIVE_EVERY = 20  # steps; then codes that nobody chose are replaced, until 80 % of the run
-COARSE_EVERY = 4  # images of a batch: one of them is decoded from its coarse scales too
-COARSE_WEIGHT = 0.5  # of the squared error of these
-HUE_WEIGHT = 0.28  # of the share of the hues' variance that is lost
+REVIVE_EVERY = 20  # steps; then codes that nobody chose are replaced,
+REVIVE_UNTIL = 0.8  # of the stage: the last ones get time to settle
+COARSE_WEIGHT = 0.5  # of the squared error of coarse images (RESULTS, "The pyramid")
+EDGE_WEIGHT = 0.25  # of the error of edges, beside .5 of the absolute error
+HUE_WEIGHT = 0.28  # of the share of the hues' variance that is lost (RESULTS, "Hues, tried")
 LOG_EVERY = 50  # steps
-JUDGEMENTS = 6  # looks at held-out images in a stage
-JUDGED = 128  # held-out images, at most
+LOOKS = 6  # at held-out images in a stage,
+JUDGED = 128  # of them at most
 PATIENCE = 1 / 3  # of the steps without a better loss end a stage
 HELD_OUT = 0.05  # share of the images
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
 MOST_VIEWS = 16  # but in no more than these
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-TOKENIZER_SIZES = ("codes", "code_dim", "channels", "multipliers", "residual_blocks", "attention")
-UNRECORDED = (  # flags that change no result
-    "stage", "stages", "out", "restart", "save_every", "workers", "device", "accumulate",
-    "class_names", "lock", "checkpointing",
-)  # fmt: skip
+FLAGS = ("size", "flip", "seed", "dtype", "compile", "causal", "scales")  # that change a result
+CODES = ("codes", "code_dim")
+NETS = ("channels", "multipliers", "residual_blocks", "attention")  # of the tokenizer
 
 
-def fit(args, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=()):
-    """`tree` with those moving averages of its parameters that were best on held-out images.
+def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=()):
+    """`tree` with that moving average (EMA) of its parameters that was best on held-out images.
 
-    args.steps and .lr are of this stage. loss(tree, **batch) -> (scalar, {name: tensor} to log);
-    batches(start) yields each step's batch, a dict a part; evaluate(tree) -> {name: numbers}, the
-    lowest "loss" is best; after_step(step, reports, optimizer) may change tree, extra and reports.
+    loss(tree, **batch) -> (scalar, {name: tensor} to log, what after_step needs); batches(start)
+    yields each step's batch, a dict a part; evaluate(tree) -> {name: numbers}, the lowest "loss" is
+    best; after_step(step, needs, optimizer) may change tree and extra, tensors that are saved too.
     """
     model = Trained(tree, loss)
     leaves = list(model.leaves)
-    current = [leaf.detach() for leaf in leaves]
-    average = [leaf.clone() for leaf in current]
+    current = [leaf.detach() for leaf in leaves]  # the same memory, without gradients
+    ema = [leaf.clone() for leaf in current]
     best = [leaf.clone() for leaf in current]
     optimizer = Optimizer(tree)
-    state = [*current, *average, *best, *optimizer.moments, *extra]
-    start, best_step, best_loss = resume(args, state)
-    call = wrapped(model, args)
-    judge_every = math.ceil(args.steps / JUDGEMENTS)
-    window = []  # what was reported since the last line of metrics
-
+    state = [*current, *ema, *best, *optimizer.moments, *extra]
+    (start, best_step, best_loss), window = load_checkpoint(args, stage, state)
+    call = wrapped(model, args, stage)
+    steps = args.steps[stage]
+    look_every = math.ceil(steps / LOOKS)
     with stop_signals(args.device) as asked_to_stop:
         for step, parts in enumerate(batches(start), start + 1):
-            rate = learning_rate(step, args)
-            reports, norm = optimise(call, parts, leaves, optimizer, rate)
-            torch._foreach_lerp_(average, current, 1 - min(args.ema, step / (step + 10)))
-            after_step(step, reports, optimizer)
+            rate = learning_rate(step, steps, args.lr[stage], args.warmup)
+            numbers, needs, norm = optimise(call, parts, leaves, optimizer, rate)
+            decay = min(args.ema, step / (step + 10))  # the first weights are soon forgotten
+            torch._foreach_lerp_(ema, current, 1 - decay)
+            after_step(step, needs, optimizer)
 
-            window += [{"gradient": norm} | report for report in reports]
-            if step % LOG_EVERY == 0 or step == args.steps:
-                log(args, step, rate=rate, **means(window))
+            window += [{"gradient": norm} | part for part in numbers]
+            if step % LOG_EVERY == 0 or step == steps:
+                log(args, stage, step, rate=rate, **means(averaged(window)))
                 window.clear()
 
-            if step % judge_every == 0 or step == args.steps:
-                numbers = evaluate(with_leaves(tree, average))
-                log(args, step, **{f"held_out_{name}": value for name, value in numbers.items()})
-                if numbers["loss"] < best_loss:
-                    best_step, best_loss = step, numbers["loss"]
-                    torch._foreach_copy_(best, average)
-                elif step < args.steps and step - best_step >= PATIENCE * args.steps:
-                    say(f"{args.stage}: stopped early at step {step}; best at {best_step}")
+            if step % look_every == 0 or step == steps:
+                held_out_loss = look(args, stage, step, evaluate, with_leaves(tree, ema))
+                if held_out_loss < best_loss:
+                    best_step, best_loss = step, held_out_loss
+                    torch._foreach_copy_(best, ema)
+                elif step < steps and step - best_step >= PATIENCE * steps:
+                    say(f"{stage}: stopped early at step {step}; best at {best_step}")
                     break
 
             stops = asked_to_stop(step)
             if stops or step % args.save_every == 0:
-                require_finite(args, step, norm.isfinite())  # nan weights give a nan norm
-                keep(args, state, (step, best_step, best_loss))
+                require_finite(stage, step, norm.isfinite())  # nan weights give a nan norm
+                window = averaged(window)  # twice is as once: the next line is as without a stop
+                save_checkpoint(args, stage, state, (step, best_step, best_loss), window)
             if stops:
-                raise KeyboardInterrupt(f"{args.stage}: stopped and saved at step {step}")
+                raise KeyboardInterrupt(f"{stage}: stopped and saved at step {step}")
 
-    say(f"{args.stage}: kept step {best_step}, loss {best_loss:.4g} held out")
+    say(f"{stage}: best at step {best_step}, loss {best_loss:.4g} held out")
     return with_leaves(tree, best)
 
 
+def look(args, stage, step, evaluate, tree):
+    """The loss on held-out images: the first process's, for all of them to act on."""
+    numbers = agreed(lambda: evaluate(tree))
+    log(args, stage, step, **{f"held_out_{name}": value for name, value in numbers.items()})
+    return numbers["loss"]
+
+
 def optimise(call, parts, leaves, optimizer, rate):
-    """(reports of the loss, norm of the gradient) of one step over a batch in parts."""
+    """(numbers, needs, norm of the gradient) of one step over a batch in parts, a list each."""
     reports = []
     for number, batch in enumerate(parts, 1):
-        alone = world() > 1 and number < len(parts)  # gradients are added up with the last part's
-        with call.no_sync() if alone else contextlib.nullcontext():
-            value, report = call(**batch)
+        waits = world() > 1 and number < len(parts)  # processes add up gradients with the last part
+        with call.no_sync() if waits else contextlib.nullcontext():
+            value, *report = call(**batch)
             (value / len(parts)).backward()
         reports.append(pytree.tree_map(torch.Tensor.detach, report))
 
     norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
     optimizer.step(rate)
-    return reports, norm
+    numbers, needs = zip(*reports)
+    return numbers, needs, norm
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Of step 1, 2, ...: warm-up, constant, then linear to zero (Hägele et al. 2024)."""
+    left = 1 - (step - 1) / steps
+    return peak * min(1, step / max(1, warmup), left / COOL_DOWN)
 
 
 class Optimizer:
@@ -175,6 +180,7 @@ class Optimizer:
 
     A convolution's weight is a matrix of its outputs. Those of one shape are stepped together,
     in half the time. Muon's steps are scaled to AdamW's size: one rate for both (Liu et al. 2025).
+    Muon multiplies in bf16 whatever --dtype says.
     """
 
     def __init__(self, tree):
@@ -193,7 +199,7 @@ class Optimizer:
             self.groups += [leaves[i : i + count] for i in range(0, len(leaves), count)]
         self.momenta = [torch.stack(group).detach().flatten(2) * 0 for group in self.groups]
         self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
-        for leaf in others:
+        for leaf in others:  # as AdamW makes it at its first step: a checkpoint is copied into it
             step = torch.zeros((), device=leaf.device)
             first, second = torch.zeros_like(leaf), torch.zeros_like(leaf)
             self.adamw.state[leaf] = dict(step=step, exp_avg=first, exp_avg_sq=second)
@@ -201,11 +207,12 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, rate):
+        """Muon: momentum, Nesterov's step, orthogonal; scaled to AdamW's root mean square of .2."""
         for leaves, momentum in zip(self.groups, self.momenta):
             gradients = torch.stack([leaf.grad for leaf in leaves]).flatten(2)  # (N, rows, columns)
             momentum.lerp_(gradients, 1 - MOMENTUM)
-            updates = orthogonal(gradients.lerp(momentum, MOMENTUM))  # Nesterov
-            size = 0.2 * math.sqrt(max(updates.shape[1:]))
+            updates = orthogonal(gradients.lerp(momentum, MOMENTUM))  # Nesterov's look ahead
+            size = 0.2 * math.sqrt(max(updates.shape[1:]))  # an orthogonal matrix has 1 / sqrt(max)
             for leaf, update in zip(leaves, updates):
                 leaf.mul_(1 - rate * WEIGHT_DECAY)
                 leaf.sub_(update.reshape(leaf.shape), alpha=rate * size)
@@ -227,93 +234,171 @@ def orthogonal(matrices):
     x = (matrices.mT if is_tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
 
-    for _ in range(5):
+    for _ in range(5):  # x (a + b gram + c gram^2), (a, b, c) = (3.4445, -4.7750, 2.0315)
         gram = x @ x.mT
         quintic = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, quintic, x, beta=3.4445)
     return x.mT if is_tall else x
 
 
-def learning_rate(step, args):
-    """Of step 1, 2, ...: warm-up, constant, then linear to zero (Hägele et al. 2024)."""
-    left = 1 - (step - 1) / args.steps
-    return args.lr * min(1, step / max(1, args.warmup), left / COOL_DOWN)
+class Trained(torch.nn.Module):
+    """The thinnest module that DDP and torch.compile take: a tree's parameters, a loss."""
+
+    def __init__(self, tree, loss):
+        super().__init__()
+        leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.nn.Parameter)]
+        self.leaves, self.tree, self.loss = torch.nn.ParameterList(leaves), tree, loss
+
+    def forward(self, **batch):
+        return self.loss(self.tree, **batch)
+
+
+def trainable(tree):
+    """The tree with copies of its leaves as parameters."""
+    return pytree.tree_map(lambda leaf: torch.nn.Parameter(leaf.clone()), tree)
+
+
+def with_leaves(tree, leaves):
+    """The tree with its parameters replaced, in order."""
+    leaves = iter(leaves)
+
+    def replaced(leaf):
+        return next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf
+
+    return pytree.tree_map(replaced, tree)
+
+
+def wrapped(model, args, stage):
+    """What is called for the loss: the model itself, compiled, or spread over the processes."""
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # parts of different sizes each compile anew
+        model = torch.compile(model)
+    if world() == 1:
+        return model
+    unused = stage == "tokenizer"  # a phi that serves no scale
+    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+
+
+def averaged(window):
+    """Reports of steps, [{name: tensor}, ...], each averaged over all processes."""
+    names = window[0] if window else ()
+    rows = [summed(torch.stack([report[name] for report in window])) / world() for name in names]
+    return [dict(zip(names, values)) for values in zip(*rows)]
+
+
+def means(window):
+    """{name: mean number or numbers} of reports of steps."""
+    names = window[0]
+    return {name: torch.stack([x[name] for x in window]).mean(0).tolist() for name in names}
+
+
+@contextlib.contextmanager
+def stop_signals(device):
+    """A function of the step: whether Ctrl-C or SIGTERM asked to stop; a second one ends the run.
+
+    Several processes ask each other at every tenth step, so that all stop together.
+    """
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    def is_asked(step):
+        if world() == 1:
+            return bool(asked)
+        return step % 10 == 0 and bool(summed(torch.tensor(len(asked), device=device)))
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield is_asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:  # during the last step
+        raise KeyboardInterrupt
+
+
+def log(args, stage, step, **numbers):
+    """Adds a line to metrics.jsonl and prints it. ValueError where a number is not finite."""
+    line = json.dumps(dict(stage=stage, step=step, **numbers))
+    require_finite(stage, step, not re.search(r"\b(NaN|Infinity)\b", line))
+    if rank() == 0:
+        with open(Path(args.out, "metrics.jsonl"), "a") as file:
+            file.write(line + "\n")
+        single = [name for name in numbers if not isinstance(numbers[name], list)]
+        shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in single)
+        say(f"{stage} {step}/{args.steps[stage]}  {shown}")
+
+
+def require_finite(stage, step, fits):
+    """ValueError that says what to do, unless all was finite."""
+    if not fits:
+        message = f"{stage}: loss or gradient is not finite at step {step}; a lower --lr may help"
+        raise ValueError(f"{message}; the last checkpoint is kept")
 
 
 # ---- the tokenizer stage
 
 
-def train_tokenizer(args, data, held_out):
+def train_tokenizer(args, data, held_out, init=None):
     """Images -> a codec each of whose scales is an image; dead codes are replaced on the way."""
-    if args.tokenizer is not None:
-        return load_tokenizer(args.tokenizer)
-    sizes = {name: getattr(args, name) for name in TOKENIZER_SIZES}
-    codec = load_tokenizer(args.init) if args.init else tokenizer.init(**sizes, seed=args.seed)
-    codec = trainable(to_device(codec, args.device))
+    sizes = {name: getattr(args, name) for name in NETS + CODES}
+    codec = trainable(to_device(init or tokenizer.init(**sizes, seed=args.seed), args.device))
     codebook = codec["codebook"]
-    chosen = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)  # since revival
-    reserved = [held_out[index, None, 0][0] for index in range(len(held_out))[:JUDGED]]
-    reserved = to_unit(torch.stack(reserved), args.device)
-    variance = hues(reserved).var((1, 2, 3), correction=0).mean()
+    counts_since = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)
+    judged = to_unit(read_held_out(held_out)[0], args.device)
+    variance = hues(judged).var((1, 2, 3), correction=0).mean()
 
-    def loss(codec, images, stops, back):
+    def loss(codec, images, stops):
         fast = tokenizer.cast(codec, args.dtype)
-        made = tokenizer.training_pass(fast, images, args.scales, stops)
-        coarse = (made["coarse"] - images[: len(stops)]).square().mean((1, 2, 3)).sum()
-        coarse = coarse * (min(COARSE_EVERY, args.batch) / len(images))  # the mean of a batch
-        total = reconstruction_loss(made["images"], images, variance)
-        total = total + COARSE_WEIGHT * coarse + made["loss"]
-
-        numbers = dict(loss=total, coarse=coarse, quantisation=made["loss"])
-        residuals = [residual[back] for residual in made["residuals"]]
-        return total, numbers | dict(tokens=made["tokens"], residuals=residuals)
+        passed = tokenizer.training_pass(fast, images, args.scales, stops)
+        coarse = F.mse_loss(passed["coarse"], images[:: tokenizer.COARSE_EVERY])
+        total = reconstruction_loss(passed["images"], images, variance)
+        total = total + COARSE_WEIGHT * coarse + passed["loss"]
+        numbers = dict(loss=total, coarse=coarse, quantisation=passed["loss"])
+        return total, numbers, (passed["tokens"], passed["residuals"])
 
     def batches(start):
         for done, images in enumerate(loaded(args, data, step_keys(args, data, start)), start):
+            generator = generator_of(args.seed, "tokenizer", done)
+            stops = torch.randint(len(args.scales) - 1, (args.batch,), generator=generator)
             parts = []
-            pixels_of_parts = images.tensor_split(args.accumulate)
-            for pixels, stop in zip(pixels_of_parts, coarse_stops(args, done)):
-                stop, order = stop.sort(descending=True)  # those with a stop first, and back
-                part = dict(images=to_unit(pixels[order], args.device), back=order.argsort())
-                parts.append(part | dict(stops=stop[stop >= 0]))
+            for pixels, stop in zip(images.tensor_split(args.parts), own_parts(args, stops)):
+                part = dict(images=to_unit(pixels, args.device))
+                parts.append(part | dict(stops=stop[:: tokenizer.COARSE_EVERY]))
             yield to_device(parts, args.device)
 
-    def after_step(step, reports, optimizer):
-        tokens = torch.cat([own.flatten() for report in reports for own in report.pop("tokens")])
-        by_scale = zip(*(report.pop("residuals") for report in reports))
-        counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
-        chosen.add_(summed(counts))
-        if step == 1 or step % REVIVE_EVERY == 0 and step <= 0.8 * args.steps:
+    def after_step(step, needs, optimizer):
+        tokens, residuals = zip(*needs)  # of the parts
+        tokens = torch.cat([part.flatten() for part in pytree.tree_leaves(tokens)])
+        counts = torch.zeros_like(counts_since).index_add_(0, tokens, torch.ones_like(tokens))
+        counts_since.add_(summed(counts))
+        is_late = step > REVIVE_UNTIL * args.steps["tokenizer"]
+        if step == 1 or (step % REVIVE_EVERY == 0 and not is_late):
             generator = generator_of(args.seed, "revive", step)
-            residuals = [gathered(torch.cat(parts)) for parts in by_scale]
-            new, dead = tokenizer.revive_codes(codebook.detach(), chosen, residuals, generator)
+            residuals = [gathered(torch.cat(parts)) for parts in zip(*residuals)]
+            new, dead = tokenizer.revive_codes(
+                codebook.detach(), counts_since, residuals, generator
+            )
             codebook.data.copy_(new)
             optimizer.forget(codebook, dead)
-            chosen.zero_()
+            counts_since.zero_()
 
-    judge = functools.partial(judge_tokenizer, args, reserved)
-    return fit(args, codec, loss, batches, judge, after_step, extra=[chosen])
-
-
-def coarse_stops(args, done):
-    """Of each image, in parts, the scale up to which it is decoded alone too; -1: of none."""
-    generator = generator_of(args.seed, "tokenizer", done)
-    stops = torch.randint(len(args.scales) - 1, (args.batch,), generator=generator)
-    every = min(COARSE_EVERY, args.batch)
-    is_whole = torch.arange(args.batch) % every < every - 1
-    return own_parts(args, stops.masked_fill(is_whole, -1))
+    judge = functools.partial(judge_tokenizer, args, judged)
+    return fit(args, "tokenizer", codec, loss, batches, judge, after_step, extra=[counts_since])
 
 
-def reconstruction_loss(made, images, variance):
+def reconstruction_loss(decoded, images, variance):
     """Squared, absolute, edge and hue errors of reconstructions (B, 3, H, W).
 
     The last is the share that is lost of the variance of the data's hues: in photographs green
     varies so little beside brightness that no code was spent on it otherwise.
     """
-    error = made - images
+    error = decoded - images
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
-    plain = error.square().mean() + 0.5 * error.abs().mean() + 0.25 * edges
-    return plain + HUE_WEIGHT * hues(error).square().mean() / (variance + 0.01)
+    plain = error.square().mean() + 0.5 * error.abs().mean() + EDGE_WEIGHT * edges
+    return plain + HUE_WEIGHT * hues(error).square().mean() / (variance + 0.01)  # .01: grey images
 
 
 def hues(images):
@@ -326,67 +411,70 @@ def hues(images):
 # ---- the next-scale and the masked stage
 
 
-def train_next_scale(args, data, held_out):
+def train_next_scale(args, data, held_out, init=None):
     """Tokens -> a transformer that predicts every token from the coarser scales."""
-    codec, cache, evaluate = on_tokens(args, data, held_out)
-    params = trainable(initial_transformer(args, codec))
+    codec, all_tokens, evaluate = on_tokens(args, "next-scale", data, held_out)
+    if init is None:
+        codes, code_dim = codec["codebook"].shape
+        sizes = dict(codes=codes, code_dim=code_dim, classes=len(data.class_names))
+        sizes |= dict(depth=args.depth, gamma=args.gamma, scales=args.scales)
+        init = hmar.init(**sizes, seed=args.seed)
+    params = trainable(to_device(init, args.device))
     weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)  # (L,)
     lengths = tokenizer.lengths(args.scales)
 
     def loss(params, labels, tokens, gates):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
         fast = hmar.cast(params, args.dtype)
-        options = dict(gates=gates, checkpointing=args.checkpointing)
+        options = dict(gates=gates, checkpointing=CHECKPOINTING)
         losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
         total = (losses * weights).sum(1).mean()
-        by_scale = [own.mean() for own in losses.mean(0).split(lengths)]
-        return total, dict(loss=total, scale_losses=torch.stack(by_scale))
+        by_scale = [scale.mean() for scale in losses.mean(0).split(lengths)]
+        return total, dict(loss=total, scale_losses=torch.stack(by_scale)), ()
 
     def batches(start):
-        for done in range(start, args.steps):
-            batch = transformer_batch(args, done, params, data.labels, cache)
+        for done in range(start, args.steps["next-scale"]):
+            batch = transformer_batch(args, "next-scale", done, params, data.labels, all_tokens)
             yield to_device(in_parts(args, batch), args.device)
 
-    return fit(args, params, loss, batches, evaluate)
+    return fit(args, "next-scale", params, loss, batches, evaluate)
 
 
-def initial_transformer(args, codec):
-    """A new transformer of the flags' sizes, or --init's for these scales and classes."""
-    codes, code_dim = codec["codebook"].shape
-    sizes = dict(codes=codes, code_dim=code_dim, classes=len(args.class_names), scales=args.scales)
-    if args.init is None:
-        own = dict(depth=args.depth, width=args.width, gamma=args.gamma, seed=args.seed)
-        return to_device(hmar.init(**sizes, **own), args.device)
+def fitted(args, params, classes):
+    """Given weights as a start for these scales and classes: all blocks are one trunk again.
 
-    params = load_transformer(args.init)
+    ValueError where their codes are not those of the tokenizer.
+    """
     branch = params["next_scale"]
     got = len(branch["head"]["bias"]), params["input"]["weight"].shape[1]
-    expected = f"the tokenizer's {(codes, code_dim)}"
-    require(got == (codes, code_dim), f"--init: got (codes, code_dim) {got}, expected {expected}")
+    expected = args.codes, args.code_dim
+    if got != expected:
+        raise ValueError(
+            f"--init: got (codes, code_dim) {got}, expected the tokenizer's {expected}"
+        )
 
-    # all blocks are trained, so all are its own: the trunk of one without branches
+    trunk = params["trunk"] + branch["blocks"]
+    params = params | dict(trunk=trunk, next_scale=branch | dict(blocks=[]))
     params.pop("masked", None)
-    params["trunk"] += branch["blocks"]
-    branch["blocks"] = []
     if hmar.scales(params) != args.scales:
         say(f"--init: positions resampled for the scales {args.scales}")
         params = hmar.resize_positions(params, args.scales)
-    if len(params["classes"]) != len(args.class_names) + 1:
-        say(f"--init: a new class embedding for {len(args.class_names)} classes")
+    if len(params["classes"]) != classes + 1:
+        say(f"--init: a new class embedding for {classes} classes")
         width = params["classes"].shape[1]
-        new = hmar.init(**sizes, depth=1, width=width, heads=1, seed=args.seed)
+        new = hmar.init(depth=1, width=width, heads=1, classes=classes, seed=args.seed)
         params["classes"] = new["classes"]
-    return to_device(params, args.device)
+    return params
 
 
-def train_masked(args, data, held_out):
-    """hmar.pt -> the same with a masked branch: hidden tokens from the others of their scale.
+def train_masked(args, data, held_out, init=None):
+    """next-scale.pt -> the same with a masked branch: hidden tokens from the others of their scale.
 
     The trunk and the next-scale branch stay as they are (HMAR, stage two).
     """
-    codec, cache, evaluate = on_tokens(args, data, held_out)
-    params = finished(args, "next-scale")
-    blocks = min(args.masked_blocks, len(params["trunk"]) + len(params["next_scale"]["blocks"]))
+    codec, all_tokens, evaluate = on_tokens(args, "masked", data, held_out)
+    params = load_stage(args, "next-scale")
+    blocks = min(args.masked_blocks, len(params["trunk"]))
     params = hmar.add_masked_branch(params, blocks, seed=args.seed)
     params |= trainable(dict(masked=params["masked"]))
     first = tokenizer.lengths(args.scales)[0]
@@ -395,61 +483,69 @@ def train_masked(args, data, held_out):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
         own_inputs = tokenizer.masked_inputs(codec, tokens, args.scales, mask)
         fast = hmar.cast(params, args.dtype)
-        options = dict(places=places, gates=gates, checkpointing=args.checkpointing)
+        options = dict(places=places, gates=gates, checkpointing=CHECKPOINTING)
         losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask, **options)
-        total = (losses * share).sum()  # in all parts together, the mean over hidden tokens
-        return total, dict(loss=total)
+        total = (losses * share).sum()
+        return total, dict(loss=total), ()
 
     def batches(start):
-        for done in range(start, args.steps):
-            batch = transformer_batch(args, done, params, data.labels, cache)
+        for done in range(start, args.steps["masked"]):
+            batch = transformer_batch(args, "masked", done, params, data.labels, all_tokens)
             generator = generator_of(args.seed, "mask", done)
             ratio = torch.rand(args.batch, 1, generator=generator)  # of hidden tokens
-            numbers = torch.rand(args.batch, cache.shape[2] - first, generator=generator)
-            mask = numbers < ratio
+            uniform = torch.rand(args.batch, all_tokens.shape[2] - first, generator=generator)
+            mask = uniform < ratio
 
-            share = world() * args.accumulate / mask.sum().clamp(min=1)
+            # sum(losses * share) / parts / processes is the mean over the batch's hidden tokens
+            share = world() * args.parts / mask.sum().clamp(min=1)
             parts = in_parts(args, batch | dict(mask=mask))
             for part in parts:
                 part |= dict(places=part["mask"].flatten().nonzero()[:, 0], share=share)
             yield to_device(parts, args.device)
 
-    return fit(args, params, loss, batches, evaluate)
+    return fit(args, "masked", params, loss, batches, evaluate)
 
 
-def on_tokens(args, data, held_out):
+def on_tokens(args, stage, data, held_out):
     """What both have in common: (codec, training tokens (N, views, L), evaluate of `fit`)."""
-    codec = finished(args, "tokenizer")
-    cache = token_cache(args, data, codec)
-    reserved = encoded(args, held_out, codec, range(len(held_out))[:JUDGED])[:, 0]  # (B, L)
-    labels = torch.tensor(held_out.labels[:JUDGED])
-    judged = to_device((codec, labels, reserved), args.device)
-    return codec, cache, functools.partial(judge_transformer, args, *judged)
+    codec = load_stage(args, "tokenizer")
+    all_tokens = token_cache(args, data, codec)
+    pixels, labels = read_held_out(held_out)
+    tokens = torch.cat(encoded(args, codec, pixels))  # (B, L)
+    judged = to_device((codec, labels, tokens), args.device)
+    names = data.class_names[:10]
+    return codec, all_tokens, functools.partial(judge_transformer, args, stage, names, *judged)
 
 
-def transformer_batch(args, done, params, labels, cache):
+def transformer_batch(args, stage, done, params, labels, all_tokens):
     """dict(labels (B,), tokens (B, L), gates (B, depth, 2)) of a whole batch after `done` steps."""
-    generator = generator_of(args.seed, args.stage, done)
+    generator = generator_of(args.seed, stage, done)
     rows = [index for index, _ in step_items(args, done, len(labels))]
-    views = torch.randint(cache.shape[1], (args.batch,), generator=generator).numpy()
-    tokens = torch.from_numpy(cache[rows, views].astype(np.int64))
+    views = torch.randint(all_tokens.shape[1], (args.batch,), generator=generator).numpy()
+    tokens = torch.from_numpy(all_tokens[rows, views].astype(np.int64))
 
     null = len(params["classes"]) - 1
-    dropped = torch.rand(args.batch, generator=generator) < LABEL_DROP
-    chosen = torch.tensor([labels[row] for row in rows]).masked_fill(dropped, null)
+    is_dropped = torch.rand(args.batch, generator=generator) < LABEL_DROP
+    labels = torch.tensor([labels[row] for row in rows]).masked_fill(is_dropped, null)
 
-    frozen = len(params["trunk"]) if args.stage == "masked" else 0  # blocks that drop nothing
+    frozen = len(params["trunk"]) if stage == "masked" else 0  # these blocks are never dropped
     depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
     uniform = torch.rand(args.batch, depth - frozen, 2, generator=generator)
     gates = hmar.stochastic_depth(uniform, min(0.5, DEPTH_DROP * depth / 24))
     gates = F.pad(gates, (0, 0, frozen, 0), value=1)
-    return dict(labels=chosen, tokens=tokens, gates=gates)
+    return dict(labels=labels, tokens=tokens, gates=gates)
 
 
 def in_parts(args, batch):
     """This process's parts of a step's batch, [dict, ...]."""
     split = {name: own_parts(args, tensor) for name, tensor in batch.items()}
     return [dict(zip(split, values)) for values in zip(*split.values())]
+
+
+def own_parts(args, rows):
+    """This process's part of a tensor with a row a sample, in args.parts parts."""
+    parts = rows.tensor_split(world() * args.parts)
+    return parts[rank() * args.parts :][: args.parts]
 
 
 # ---- how they are judged
@@ -464,16 +560,15 @@ def judge_tokenizer(args, images, codec):
     codec = tokenizer.cast(codec, args.dtype)
     errors, rows = [], []
     counts = torch.zeros(len(args.scales), len(codec["codebook"]), dtype=torch.float64)
-    for part in images.split(at_once(args.size**2)):
+    for part in images.split(sample.at_once(args.size**2)):
         features = tokenizer.encode_features(codec, part)
-        pyramid = tokenizer.quantise(codec["codebook"], codec["phi"], features, args.scales)
-        made = []
-        for k, (_, tokens, f_hat) in enumerate(pyramid):
-            made.append(tokenizer.decode_features(codec, f_hat))
+        decoded = []
+        for k, (_, tokens, f_hat) in enumerate(tokenizer.quantise(codec, features, args.scales)):
+            decoded.append(tokenizer.decode_features(codec, f_hat))
             counts[k] += torch.bincount(tokens.flatten().cpu(), minlength=counts.shape[1])
-        made = torch.stack(made)  # (S, B, 3, H, W)
-        errors.append((made - part).square().mean((2, 3, 4)))
-        rows = rows or [part[:8], *made[:, :8]]
+        decoded = torch.stack(decoded)  # (S, B, 3, H, W)
+        errors.append((decoded - part).square().mean((2, 3, 4)))
+        rows = rows or [part[:8], *decoded[:, :8]]
 
     names = ["original", *(f"after {h}x{w}" for h, w in args.scales)]
     write_sheet(args, "reconstructions", rows, names)
@@ -488,38 +583,38 @@ def judge_tokenizer(args, images, codec):
 
 
 @torch.no_grad()
-def judge_transformer(args, codec, labels, tokens, params):
+def judge_transformer(args, stage, names, codec, labels, tokens, params):
     """Held-out loss (nats) and token accuracy, of the hidden half in the masked stage.
 
-    Draws samples/<stage>.png: eight samples of each of the first ten classes.
+    Draws samples/<stage>.png: eight samples of each class in names, the first ten.
     """
     params, codec = hmar.cast(params, args.dtype), tokenizer.cast(codec, args.dtype)
     generator = generator_of("held-out mask")
-    lengths = tokenizer.lengths(args.scales)
-    sums = torch.zeros(3, sum(lengths), dtype=torch.float64, device=args.device)
-    for part, part_labels in zip(tokens.split(32), labels.split(32)):
+    few = min(32, sample.at_once(args.size**2))
+    sums = torch.zeros(3, dtype=torch.float64, device=args.device)
+    for part, part_labels in zip(tokens.split(few), labels.split(few)):
         inputs = tokenizer.next_scale_inputs(codec, part, args.scales)
-        judged = torch.ones_like(part, dtype=torch.bool)
-        if args.stage == "masked":
+        counts = torch.ones_like(part, dtype=torch.bool)
+        if stage == "masked":
             mask = torch.rand(inputs.shape[:2], generator=generator).to(args.device) < 0.5
             own_inputs = tokenizer.masked_inputs(codec, part, args.scales, mask)
             logits = hmar.masked_logits(params, part_labels, inputs, own_inputs, mask)
-            judged = F.pad(mask, (lengths[0], 0))  # scale 0 is never masked
+            counts = F.pad(mask, (part.shape[1] - mask.shape[1], 0))  # scale 0 is never masked
         else:
             logits = hmar.next_scale_logits(params, part_labels, inputs, args.causal)
         losses = F.cross_entropy(logits.transpose(1, 2), part, reduction="none")
         hits = logits.argmax(-1) == part
-        sums += torch.stack([losses * judged, hits * judged, judged]).sum(1)
+        sums += torch.stack([losses * counts, hits * counts, counts]).sum((1, 2))
 
-    names = args.class_names[:10]
+    images = []
     classes = torch.arange(len(names), device=args.device).repeat_interleave(8)
-    images, _ = sample.generate(params, codec, classes, is_causal=args.causal)
-    write_sheet(args, args.stage, images.split(8), names)
+    for start in range(0, len(classes), sample.at_once(args.size**2)):
+        part = classes[start:][: sample.at_once(args.size**2)]
+        images.append(sample.generate(params, codec, part, seed=start, is_causal=args.causal)[0])
+    write_sheet(args, stage, torch.cat(images).split(8), names)
 
-    by_scale = torch.stack([part.sum(1) for part in sums.split(lengths, 1)], 1)  # (3, S)
-    loss, hits, count = by_scale.sum(1).tolist()
-    scale_losses = (by_scale[0] / by_scale[2].clamp(min=1)).tolist()
-    return dict(loss=loss / max(1, count), accuracy=hits / max(1, count), scale_losses=scale_losses)
+    loss, hits, count = sums.tolist()
+    return dict(loss=loss / max(1, count), accuracy=hits / max(1, count))
 
 
 # ---- data
@@ -592,19 +687,18 @@ def draw_shape(index, size=32):
 
 
 class Images:
-    """Images as (uint8 (3, size, size), label), of paths and labels or of numbers of drawings.
+    """Images as uint8 (3, size, size), of [(path, label), ...] or of a range: numbers of drawings.
 
     A key is (index, seed, turn), so that a sampler decides the randomness: seed None is the centre
-    crop; with flip an odd turn mirrors. A file that cannot be read is named, once a process, and
-    replaced by the next of its class; ValueError when these are more than 5 % and more than ten.
-    With any_class, as for the few that are held out, by the next of all, and it takes its label.
+    crop; with flip an odd turn mirrors. A broken file is named, once a process, and the next of its
+    class takes its place.
     """
 
-    def __init__(self, items, size, flip=False, any_class=False):
-        self.items, self.size, self.flip, self.any_class = items, size, flip, any_class
+    def __init__(self, items, class_names, size, flip=False):
+        self.items, self.class_names, self.size, self.flip = items, class_names, size, flip
         self.is_drawn = isinstance(items, range)
         self.labels = [i % len(SHAPES) if self.is_drawn else i[1] for i in items]
-        self.broken = {}  # index -> reason
+        self.broken, self.naming = set(), threading.Lock()
 
     def __len__(self):
         return len(self.items)
@@ -616,27 +710,37 @@ class Images:
         else:
             image = crop(self.readable(index), self.size, seed)
             image = ImageOps.mirror(image) if self.flip and turn % 2 else image
-        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), self.labels[index]
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
     def readable(self, index):
-        """The image of an index, or of the next one of its class that can be read."""
+        """The image of an index, or of the next one of its class that is not broken."""
+        label = self.labels[index]
         for other in itertools.chain(range(index, len(self)), range(index)):
-            is_alike = self.any_class or self.labels[other] == self.labels[index]
-            if not is_alike or other in self.broken:
+            if self.labels[other] != label or other in self.broken:
                 continue
             try:
-                image = sample.read_image(self.items[other][0], shortest=2 * self.size)
-                self.labels[index] = self.labels[other]
-                return image
+                return sample.read_image(self.items[other][0], shortest=2 * self.size)
             except ValueError as error:
-                reason = str(error)
-                if self.broken.setdefault(other, reason) is reason:  # not another thread's
-                    print(f"skipped: {sample.printable(reason)}", file=sys.stderr)
-            if len(self.broken) > max(10, 0.05 * len(self)):
-                reasons = "; ".join(list(self.broken.values())[:10])
-                raise ValueError(f"--data: more than 5 % of the images cannot be read: {reasons}")
+                with self.naming:
+                    if other not in self.broken:
+                        print(f"skipped: {error}", file=sys.stderr)
+                    self.broken.add(other)
         path = self.items[index][0]
-        raise ValueError(f"--data: {path} cannot be read, nor one that could take its place")
+        raise ValueError(f"--data: {path} cannot be read, nor another of {self.class_names[label]}")
+
+
+def read_held_out(held_out):
+    """(pixels uint8 (n, 3, H, W), labels (n,)) of the first JUDGED images that can be read."""
+    pixels, labels = [], []
+    for index, label in enumerate(held_out.labels[:JUDGED]):
+        try:
+            pixels.append(held_out[index, None, 0])
+            labels.append(label)
+        except ValueError as error:
+            last = error
+    if not pixels:
+        raise last
+    return torch.stack(pixels), torch.tensor(labels)
 
 
 def crop(image, size, seed=None):
@@ -658,13 +762,18 @@ def crop(image, size, seed=None):
 
 
 def data_sets(args):
-    """(training Images, held-out Images, class names) of --data, or of drawings."""
+    """(training Images, held-out Images, a hash of their names, labels and sizes)."""
     if args.data is None:
-        held_out = Images(range(20_000, 20_500), args.size)
-        return Images(range(20_000), args.size), held_out, SHAPES
+        sets = [Images(part, SHAPES, args.size) for part in (range(20_000), range(20_000, 20_500))]
+        return *sets, None
     files, names = list_images(args.data)
     train, held_out = split_held_out(files, args.data)
-    return Images(train, args.size, args.flip), Images(held_out, args.size, any_class=True), names
+    total = hashlib.sha256()
+    for path, label in files:
+        file = f"{name_inside(path, args.data)!r} {label} {os.path.getsize(path)}\n"
+        total.update(file.encode())
+    sets = Images(train, names, args.size, args.flip), Images(held_out, names, args.size)
+    return *sets, total.hexdigest()[:16]
 
 
 def list_images(folder):
@@ -675,21 +784,25 @@ def list_images(folder):
     """
 
     def warn(error):
-        print(f"passed over: {sample.printable(error)}", file=sys.stderr)
+        print(f"passed over: {error}", file=sys.stderr)
 
-    require(os.path.isdir(folder), f"--data: got {folder!r}, expected a folder")
+    if not os.path.isdir(folder):
+        raise ValueError(f"--data: got {folder!r}, expected a folder")
     groups = {}  # class -> its paths; "" for images that lie in no sub-folder
     for place, folders, names in os.walk(folder, onerror=warn):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         group = name_inside(place, folder).split(os.sep)[0]
         for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                groups.setdefault(group, []).append(os.path.join(place, name))
+            path = os.path.join(place, name)
+            is_image = name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            if is_image and os.path.isfile(path):  # no pipe, no link to nothing
+                groups.setdefault(group, []).append(path)
 
-    require(groups, f"--data: got {folder!r}, which holds none of {', '.join(SUFFIXES)}")
+    if not groups:
+        raise ValueError(f"--data: got {folder!r}, which holds none of {', '.join(SUFFIXES)}")
     alone = os.path.basename(groups.get("", [""])[0])
-    fits = not alone or len(groups) == 1
-    require(fits, f"--data: got {folder!r} with both {alone!r} and sub-folders of images")
+    if alone and len(groups) > 1:
+        raise ValueError(f"--data: got {folder!r} with both {alone!r} and sub-folders of images")
     classes = sorted(groups)
     names = classes if not alone else [Path(folder).resolve().name]
     return [(path, i) for i, name in enumerate(classes) for path in groups[name]], names
@@ -700,7 +813,8 @@ def split_held_out(files, folder):
 
     The path is the one inside the folder, so that a copy is split alike. ValueError: under two.
     """
-    require(len(files) >= 2, f"--data: got {len(files)} image in {folder}, expected at least two")
+    if len(files) < 2:
+        raise ValueError(f"--data: got {len(files)} image in {folder}, expected at least two")
 
     def place(file):
         return hashlib.sha256(os.fsencode(name_inside(file[0], folder))).digest()
@@ -736,9 +850,9 @@ def step_items(args, done, count):
 def step_keys(args, data, start):
     """Yields the keys of this process's images of each step, from step `start` on."""
     share = args.batch // world()
-    for done in range(start, args.steps):
+    for done in range(start, args.steps["tokenizer"]):
         items = step_items(args, done, len(data))[rank() * share :][:share]
-        # every image is mirrored every other epoch
+        # odd turns are mirrored: every image in every other epoch
         yield [(i, (args.seed, draw), i + draw // len(data)) for i, draw in items]
 
 
@@ -749,7 +863,7 @@ def loaded(args, data, key_lists):
     """
     with ThreadPoolExecutor(args.workers or 1) as pool:
         fetch = pool.map if args.workers else map  # which reads when it is asked
-        waiting = (fetch(lambda key: data[key][0], keys) for keys in key_lists)
+        waiting = (fetch(data.__getitem__, keys) for keys in key_lists)
         ahead = collections.deque(itertools.islice(waiting, 2))
         while ahead:
             yield torch.stack(list(ahead.popleft()))
@@ -769,49 +883,39 @@ def token_cache(args, data, codec):
     views = 1
     if not data.is_drawn:
         views = min(MOST_VIEWS, max(1 + args.flip, VIEWS_IN_ALL // len(data)))
-    path = os.path.join(args.out, "tokens.npy")
-    if read_run(args)["made"].get("tokens") != file_digest(path):
+    path = Path(args.out, "tokens.npy")
+    agreed(lambda: note_tokenizer(args, codec))
+    if not agreed(path.exists):
         first, last = (number * len(data) // world() for number in (rank(), rank() + 1))
-        tokens = encoded(args, data, codec, range(first, last), views).numpy()
-        tokens = tokens.astype(np.uint16 if len(codec["codebook"]) <= 2**16 else np.int32)
-        write_atomically(f"{path}.part.{rank()}.tmp", lambda file: np.save(file, tokens))
-        barrier()
+        keys = (
+            (i, (args.seed, view, i) if view else None, view)
+            for i in range(first, last)
+            for view in range(views)
+        )
+        lists = iter(lambda: list(itertools.islice(keys, 64)), [])
+        tokens, done, total = [], 0, (last - first) * views
+        for pixels in loaded(args, data, lists):
+            tokens += encoded(args, codec, pixels)
+            done += len(pixels)
+            if done % 4096 == 0 or done == total:
+                say(f"encoded {done} of {total} crops")
 
+        tokens = torch.cat(tokens).unflatten(0, (-1, views)).numpy()
+        parts = collected(tokens.astype(np.uint16 if len(codec["codebook"]) <= 2**16 else np.int32))
         if rank() == 0:
-            parts = [f"{path}.part.{number}.tmp" for number in range(world())]
-            tokens = np.concatenate([np.load(part) for part in parts])
-            write_atomically(path, lambda file: np.save(file, tokens))
-            record(args, "tokens", file_digest(path))
-            for part in parts:
-                os.remove(part)
-    barrier()
-    return np.load(path, mmap_mode="r")
+            sample.write_whole(path, lambda file: np.save(file, np.concatenate(parts)))
+        barrier()
+    try:
+        return np.load(path, mmap_mode="r")
+    except Exception as error:
+        raise ValueError(f"{path}: expected tokens; removed, they are encoded anew") from error
 
 
-def file_digest(path):
-    """A digest of a file's bytes, a gigabyte in about a second; "" where there are none."""
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    return digest(torch.from_numpy(np.memmap(path, np.uint8, "c"))) if size else ""
-
-
-def encoded(args, data, codec, rows, views=1):
-    """Tokens (len(rows), views, L) of some images."""
+def encoded(args, codec, pixels):
+    """[tokens (n, L), ...] of pixels uint8 (B, 3, H, W), a few images at a time."""
     fast = tokenizer.cast(codec, args.dtype)
-    total = len(rows) * views
-    keys = (
-        (i, (args.seed, view, i) if view else None, view) for i in rows for view in range(views)
-    )
-    lists = iter(lambda: list(itertools.islice(keys, 64)), [])
-
-    tokens = []
-    for number, pixels in enumerate(loaded(args, data, lists), 1):
-        for few in pixels.split(at_once(args.size**2)):
-            images = to_unit(few, args.device)
-            tokens.append(tokenizer.encode(fast, images, args.scales).cpu())
-        done = min(64 * number, total)
-        if done % 4096 == 0 or done == total:
-            say(f"encoded {done} of {total} crops")
-    return torch.cat(tokens).unflatten(0, (len(rows), views))
+    parts = [to_unit(few, args.device) for few in pixels.split(sample.at_once(args.size**2))]
+    return [tokenizer.encode(fast, part, args.scales).cpu() for part in parts]
 
 
 # ---- the command
@@ -819,437 +923,355 @@ def encoded(args, data, codec, rows, views=1):
 
 def parser():
     """The flags of `python train.py`."""
-    top = sample.Parser(
-        "python train.py [STAGE] [flags]: train HMAR from nothing. (auto) follows --size."
-    )
-    positive = sample.number(int, 1)
-    size = sample.number(int, 1, 2**16)  # more only takes for ever to be refused
-    add = top.add_argument_group("data").add_argument
+    top = sample.command_parser("python train.py [STAGE] [flags]: train HMAR from nothing.")
+    add = top.add_argument
+    add("stage", nargs="?", default="all", choices=("all", *STAGES), help="one of them alone (all)")
     add("--data", help="images, a sub-folder a class or all in one (drawings)")
-    add("--size", type=size, help="side of the images (256, drawings 32)")
-    add("--flip", action="store_true", help="mirror images at random")
-    add("--workers", type=sample.number(int, 0, 1024), default=0, help="threads that decode")
-    add = top.add_argument_group("run").add_argument
-    add("stage", nargs="?", default="all", help="all, tokenizer, next-scale or masked (all)")
+    add("--size", type=int, help="side of the images (256, drawings 32)")
+    add("--depth", type=int, help="transformer blocks; the width is 64 times that (3; 16 at 256)")
     add("--out", help="run folder (runs/shapes or runs/<data folder>)")
-    add("--init", help="start the one stage from these weights, ours or published")
-    add("--tokenizer", help="use this finished tokenizer, ours or published")
-    add("--restart", action="store_true", help="begin the run folder anew")
-    add("--seed", type=sample.number(int, 0), default=0, help="of all randomness (0)")
-    add("--save-every", type=positive, help="steps, for going on after a kill (auto)")
-    add("--device", help="cuda or cpu (the first there is)")
-    add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
-    add("--compile", action="store_true", help="torch.compile the training step")
-    add = top.add_argument_group("optimisation").add_argument
-    add("--steps", type=positive, help="of each stage (auto)")
-    add("--batch", type=size, help="images a step, over all processes (auto)")
-    add("--accumulate", type=size, help="parts of a batch, saves memory (auto)")
-    add("--lr", type=sample.number(float, 1e-9, 1e3), help="at its peak (auto)")
-    add("--warmup", type=sample.number(int, 0), help="to the peak (auto)")
-    add("--ema", type=sample.number(float, 0, 1), help="of saved weights (auto)")
-    add("--checkpointing", action="store_true", help="compute activations twice, saves memory")
-    add = top.add_argument_group("model").add_argument
-    add("--scales", nargs="+", type=sample.scale_pair, help="4 or 2x3 each (auto)")
-    add("--codes", type=positive, help="codebook size (auto)")
-    add("--code-dim", type=size, help="dimensions of a code (auto)")
-    add("--channels", type=size, help="tokenizer's, a multiple of 32 (auto)")
-    add("--multipliers", nargs="+", type=sample.number(int, 1, 64), help="a level each (auto)")
-    add("--depth", type=sample.number(int, 1, 1000), help="transformer blocks (auto)")
-    add("--width", type=size, help="of the transformer (auto)")
-    add("--masked-blocks", type=size, help="the masked branch's own (auto)")
-    add("--loss-weights", choices=("token", "scale", "lognormal"), help="(auto)")
+    add("--seed", type=int, default=0, help="of all randomness (0)")
+    add("--steps", type=int, help="of each stage")
+    add("--batch", type=int, help="images a step, over all processes")
+    add("--lr", type=float, help="at its peak")
+    add("--flip", action="store_true", help="mirror images at random")
+    add("--scales", nargs="+", type=sample.scale_pair, help="4 or 2x3 each, coarse to fine")
     add("--causal", action="store_true", help="VAR: attend to coarser scales, no masked stage")
+    add("--tokenizer", help="use this finished tokenizer, ours or published")
+    add("--init", help="start the stage that they fit from these weights, ours or published")
+    add("--device", choices=("cuda", "cpu"), help="(cuda if there is one)")
+    add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
+    add("--workers", type=int, default=0, help="threads that decode images")
+    add("--compile", action="store_true", help="torch.compile the training step")
     return top
 
 
 def train(args):
     """The stages that the flags ask for, in order."""
-    args.device = start_processes(args.device)
-    args.dtype = sample.find_dtype(args.dtype, args.device)
-    args = resolved(args)
-    data, held_out, args.class_names = data_sets(args)
-    require(len(data) >= world(), f"--data: got {len(data)} images, fewer than processes")
-    claim_folder(args, data, held_out)
-    for label in set(range(len(args.class_names))).difference(data.labels):
-        say(f"class {args.class_names[label]}: its images are all held out, too few to train on")
+    device = start_processes(args.device)
+    given = load_given(args)
+    args = resolved(args, device, given)
+    data, held_out, images = data_sets(args)
+    classes = len(data.class_names)
+    if len(data) < world():
+        raise ValueError(f"--data: got {len(data)} images, fewer than processes")
+    if "next-scale" in given:
+        init = fitted(args, given["next-scale"], classes)
+    else:
+        init = given.get("tokenizer")
+
+    flags = {name: getattr(args, name) for name in (*FLAGS, *PRESETS)}
+    for name, tree in given.items():
+        flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
+    record = dict(flags=flags, class_names=data.class_names, images=images)
+    lock = claim_folder(args, record) if rank() == 0 else None
+    barrier()
+    for label in set(range(classes)).difference(data.labels):
+        say(f"class {data.class_names[label]}: its images are all held out, too few to train on")
     say(
         f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, "
-        f"{len(args.class_names)} classes; {args.device}, {str(args.dtype)[6:]}, "
+        f"{classes} classes; {device}, {str(args.dtype)[6:]}, "
         f"{torch.get_num_threads()} threads, processes: {world()}"
     )
-    if args.device.type == "cpu" and args.size > LARGEST_SMALL:
+    if device.type == "cpu" and args.size > LARGEST_SMALL:
         say("a model of the published size, made for GPUs: on a CPU its steps take minutes")
 
     work = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}
     for stage in args.stages:
-        path = os.path.join(args.out, STAGES[stage])
-        if stage in read_run(args)["made"]:
-            require(os.path.exists(path), f"{path} is missing; --restart begins the run anew")
+        path, _ = stage_paths(args, stage)
+        if agreed(path.exists):
             say(f"{stage}: finished before, {path}")
-            continue
-        own = dict(stage=stage, steps=args.steps[stage], lr=args.lr[stage])
-        tree = work[stage](argparse.Namespace(**vars(args) | own), data, held_out)
-        finish(args, stage, tree)
+        elif stage == "tokenizer" and "codec" in given:
+            save_stage(args, stage, given["codec"])
+        else:
+            save_stage(
+                args, stage, work[stage](args, data, held_out, init if stage in given else None)
+            )
     say(f"finished: {args.out} holds weights, metrics.jsonl and samples/")
     say(f"next: python sample.py {args.out}")
+    del lock  # held until here
 
 
-def resolved(args):
-    """The flags with every (auto) filled in. ValueError that names what does not fit."""
-    stages = ("all", *STAGES)
-    require(args.stage in stages, f"stage: got {args.stage!r}, expected one of {', '.join(stages)}")
-    if args.size is None:
-        args.size = 32 if args.data is None else 256
+def load_given(args):
+    """{"codec": the tree of --tokenizer, and the stage that --init starts: its tree}, as given."""
+    given = {}
+    if args.tokenizer is not None:
+        given["codec"], _ = sample.load(args.tokenizer, tokenizer)
+    if args.init is not None:
+        tree, _ = sample.load(args.init)
+        given["tokenizer" if "codebook" in tree else "next-scale"] = tree
+    if "codec" in given and "tokenizer" in given:
+        raise ValueError("--init: got a tokenizer beside --tokenizer, which is not trained")
+    return given
+
+
+def resolved(args, device, given):
+    """The flags and PRESETS as one namespace, which nobody changes after this."""
+    check_flags(args, given)
+
+    # what was asked for goes before the preset of this size
+    size = args.size or (256 if args.data else 32)
+    asked = {name: value for name, value in vars(args).items() if value is not None}
+    settings = {name: presets[size > LARGEST_SMALL] for name, presets in PRESETS.items()} | asked
+    args = argparse.Namespace(**vars(args) | settings | dict(size=size, device=device))
+    args.dtype = sample.find_dtype(args.dtype, device)
     if args.out is None:
         args.out = os.path.join("runs", os.path.basename(os.path.abspath(args.data or "shapes")))
-    for name, presets in PRESETS.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, presets[args.size > LARGEST_SMALL])
+    if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        raise ValueError(f"--out: got {args.out}, inside --data, whose images would be more")
     for name in ("steps", "lr"):  # one number for all stages, or one for each
         value = getattr(args, name)
         values = value if isinstance(value, tuple) else [value] * len(STAGES)
         setattr(args, name, dict(zip(STAGES, values)))
 
-    args.stages = [stage for stage in STAGES if args.stage in ("all", stage)]
-    if args.tokenizer is not None and "tokenizer" not in args.stages:
-        args.stages.insert(0, "tokenizer")
+    wanted = STAGES if args.stage == "all" else ["tokenizer"] * bool(args.tokenizer) + [args.stage]
+    args.stages = [stage for stage in STAGES if stage in wanted]
     if args.causal:
-        require(args.stage != "masked", "masked: there is no such stage with --causal")
         args.stages = [stage for stage in args.stages if stage != "masked"]
-    fits = args.init is None or args.stage in ("tokenizer", "next-scale")
-    require(fits, "--init: needs the stage that it starts, tokenizer or next-scale")
 
-    cell = downsampling(args)
-    side = args.size // cell
-    require(args.size % cell == 0, f"--size: got {args.size}, expected a multiple of {cell}")
-    args.scales = tuple(args.scales or default_scales(side))
-    fits = args.scales[-1] == (side, side) and len(args.scales) > 1
-    expected = f"two or more, the last {side}, {args.size} pixels / {cell}"
-    require(fits, f"--scales: got {args.scales}, expected {expected}")
-    check_sizes(args)
+    # sizes that given weights have go before presets
+    codec = given.get("codec", given.get("tokenizer"))
+    if codec is None:
+        with torch.device("meta"):
+            codec = tokenizer.init(**{name: getattr(args, name) for name in NETS + CODES})
+    else:
+        vars(args).update(dict.fromkeys(NETS), **dict(zip(CODES, codec["codebook"].shape)))
+    args.depth = None if "next-scale" in given else args.depth
+    args.scales = fitting_scales(args, tokenizer.downsampling(codec))
 
-    counts = [n for n in range(1, args.batch + 1) if args.batch % (n * world()) == 0]
-    if args.accumulate is None:  # as few parts as memory allows
-        least = args.batch / (world() * at_once(args.size**2))
-        args.accumulate = next((n for n in counts if n >= least), args.batch)
-    expected = f"a multiple of {args.accumulate} parts on {world()} processes"
-    require(args.accumulate in counts, f"--batch: got {args.batch}, expected {expected}")
+    # the images of a process, in as few equal parts as memory allows
+    share = args.batch // world()
+    if args.batch % world():
+        raise ValueError(f"--batch: got {args.batch}, expected a multiple of {world()} processes")
+    least = math.ceil(share / sample.at_once(size**2))
+    args.parts = next(n for n in range(least, share + 1) if share % n == 0)
     return args
 
 
-def check_sizes(args):
-    """ValueError for models that cannot be: told before the first stage, not after it."""
-    tokenizer.check_scales(args.scales)
-    width = args.width or 64 * args.depth
-    head_dim = width // max(1, width // 64)  # where the heads divide it, as hmar.init checks
-    message = f"--width: got {width}, heads of {head_dim} dimensions"
-    require(head_dim % 8 == 0 and head_dim >= 16, f"{message}, expected a multiple of 8 from 16 on")
-    with torch.device("meta"):
-        tokenizer.init(**{name: getattr(args, name) for name in TOKENIZER_SIZES})
-        hmar.init(depth=args.depth, width=args.width, scales=args.scales, codes=args.codes)
+def check_flags(args, given):
+    """ValueError for flags out of their range, or without effect beside others."""
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed: got {args.seed}, expected 0 to 2 ** 62 - 1")
+    for name, most in dict(size=2**16, depth=1000, steps=10**9, batch=2**16).items():
+        number = getattr(args, name)
+        if number is not None and not 1 <= number <= most:
+            raise ValueError(f"--{name}: got {number}, expected 1 to {most}")
+    if args.depth is not None and "next-scale" in given:
+        raise ValueError(f"--depth: got {args.depth}, but --init decides it")
+    if args.causal and args.stage == "masked":
+        raise ValueError("masked: there is no such stage with --causal")
+    if args.out == "":
+        raise ValueError("--out: got '', expected a folder")
+    if args.flip and args.data is None:
+        raise ValueError("--flip: drawings are not mirrored; expected with --data")
 
 
-def downsampling(args):
-    """Pixels a side of a latent cell, of the codec that is given, in the run folder, or to come."""
-    path = args.init if args.stage == "tokenizer" else args.tokenizer
-    own = os.path.join(args.out, "tokenizer.pt")
-    if args.stage in ("next-scale", "masked") and os.path.exists(own):
-        path = path or own
-    if path is None:
-        return 2 ** (len(args.multipliers) - 1)
-    return tokenizer.downsampling(load_tokenizer(path))
+def fitting_scales(args, cell):
+    """--scales, or default ones, for a tokenizer whose cells have so many pixels a side."""
+    side = args.size // cell
+    if args.size % cell:
+        raise ValueError(f"--size: got {args.size}, expected a multiple of {cell}")
+    scales = tuple(args.scales or default_scales(side))
+    tokenizer.check_scales(scales)
+    if scales[-1] != (side, side) or len(scales) == 1:
+        expected = f"two or more, the last {side}, {args.size} pixels / {cell}"
+        raise ValueError(f"--scales: got {scales}, expected {expected}")
+    return scales
 
 
 def default_scales(latent):
-    """Scales for a latent of latent x latent: published ones, else sides that grow by about 3/2."""
+    """Scales for a latent of latent x latent: published ones, else sides that grow by about 1.4."""
     for published in hmar.SCALES.values():
         if published[-1][0] == latent:
             return published
-    made = [latent]
-    while made[0] > 1:
-        made.insert(0, max(1, min(made[0] - 1, round(made[0] / 1.4))))
-    return tuple((side, side) for side in made)
+    sides = [latent]
+    while sides[0] > 1:
+        sides.insert(0, max(1, min(sides[0] - 1, round(sides[0] / 1.4))))
+    return tuple((side, side) for side in sides)
 
 
-# ---- run folders: args.json holds the flags, the images and what was made, as digests
+# ---- run folders and processes
+#
+# RUN/args.json holds the flags that change a result, class names, a hash of the images and, once
+# there are tokens, the tokenizer's digest; RUN/<stage>.checkpoint.pt what a stage goes on from.
+# Only the first process looks at these files; the others are told.
 
 
-def claim_folder(args, data, held_out):
-    """Makes the run folder this run's own: one process at a time, one set of flags, one data set.
+def claim_folder(args, record):
+    """The lock on the run folder, which then is this run's. ValueError where it is another's.
 
-    ValueError where the folder is in use, somebody else's, or was begun differently.
+    Until there are weights, tokens or a checkpoint, a run with other flags may take its place.
     """
-    samples = os.path.join(args.out, "samples")
-    require(not os.path.islink(samples), f"{samples}: got a link, expected an own folder")
-    for name in ("data", "tokenizer", "init"):  # --restart would remove them, or images mix
-        given = getattr(args, name) or os.devnull
-        for real in (os.path.abspath, os.path.realpath):  # of a link, where it lies and leads
-            path, out = Path(real(given)), Path(real(args.out))
-            fits = not path.is_relative_to(out) and not out.is_relative_to(path)
-            require(fits, f"--{name}: got {given}, which lies inside --out {args.out} or around it")
-    fits = not args.restart or "tokenizer" in args.stages
-    require(fits, f"--restart: begins with the tokenizer stage, got {args.stage}")
     os.makedirs(args.out, exist_ok=True)
-    args.lock = sample.locked(os.path.join(args.out, "lock")) if rank() == 0 else None
-    before = read_run(args)
-    flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
-    flags |= dict(dtype=str(args.dtype)[6:], data=args.data and os.path.abspath(args.data))
-    flags["init"] = args.init and f"{args.stage}: {args.init}"
-    flags["images"] = [fingerprint(args, data), fingerprint(args, held_out)]
-    run = dict(flags=flags, class_names=list(args.class_names), causal=args.causal, made={})
-    run = json.loads(json.dumps(run))  # as it comes back from a file
+    lock = sample.lock_folder(args.out)
+    record = json.loads(json.dumps(record, default=str))  # as it comes back from a file
+    before = read_record(args)
+    paths = [Path(args.out, "tokens.npy"), *(path for s in STAGES for path in stage_paths(args, s))]
+    there = [path for path in paths if path.exists()]
+    if there and not before:
+        raise ValueError(f"{there[0]}: found without args.json; expected a new --out")
 
-    there = [path for path in own_files(args) if os.path.lexists(path)]
-    differ = [f"{os.path.basename(path)} without args.json" for path in there if not before]
-    for name, value in run["flags"].items() if before else ():
-        old = before["flags"].get(name)
-        stage = dict(tokenizer="tokenizer", init=str(old).partition(":")[0]).get(name)
-        need_not_repeat = value is None and stage in before["made"]  # its work is done
-        if old != value and not need_not_repeat:
-            differ.append(f"{name} {old} -> {value}")
-    advice = "--out NAME begins another run, --restart this one anew"
-    fits = args.restart or not differ
-    require(
-        fits, f"{args.out}: not begun with these flags or images: {', '.join(differ[:5])}; {advice}"
-    )
-    if args.restart:
-        say(f"{args.out}: begun anew; leave out --restart to go on with it")
-    barrier()  # every process has looked
+    # class names follow from the images' paths, but for images alone: then it is the folder's
+    old, new = (run.get("flags", {}) | dict(images=run.get("images")) for run in (before, record))
+    if old != new and there:
+        text = f"begun with other flags or images: {sample.differences(old, new)}"
+        raise ValueError(f"{args.out}: {text}; give another --out, or remove the folder")
+    if old != new:
+        sample.write_json(Path(args.out, "args.json"), record)
 
-    if rank() == 0 and (args.restart or not before):
-        for path in there:
-            os.remove(path)
-        write_run(args, run)
-    barrier()
+    # what a kill left
+    for stage in STAGES:
+        weights, checkpoint = stage_paths(args, stage)
+        if weights in there:
+            checkpoint.unlink(missing_ok=True)
+    for path in Path(args.out).rglob("*.tmp"):
+        if re.search(r"\.[0-9a-f]{16}\.tmp$", path.name):
+            path.unlink()
+    return lock
 
 
-def own_files(args):
-    """Paths of all that a run writes into its folder but the lock, args.json last."""
-    names = ["tokenizer.pt", "hmar.pt", "metrics.jsonl", "tokens.npy"]
-    names += [f"{stage}.resume.pt" for stage in STAGES]
-    names += [f"samples/{name}.png" for name in ("reconstructions", "next-scale", "masked")]
-    return [os.path.join(args.out, name) for name in (*names, "args.json")]
-
-
-def fingerprint(args, data):
-    """What tells images from others: names, sizes and times of files, or numbers of drawings."""
-    if data.is_drawn:
-        return str(data.items)
-    total = hashlib.sha256()
-    for path, label in data.items:
-        stat = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing
-        name = name_inside(path, args.data)
-        total.update(f"{name!r} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return total.hexdigest()[:16]
-
-
-def read_run(args):
-    """What args.json holds: the flags, what was made; {} where it is missing."""
+def read_record(args):
+    """What args.json holds, {} where it is missing."""
     path = os.path.join(args.out, "args.json")
-    run = read_json(path)
-    fits = not run or all(isinstance(run.get(name), dict) for name in ("flags", "made"))
-    require(fits, f"{path}: expected what train.py wrote; --out NAME begins another run")
-    return run
+    record = sample.read_json(path)
+    if record and not isinstance(record.get("flags"), dict):
+        raise ValueError(f"{path}: expected what train.py wrote; give another --out")
+    return record
 
 
-def write_run(args, run):
-    """Writes args.json."""
-    path = os.path.join(args.out, "args.json")
-    write_atomically(path, lambda file: file.write(json.dumps(run, indent=1).encode()))
+def note_tokenizer(args, codec):
+    """Notes in args.json the digest of the tokenizer, before anything is made with it.
 
-
-def record(args, name, made):
-    """Notes in args.json the digest of what was made."""
-    run = read_run(args)
-    run["made"][name] = made
-    write_run(args, run)
-
-
-def finish(args, stage, tree):
-    """Writes a stage's weights, then their digest into args.json; its checkpoint goes."""
-    save(os.path.join(args.out, STAGES[stage]), tree)
-    if rank() == 0:
-        record(args, stage, digest(tree))
-        Path(args.out, f"{stage}.resume.pt").unlink(missing_ok=True)
-    barrier()
-
-
-def finished(args, stage):
-    """The weights that an earlier stage left. ValueError where they are missing or others.
-
-    A masked branch goes: a kill may have come when hmar.pt had it and args.json did not say so. The
-    digest is of the leaves in order, which does not change when add_masked_branch moves blocks.
+    ValueError where there is what was made with another.
     """
-    path = os.path.join(args.out, STAGES[stage])
-    made = read_run(args)["made"].get(stage)
-    fits = made and os.path.exists(path)
-    require(fits, f"{path} is missing; python train.py {stage} makes it")
-    tree = load_tokenizer(path) if stage == "tokenizer" else load_transformer(path)
-    tree.pop("masked", None)
-    require(digest(tree) == made, f"{path}: not what this run made; --restart begins it anew")
+    record, digest = read_record(args), sample.digest(codec)
+    if record.get("tokenizer") == digest:
+        return
+    later = [path for stage in ("next-scale", "masked") for path in stage_paths(args, stage)]
+    later = [path for path in (Path(args.out, "tokens.npy"), *later) if path.exists()]
+    if later:
+        names = ", ".join(map(str, later))
+        raise ValueError(f"{names}: made with another tokenizer than tokenizer.pt; remove them")
+    sample.write_json(Path(args.out, "args.json"), record | dict(tokenizer=digest))
+
+
+def stage_paths(args, stage):
+    """The stage's weights, and its checkpoint."""
+    return Path(args.out, STAGES[stage]), Path(args.out, f"{stage}.checkpoint.pt")
+
+
+def save_stage(args, stage, tree):
+    """Writes a stage's weights, with which it is finished; its checkpoint goes."""
+    weights, checkpoint = stage_paths(args, stage)
+    save(weights, tree)
+    if rank() == 0:
+        checkpoint.unlink(missing_ok=True)
+    barrier()
+
+
+def load_stage(args, stage):
+    """The weights of a finished stage. ValueError where it is not."""
+    path, _ = stage_paths(args, stage)
+    if not agreed(path.exists):
+        raise ValueError(f"{path} is missing; python train.py {stage} makes it")
+    tree, _ = sample.load(path, tokenizer if stage == "tokenizer" else hmar)
     return to_device(tree, args.device)
 
 
-def keep(args, state, progress):
-    """Saves what a stage goes on from after a kill, and how long metrics.jsonl was then."""
-    metrics = Path(args.out, "metrics.jsonl")
-    length = metrics.stat().st_size if metrics.exists() else 0
-    kept = dict(state=state, progress=progress, metrics=length)
-    save(os.path.join(args.out, f"{args.stage}.resume.pt"), kept)
+def save_checkpoint(args, stage, state, progress, window):
+    """Saves what a stage goes on from: its tensors, (step, best step, best loss), and reports."""
+    saved = dict(state=state, progress=progress, window=window)
+    save(stage_paths(args, stage)[1], saved)
 
 
-def resume(args, state):
-    """(step, best step, best loss) to go on from: those of the stage's checkpoint, or of a first.
+def load_checkpoint(args, stage, state):
+    """((step, best step, best loss), reports) to go on from; its tensors are written into state.
 
-    Its tensors are written into state. What metrics.jsonl says of later steps goes.
+    Where there is no checkpoint the stage begins. metrics.jsonl is cut to what it then says.
     """
-    path = os.path.join(args.out, f"{args.stage}.resume.pt")
-    is_missing = not os.path.exists(path)
-    barrier()  # every process has looked
-    if is_missing:  # so that metrics.jsonl is cut even after a kill before the first save
-        keep(args, state, (0, 0, math.inf))
-    try:
-        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
-        for own, kept in zip(state, saved["state"], strict=True):
-            require(own.shape == kept.shape, "other shapes")
-            own.copy_(kept)
-        step, best_step, best_loss = saved["progress"]
-        step, best_step, length = map(operator.index, (step, best_step, saved["metrics"]))
-        require(0 <= best_step <= step <= args.steps and min(best_loss, length) >= 0, "other steps")
-    except Exception as error:
-        raise ValueError(f"{path}: expected this stage's checkpoint") from error
+    path = stage_paths(args, stage)[1]
+    progress, window = (0, 0, math.inf), []
+    if agreed(path.exists):
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            for own, other in zip(state, saved["state"], strict=True):
+                if own.shape != other.shape:
+                    raise ValueError("other shapes")
+                own.copy_(other)
+            progress, window = saved["progress"], to_device(saved["window"], args.device)
+        except Exception as error:
+            text = f"{path}: expected this stage's checkpoint; removed, the stage begins anew"
+            raise ValueError(text) from error
 
-    metrics = os.path.join(args.out, "metrics.jsonl")
-    if rank() == 0 and os.path.exists(metrics):
-        lines = Path(metrics).read_bytes()[:length]
-        write_atomically(metrics, lambda file: file.write(lines))
-    word = "continues" if step else "nothing is saved yet, begins"
-    say(f"{args.stage}: {word} at step {step} of {args.steps}, saved every {args.save_every}")
-    return step, best_step, best_loss
+    cut_metrics(args, stage, progress[0])
+    word = f"goes on at step {progress[0]}" if progress[0] else "begins"
+    say(f"{stage}: {word}, {args.steps[stage]} steps, saved every {args.save_every}")
+    return progress, window
 
 
-@contextlib.contextmanager
-def stop_signals(device):
-    """A function of the step: whether Ctrl-C or SIGTERM asked to stop; a second one ends the run.
-
-    Several processes ask each other at every tenth step, so that all stop together.
-    """
-    asked = []
-
-    def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    def agreed(step):
-        if world() == 1:
-            return bool(asked)
-        return step % 10 == 0 and bool(summed(torch.tensor(len(asked), device=device)))
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield agreed
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked:  # during the last step
-        raise KeyboardInterrupt
-
-
-def log(args, step, **numbers):
-    """Adds a line to metrics.jsonl and prints it. ValueError where a number is not finite."""
-    line = json.dumps(dict(stage=args.stage, step=step, **numbers))
-    require_finite(args, step, not re.search(r"\b(NaN|Infinity)\b", line))
-    if rank() == 0:
-        with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
-            file.write(line + "\n")
-        single = [name for name in numbers if not isinstance(numbers[name], list)]
-        shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in single)
-        say(f"{args.stage} {step}/{args.steps}  {shown}")
-
-
-def require_finite(args, step, fits):
-    """ValueError that says what to do, unless all was finite."""
-    message = f"{args.stage}: loss or gradient is not finite at step {step}; a lower --lr may help"
-    require(fits, f"{message}; the last checkpoint is kept")
+def cut_metrics(args, stage, step):
+    """Takes later steps of a stage out of metrics.jsonl, and a line of which a kill left half."""
+    path = Path(args.out, "metrics.jsonl")
+    if rank() > 0 or not path.exists():
+        return
+    lines = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        found = re.match(rb'{"stage": "([a-z-]+)", "step": (\d+)', line)
+        is_later = found and found[1].decode() == stage and int(found[2]) > step
+        if line.endswith(b"\n") and not is_later:
+            lines.append(line)
+    sample.write_whole(path, lambda file: file.writelines(lines))
 
 
 def save(path, tree):
     """Writes a tree of tensors: the old file or the whole new one. OSError if it cannot."""
     if rank() == 0:
         plain = pytree.tree_map(lambda x: x.detach().cpu() if torch.is_tensor(x) else x, tree)
-        write_atomically(path, lambda file: torch.save(plain, file))
+        sample.write_whole(path, lambda file: torch.save(plain, file))
     barrier()  # from here on every process finds it
 
 
 def write_sheet(args, name, rows, names):
     """Writes samples/<name>.png."""
-    if rank() == 0:
-        folder = os.path.join(args.out, "samples")
-        os.makedirs(folder, exist_ok=True)
-        sample.write_image(os.path.join(folder, f"{name}.png"), sample.sheet(rows, names))
-
-
-# ---- parameters, processes, devices
-
-
-class Trained(torch.nn.Module):
-    """The thinnest module that DDP and torch.compile take: a tree's parameters, a loss."""
-
-    def __init__(self, tree, loss):
-        super().__init__()
-        leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.nn.Parameter)]
-        self.leaves, self.tree, self.loss = torch.nn.ParameterList(leaves), tree, loss
-
-    def forward(self, **batch):
-        return self.loss(self.tree, **batch)
-
-
-def trainable(tree):
-    """The tree with copies of its leaves as parameters."""
-    return pytree.tree_map(lambda leaf: torch.nn.Parameter(leaf.clone()), tree)
-
-
-def with_leaves(tree, leaves):
-    """The tree with its parameters replaced, in order."""
-    leaves = iter(leaves)
-
-    def replaced(leaf):
-        return next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf
-
-    return pytree.tree_map(replaced, tree)
-
-
-def wrapped(model, args):
-    """What is called for the loss: the model itself, compiled, or spread over the processes."""
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # parts of different sizes each compile anew
-        model = torch.compile(model)
-    if world() == 1:
-        return model
-    unused = args.stage == "tokenizer"  # a phi that serves no scale
-    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
-
-
-def means(window):
-    """{name: mean number or numbers} of reports, over the steps and over all processes."""
-    stacked = {name: torch.stack([report[name] for report in window]) for name in window[0]}
-    return {name: (summed(rows.mean(0)) / world()).tolist() for name, rows in stacked.items()}
-
-
-def own_parts(args, rows):
-    """This process's part of a tensor with a row a sample, in --accumulate parts."""
-    parts = rows.tensor_split(world() * args.accumulate)
-    return parts[rank() * args.accumulate :][: args.accumulate]
+    folder = Path(args.out, "samples")
+    folder.mkdir(exist_ok=True)
+    sample.write_sheets(folder / f"{name}.png", "PNG", [sample.sheet(rows, names)])
 
 
 def to_device(tree, device):
     """The tree on a device; from pinned memory to CUDA, so that nothing waits for the copy."""
 
     def send(tensor):
-        pinned = device.type == "cuda" and tensor.is_cpu
-        return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+        is_pinned = device.type == "cuda" and tensor.is_cpu
+        return (tensor.pin_memory() if is_pinned else tensor).to(device, non_blocking=True)
 
     return pytree.tree_map(send, tree)
+
+
+def rank():
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world():
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def agreed(look):
+    """What look() says in the first process, in all of them."""
+    box = [look() if rank() == 0 else None]
+    if world() > 1:
+        torch.distributed.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def collected(value):
+    """[each process's value] in the first process, None in the others."""
+    parts = [value] * world() if rank() == 0 else None
+    if world() > 1:
+        torch.distributed.gather_object(value, parts)
+    return parts
 
 
 def barrier():
@@ -1281,7 +1303,9 @@ def start_processes(name):
     if world() > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=2)  # encoding may part the processes for long
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=patience)
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -1290,23 +1314,24 @@ def start_processes(name):
 def keep_freed_memory():
     """Asks glibc to keep what is freed: faulting it in again takes a tenth of a small step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):  # M_MMAP_THRESHOLD
+    # M_MMAP_THRESHOLD, of which some take no more than 32 MiB
+    if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def say(line):
     """Prints a line, once however many processes there are."""
     if rank() == 0:
-        print(sample.printable(line), flush=True)
+        print(line, flush=True)
 
 
 def main(argv=None):
     """The command; see `sample.command`."""
-    try:
-        return sample.command("train.py", train, parser(), argv)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    status = sample.command("train.py", train, parser(), argv)
+    # after an error it would wait for the others; torchrun ends them
+    if status == 0 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

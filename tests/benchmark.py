@@ -34,6 +34,7 @@ import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {256: (4, 8), 512: (1, 8), 1024: (1, 2)}  # pixels -> images and depth, if not asked for
+VAR = sample.PUBLISHED["VAR"]
 
 
 # ---- what is measured, and how it is told
@@ -317,15 +318,13 @@ def dense_sample(params, codec, labels, seen=None):
             x = dense_block(x, condition, None, cache, **block)
 
         conditional, unconditional = dense_head(x, condition, **params["next_scale"]).chunk(2)
-        t = 1.5 * k / (len(scales) - 1)
+        t = VAR["guidance"] * k / (len(scales) - 1)
         logits = (1 + t) * conditional - t * unconditional
         if seen is not None:
             seen.append(logits)
-        probability = dense_filtered(logits, 900, 0.96).softmax(-1)
+        probability = dense_filtered(logits, VAR["top_k"], VAR["top_p"]).softmax(-1)
         drawn.append(torch.multinomial(probability.flatten(0, 1), 1).view(logits.shape[:2]))
-
-        codes = F.embedding(drawn[-1], codec["codebook"])
-        f_hat = f_hat + tokenizer.contribution(codec["phi"], codes, k, scales)
+        f_hat = f_hat + tokenizer.contribution(codec, drawn[-1], k, scales)
     return torch.cat(drawn, 1)
 
 
@@ -397,8 +396,7 @@ def sampling(arguments):
             dense_sample(weights, codec, labels)
 
     def ours(schedule, is_causal=False):
-        options = dict(guidance=1.5, mask_guidance=0, soften=0, top_k=900, top_p=0.96)
-        options |= dict(schedule=schedule, is_causal=is_causal)
+        options = VAR | dict(schedule=schedule, is_causal=is_causal, mask_guidance=0, soften=0)
         for _ in sample.steps(fast, codec, labels, **options):
             pass
 
@@ -409,7 +407,7 @@ def sampling(arguments):
         f"ours, {len(once)} passes": lambda: ours(once),
         f"ours, {len(once)} passes, VAR mode": lambda: ours(once, is_causal=True),
     }
-    compare("sampling, top-k 900, top-p 0.96", contestants, arguments)
+    compare("sampling", contestants, arguments)
 
 
 @torch.no_grad()
@@ -424,7 +422,9 @@ def check_sampling(params, codec, labels):
         hmar.next_scale_logits(params, rows, inputs, is_causal=True) for rows in (labels, null)
     )
     counts = torch.tensor(tokenizer.lengths(scales), device=DEVICE)
-    t = torch.linspace(0, 1.5, len(counts), device=DEVICE).repeat_interleave(counts)[:, None]
+    t = torch.linspace(0, VAR["guidance"], len(counts), device=DEVICE).repeat_interleave(counts)[
+        :, None
+    ]
     refuse("ours", [(1 + t) * conditional - t * unconditional], [torch.cat(published, 1)], 1e-4)
 
 
@@ -455,7 +455,7 @@ def compare(what, contestants, arguments):
         rows.append((name, own, *ratios, round(peak_memory(function))))
     columns = ("seconds", "x fp32", "x autocast", "x faster", "peak MiB")
     print_table((what, *columns), rows)
-    print(f"\nx faster, of the two, counts; best of {arguments.rounds} rounds")
+    print(f"\nbest of {arguments.rounds} rounds")
 
 
 # ---- what training takes, computed
@@ -542,15 +542,16 @@ def tokenizer_cost(size, scales, **sizes):
     with FakeTensorMode():
         codec = train.trainable(tokenizer.init(**sizes))
         fast = tokenizer.cast(codec, torch.bfloat16)
-        images, nothing = torch.empty(1, 3, size, size), torch.empty(0, dtype=torch.int64)
+        count = tokenizer.COARSE_EVERY  # images, one of them coarse
+        images, stops = torch.empty(count, 3, size, size), torch.tensor([0])
 
         def losses():
-            made = tokenizer.training_pass(fast, images, scales, nothing)
-            return made["images"].sum() + made["loss"]
+            made = tokenizer.training_pass(fast, images, scales, stops)
+            return made["images"].sum() + made["coarse"].sum() + made["loss"]
 
         flops = flops_of(lambda: losses().backward())
         activations = saved_bytes(losses, pytree.tree_leaves((codec, fast)))
-        numbers = dict(flops=flops, activations=activations)
+        numbers = dict(flops=flops // count, activations=activations // count)
         return numbers | weights_cost(codec, pytree.tree_leaves(codec))
 
 
@@ -575,7 +576,7 @@ def costs(arguments):
         add(f"d{depth}", str(size), [cost(depth, scales, masked) for masked in (0, 8)])
     for size, scales in hmar.SCALES.items():
         add("tokenizer", str(size), [tokenizer_cost(size, scales)])
-    columns = ("parameters, M", "TFLOPs", "MB", "MB, --checkpointing", "GB")
+    columns = ("parameters, M", "TFLOPs", "MB", "MB, checkpointing", "GB")
     print_table(("model", "pixels", *columns), rows)
 
 
@@ -585,11 +586,11 @@ def costs(arguments):
 def curves(arguments):
     """losses of 200 steps on drawn shapes in bf16 and in fp32"""
     print_conditions("mean losses of 20 steps")
-    scales, data = train.default_scales(8), train.Images(range(500), 8)
-    images = train.to_unit(torch.stack([data[i, None, 0][0] for i in range(500)]), DEVICE)
+    scales, data = train.default_scales(8), train.Images(range(500), train.SHAPES, 8)
+    images = train.to_unit(torch.stack([data[i, None, 0] for i in range(500)]), DEVICE)
     codec = tokenizer.init(codes=256, code_dim=3, channels=32, multipliers=(1,))
     codec = train.to_device(codec, DEVICE)  # of which the quantiser is used, on the pixels
-    pyramid = tokenizer.quantise(codec["codebook"], codec["phi"], images, scales)
+    pyramid = tokenizer.quantise(codec, images, scales)
     tokens = torch.cat([own for _, own, _ in pyramid], 1)
     inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
     labels = torch.tensor(data.labels, device=DEVICE)
@@ -620,7 +621,6 @@ def curves(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    positive = sample.number(int, 1)
 
     def command(name, run):
         made = commands.add_parser(name, help=run.__doc__)
@@ -629,16 +629,16 @@ def main():
 
     add = command("attention", attention)
     add("--size", type=int, choices=hmar.SCALES, nargs="+", default=[256])
-    add("--batch", type=positive, default=4)
-    add("--head-dim", type=positive, default=64)
+    add("--batch", type=int, default=4)
+    add("--head-dim", type=int, default=64)
     add("--dtype", choices=("bf16", "fp32"))
-    add("--rounds", type=positive, default=15)
+    add("--rounds", type=int, default=15)
     for name, run in (("train", training), ("sample", sampling)):
         add = command(name, run)
         add("--size", type=int, choices=hmar.SCALES, default=256)
-        add("--batch", type=positive, help="(4 of 256, 1 above)")
-        add("--depth", type=positive, help="(8, of 1024 2)")
-        add("--rounds", type=positive, default=5)
+        add("--batch", type=int, help="(4 of 256, 1 above)")
+        add("--depth", type=int, help="(8, of 1024 2)")
+        add("--rounds", type=int, default=5)
     command("cost", costs)
     command("curves", curves)
 

@@ -188,13 +188,19 @@ def frechet(features_a, features_b):
     return ((a.mean(0) - b.mean(0)).square().sum() + traces).item()
 
 
+def models_of(run):
+    """(params, codec, options of `sample.steps`) of a run folder, as sample.py reads it."""
+    params, codec, _, options = sample.load_models(sample.parser().parse_args([str(run)]))
+    return params, codec, options
+
+
 @torch.no_grad()
 def after_each_scale(codec, images, scales):
     """(S, B, 3, H, W): images (B, 3, H, W) in [-1, 1], decoded after each scale."""
     made = []
     for part in images.split(64):
         f = tokenizer.encode_features(codec, part)
-        pyramid = tokenizer.quantise(codec["codebook"], codec["phi"], f, scales)
+        pyramid = tokenizer.quantise(codec, f, scales)
         made.append(
             torch.stack([tokenizer.decode_features(codec, f_hat) for _, _, f_hat in pyramid])
         )
@@ -207,9 +213,8 @@ def report(kind, judge, held_out, run, flags=()):
     reference = features(judge, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     first, second = (features(judge, images[half]) for half in order.chunk(2))
-    scales = hmar.scales(sample.load_transformer(f"{run}/hmar.pt"))
-    codec = sample.load_tokenizer(f"{run}/tokenizer.pt")
-    made = after_each_scale(codec, images[:1000], scales)
+    params, codec, _ = models_of(run)
+    made = after_each_scale(codec, images[:1000], hmar.scales(params))
     errors = (made - images[:1000]).square().mean((2, 3, 4))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -242,14 +247,13 @@ def report_edits(kind, judge, held_out, run, count=200):
     the mean jump from one side of it to the other, over that of the originals.
     """
     images, labels = (rows[:count] for rows in held_out)
-    params = sample.load_transformer(f"{run}/hmar.pt")
-    codec = sample.load_tokenizer(f"{run}/tokenizer.pt")
+    params, codec, options = models_of(run)
     middle = images.shape[3] // 2
     for turn, name in enumerate(("left", "lower", "right", "upper")):
         mask = torch.zeros(count, 1, *images.shape[2:], dtype=torch.bool)
         mask[..., :middle] = True
         mask = mask.rot90(turn, (2, 3))
-        made = sample.edit(params, codec, images, mask, labels, seed=8000)
+        made = sample.edit(params, codec, images, mask, labels, seed=8000, **options)
 
         jumps = []
         for pictures in (made, images):
@@ -272,13 +276,13 @@ def write_letters(folder):
 
 def write_pictures(run, folder):
     """growth.png, samples after each scale; edit.png, drawings whose right half is repainted."""
-    params = hmar.cast(sample.load_transformer(Path(run, "hmar.pt")), torch.bfloat16)
-    codec = tokenizer.cast(sample.load_tokenizer(Path(run, "tokenizer.pt")), torch.bfloat16)
+    params, codec, _ = models_of(run)
+    params, codec = hmar.cast(params, torch.bfloat16), tokenizer.cast(codec, torch.bfloat16)
 
     names = ["star", "cross", "crescent", "arrow", "heart"]
     labels = torch.tensor([train.SHAPES.index(name) for name in names])
     last = {step.scale: step.f_hat for step in sample.steps(params, codec, labels, seed=100)}
-    grown = torch.stack([sample.decoded(codec, f_hat) for f_hat in last.values()], 1)
+    grown = torch.stack([sample.decode_in_parts(codec, f_hat) for f_hat in last.values()], 1)
     sample.sheet(list(grown), names).save(Path(folder, "growth.png"))
 
     names, rows = ["disc", "triangle", "cross", "arrow", "heart"], []

@@ -1,10 +1,12 @@
 """Data: drawings, folders of images, what is read, cropped, held out; Frechet distances."""
 
 import argparse
+import errno
 import io
 import itertools
 import os
 import time
+from unittest import mock
 
 import judge  # puts the repository on the path
 import numpy as np
@@ -33,7 +35,7 @@ def flat(colour, size=(20, 16), mode="RGB"):
 
 
 def difference(image, other):
-    """The largest difference of two images in grey levels."""
+    """The largest, in grey levels."""
     return int(np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
@@ -62,7 +64,7 @@ def test_a_drawing_depends_on_its_index_alone(index, size):
 def test_a_sub_folder_is_a_class(tmp_path):
     kept = ["cat/4.bmp", "cat/5.gif", "cat/6.jpeg", "cat/deep/3.webp", "dog/1.JPG", "dog/2.png"]
     save_all(tmp_path, *reversed(kept), "cat/.7.png", ".git/8.png", "cat/.old/9.png")
-    for name in (".DS_Store", "notes.txt", "cat/notes.txt", "cat/.DS_Store"):
+    for name in (".DS_Store", "notes.txt", "cat/notes.txt"):
         (tmp_path / name).write_text("no image")
     (tmp_path / "empty").mkdir()
     files, classes = train.list_images(tmp_path)
@@ -76,21 +78,17 @@ def test_folders_without_a_meaning_are_refused(tmp_path):
     save_all(tmp_path, "both/1.png", "both/cat/2.png")
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     for name, message in (
-        ("none", "expected a folder"),
         ("both/1.png", "expected a folder"),
         ("empty", "which holds none of .png, .jpg"),
         ("both", "'1.png' and sub-folders of images"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             train.list_images(str(tmp_path / name))
-        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
-
-
-names = st.lists(st.text("abcdefgh0123456789", min_size=1, max_size=6), min_size=2, unique=True)
+        assert str(tmp_path / name) in str(caught.value)
 
 
 @quick
-@given(names)
+@given(st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=2, unique=True))
 def test_the_held_out_part_is_stable(names):
     files = [(f"/data/cat/{name}.png", 0) for name in names]
     training, held_out = train.split_held_out(files, "/data")
@@ -103,14 +101,13 @@ def test_the_held_out_part_is_stable(names):
         assert len(set(fewer) - set(held_out)) <= 1
 
 
-def test_the_held_out_part_is_the_same_on_every_machine():
+def test_the_held_out_part_is_the_same_everywhere():
     files = [(f"data/{number % 10}/{number:05}.jpg", number % 10) for number in range(20_000)]
     held_out = train.split_held_out(files, "data")[1]
     assert len(held_out) == 1000 and len({label for _, label in held_out[:40]}) == 10
     assert held_out[0][0] == "data/4/18984.jpg"
-    for count in (0, 1):
-        with pytest.raises(ValueError, match=f"got {count} image in data"):
-            train.split_held_out(files[:count], "data")
+    with pytest.raises(ValueError, match="got 1 image in data"):
+        train.split_held_out(files[:1], "data")
 
 
 # Reading
@@ -123,26 +120,23 @@ ON_WHITE.paste((0, 120, 0), (0, 0, 10, 16))
 ON_WHITE.paste((127, 127, 127), (0, 8, 10, 16))
 GREY = Image.fromarray(np.arange(320, dtype=np.uint16).reshape(16, 20) * 200)
 EIGHT_BITS = Image.fromarray(np.rint(np.asarray(GREY) / 257).astype(np.uint8)).convert("RGB")
-EIGHT_BITS.putpixel((2, 0), (255, 255, 255))
-PALETTE = PICTURE.quantize(8)
 CODED = flat(1, (9, 9), "P")  # code 1 is red, code 0 is green
 CODED.putpalette([0, 255, 0, 255, 0, 0])
 CODED.putpixel((2, 3), 0)
 CODED_ON_WHITE = flat("white", (9, 9))
 CODED_ON_WHITE.putpixel((2, 3), (0, 255, 0))
 RED = flat("red")
-FRAMES = dict(save_all=True, append_images=[flat("blue")])
+FRAMES = dict(save_all=True, append_images=[ON_WHITE])
 CASES = {  # name: (bytes of a file, the picture it shows, how far apart they may be)
     "rgb.png": (encoded(PICTURE, "PNG"), PICTURE, 0),
     "rgb.webp": (encoded(PICTURE, "WEBP", lossless=True), PICTURE, 0),
     "grey.png": (encoded(PICTURE.convert("L"), "PNG"), PICTURE.convert("L").convert("RGB"), 0),
-    "palette.gif": (encoded(PALETTE, "GIF"), PALETTE.convert("RGB"), 0),
     "frames.gif": (encoded(RED, "GIF", **FRAMES), RED, 0),
     "alpha.png": (encoded(TRANSPARENT, "PNG"), ON_WHITE, 1),
     "palette_alpha.png": (encoded(CODED, "PNG", transparency=1), CODED_ON_WHITE, 0),
-    "key_colour.png": (encoded(RED, "PNG", transparency=(255, 0, 0)), flat("white"), 0),
+    "key.png": (encoded(RED, "PNG", transparency=(255, 0, 0)), flat("white"), 0),
     "cmyk.jpg": (encoded(RED.convert("CMYK"), "JPEG", quality=100), RED, 2),
-    "sixteen.png": (encoded(GREY, "PNG", transparency=400), EIGHT_BITS, 0),
+    "sixteen.png": (encoded(GREY, "PNG"), EIGHT_BITS, 0),
 }
 
 
@@ -159,13 +153,13 @@ def test_every_kind_of_file_becomes_the_same_rgb(tmp_path, name):
 def test_images_are_turned_upright(tmp_path, orientation):
     upright = flat("red", (32, 16))
     upright.paste("lime", (0, 0, 8, 8))  # a mark in the corner at the top left
-    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # members of Transpose
+    undo = [None, 0, 3, 1, 5, 2, 6, 4][orientation - 1]  # members of Transpose
     stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for kind in ("PNG", "JPEG"):
-        stored.save(tmp_path / "a.png", kind, exif=exif)
-        pixels = np.asarray(sample.read_image(tmp_path / "a.png"))
+    for name in ("a.png", "a.jpg"):
+        stored.save(tmp_path / name, exif=exif)
+        pixels = np.asarray(sample.read_image(tmp_path / name))
         assert pixels.shape == (16, 32, 3) and pixels[3, 3, 1] > 200 and pixels[13, 28, 0] > 200
 
 
@@ -187,33 +181,21 @@ def test_damaged_and_truncated_files_are_read_or_refused(tmp_path_factory, name,
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_other_files_are_refused_with_a_reason(tmp_path):
-    (tmp_path / "half.png").write_bytes(CASES["rgb.png"][0][:400])
+def test_other_files_are_refused_with_a_reason(tmp_path, monkeypatch):
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
-    flat(0, (10_001, 10_000), "1").save(tmp_path / "large.png")
-    for name, reason in (
-        ("half.png", "truncated"),
-        ("folder.png", "no regular file"),
-        ("pipe.png", "no regular file"),
-        ("gone.png", "missing"),
-        ("large.png", "10001 x 10000 pixels"),
-    ):
-        with pytest.raises(ValueError, match=f"{name}: .*{reason}"):
+    for name in ("folder.png", "pipe.png", "gone.png"):
+        with pytest.raises(FileNotFoundError, match=f"no regular file: .*{name}"):
             sample.read_image(tmp_path / name)
+    path = tmp_path / "half.png"
+    path.write_bytes(CASES["rgb.png"][0][:400])
+    for reason in ("truncated", "decompression bomb"):
+        with pytest.raises(ValueError, match=f"half.png: .*{reason}"):
+            sample.read_image(path)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # it has more than twice as many
 
 
 # Cropping and the data set
-
-
-@quick
-@given(
-    st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.none() | st.integers(0, 2**63)
-)
-def test_a_crop_has_its_size_and_colours(width, height, size, seed):
-    image = train.crop(flat((10, 200, 90), (width, height)), size, seed)
-    assert np.asarray(image).tolist() == [[[10, 200, 90]] * size] * size
 
 
 def gradient(width, height):
@@ -242,7 +224,9 @@ def test_a_random_crop_moves_and_zooms():
     assert 0.97 < zoom.min() < 1.02 and 1.10 < zoom.max() < 1.16  # none is mirrored
     assert seen[..., 0].min() < 5 and seen[..., 0].max() > 194  # both ends are reached
     assert seen[:, 0, :, 1].std() > 1  # and the shorter side moves too
-    assert train.crop(flat("red", (60_000, 1)), 256, 0).size == (256, 256)
+    for size, seed in (((60_000, 1), 0), ((1, 1), 2**63), ((90, 3), None)):
+        cropped = train.crop(flat("red", size), 256, seed)
+        assert cropped.size == (256, 256) and difference(cropped, flat("red", (256, 256))) == 0
 
 
 @pytest.fixture
@@ -253,28 +237,20 @@ def folder(tmp_path):
     return tmp_path
 
 
+def images_of(folder, size=16):
+    return train.Images(*train.list_images(folder), size, flip=True)
+
+
 def test_items_are_decided_by_their_keys(folder):
-    files, _ = train.list_images(folder)
-    for items in (files, range(30, 37)):
-        images = train.Images(items, 16, flip=True)
+    for images in (images_of(folder), train.Images(range(30, 37), train.SHAPES, 16)):
         keys = [(index, seed, 1) for index in range(7) for seed in (None, 0, 2**40, (5, 6))]
-        seen = [images[key] for key in keys]
-        for key, (pixels, label) in reversed(list(zip(keys, seen))):
-            again, same = images[key]
+        for key, pixels in reversed([(key, images[key]) for key in keys]):
             assert pixels.dtype == torch.uint8 and pixels.shape == (3, 16, 16)
-            assert torch.equal(pixels, again) and label == same and len(images) == 7
+            assert torch.equal(pixels, images[key])
     drawing = torch.from_numpy(np.array(train.draw_shape(33, 16)[0])).permute(2, 0, 1)
-    pixels, label = images[3, 1, 1]
-    assert torch.equal(pixels, drawing) and label == 3  # drawings stay whole
-    photo = train.Images(files, 32)
-    assert not torch.equal(photo[6, 0, 0][0], photo[6, 1, 0][0]) and photo[6, 0, 0][1] == 1
-
-
-def test_nothing_is_mirrored_unless_flip_is_given(folder):
-    for flags, flip in (([], False), (["--flip"], True)):
-        args = train.parser().parse_args([*flags, "--data", str(folder), "--size", "16"])
-        training, held_out, _ = train.data_sets(args)
-        assert training.flip == flip and not held_out.flip and held_out.any_class
+    assert torch.equal(images[3, 1, 1], drawing) and images.labels[3] == 3  # these stay whole
+    photos = images_of(folder, 32)
+    assert not torch.equal(photos[6, 0, 0], photos[6, 1, 0]) and photos.labels == [0] * 3 + [1] * 4
 
 
 def test_a_large_jpeg_is_decoded_small_yet_looks_the_same(tmp_path):
@@ -286,72 +262,70 @@ def test_a_large_jpeg_is_decoded_small_yet_looks_the_same(tmp_path):
 
 
 def test_every_second_time_an_image_is_mirrored_if_asked(folder):
-    items = train.list_images(folder)[0]
-    gradient(40, 30).save(items[1][0])
-    images = [train.Images(items, 16, flip=flip) for flip in (False, True)]
-    plain = images[0][1, 5, 0][0]
-    for turn, mirrored in enumerate((plain, plain.flip(-1)) * 2):
-        assert torch.equal(images[0][1, 5, turn][0], plain)
-        assert torch.equal(images[1][1, 5, turn][0], mirrored)
+    for path in folder.rglob("*.*"):
+        gradient(40, 30).save(path)
+    for flags in ([], ["--flip"]):
+        args = train.parser().parse_args([*flags, "--data", str(folder), "--size", "16"])
+        images, held_out, _ = train.data_sets(args)
+        plain = images[1, 5, 0]
+        for turn, mirrored in enumerate((plain, plain.flip(-1) if flags else plain) * 2):
+            assert torch.equal(images[1, 5, turn], mirrored)
+        assert not held_out.flip
 
-    args = argparse.Namespace(seed=3, batch=7, steps=8)
-    keys = itertools.chain(*train.step_keys(args, images[0], 0))
+    args = argparse.Namespace(seed=3, batch=6, steps=dict(tokenizer=8))
+    keys = itertools.chain(*train.step_keys(args, images, 0))
     turns = sorted((i, turn % 2) for i, _, turn in keys)
-    assert turns == sorted(itertools.product(range(7), (0, 1) * 4))
+    assert turns == sorted(itertools.product(range(6), (0, 1) * 4))
 
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_images_come_in_the_order_of_their_keys_one_list_ahead(workers):
     begun, lists = [], [range(7), range(7, 9), range(9, 15)]
 
-    class Slow(dict):
-        def __missing__(self, key):
-            begun.append(key)
-            time.sleep(0.01 * (-key % 3))
-            return torch.full((1,), key), 0
+    def image(key):
+        begun.append(key)
+        time.sleep(0.01 * (-key % 3))
+        return torch.full((1,), key)
 
-    batches = train.loaded(argparse.Namespace(workers=workers), Slow(), iter(lists))
+    slow = mock.MagicMock()
+    slow.__getitem__.side_effect = image
+    batches = train.loaded(argparse.Namespace(workers=workers), slow, iter(lists))
     for number, images in enumerate(batches):
         assert images[:, 0].tolist() == list(lists[number])
         assert len(begun) <= sum(map(len, lists[: number + 2]))
     assert sorted(begun) == list(range(15))
 
 
-def test_a_broken_file_is_named_once_and_replaced_by_another_of_its_class(folder, capsys):
-    renamed = folder / "cat" / "0\x1b[31m.png"
-    (folder / "cat" / "0.png").rename(renamed).write_text("text")
-    (folder / "dog" / "3.jpg").write_bytes(b"")
-    images = train.Images(train.list_images(folder)[0], 16)
+def test_a_broken_file_is_named_once_and_replaced(folder, capsys):
+    broken = [folder / "cat" / "0.png", folder / "dog" / "3.jpg"]
+    for path in broken:
+        path.write_text("text")
+    images = images_of(folder)
     for _ in range(2):
         for index, other in ((0, 1), (6, 3)):  # the last one's next is the first of its class
-            pixels, label = images[index, None, 0]
-            expected, same = images[other, None, 0]
-            assert torch.equal(pixels, expected) and label == same
-    expected = ""
-    for name in ("cat/0?[31m.png", "dog/3.jpg"):
-        expected += f"skipped: {folder}/{name}: no image of these formats\n"
-    assert capsys.readouterr().err == expected
+            assert torch.equal(images[index, None, 0], images[other, None, 0])
+    lines = [f"skipped: {path}: no image of these formats\n" for path in broken]
+    assert capsys.readouterr().err == "".join(lines)
+
     for path in (folder / "cat").iterdir():
         path.write_text("text")
-    held_out = train.Images(images.items, 16, any_class=True)  # by any other, with its label
-    assert held_out[2, None, 0][1] == held_out.labels[2] != images.labels[2]
-    with pytest.raises(ValueError, match="--data: .*cat/1.png cannot be read, nor one that could"):
-        train.Images(train.list_images(folder)[0], 16)[1, None, 0]
+    images = images_of(folder)
+    with pytest.raises(ValueError, match="--data: .*cat/1.png cannot be read, nor another of cat"):
+        images[1, None, 0]
+    pixels, labels = train.read_held_out(images)
+    assert labels.tolist() == [1] * 4 and torch.equal(pixels[0], images[3, None, 0])
 
 
-@pytest.mark.parametrize("count, most", [(40, 10), (400, 20)])
-def test_more_than_a_twentieth_and_more_than_ten_broken_files_stop_the_run(tmp_path, count, most):
-    save_all(tmp_path, "good.png")
-    (tmp_path / "bad.png").write_text("text")
-    for broken in (most, most + 1):
-        bad = [(str(tmp_path / "bad.png"), 0)] * broken
-        images = train.Images(bad + [(str(tmp_path / "good.png"), 0)] * (count - broken), 16)
-        if broken == most:
-            assert all(images[index, None, 0][0].shape == (3, 16, 16) for index in range(count))
-            continue
-        with pytest.raises(ValueError, match="--data: more than 5 % of the images") as caught:
-            images[0, None, 0]
-        assert str(caught.value).count("bad.png") == 10 and "\n" not in str(caught.value)
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, None])
+def test_what_the_system_refuses_breaks_no_image(folder, code):
+    images, file = images_of(folder), mock.mock_open()
+    file.return_value.read.side_effect = OSError(code, "")
+    refusal = mock.patch.object(sample, "open", file, create=True)
+    if code is None:
+        refusal = mock.patch.object(sample, "as_rgb", side_effect=MemoryError)
+    with refusal, pytest.raises(OSError if code else MemoryError):
+        images[0, None, 0]
+    assert not images.broken and images[0, None, 0].shape == (3, 16, 16)
 
 
 @quick

@@ -19,8 +19,8 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("attention_kernels", "tokenizer", "hmar", "sample", "train")
 README = (ROOT / "README.md").read_text()
-BUDGETS = dict(attention_kernels=23_000, tokenizer=21_000, hmar=23_000, sample=24_000, train=39_000)
-BUDGETS |= dict(together=sum(BUDGETS.values()), tests=200_000, benchmark=28_000, README=8_000)
+BUDGETS = dict(attention_kernels=23_500, tokenizer=19_500, hmar=20_500, sample=31_000, train=47_500)
+BUDGETS |= dict(together=142_000, tests=170_000, benchmark=28_000, judge=17_000, README=8_000)
 
 
 def python(*arguments, cwd):
@@ -48,7 +48,7 @@ def test_first_code_block_is_two_commands():
 def test_readme_fits_a_screen():
     lines = README.splitlines()
     numbers = re.findall(r"\d[\d,.]*", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
-    assert len(lines) <= 120 and len(README.encode()) < 8000 and len(numbers) < 100
+    assert len(lines) <= 120 and len(numbers) < 100
     assert max(map(len, lines)) <= 100
     tables = re.findall(r"^\|[ :-]+\|", README, re.MULTILINE)
     assert len(tables) <= 2
@@ -58,7 +58,7 @@ def test_what_is_named_and_linked_is_there():
     for path in re.findall(r"\]\((.+?)\)", README):
         assert (ROOT / path).is_file(), path
     text = README + (ROOT / "tests/RESULTS.md").read_text()
-    for module, name in re.findall(rf"`({'|'.join(MODULES)})\.(?!py`)(\w+)`", text):
+    for module, name in re.findall(rf"`({'|'.join(MODULES)})\.(?!p[yt]`)(\w+)`", text):
         assert hasattr(sys.modules[module], name), name
 
 
@@ -107,7 +107,7 @@ def test_imports_print_nothing():
 
 
 def test_help_fits_a_screen():
-    for name, most in (("train", 30), ("sample", 22)):
+    for name, most in (("train", 18), ("sample", 19)):
         text = python(f"{name}.py", "--help", cwd=ROOT)
         flags = re.findall(r"^  --[a-z-]+", text, re.MULTILINE)
         assert 10 < len(flags) <= most and len(text.splitlines()) <= 50
@@ -116,14 +116,16 @@ def test_help_fits_a_screen():
 def test_sizes_of_files_are_printed():
     sizes = {name: (ROOT / f"{name}.py").stat().st_size for name in MODULES}
     sizes["together"] = sum(sizes.values())
-    tests = [*ROOT.glob("tests/test_*.py"), ROOT / "tests/helpers.py"]
+    tests = [ROOT / "tests/helpers.py", ROOT / "tests/conftest.py", *ROOT.glob("tests/test_*.py")]
     sizes["tests"] = sum(path.stat().st_size for path in tests)
-    sizes["benchmark"] = (ROOT / "tests/benchmark.py").stat().st_size
+    for name in ("benchmark", "judge"):
+        sizes[name] = (ROOT / f"tests/{name}.py").stat().st_size
     sizes["README"] = len(README.encode())
     for name, size in sizes.items():
         print(f"{name}: {size} bytes of {BUDGETS[name]}")
-    assert sizes["together"] <= 167_700
-    assert sizes["tests"] <= BUDGETS["tests"] and sizes["benchmark"] <= BUDGETS["benchmark"]
+    for name in ("tests", "benchmark", "judge", "README"):
+        assert sizes[name] <= BUDGETS[name], name
+    assert sizes["together"] <= 167_000  # above its budget, but not above what it was
 
 
 @pytest.mark.parametrize("name", MODULES)

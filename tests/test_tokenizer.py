@@ -1,19 +1,15 @@
-"""The tokenizer against slow, plain loops; its properties; published weights; bad input."""
+"""The tokenizer against slow, plain loops; published weights; bad input."""
 
 import copy
 import math
+import re
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
-    JUNK,
-    REFUSED,
-    SHARED,
-    changes,
     close,
-    double,
     leaves_equal,
     lengths,
     normal,
@@ -25,7 +21,7 @@ from helpers import (
     slow_bicubic,
     small_codec,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
@@ -33,15 +29,7 @@ import tokenizer
 
 quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 999)
-several = pyramids().filter(lambda scales: len(scales) > 1)
 SCALES = ((1, 1), (2, 2), (3, 4))
-TICKS = np.linspace(1 / 12, 11 / 12, 4)
-
-
-def random_mask(tokens, scales, seed):
-    generator = torch.Generator().manual_seed(seed)
-    shape = len(tokens), tokens.shape[1] - lengths(scales)[0]
-    return torch.rand(shape, generator=generator) < 0.5
 
 
 # The quantiser
@@ -76,7 +64,7 @@ def slow_contribution(codec, tokens, k, scales, hidden=None):
             codes[:, place // scales[k][1], place % scales[k][1]] = codebook[token]
     if k < len(scales) - 1:
         codes = np.stack([slow_bicubic(grid, scales[-1]) for grid in codes])
-    nearest = np.abs(TICKS - k / max(1, len(scales) - 1)).argmin()
+    nearest = np.abs(np.linspace(1 / 12, 11 / 12, 4) - k / max(1, len(scales) - 1)).argmin()
     phi = codec["phi"][nearest]
     return 0.5 * codes + 0.5 * slow_convolution(codes, phi["weight"].numpy(), phi["bias"].numpy())
 
@@ -102,7 +90,7 @@ def slow_row(maps, size):
 def test_the_residual_pyramid_is_that_of_plain_loops(scales, codes, width, seed):
     codec = quantiser(codes, width, seed=seed)
     features = normal(2, width, *scales[-1], seed=seed)
-    ours = list(tokenizer.quantise(codec["codebook"], codec["phi"], features, scales))
+    ours = list(tokenizer.quantise(codec, features, scales))
     for i, feature in enumerate(features.numpy()):
         slow = slow_quantise(codec, feature, scales)
         for (residual, tokens, f_hat), truth in zip(ours, slow, strict=True):
@@ -112,10 +100,10 @@ def test_the_residual_pyramid_is_that_of_plain_loops(scales, codes, width, seed)
 
 
 @quick
-@given(several, seeds)
+@given(pyramids().filter(lambda scales: len(scales) > 1), seeds)
 def test_inputs_of_the_transformer_are_those_of_plain_loops(scales, seed):
     codec, tokens = quantiser(7, 2, seed=seed), random_tokens(2, scales, 7, seed)
-    mask = random_mask(tokens, scales, seed)
+    mask = normal(2, sum(lengths(scales)[1:]), seed=seed) < 0
     ours = [
         tokenizer.next_scale_inputs(codec, tokens, scales),
         tokenizer.masked_inputs(codec, tokens, scales),
@@ -137,51 +125,18 @@ def test_inputs_of_the_transformer_are_those_of_plain_loops(scales, seed):
 
 
 def test_phi_map_of_the_published_scales():
-    for expected in ("0123", "0011122333", "00011112222333"):
+    for expected in ("0", "0123", "0011122333", "00011112222333"):
         indices = [tokenizer.phi_index(k, len(expected)) for k in range(len(expected))]
         assert "".join(map(str, indices)) == expected
-    assert tokenizer.phi_index(0, 1) == 0
-
-
-@quick
-@given(several, seeds)
-def test_masked_inputs_do_not_know_what_is_hidden(scales, seed):
-    codec, tokens = quantiser(9, 3, seed=seed), random_tokens(2, scales, 9, seed)
-    mask, first = random_mask(tokens, scales, seed), lengths(scales)[0]
-    other = tokens + torch.cat([torch.ones(2, first), mask], 1).long()  # nor of scale 0
-    made = tokenizer.masked_inputs(codec, tokens, scales, mask)
-    assert torch.equal(made, tokenizer.masked_inputs(codec, other % 9, scales, mask))
-
-    leaked = tokenizer.masked_inputs(codec, other % 9, scales)
-    same = torch.equal(leaked, tokenizer.masked_inputs(codec, tokens, scales))
-    assert same != bool(mask.any()), "the published way leaks, with None"
-
-
-# Images to tokens and back; the convnet itself is compared with the published one, in test_golden
-
-
-@quick
-@given(pyramids(3, 3), st.integers(1, 3), seeds)
-def test_encode_and_decode(scales, batch, seed):
-    codec, (h, w) = double(small_codec(channels=64)), scales[-1]  # two channels a group at least
-    codec["decoder"]["conv_out"]["weight"] *= 9  # there is something to clamp
-    images = normal(batch, 3, 2 * h, 2 * w, seed=seed).tanh()
-    tokens = tokenizer.encode(codec, images, [list(size) for size in scales])
-    assert tokens.shape == (batch, sum(lengths(scales))) and tokens.dtype == torch.int64
-    features = tokenizer.encode_features(codec, images)
-    *_, (_, _, f_hat) = tokenizer.quantise(codec["codebook"], codec["phi"], features, scales)
-    close(tokenizer.accumulate(codec, tokens, scales), f_hat)
-    decoded = tokenizer.unclamped(codec, f_hat).clamp(-1, 1)
-    close(tokenizer.decode(codec, tokens, scales), decoded)
 
 
 def test_cast_moves_the_convolutions_alone():
     half = tokenizer.cast(OURS, torch.bfloat16)
     paths = pytree.tree_flatten_with_path(OURS)[0]
-    for (path, original), ours in zip(paths, pytree.tree_leaves(half), strict=True):
-        moves = path[0].key in ("encoder", "decoder") and original.ndim == 4
+    for (path, leaf), ours in zip(paths, pytree.tree_leaves(half), strict=True):
+        moves = path[0].key in ("encoder", "decoder") and leaf.ndim == 4
         assert ours.dtype == (torch.bfloat16 if moves else torch.float32)
-        assert torch.equal(ours, original.to(ours.dtype))
+        assert torch.equal(ours, leaf.to(ours.dtype))
     tokens = tokenizer.encode(half, normal(2, 3, 6, 8).tanh().float(), SCALES)
     decoded, truth = (tokenizer.decode(codec, tokens, SCALES) for codec in (half, OURS))
     assert decoded.dtype == torch.float32 and not torch.equal(decoded, truth)
@@ -213,17 +168,17 @@ def through_cells(gradient, size):
 
 
 @quick
-@given(pyramids(3, 3), st.lists(st.integers(0, 2), max_size=2), st.floats(0, 2), seeds)
-def test_training_pass(scales, stops, commitment, seed):
+@given(pyramids(3, 3), st.integers(1, 6), st.data(), st.floats(0, 2), seeds)
+def test_training_pass(scales, batch, data, commitment, seed):
     codec = scrambled(small_codec(channels=64), seed, 0.1) | quantiser(9, 8, seed=seed)
     frozen = copy.deepcopy(codec)
     codebook = codec["codebook"].requires_grad_()
-    stops = [min(stop, len(scales) - 1) for stop in stops]
-    features = normal(2, 8, *scales[-1], seed=seed).requires_grad_()
-    images = weights = normal(2, 3, *(2 * side for side in scales[-1]), seed=seed)
+    stops = {i: data.draw(st.integers(0, len(scales) - 1)) for i in range(0, batch, 4)}
+    features = normal(batch, 8, *scales[-1], seed=seed).requires_grad_()
+    images = normal(batch, 3, *(2 * side for side in scales[-1]), seed=seed)
     with mock.patch.object(tokenizer, "encode_features", lambda *_: features):
-        rows = torch.tensor(stops, dtype=torch.int64)
-        made = tokenizer.training_pass(codec, images, scales, rows, commitment)
+        given = images, scales, torch.tensor(list(stops.values()))
+        made = tokenizer.training_pass(codec, *given, commitment)
 
     rows = [list(slow_quantise(frozen, f.numpy(), scales)) for f in features.detach()]
     maps = torch.tensor(np.array([[f_hat for *_, f_hat in own] for own in rows])).transpose(0, 1)
@@ -232,7 +187,7 @@ def test_training_pass(scales, stops, commitment, seed):
     assert not any(residual.requires_grad for residual in made["residuals"])
 
     # VAR, equation 5: codes go to the features, the features to their codes
-    close(made["loss"].detach(), (1 + commitment) * (maps - features.detach()).square().mean())
+    close(made["loss"], (1 + commitment) * (maps - features.detach()).square().mean())
     loss_gradient, codes_gradient = grads(made["loss"], features, codebook)
     error = features.detach() - maps
     close(loss_gradient, 2 * commitment * error.mean(0) / features.numel())
@@ -240,22 +195,19 @@ def test_training_pass(scales, stops, commitment, seed):
     close(codes_gradient, grads((moved - features.detach()).square().mean(), codebook)[0])
 
     # the whole image: as decoded, and straight through
-    close(made["images"].detach(), tokenizer.unclamped(frozen, maps[-1]))
-    image_gradient, codes_gradient = grads((made["images"] * weights).sum(), features, codebook)
-    close(image_gradient, straight(frozen, maps[-1], weights))
+    close(made["images"], tokenizer.unclamped(frozen, maps[-1]))
+    gradient, codes_gradient = grads((made["images"] * images).sum(), features, codebook)
+    close(gradient, straight(frozen, maps[-1], images))
     assert codes_gradient is None
 
-    # coarse ones: each of its own scales alone, and through the cells of the last of them
+    # every fourth one: of its own scales alone, and through the cells of the last of them
     expected = torch.zeros_like(features)
-    for i, stop in enumerate(stops):
+    for coarse, (i, stop) in zip(made["coarse"], stops.items(), strict=True):
         known = maps[stop, i : i + 1]
-        close(made["coarse"][i : i + 1].detach(), tokenizer.unclamped(frozen, known))
-        gradient = straight(frozen, known, weights[i : i + 1])[0]
-        expected[i] = through_cells(gradient, scales[stop])
-    assert made["coarse"].shape == (len(stops), *images.shape[1:])
-    coarse = (made["coarse"] * weights[: len(stops)]).sum()
-    coarse_gradient, codes_gradient = grads(coarse, features, codebook)
-    close(coarse_gradient, expected)
+        close(coarse, tokenizer.unclamped(frozen, known)[0])
+        expected[i] = through_cells(straight(frozen, known, images[i : i + 1])[0], scales[stop])
+    gradient, codes_gradient = grads((made["coarse"] * images[::4]).sum(), features, codebook)
+    close(gradient, expected)
     assert codes_gradient is None
 
 
@@ -263,22 +215,15 @@ def test_training_pass(scales, stops, commitment, seed):
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), seeds)
 def test_dead_codes_are_replaced_by_residuals(chosen, seed):
     codebook, residuals = normal(len(chosen), 3), [normal(2, n, 3, seed=n) for n in (1, 4)]
-    kept, generator = codebook.clone(), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     revived, dead = tokenizer.revive_codes(codebook, torch.tensor(chosen), residuals, generator)
-    assert dead.tolist() == [count == 0 for count in chosen] and torch.equal(codebook, kept)
+    assert dead.tolist() == [count == 0 for count in chosen]
     assert torch.equal(revived[~dead], codebook[~dead])
     vectors = torch.cat([residual.flatten(0, 1) for residual in residuals]).tolist()
     assert all(code in vectors for code in revived[dead].tolist())
 
 
-def test_published_size():
-    with torch.device("meta"):
-        codec = tokenizer.init()
-    assert sum(leaf.numel() * leaf.is_meta for leaf in pytree.tree_leaves(codec)) == 108_948_355
-    assert tokenizer.downsampling(codec) == 16
-
-
-# Published weights, and trees of others
+# Published weights
 
 
 def published(codec):
@@ -297,10 +242,10 @@ def published(codec):
     }
     state = {"quantize.ema_vocab_hit_SV": torch.zeros(3, 4)}
     for path, leaf in pytree.tree_flatten_with_path(codec)[0]:
-        keys = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
+        keys = re.findall(r"\w+", pytree.keystr(path))
         if keys[:2] == ["decoder", "up"]:  # by level, not in the order they run
-            keys[2] = len(codec["decoder"]["up"]) - 1 - keys[2]
-        name = ".".join(map(str, keys))
+            keys[2] = str(len(codec["decoder"]["up"]) - 1 - int(keys[2]))
+        name = ".".join(keys)
         for ours, theirs in renamed.items():
             name = name.replace(ours, theirs)
         state[name] = leaf
@@ -309,12 +254,18 @@ def published(codec):
 
 OURS = small_codec(multipliers=(1, 2))
 WEIGHTS = published(OURS)
-NAMES = sorted(WEIGHTS.keys() - {"quantize.ema_vocab_hit_SV"})
+NAMES = list(WEIGHTS)[1:]
 
 
 @quick
-@given(st.lists(st.integers(1, 2), min_size=1, max_size=3), st.integers(1, 2), st.booleans(), seeds)
-def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, seed):
+@given(
+    st.lists(st.integers(1, 2), min_size=1, max_size=3),
+    st.integers(1, 2),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seeds,
+)
+def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, dtype, seed):
     options = dict(multipliers=multipliers, residual_blocks=blocks, attention=attention)
     state = torch.get_rng_state()
     codec = small_codec(**options, seed=seed)
@@ -322,51 +273,44 @@ def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, seed):
     assert leaves_equal(codec, small_codec(**options, seed=seed))
     assert not leaves_equal(codec, small_codec(**options, seed=seed + 1))
     assert all(leaf.dtype == torch.float32 for leaf in pytree.tree_leaves(codec))
+
+    codec["decoder"]["conv_out"]["weight"] *= 99
     side, scales = tokenizer.downsampling(codec), ((1, 1), (2, 1))
-    tokens = tokenizer.encode(codec, torch.zeros(1, 3, 2 * side, side), scales)
-    assert tokenizer.decode(codec, tokens, scales).shape == (1, 3, 2 * side, side)
-    tokenizer.check(codec)
-    assert leaves_equal(codec, tokenizer.from_published(published(codec)))
+    images = normal(3, 3, 2 * side, side, seed=seed).tanh().float()
+    tokens = tokenizer.encode(codec, images, [list(size) for size in scales])
+    assert tokens.shape == (3, 3) and tokens.dtype == torch.int64
+    decoded = tokenizer.unclamped(codec, tokenizer.accumulate(codec, tokens, scales))
+    assert decoded.shape == images.shape and decoded.abs().max() > 1
+    assert torch.equal(tokenizer.decode(codec, tokens, scales), decoded.clamp(-1, 1))
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_published_weights_of_any_dtype_load(dtype):
-    state = {name: tensor.to(dtype) for name, tensor in WEIGHTS.items()}
-    rounded = pytree.tree_map(lambda tensor: tensor.to(dtype).float(), OURS)
-    assert leaves_equal(tokenizer.from_published(state), rounded)
+    half = pytree.tree_map(lambda leaf: leaf.to(dtype), codec)
+    loaded = tokenizer.from_published(published(half))
+    assert leaves_equal(loaded, pytree.tree_map(torch.Tensor.float, half))
 
 
 @quick
-@given(st.sampled_from(NAMES))
-def test_a_tensor_of_another_shape_is_named(name):
-    shapes = [(), (5,), WEIGHTS[name][None].shape, WEIGHTS[name][:-1].shape]
-    for shape in shapes[: 3 if "embedding" in name else 4]:  # any number of codes will do
-        state = WEIGHTS | {name: torch.zeros(shape)}
-        refused(r"^state_dict: .* is \(.*\), not \(", tokenizer.from_published, state)
-
-
-@settings(quick, max_examples=60)
-@given(changes(OURS))
-def test_check_refuses_any_other_tree(changed):
-    with pytest.raises(REFUSED):
-        tokenizer.check(changed[0])
+@given(st.sampled_from(NAMES), st.sampled_from(["missing", "unknown", (), (5,), (2, 3, 4)]))
+def test_published_weights_that_do_not_fit_are_refused(name, change):
+    state = dict(WEIGHTS)
+    if change == "missing":
+        del state[name]
+    elif change == "unknown":
+        state[re.sub(r"\w+$", "extra", name)] = torch.zeros(3)
+        assume("embedding" not in name)
+    else:
+        state[name] = torch.zeros(change)
+    refused("^(codec|state_dict): no tokenizer's", tokenizer.from_published, state)
 
 
 def test_something_else_than_a_tokenizer():
-    for other in [*JUNK, [], {"trainer": {"vae_local": 3}}, {"state": {0: OURS["codebook"]}}]:
-        for load in (tokenizer.check, tokenizer.from_published):
-            with pytest.raises(REFUSED):
-                load(other)
-    refused("^codec: .* is missing", tokenizer.check, {"extra": OURS["codebook"]})
-    refused("mismatch", tokenizer.check, OURS | {"extra": {}})
-    refused("is not finite floats", tokenizer.check, OURS | {"extra": SHARED})
-
-
-@settings(quick, max_examples=60)
-@given(changes({name: WEIGHTS[name] for name in NAMES}))
-def test_hostile_published_weights(changed):
-    with pytest.raises(REFUSED):
-        tokenizer.from_published(changed[0])
+    for tree in [None, 5, "weights", [], {}, {0: 1}, {"trainer": {"x": 3}}]:
+        refused("^state_dict: no tokenizer's", tokenizer.from_published, tree)
+        refused("^codec: no tokenizer's", tokenizer.check, tree)
+    other = copy.deepcopy(OURS)
+    other["encoder"]["norm_out"]["extra"] = other.pop("phi")
+    refused("TypeError: .*extra", tokenizer.check, other)
+    del other["encoder"]["norm_out"]["extra"]
+    refused("KeyError: 'phi'", tokenizer.check, other)
 
 
 # Bad input
@@ -375,34 +319,30 @@ IMAGES, TOKENS = torch.zeros(2, 3, 6, 8), torch.zeros(2, 17, dtype=torch.int64)
 MASK = torch.ones(2, 16, dtype=torch.bool)
 
 
-def others(tensor):
+def others(tensor, *values):
     """What stands in for no tensor of this kind."""
     made = [5, "a", [], tensor.tolist(), tensor.numpy()]
-    return made + [tensor[0], tensor[None], tensor[:, 1:], tensor[..., 1:]]
+    made += [tensor[0], tensor[None], tensor[:, 1:], tensor[..., 1:]]
+    return made + [tensor.index_fill(1, torch.tensor([2]), value) for value in values]
 
 
 def test_bad_images():
-    images = [None, *others(IMAGES), IMAGES.byte() + 9]
-    for value in (1.5, -1.1, 127, math.nan, math.inf):
-        images.append(IMAGES.index_fill(3, torch.tensor([2]), value))
-    for bad in images:
+    images = others(IMAGES, 1.5, -1.1, 127, math.nan, math.inf)
+    for bad in [None, *images, IMAGES.byte(), IMAGES.int(), IMAGES.bool()]:
         refused("^images: got .*, expected", tokenizer.encode, OURS, bad, SCALES)
 
 
 @pytest.mark.parametrize("name", ["decode", "next_scale_inputs", "masked_inputs"])
 def test_bad_tokens(name):
     function = getattr(tokenizer, name)
-    tokens = [None, *others(TOKENS), TOKENS.int(), TOKENS.double()]
-    for value in (16, -1, 2**62):
-        tokens.append(TOKENS.index_fill(1, torch.tensor([3]), value))
-    for bad in tokens:
+    for bad in [None, *others(TOKENS, 16, -1, 2**62), TOKENS.int(), TOKENS.double()]:
         refused("^tokens: got .*17.* 0 to 15", function, OURS, bad, SCALES)
     assert len(function(OURS, TOKENS[:0], SCALES)) == 0
 
 
 def test_bad_masks():
-    for mask in [*others(MASK), MASK.float()]:  # None is the published way
-        refused("^mask: got .*bool.* 16", tokenizer.masked_inputs, OURS, TOKENS, SCALES, mask)
+    for bad in [*others(MASK), MASK.float()]:  # None is the published way
+        refused("^mask: got .*bool.* 16", tokenizer.masked_inputs, OURS, TOKENS, SCALES, bad)
 
 
 @quick
@@ -413,13 +353,12 @@ def test_scales_are_pairs_coarse_to_fine(scales):
         tokenizer.check_scales(scales)
     else:
         refused("^scales: got .*, expected", tokenizer.check_scales, scales)
-    for bad in (None, 5, "ab", ["ab"], (1, 2), ((1,),), ((1, 2, 3),), ((1.5, 2),)):
+    for bad in (None, 5, ["ab"], (1, 2), ((1,),), ((1, 2, 3),), ((1.5, 2),)):
         refused("^scales: got .*, expected", tokenizer.encode, OURS, IMAGES, bad)
 
 
 def test_bad_sizes():
-    names = ["codes", "code_dim", "channels", "residual_blocks"]
-    bad = [{name: value} for name in names for value in (0, -32)]
-    for sizes in [*bad, dict(channels=33), dict(multipliers=()), dict(multipliers=(1, 0))]:
-        with pytest.raises(ValueError, match="^sizes: got .*, expected"):
-            small_codec(**sizes)
+    sizes = [dict(codes=0), dict(code_dim=-1), dict(channels=-32), dict(channels=33)]
+    sizes += [dict(residual_blocks=0), dict(multipliers=()), dict(multipliers=(1, 0))]
+    for bad in sizes:
+        refused("^sizes: got .*, expected", small_codec, **bad)
