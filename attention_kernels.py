@@ -229,8 +229,9 @@ def _visible(bounds, column):
     return (low[:, None] <= column[None, :]) & (column[None, :] < high[:, None])  # (rows, columns)
 
 
-# Where one scale has overflowed, the others must not notice: 0 * inf is nan, so a column's values
-# go into the product as `_finite` numbers, and rows that see it get nan through `_masked`.
+# Rows of several blocks share a tile, and 0 * inf is nan: where one block has overflowed the others
+# must not notice. So values are cleaned for all rows of the tile (`_finite`), and rows that do see
+# a bad column get its nan back through their probabilities (`_masked`).
 
 
 @jit

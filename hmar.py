@@ -193,7 +193,7 @@ def cached_attention(query, key, value, past):
 def feed_forward(x, expand, contract):
     """(B, n, C): the MLP, four times as wide inside, with tanh-GELU."""
     x = linear(x, **expand)
-    # in bf16 the exact GELU is no further off than rounding, and takes a quarter of the time
+    # in bf16 the exact GELU, which differs from it by less than rounding, in a quarter of the time
     form = "none" if x.dtype == torch.bfloat16 else "tanh"
     return linear(F.gelu(x, approximate=form), **contract)
 

@@ -181,22 +181,25 @@ def classifier_free_guidance(params, labels, branch, k, t, *inputs, soften=0.0, 
     what a class says is amplified where it says little, and not exaggerated where it says all.
     """
 
-    def predict(labels, inputs):
-        features = hmar.branch_features(params, branch, labels, *inputs, k=k, cache=cache)
-        return hmar.logits(features, **params[branch]["head"])
+    predict = partial(hmar.branch_features, params, branch, k=k, cache=cache)
+    head = partial(hmar.logits, **params[branch]["head"])
 
     # a cache made for both halves needs both at every scale, also where t is still 0
     needs_both = cache is not None and cache[0].shape[1] > len(labels)
     if t == 0 and not needs_both:
-        return predict(labels, inputs)
+        return head(predict(labels, *inputs))
 
     null = torch.full_like(labels, len(params["classes"]) - 1)
     twice = [None if x is None else torch.cat([x, x]) for x in inputs]
-    conditional, unconditional = predict(torch.cat([labels, null]), twice).chunk(2)
-    if soften > 0:
-        log_p, log_q = conditional.log_softmax(-1), unconditional.log_softmax(-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)  # (B,)
-        t = t / (1 + divergence.clamp(min=0)[:, None, None] / soften)
+    features = predict(torch.cat([labels, null]), *twice)
+    if soften == 0:  # the head is affine: guiding what it reads guides its logits, and costs half
+        conditional, unconditional = features.chunk(2)
+        return head((1 + t) * conditional - t * unconditional)
+
+    conditional, unconditional = head(features).chunk(2)
+    log_p, log_q = conditional.log_softmax(-1), unconditional.log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)  # (B,)
+    t = t / (1 + divergence.clamp(min=0)[:, None, None] / soften)
     return (1 + t) * conditional - t * unconditional
 
 
@@ -224,13 +227,14 @@ def filtered(logits, top_k=0, top_p=1.0):
         return logits
 
     best = logits.topk(count).values  # (..., count), the best first
-    kept = logits.masked_fill(logits < best[..., -1:], -math.inf)
-    if top_p == 1:
-        return kept
-    probability = (best - kept.logsumexp(-1, keepdim=True)).exp()
-    before = probability.cumsum(-1) - probability  # what better codes hold: of the best, 0
-    least = best.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)
-    return kept.masked_fill(kept < least, -math.inf)
+    least = best[..., -1:]
+    if top_p < 1:
+        weight = (best - best[..., :1]).exp()
+        ties = (logits == least).sum(-1, keepdim=True) - (best == least).sum(-1, keepdim=True)
+        total = weight.sum(-1, keepdim=True) + ties * weight[..., -1:]
+        before = (weight.cumsum(-1) - weight) / total  # what better codes hold: of the best, 0
+        least = best.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)
+    return logits.masked_fill(logits < least, -math.inf)
 
 
 def draw(logits, uniform=None):
@@ -243,13 +247,12 @@ def draw(logits, uniform=None):
     if uniform is None:
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        sums = probability.cumsum(-1, dtype=torch.float64)
+        sums = probability.cumsum(-1)
         total = sums[..., -1:]
         # uniform * total may be rounded up to total: never a code at the end that was ruled out
         below = total.nextafter(torch.zeros_like(total))
-        tokens = torch.searchsorted(
-            sums, torch.minimum(uniform[..., None] * total, below), right=True
-        )
+        places = torch.minimum((uniform[..., None] * total).to(total.dtype), below)
+        tokens = torch.searchsorted(sums, places, right=True)
 
     tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of nan: see the next line
     confidence = probability.gather(-1, tokens)[..., 0]
@@ -365,8 +368,8 @@ def shares_of_hidden(keeps, hidden, has_masked_branch):
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
-    # the first pass does not see given tokens: where there are some it keeps nothing, and a masked
-    # pass draws all that is hidden
+    # a single pass would not see given tokens: images that have some keep nothing of it, and all of
+    # a masked pass that is added
     is_partly = (count > 0) & (count < total)
     if len(keeps) == 1 and has_masked_branch and is_partly.any():
         return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]
@@ -379,9 +382,9 @@ def evidence(codebook, residual, outside, size):
     """Logits (B, n, codes) that draw cells cut by a mask's edge towards their part that is seen.
 
     residual (B, code_dim, h, w) is what is left to quantise, known where outside (B, 1, h, w). Of a
-    cell's m places a share s is seen, with mean a and variance v. If places are independent and
-    Gaussian, the mean of the unseen ones is a, give or take v / (m s) + v / (m (1 - s)); so the
-    cell's mean is a, with variance (1 - s)^2 of that, v (1 - s) / (m s): the logits are its
+    cell's m places a share s is seen, with mean a and variance v; u is the mean of the others. If
+    places are independent and Gaussian, u - a has the variance of both means, v / (m s (1 - s)). So
+    the cell's mean, s a + (1 - s) u, is a with variance v (1 - s) / (m s): the logits are that
     density at each code.
     """
     seen = outside.to(residual.dtype)
@@ -622,12 +625,14 @@ def run(args):
 
 
 def kind_of_output(args):
-    """ "PNG", "GIF", "NPZ" or "folder". ValueError for flags that would do harm or nothing."""
+    """What --out asks for, PNG, GIF, NPZ or folder. ValueError for flags of harm or no effect."""
     suffix = os.path.splitext(args.out)[1].lower()
     if not args.out or suffix in (".jpg", ".jpeg", ".webp", ".bmp"):
         raise ValueError(f"--out: got {args.out!r}, expected a .png, .gif or .npz, or a folder")
     if suffix and not os.path.isdir(os.path.dirname(args.out) or "."):
         raise ValueError(f"--out: got {args.out}, expected a folder that is there")
+    if args.pad is not None and not 0 < args.pad < 0.5:
+        raise ValueError(f"--pad: got {args.pad}, expected between 0 and 0.5")
     if bool(args.edit) != bool(args.mask or args.pad) or (args.edit and suffix == ".gif"):
         raise ValueError("--edit: expected with one of --mask and --pad, and no .gif")
     if os.path.realpath(args.out) in [os.path.realpath(x) for x in (args.edit, args.mask) if x]:
@@ -642,15 +647,12 @@ def find_device(name):
     torch.backends.cudnn.allow_tf32 = False  # for the whole process: the quantiser is in fp32
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        device = torch.empty(0, device=name).device
-        if device.type in ("cuda", "cpu"):
-            return device
-        raise ValueError("other devices have no float64")
-    except Exception as error:
-        raise ValueError(f"--device: got {name!r}, expected cpu or a cuda that is here") from error
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "cuda" and place < torch.cuda.device_count():
+        return torch.device("cuda", place)
+    raise ValueError(f"--device: got {name!r}, expected cpu or a cuda that is here")
 
 
 def find_dtype(name, device):

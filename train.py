@@ -137,7 +137,9 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
             stops = asked_to_stop(step)
             if stops or step % args.save_every == 0:
                 require_finite(stage, step, norm.isfinite())  # nan weights give a nan norm
-                window = averaged(window)  # twice is as once: the next line is as without a stop
+                window = averaged(
+                    window
+                )  # one process saves for all; averaged again it is the same
                 save_checkpoint(args, stage, state, (step, best_step, best_loss), window)
             if stops:
                 raise KeyboardInterrupt(f"{stage}: stopped and saved at step {step}")
@@ -974,7 +976,7 @@ def train(args):
         f"{torch.get_num_threads()} threads, processes: {world()}"
     )
     if device.type == "cpu" and args.size > LARGEST_SMALL:
-        say("a model of the published size, made for GPUs: on a CPU its steps take minutes")
+        say("a model of the published size: on a CPU its steps take minutes")
 
     work = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}
     for stage in args.stages:
@@ -1094,7 +1096,7 @@ def default_scales(latent):
 #
 # RUN/args.json holds the flags that change a result, class names, a hash of the images and, once
 # there are tokens, the tokenizer's digest; RUN/<stage>.checkpoint.pt what a stage goes on from.
-# Only the first process looks at these files; the others are told.
+# Only the first process writes files and looks which are there; all read them.
 
 
 def claim_folder(args, record):
@@ -1124,7 +1126,7 @@ def claim_folder(args, record):
         weights, checkpoint = stage_paths(args, stage)
         if weights in there:
             checkpoint.unlink(missing_ok=True)
-    for path in Path(args.out).rglob("*.tmp"):
+    for path in (*Path(args.out).glob("*.tmp"), *Path(args.out).glob("samples/*.tmp")):
         if re.search(r"\.[0-9a-f]{16}\.tmp$", path.name):
             path.unlink()
     return lock
