@@ -137,9 +137,7 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
             stops = asked_to_stop(step)
             if stops or step % args.save_every == 0:
                 require_finite(stage, step, norm.isfinite())  # nan weights give a nan norm
-                window = averaged(
-                    window
-                )  # one process saves for all; averaged again it is the same
+                window = averaged(window)  # one saves for all; averaged again it is the same
                 save_checkpoint(args, stage, state, (step, best_step, best_loss), window)
             if stops:
                 raise KeyboardInterrupt(f"{stage}: stopped and saved at step {step}")
