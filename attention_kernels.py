@@ -230,8 +230,8 @@ def _visible(bounds, column):
 
 
 # Rows of several blocks share a tile, and 0 * inf is nan: where one block has overflowed the others
-# must not notice. So values are cleaned for all rows of the tile (`_finite`), and rows that do see
-# a bad column get its nan back through their probabilities (`_masked`).
+# must not notice. So values are cleaned for all rows (`_finite`), and rows that do see a bad column
+# get its nan back through their probabilities (`_masked`).
 
 
 @jit
@@ -440,10 +440,7 @@ TILES = {
 
 def _constants(which, head_dim, dtype, architecture):
     """Compile-time arguments of kernel 0, 1 or 2 on a major architecture; None: interpreted."""
-    if dtype.itemsize > 2 or architecture not in (9, 10):
-        table = TILES[8, min(dtype.itemsize, 4)]
-    else:
-        table = TILES[architecture, 2]
+    table = TILES.get((architecture, dtype.itemsize), TILES[8, min(dtype.itemsize, 4)])
     limit = min(limit for limit in table if head_dim <= limit)
     rows, columns, warps, stages = table[limit][which]
 
@@ -451,8 +448,7 @@ def _constants(which, head_dim, dtype, architecture):
     operand = accumulator
     if architecture:  # numpy, which interprets, has no bfloat16
         operand = getattr(tl, str(dtype).removeprefix("torch."))
-    allowed = getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    precision = "tf32" if allowed == "tf32" else "ieee"
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
     sizes = dict(HEAD_DIM=head_dim, ROWS=rows, COLUMNS=columns)
     types = dict(DOT=operand, ACC=accumulator, PRECISION=precision)
@@ -461,7 +457,7 @@ def _constants(which, head_dim, dtype, architecture):
 
 
 def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
-    """Run a kernel for every tile of every head. tensors: query first."""
+    """Run a kernel for every tile of every head; query comes first."""
     kernel = (_forward_kernel, _query_gradient_kernel, _key_value_gradient_kernel)[which]
     query = tensors[0]
     batch, heads, tokens, head_dim = query.shape
@@ -574,20 +570,17 @@ def _checked(query, key, value, block_lengths, scale):
         if given != expected:
             raise ValueError(f"{name} is {given}, expected that of query, {expected}")
 
-    fits = isinstance(block_lengths, Sequence) and all(map(_is_positive_int, block_lengths))
+    fits = isinstance(block_lengths, Sequence)
+    fits = fits and all(isinstance(n, int) and n > 0 for n in block_lengths)
     if not fits or sum(block_lengths) != tokens:
-        expected = f"positive ints that sum to the {tokens} tokens of query"
+        expected = f"positive ints that sum to the {tokens} tokens"
         raise ValueError(f"block_lengths is {block_lengths!r}, expected {expected}")
 
     scale = head_dim**-0.5 if scale is None else scale
-    if scale is True or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale!r}, expected a positive number")
     return query, key, value, tuple(block_lengths), float(scale)
 
 
 def _cast(x, dtype):
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-def _is_positive_int(n):
-    return isinstance(n, int) and n is not True and n > 0

@@ -4,9 +4,8 @@
     -> f_hat (B, code_dim, h, w) -> images (B, 3, H, W)
 
 `steps` is the method as a generator, so that a caller can watch, stop or choose; `generate` and
-`edit` consume it. An image depends on its batch by rounding alone: its random numbers follow from
-its seed, the scale and the pass. In fp32 its tokens are the same and its pixels within 1e-5; in
-bf16 a batch of another size may tip a token, and what is drawn after it.
+`edit` consume it. An image's random numbers follow from its seed, the scale and the pass. On its
+batch it depends by rounding alone: in bf16 this may tip a token, and what is drawn after it.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024);
 classifier-free guidance (Ho and Salimans 2021).
@@ -18,7 +17,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a t
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import errno
 import hashlib
 import io
 import json
@@ -26,10 +24,10 @@ import math
 import os
 import secrets
 import sys
-import time
 import warnings
 from functools import partial
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +39,6 @@ from torch.utils import _pytree as pytree
 import hmar
 import tokenizer
 
-STEERING = ("guidance", "mask_guidance", "soften", "temperature", "top_k", "top_p")
 PUBLISHED = {  # guidance, top-k and top-p of the published samplers: HMAR's by depth, and VAR's
     16: dict(guidance=1.7, top_k=1000, top_p=0.99),
     20: dict(guidance=1.9, top_k=950, top_p=0.99),
@@ -90,19 +87,18 @@ def steps(
 ):
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
-    The defaults are what measured best for models of our own; see `published_options` for others.
+    The defaults measured best for models of our own; `published_options` has those of others.
 
-    labels: (B,) int64. schedule: for each scale the tokens kept at each pass; None: one masked pass
-    a scale. guidance, mask_guidance: of the next-scale and of masked passes, at the last scale; it
-    rises to them from 0 at the first; 0 is off, at half the cost. soften: nats a token at which
-    guidance is halved, 0: never. temperature divides the logits, 0: arg max; then top_k codes
+    labels: (B,) int64. schedule: for each scale the tokens kept at each pass; None: two masked
+    passes a scale. guidance, mask_guidance: of the next-scale and of masked passes, at the last
+    scale; it rises to them from 0 at the first; 0 is off, at half the cost. soften: nats a token at
+    which guidance is halved, 0: never. temperature divides the logits, 0: arg max; then top_k codes
     stay, 0: all; then top_p of the probability. Image i draws the numbers of seed + i, or of
     seed[i]. is_causal: the tree is VAR's, which keeps keys and values. known: of `edit`.
-    ValueError on what does not fit.
     """
     scales = hmar.scales(params)
     if schedule is None:
-        schedule = masked_schedule(scales, 1 if "masked" in params else 0)
+        schedule = masked_schedule(scales, 2 if "masked" in params else 0)
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
     check_fit(params, codec, labels, schedule, seeds)
 
@@ -116,9 +112,9 @@ def steps(
 
 @torch.no_grad()
 def passes(params, codec, batch, schedule, guided, strengths, choose, known):
-    """The loop of `steps`. guided is `classifier_free_guidance`, choose is `choose_tokens`.
+    """The loop of `steps`, whose options are bound in guided and choose.
 
-    Both have the options bound; strengths are the two guidances at the last scale.
+    strengths: guidance and mask_guidance, at the last scale.
     """
     scales = hmar.scales(params)
     codebook = codec["codebook"]
@@ -159,18 +155,16 @@ def passes(params, codec, batch, schedule, guided, strengths, choose, known):
 def check_fit(params, codec, labels, schedule, seeds):
     """ValueError unless tokenizer, schedule and seeds fit the transformer and the labels."""
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
-    got = tuple(codec["codebook"].shape)
-    if got != sizes:
-        raise ValueError(f"codec: got (codes, code_dim) {got}, the transformer has {sizes}")
     counts = tokenizer.lengths(hmar.scales(params))
-    if [sum(keeps) for keeps in schedule] != counts:
-        raise ValueError(f"schedule: got {schedule}, expected numbers that sum to {counts}")
+    for name, got, expected in (
+        ("codec: codes, code_dim", tuple(codec["codebook"].shape), sizes),
+        ("schedule: tokens by scale", [sum(keeps) for keeps in schedule], counts),
+        ("seed: how many", len(seeds), len(labels)),
+    ):
+        if got != expected:
+            raise ValueError(f"{name}: got {got}, expected {expected}")
     if "masked" not in params and max(map(len, schedule)) > 1:
-        raise ValueError(
-            f"schedule: got {schedule}, but no masked branch, which several passes need"
-        )
-    if len(seeds) != len(labels):
-        raise ValueError(f"seed: got {seeds}, expected one, or {len(labels)} of them")
+        raise ValueError("schedule: got several passes a scale, but no masked branch")
 
 
 def classifier_free_guidance(params, labels, branch, k, t, *inputs, soften=0.0, cache=None):
@@ -180,7 +174,6 @@ def classifier_free_guidance(params, labels, branch, k, t, *inputs, soften=0.0, 
     by 1 + D / soften, D being the divergence of the two in nats, on average over an image's tokens:
     what a class says is amplified where it says little, and not exaggerated where it says all.
     """
-
     predict = partial(hmar.branch_features, params, branch, k=k, cache=cache)
     head = partial(hmar.logits, **params[branch]["head"])
 
@@ -280,8 +273,8 @@ def most_confident(confidence, hidden, keep):
 def masked_schedule(scales, masked_passes):
     """For each scale the tokens kept at each pass, ((1,), ...): a draw, then masked passes.
 
-    Few are kept at first, most last, after a cosine (MaskGIT, section 3.3), one at least at each:
-    of 16 tokens, in 3 masked passes, 1 4 5 6.
+    Few are kept at first, most last, after a cosine (MaskGIT, section 3.3): of 16 tokens, in 3
+    masked passes, 1 4 5 6.
     """
     if masked_passes < 0:
         raise ValueError(f"masked passes: got {masked_passes}, expected 0 or more")
@@ -305,7 +298,7 @@ def published_schedule(scales):
 def published_options(params, is_causal=False):
     """What the published samplers do with such a tree, as keyword arguments of `steps`.
 
-    HMAR's of the nearest published depth, or VAR's; no masked passes where no branch makes them.
+    HMAR's of the nearest published depth, or VAR's.
     """
     depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
     nearest = min((16, 20, 24, 30), key=lambda published: abs(published - depth))
@@ -418,7 +411,7 @@ def carried_on(error, known, reach):
 
 @torch.no_grad()
 def decode_in_parts(codec, f_hat):
-    """tokenizer.decode_features of a few images at a time: a decoder's maps outweigh the rest."""
+    """tokenizer.decode_features, a few images at a time: a decoder's maps outweigh the rest."""
     few = at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
     images = torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
     if not images.isfinite().all():
@@ -428,7 +421,7 @@ def decode_in_parts(codec, f_hat):
 
 def at_once(pixels):
     """How many images of so many pixels pass the networks together: eight of 256 x 256."""
-    return max(1, 2**19 // max(1, pixels))
+    return max(1, 2**19 // pixels)
 
 
 def sheet(rows, names):
@@ -443,10 +436,9 @@ def sheet(rows, names):
     for y, (row, name) in enumerate(zip(rows, names)):
         place = (6, y * height + height // 2)
         ImageDraw.Draw(page).text(place, name, "black", font, anchor="lm")
-        for x, pixels in enumerate(to_bytes(row)):
-            picture = Image.fromarray(pixels)
-            picture = picture.resize((width - 2, height - 2), Image.Resampling.NEAREST)
-            page.paste(picture, (left + x * width, y * height))
+        tiles = row.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        strip = np.hstack(to_bytes(F.pad(tiles, (0, 2, 0, 2), value=1.0)))  # a white edge
+        page.paste(Image.fromarray(strip), (left, y * height))
     return page
 
 
@@ -460,13 +452,10 @@ def read_image(path, shortest=None):
     """The first frame of an image file, upright, RGB, transparency on white, 16 bits scaled to 8.
 
     shortest: a large JPEG may be decoded at a fraction of its size, no side below that (faster).
-    ValueError, with path and reason, where the bytes are no image or a broken one; OSError where
-    they cannot be read now.
+    ValueError where the bytes are no image or a broken one; OSError where they cannot be read.
     """
-    if not os.path.isfile(path):  # a pipe would wait for ever
-        raise FileNotFoundError(errno.ENOENT, "missing or no regular file", str(path))
-    with open(path, "rb") as file:
-        content = io.BytesIO(file.read())
+    check_is_file(path)
+    content = io.BytesIO(Path(path).read_bytes())
     try:
         with Image.open(content, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as image:
             if shortest is not None:
@@ -477,7 +466,7 @@ def read_image(path, shortest=None):
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: no image of these formats") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def as_rgb(image):
@@ -503,9 +492,8 @@ def load(path, module=None, **options):
             raise ValueError("numbers that are not finite floats")
         return leaf.float().resolve_neg().contiguous()
 
-    if not os.path.isfile(path):  # a pipe would wait for ever
-        raise ValueError(f"{path}: missing or no regular file")
     try:
+        check_is_file(path)
         tree, origin = torch.load(path, map_location="cpu", weights_only=True), "ours"
         if module is None:
             is_codec = any(str(name).startswith("encoder") for name in tree)
@@ -531,30 +519,31 @@ def digest(tree):
 
 # ---- the command
 
+SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
+
 
 def parser():
     """The flags of `python sample.py`."""
     top = command_parser("python sample.py RUN [flags]: draw images, or repaint a part of one.")
     add = top.add_argument
-    add("run", nargs="?", help="run folder of train.py")
-    add("--weights", help="transformer, ours or published (RUN/hmar.pt, else next-scale.pt)")
-    add("--tokenizer", help="ours or published (RUN/tokenizer.pt)")
+    add("run", type=Path, help="run folder of train.py, or weights, ours or published")
+    add("--tokenizer", help="ours or published (tokenizer.pt beside the weights)")
     add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
     add("--labels", nargs="+", default=["all"], help="names, else numbers (all; on a sheet ten)")
     add("--count", type=int, default=8, help="images a label (8)")
     add("--seed", type=int, default=0, help="of image 0; image i has i more (0)")
-    add("--out", default="samples.png", help=".png sheet, .gif, .npz or a folder (samples.png)")
+    add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
     add("--guidance", type=float, help="at the last scale, 0 at the first (5)")
     add("--mask-guidance", type=float, help="of masked passes (5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, help="0: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
-    add("--mask-steps", type=int, help="masked passes a scale (1)")
-    add("--edit", help="image to repaint, cropped to the model's shape")
+    add("--mask-steps", type=int, help="masked passes a scale (2)")
+    add("--edit", type=Path, help="image to repaint, cropped to the model's shape")
     either = top.add_mutually_exclusive_group().add_argument
-    either("--mask", help="image, white: repaint; any size")
-    either("--pad", type=float, help="outpaint, a border of this share")
+    either("--mask", type=Path, help="image, white: repaint; any size")
+    either("--pad", type=float, default=0.0, help="outpaint, a border of this share")
     add("--device", help="cuda or cpu (the first there is)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     return top
@@ -575,26 +564,29 @@ def scale_pair(text):
 
 def run(args):
     """What the command does once its flags are read."""
-    kind = kind_of_output(args)
+    check_flags(args)
+    kind = SHEETS.get(args.out.suffix.lower(), "folder")
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     params, codec, names, options = load_models(args)
     classes = class_numbers(args.labels, names)
-    if kind in ("PNG", "GIF") and args.labels == ["all"]:
+    if kind != "folder" and args.labels == ["all"]:
         classes = classes[:10]
     labels = torch.tensor(classes).repeat_interleave(args.count)
     given = photo_and_mask(args, params, codec) if args.edit else ()
 
-    asked = {name: getattr(args, name) for name in STEERING if getattr(args, name) is not None}
-    options |= asked
+    # flags go before the defaults of these weights
+    asked = {name: value for name, value in vars(args).items() if value is not None}
+    options |= {name: asked[name] for name in steps.__kwdefaults__ if name in asked}
     if args.mask_steps is not None:
         options["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
-    settings = dict(options, labels=classes, count=args.count, seed=args.seed, dtype=str(dtype))
+    settings = dict(options, labels=classes, count=args.count, dtype=str(dtype))
     settings["weights"] = digest([params, codec, *given])
-    models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
-    models = pytree.tree_map(lambda leaf: leaf.to(device), models)
+
     # one pass refuses what does not fit before any file is written
-    next(steps(*models, labels[:1].to(device), seed=args.seed, **options))
+    models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
+    models, labels, given = pytree.tree_map(lambda x: x.to(device), (models, labels, given))
+    next(steps(*models, labels[:1], **options))
     pixels = math.prod(hmar.scales(params)[-1]) * tokenizer.downsampling(codec) ** 2
     batch = min(50, at_once(pixels))
 
@@ -602,57 +594,49 @@ def run(args):
         """Yields (numbers, [images (n, 3, H, W), ...]), a batch at a time; of a .gif each pass."""
         for first in range(0, len(numbers), batch):
             some = numbers[first : first + batch]
-            own, more = labels[some].to(device), dict(options, seed=[args.seed + i for i in some])
+            own = dict(options, labels=labels[some], seed=[args.seed + i for i in some])
             if args.edit:
-                photo, mask = (x.to(device).expand(len(some), -1, -1, -1) for x in given)
-                images = [edit(*models, photo, mask, own, **more)]
+                photo, mask = (x.expand(len(some), -1, -1, -1) for x in given)
+                images = [edit(*models, photo, mask, **own)]
             elif kind == "GIF":
-                maps = [step.f_hat for step in steps(*models, own, **more)]
-                images = [decode_in_parts(models[1], f_hat) for f_hat in maps]
+                images = [decode_in_parts(models[1], step.f_hat) for step in steps(*models, **own)]
             else:
-                images = [generate(*models, own, **more)[0]]
+                images = [generate(*models, **own)[0]]
             yield some, [x.cpu() for x in images]
 
-    if kind in ("PNG", "GIF"):
-        passes_of_batches = zip(*(images for _, images in drawn(range(len(labels)))))
-        rows = [torch.cat(parts).split(args.count) for parts in passes_of_batches]
-        write_sheets(
-            args.out, kind, [sheet(row, [names[label] for label in classes]) for row in rows]
-        )
-    else:
+    if kind == "folder":
         fill_folder(args.out, settings, labels.tolist(), drawn)
+    else:
+        batches = [images for _, images in drawn(range(len(labels)))]
+        rows = [torch.cat(parts).split(args.count) for parts in zip(*batches)]  # of each pass
+        shown = [names[label] for label in classes]
+        write_sheets(args.out, kind, [sheet(row, shown) for row in rows])
     print(f"wrote {args.out}")
 
 
-def kind_of_output(args):
-    """What --out asks for, PNG, GIF, NPZ or folder. ValueError for flags of harm or no effect."""
-    suffix = os.path.splitext(args.out)[1].lower()
-    if not args.out or suffix in (".jpg", ".jpeg", ".webp", ".bmp"):
-        raise ValueError(f"--out: got {args.out!r}, expected a .png, .gif or .npz, or a folder")
-    if suffix and not os.path.isdir(os.path.dirname(args.out) or "."):
+def check_flags(args):
+    """ValueError for flags that would do harm, or nothing."""
+    if args.out.suffix and not args.out.parent.is_dir():
         raise ValueError(f"--out: got {args.out}, expected a folder that is there")
-    if args.pad is not None and not 0 < args.pad < 0.5:
-        raise ValueError(f"--pad: got {args.pad}, expected between 0 and 0.5")
-    if bool(args.edit) != bool(args.mask or args.pad) or (args.edit and suffix == ".gif"):
-        raise ValueError("--edit: expected with one of --mask and --pad, and no .gif")
-    if os.path.realpath(args.out) in [os.path.realpath(x) for x in (args.edit, args.mask) if x]:
+    if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
         raise ValueError(f"--out: got {args.out}, which is also to be read")
+    if (args.mask or args.pad) and not args.edit:
+        raise ValueError("--mask, --pad: expected beside --edit alone")
     if args.count < 1:
         raise ValueError(f"--count: got {args.count}, expected 1 or more")
-    return {".png": "PNG", ".gif": "GIF", ".npz": "NPZ"}.get(suffix, "folder")
 
 
 def find_device(name):
     """The torch.device of --device, by default this process's GPU or the CPU."""
     torch.backends.cudnn.allow_tf32 = False  # for the whole process: the quantiser is in fp32
+    place = int(os.environ.get("LOCAL_RANK", "0"))
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    place = int(os.environ.get("LOCAL_RANK", "0"))
-    if name == "cpu":
-        return torch.device("cpu")
     if name == "cuda" and place < torch.cuda.device_count():
         return torch.device("cuda", place)
-    raise ValueError(f"--device: got {name!r}, expected cpu or a cuda that is here")
+    if name != "cpu":
+        raise ValueError(f"--device: got {name!r}, expected cpu or a cuda that is here")
+    return torch.device("cpu")
 
 
 def find_dtype(name, device):
@@ -667,29 +651,26 @@ def find_dtype(name, device):
 
 def load_models(args):
     """(params, codec, class names, options of `steps`), by args.json beside the weights."""
-    if not args.run and not (args.weights and args.tokenizer):
-        raise ValueError("expected RUN or --weights, --tokenizer")
-    weights = args.weights or os.path.join(args.run, "hmar.pt")
-    if not args.weights and not os.path.exists(weights):
-        weights = os.path.join(args.run, "next-scale.pt")  # the last file of a --causal run
-    options = dict(scales=args.scales) if args.scales else {}
-    params, origin = load(weights, hmar, **options)
-    codec, _ = load(args.tokenizer or os.path.join(args.run, "tokenizer.pt"), tokenizer)
+    weights = args.run
+    if weights.is_dir():  # of a --causal run next-scale.pt is the last file
+        is_whole = (args.run / "hmar.pt").exists()
+        weights = args.run / ("hmar.pt" if is_whole else "next-scale.pt")
+    params, origin = load(weights, hmar, scales=args.scales)
+    codec, _ = load(args.tokenizer or weights.with_name("tokenizer.pt"), tokenizer)
 
-    record = read_json(os.path.join(os.path.dirname(weights), "args.json"))
+    record = read_json(weights.with_name("args.json"))
     if record.get("tokenizer", digest(codec)) != digest(codec):
         raise ValueError(f"{weights}: trained with another tokenizer than this")
-    if origin == "ours":
-        flags = record.get("flags")
-        options = dict(is_causal=isinstance(flags, dict) and flags.get("causal") is True)
-    else:
+    if origin != "ours":
         options = published_options(params, is_causal=origin == "VAR")
-    if origin == "ours" and args.scales:
+    elif args.scales:
         raise ValueError("--scales: got some, but a run has its own")
+    else:
+        options = dict(is_causal=record.get("flags", {}).get("causal", False))
 
-    classes, names = len(params["classes"]) - 1, record.get("class_names")
-    if not isinstance(names, list) or len(names) != classes:
-        names = range(classes)
+    classes = len(params["classes"]) - 1
+    names = record.get("class_names", [])
+    names = names if len(names) == classes else range(classes)
     return params, codec, list(map(str, names)), options
 
 
@@ -711,11 +692,14 @@ def photo_and_mask(args, params, codec):
     photo = ImageOps.fit(read_image(args.edit), size, Image.Resampling.LANCZOS)
     if args.mask is not None:
         mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.Resampling.NEAREST)
-    else:
+    elif 0 < args.pad < 0.5:
         border = tuple(max(1, int(side * args.pad)) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
         photo = ImageOps.expand(photo.resize(inner), border, "grey")
         mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
+    else:
+        raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
+
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
     mask = torch.from_numpy(np.array(mask))[None, None] > 127
     if not mask.any():
@@ -724,45 +708,37 @@ def photo_and_mask(args, params, codec):
 
 
 def write_sheets(path, kind, pages):
-    """A PNG of the page, or a GIF of all pages, the last one longest."""
-    options = {}
-    if kind == "GIF":
-        times = [400] * (len(pages) - 1) + [2000]  # milliseconds
-        options = dict(save_all=True, append_images=pages[1:], duration=times, loop=0)
+    """The first page in a format of Pillow's, or a GIF of all pages, the last one longest."""
+    times = [400] * (len(pages) - 1) + [2000]  # milliseconds
+    options = dict(save_all=kind == "GIF", append_images=pages[1:], duration=times, loop=0)
     write_whole(path, lambda file: pages[0].save(file, kind, **options))
 
 
 def fill_folder(out, settings, labels, drawn):
     """Draws what is missing of number-label.png in a folder; then packs them, if out is an .npz.
 
-    Processes of torchrun draw a share each: the first writes down the settings or compares them
-    with those that are there, the others wait for that, and compare too.
+    Whoever finds it empty writes down the settings; all compare theirs with those. Processes of
+    torchrun draw a share each; the last one packs.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    name, suffix = os.path.splitext(out)
-    folder = name if suffix.lower() == ".npz" else out
-    record = os.path.join(folder, "settings.json")
-    settings = json.loads(json.dumps(settings))  # as they come back
-    if rank == 0:
-        os.makedirs(folder, exist_ok=True)
-        lock = lock_folder(folder)  # noqa: F841, held while it lives
-        if all(name == "lock" or name.endswith(".tmp") for name in os.listdir(folder)):
-            write_json(record, settings)
-    while rank > 0 and not os.path.exists(record):
-        time.sleep(0.1)
-    before = read_json(record)
+    is_archive = out.suffix.lower() == ".npz"
+    folder = out.with_suffix("") if is_archive else out
+    folder.mkdir(parents=True, exist_ok=True)
+    if all(path.suffix == ".tmp" for path in folder.iterdir()):  # which a kill may leave
+        write_json(folder / "settings.json", settings)
+    before = read_json(folder / "settings.json")
+    settings = json.loads(json.dumps(settings))  # as they come back from a file
     if before != settings:
-        text = f"{folder} holds images of other settings, or something else"
-        raise ValueError(f"--out: {text}: {differences(before, settings)}; expected a new folder")
+        raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
 
-    paths = [os.path.join(folder, f"{i:06d}-{label}.png") for i, label in enumerate(labels)]
-    own = range(len(paths))[rank::world]
-    for numbers, (images,) in drawn([i for i in own if not os.path.exists(paths[i])]):
+    paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
+    missing = [i for i in range(rank, len(paths), world) if not paths[i].exists()]
+    for numbers, (images,) in drawn(missing):
         for i, pixels in zip(numbers, to_bytes(images)):
             write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
         print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
 
-    if out != folder and all(map(os.path.exists, paths)):  # of all processes
+    if is_archive and all(path.exists() for path in paths):  # of all processes
         pixels = np.stack([np.asarray(read_image(path)) for path in paths])
         write_whole(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
@@ -770,20 +746,23 @@ def fill_folder(out, settings, labels, drawn):
 # ---- files, of both commands
 
 
+def check_is_file(path):
+    """FileNotFoundError unless it is a regular file: a pipe would wait for ever."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"missing or no regular file: {path}")
+
+
 def read_json(path):
-    """The object in a JSON file, {} where there is no file. ValueError for anything else."""
-    if not os.path.lexists(path):
-        return {}
+    """The object in a JSON file, {} where there is no file."""
     try:
-        if not os.path.isfile(path):  # a pipe would wait for ever
-            raise ValueError("got no regular file")
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-        if not isinstance(value, dict):
-            raise ValueError(f"got a {type(value).__name__}")
-        return value
-    except (ValueError, RecursionError) as error:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object; {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object; got a {type(value).__name__}")
+    return value
 
 
 def write_json(path, value):
@@ -798,11 +777,8 @@ def differences(old, new):
 
 
 def write_whole(path, write):
-    """write(file) to a temporary file of its own, then renamed: the old file or the whole new one.
-
-    Of several writers whoever renames last wins. OSError where it cannot be written.
-    """
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    """write(file), to a file of another name, then renamed: the old one or the whole new one."""
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"  # another writer's has another name
     try:
         with open(temporary, "xb") as file:
             write(file)
@@ -817,29 +793,10 @@ def write_whole(path, write):
             os.remove(temporary)
 
 
-def lock_folder(folder):
-    """The open file folder/lock, which keeps other processes out while it is open.
-
-    ValueError where another one has it. A file system without locks goes without.
-    """
-    import fcntl  # Windows has none
-
-    file = open(os.path.join(folder, "lock"), "a")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"{folder}: another process works there") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-    return file
-
-
 def command(name, work, parser, argv):
     """Exit status of work(flags): 0; 2, one line, for bad input or a system that refuses; 130."""
-    for stream in (sys.stdout, sys.stderr):  # names that it cannot encode are told all the same
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are told all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         work(parser.parse_args(argv))
@@ -853,7 +810,7 @@ def command(name, work, parser, argv):
 
 
 def main(argv=None):
-    """The command; see `command`."""
+    """The exit status of `python sample.py`."""
     return command("sample.py", run, parser(), argv)
 
 

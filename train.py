@@ -14,7 +14,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a t
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import collections
 import colorsys
 import contextlib
 import ctypes
@@ -24,11 +23,11 @@ import hashlib
 import itertools
 import json
 import math
-import operator
 import os
 import re
+import shutil
 import sys
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 import hmar
 import sample
@@ -45,28 +45,11 @@ import tokenizer
 # a stage is finished when its file is there
 STAGES = {"tokenizer": "tokenizer.pt", "next-scale": "next-scale.pt", "masked": "hmar.pt"}
 
-PRESETS = {  # (up to 64 pixels, a model for two CPU cores; above, the published one, for GPUs)
-    "channels": (32, 160),
-    "multipliers": ((1, 1, 2), (1, 1, 2, 2, 4)),
-    "residual_blocks": (1, 2),
-    "attention": (False, True),
-    "codes": (256, 4096),
-    "code_dim": (16, 32),
-    "depth": (3, 16),  # the width is 64 times that
-    "gamma": (0.1, None),
-    "masked_blocks": (2, 8),
-    "loss_weights": ("token", "lognormal"),
-    "batch": (16, 64),
-    "ema": (0.998, 0.9999),
-    "warmup": (100, 1000),
-    "save_every": (250, 500),
-    "steps": ((1150, 1200, 250), (200_000, 400_000, 80_000)),  # of each stage
-    "lr": ((4e-3, 4e-3, 1e-3), (1e-4, 1e-4, 1e-4)),
-}
-LARGEST_SMALL = 64  # pixels
-COOL_DOWN = 0.6  # last share of the steps: the rate falls to zero
+DEPTH = 2  # unless --depth says otherwise
+COOL_DOWN = 0.6  # last share of a stage's steps: the rate falls to zero
+WARM_UP = 0.06  # first share: the rate rises to its peak
+MEMORY = 0.25  # share of the steps over which the moving average of the weights (EMA) reaches
 CLIP = 1.0  # largest gradient norm
-WEIGHT_DECAY = 0.05  # on matrices alone
 BETAS = (0.9, 0.95)  # AdamW's
 MOMENTUM = 0.95  # Muon's
 MUON_TOGETHER = 2**22  # numbers in the matrices of a shape that are stepped together
@@ -74,7 +57,6 @@ NOT_FOR_MUON = (  # what faces other than features, and modulation
     "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
 )
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
-CHECKPOINTING = False  # the transformer's activations are computed twice, which saves memory
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps; then codes that nobody chose are replaced,
 REVIVE_UNTIL = 0.8  # of the stage: the last ones get time to settle
@@ -82,16 +64,62 @@ COARSE_WEIGHT = 0.5  # of the squared error of coarse images (RESULTS, "The pyra
 EDGE_WEIGHT = 0.25  # of the error of edges, beside .5 of the absolute error
 HUE_WEIGHT = 0.28  # of the share of the hues' variance that is lost (RESULTS, "Hues, tried")
 LOG_EVERY = 50  # steps
-LOOKS = 6  # at held-out images in a stage,
-JUDGED = 128  # of them at most
+JUDGED = 128  # held-out images at most that are looked at
+SAVES = 8  # checkpoints a stage, and more where
+SAVE_SECONDS = 300  # have passed since the last
+TIMED = 20  # steps of a stage that tell how long it takes
 PATIENCE = 1 / 3  # of the steps without a better loss end a stage
 HELD_OUT = 0.05  # share of the images
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
 MOST_VIEWS = 16  # but in no more than these
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-FLAGS = ("size", "flip", "seed", "dtype", "compile", "causal", "scales")  # that change a result
-CODES = ("codes", "code_dim")
-NETS = ("channels", "multipliers", "residual_blocks", "attention")  # of the tokenizer
+# flags that change a result
+FLAGS = ("size", "depth", "flip", "seed", "dtype", "compile", "causal", "scales")
+
+
+def dial(depth, size, images):
+    """{setting: value} that --depth and --size decide, for so many images to train on.
+
+    RESULTS, "The dial", has what was measured at depths 2 to 4; beyond them the laws are
+    extrapolated, to meet the published transformer at depth 16 (VAR, HMAR).
+    """
+    larger = depth / DEPTH
+    is_large = depth >= 8  # from here on the published sizes
+
+    # images as the parameters, which grow by depth^3 (Hoffmann et al. 2022), fewer of larger ones,
+    # since each has more tokens; no folder is worth more than so many epochs
+    seen = min(36_800 * larger**3 * math.sqrt(32 / size), 200 * images)
+    batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
+    seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}
+
+    # deeper wants less, a larger batch more (HyperP 2603.28743)
+    rate = 4e-3 * larger**-0.7
+    rates = {"tokenizer": rate, "next-scale": rate, "masked": rate / 4}
+
+    # so that weights shrink alike over a run (Wang and Aitchison 2024)
+    decay = 0.05 * larger**-0.8
+
+    # pixels a side of a cell: 4, or more where that left over 16 cells; a level halves the sides
+    cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))
+    codec = dict(
+        codes=2 ** round(8 + 4 / 3 * math.log2(larger)),  # 256 to the published 4,096
+        code_dim=32 if is_large else 16,
+        channels=max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
+        multipliers={4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[cell],
+        residual_blocks=2 if is_large else 1,
+        attention=is_large,
+    )
+    return dict(
+        codec=codec,
+        transformer=dict(depth=depth, gamma=None if is_large else 0.1),  # the width is 64 depth
+        masked_blocks=(depth + 1) // 2,
+        loss_weights="lognormal" if is_large else "token",
+        batch=batch,
+        steps={stage: math.ceil(share * seen / batch) for stage, share in seen_by.items()},
+        lr=rates,
+        decay=decay,
+        looks=3 * depth,  # at held-out images in a stage
+    )
 
 
 def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, extra=()):
@@ -102,31 +130,31 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
     best; after_step(step, needs, optimizer) may change tree and extra, tensors that are saved too.
     """
     model = Trained(tree, loss)
-    leaves = list(model.leaves)
-    current = [leaf.detach() for leaf in leaves]  # the same memory, without gradients
+    current = [leaf.detach() for leaf in model.leaves]  # the same memory, without gradients
     ema = [leaf.clone() for leaf in current]
     best = [leaf.clone() for leaf in current]
-    optimizer = Optimizer(tree)
+    steps, peak = args.steps[stage], args.lr[stage]
+    optimizer = Optimizer(tree, args.decay)
     state = [*current, *ema, *best, *optimizer.moments, *extra]
     (start, best_step, best_loss), window = load_checkpoint(args, stage, state)
     call = wrapped(model, args, stage)
-    steps = args.steps[stage]
-    look_every = math.ceil(steps / LOOKS)
+    progress = Progress(args, stage, start)
     with stop_signals(args.device) as asked_to_stop:
         for step, parts in enumerate(batches(start), start + 1):
-            rate = learning_rate(step, steps, args.lr[stage], args.warmup)
-            numbers, needs, norm = optimise(call, parts, leaves, optimizer, rate)
-            decay = min(args.ema, step / (step + 10))  # the first weights are soon forgotten
-            torch._foreach_lerp_(ema, current, 1 - decay)
+            rate = learning_rate(step, steps, peak)
+            numbers, needs, norm = optimise(call, parts, model.leaves, optimizer, rate)
+            kept = min(1 - 1 / (1 + MEMORY * steps), step / (step + 10))  # the first soon goes
+            torch._foreach_lerp_(ema, current, 1 - kept)
             after_step(step, needs, optimizer)
+            progress.tick(step)
 
             window += [{"gradient": norm} | part for part in numbers]
             if step % LOG_EVERY == 0 or step == steps:
-                log(args, stage, step, rate=rate, **means(averaged(window)))
+                progress.log(step, rate=rate, **means(averaged(window)))
                 window.clear()
 
-            if step % look_every == 0 or step == steps:
-                held_out_loss = look(args, stage, step, evaluate, with_leaves(tree, ema))
+            if progress.is_look_due(step):
+                held_out_loss = look(step, evaluate, with_leaves(tree, ema), progress)
                 if held_out_loss < best_loss:
                     best_step, best_loss = step, held_out_loss
                     torch._foreach_copy_(best, ema)
@@ -135,7 +163,7 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
                     break
 
             stops = asked_to_stop(step)
-            if stops or step % args.save_every == 0:
+            if stops or progress.is_save_due(step):
                 require_finite(stage, step, norm.isfinite())  # nan weights give a nan norm
                 window = averaged(window)  # one saves for all; averaged again it is the same
                 save_checkpoint(args, stage, state, (step, best_step, best_loss), window)
@@ -146,10 +174,10 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
     return with_leaves(tree, best)
 
 
-def look(args, stage, step, evaluate, tree):
+def look(step, evaluate, tree, progress):
     """The loss on held-out images: the first process's, for all of them to act on."""
     numbers = agreed(lambda: evaluate(tree))
-    log(args, stage, step, **{f"held_out_{name}": value for name, value in numbers.items()})
+    progress.log(step, **{f"held_out_{name}": value for name, value in numbers.items()})
     return numbers["loss"]
 
 
@@ -169,10 +197,10 @@ def optimise(call, parts, leaves, optimizer, rate):
     return numbers, needs, norm
 
 
-def learning_rate(step, steps, peak, warmup):
+def learning_rate(step, steps, peak):
     """Of step 1, 2, ...: warm-up, constant, then linear to zero (Hägele et al. 2024)."""
     left = 1 - (step - 1) / steps
-    return peak * min(1, step / max(1, warmup), left / COOL_DOWN)
+    return peak * min(1, step / (WARM_UP * steps), left / COOL_DOWN)
 
 
 class Optimizer:
@@ -183,7 +211,8 @@ class Optimizer:
     Muon multiplies in bf16 whatever --dtype says.
     """
 
-    def __init__(self, tree):
+    def __init__(self, tree, decay=0):
+        self.decay = decay
         by_shape, others = {}, []
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
             if not isinstance(leaf, torch.nn.Parameter):
@@ -214,7 +243,7 @@ class Optimizer:
             updates = orthogonal(gradients.lerp(momentum, MOMENTUM))  # Nesterov's look ahead
             size = 0.2 * math.sqrt(max(updates.shape[1:]))  # an orthogonal matrix has 1 / sqrt(max)
             for leaf, update in zip(leaves, updates):
-                leaf.mul_(1 - rate * WEIGHT_DECAY)
+                leaf.mul_(1 - rate * self.decay)
                 leaf.sub_(update.reshape(leaf.shape), alpha=rate * size)
                 leaf.grad = None
 
@@ -319,16 +348,62 @@ def stop_signals(device):
         raise KeyboardInterrupt
 
 
-def log(args, stage, step, **numbers):
-    """Adds a line to metrics.jsonl and prints it. ValueError where a number is not finite."""
-    line = json.dumps(dict(stage=stage, step=step, **numbers))
-    require_finite(stage, step, not re.search(r"\b(NaN|Infinity)\b", line))
-    if rank() == 0:
-        with open(Path(args.out, "metrics.jsonl"), "a") as file:
-            file.write(line + "\n")
+class Progress:
+    """A stage's progress, said and written, with the time that is left."""
+
+    def __init__(self, args, stage, start):
+        self.args, self.stage, self.start = args, stage, start
+        self.began = self.saved = time.monotonic()
+        self.shown = ""
+
+    def log(self, step, **numbers):
+        """Adds a line to metrics.jsonl and says it. ValueError where a number is not finite."""
+        line = json.dumps(dict(stage=self.stage, step=step, **numbers))
+        require_finite(self.stage, step, not re.search(r"\b(NaN|Infinity)\b", line))
+        if rank() == 0:
+            with open(Path(self.args.out, "metrics.jsonl"), "a") as file:
+                file.write(line + "\n")
         single = [name for name in numbers if not isinstance(numbers[name], list)]
-        shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in single)
-        say(f"{stage} {step}/{args.steps[stage]}  {shown}")
+        self.shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in single)
+        self.say(step)
+
+    def tick(self, step):
+        """Says how long it will take after the first steps; on a terminal the line lives."""
+        if step == self.start + TIMED or sys.stdout.isatty():
+            self.say(step)
+
+    def say(self, step):
+        place = f"{self.stage} {step}/{self.args.steps[self.stage]}"
+        say(f"{place}  {self.time_left(step)}{self.shown}", renewed=True)
+
+    def time_left(self, step):
+        """ "0:04:10 left, 0:09:00 of the run  ", or nothing before some steps can tell."""
+        args, done = self.args, step - self.start
+        if done < TIMED:
+            return ""
+        pace = (time.monotonic() - self.began) / done
+        stage = pace * (args.steps[self.stage] - step)
+
+        # other stages are as fast as this one, by their FLOPs
+        later = args.stages[args.stages.index(self.stage) + 1 :]
+        per_step = args.work[self.stage] / args.steps[self.stage]
+        run = stage + pace * sum(args.work[name] for name in later) / per_step
+        stage, run = (datetime.timedelta(seconds=round(left)) for left in (stage, run))
+        return f"{stage} left, {run} of the run  "
+
+    def is_look_due(self, step):
+        """Whether held-out images are looked at after this step."""
+        steps = self.args.steps[self.stage]
+        return step == steps or step % math.ceil(steps / self.args.looks) == 0
+
+    def is_save_due(self, step):
+        """Whether a checkpoint is: after a share of the steps, or where the last is long ago."""
+        is_due = step % math.ceil(self.args.steps[self.stage] / SAVES) == 0
+        if world() == 1 or step % 10 == 0:  # the first process's clock tells
+            is_due |= agreed(lambda: time.monotonic() - self.saved > SAVE_SECONDS)
+        if is_due:
+            self.saved = time.monotonic()
+        return is_due
 
 
 def require_finite(stage, step, fits):
@@ -343,8 +418,8 @@ def require_finite(stage, step, fits):
 
 def train_tokenizer(args, data, held_out, init=None):
     """Images -> a codec each of whose scales is an image; dead codes are replaced on the way."""
-    sizes = {name: getattr(args, name) for name in NETS + CODES}
-    codec = trainable(to_device(init or tokenizer.init(**sizes, seed=args.seed), args.device))
+    init = init or tokenizer.init(**args.codec, seed=args.seed)
+    codec = trainable(to_device(init, args.device))
     codebook = codec["codebook"]
     counts_since = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)
     judged = to_unit(read_held_out(held_out)[0], args.device)
@@ -414,11 +489,7 @@ def hues(images):
 def train_next_scale(args, data, held_out, init=None):
     """Tokens -> a transformer that predicts every token from the coarser scales."""
     codec, all_tokens, evaluate = on_tokens(args, "next-scale", data, held_out)
-    if init is None:
-        codes, code_dim = codec["codebook"].shape
-        sizes = dict(codes=codes, code_dim=code_dim, classes=len(data.class_names))
-        sizes |= dict(depth=args.depth, gamma=args.gamma, scales=args.scales)
-        init = hmar.init(**sizes, seed=args.seed)
+    init = init or new_transformer(args, len(data.class_names))
     params = trainable(to_device(init, args.device))
     weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)  # (L,)
     lengths = tokenizer.lengths(args.scales)
@@ -426,7 +497,7 @@ def train_next_scale(args, data, held_out, init=None):
     def loss(params, labels, tokens, gates):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
         fast = hmar.cast(params, args.dtype)
-        options = dict(gates=gates, checkpointing=CHECKPOINTING)
+        options = dict(gates=gates, checkpointing=args.checkpointing)
         losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
         total = (losses * weights).sum(1).mean()
         by_scale = [scale.mean() for scale in losses.mean(0).split(lengths)]
@@ -440,6 +511,13 @@ def train_next_scale(args, data, held_out, init=None):
     return fit(args, "next-scale", params, loss, batches, evaluate)
 
 
+def new_transformer(args, classes):
+    """An untrained one for the tokenizer's codes."""
+    codes, code_dim = args.codec["codes"], args.codec["code_dim"]
+    sizes = dict(codes=codes, code_dim=code_dim, classes=classes, scales=args.scales)
+    return hmar.init(**args.transformer, **sizes, seed=args.seed)
+
+
 def fitted(args, params, classes):
     """Given weights as a start for these scales and classes: all blocks are one trunk again.
 
@@ -447,7 +525,7 @@ def fitted(args, params, classes):
     """
     branch = params["next_scale"]
     got = len(branch["head"]["bias"]), params["input"]["weight"].shape[1]
-    expected = args.codes, args.code_dim
+    expected = args.codec["codes"], args.codec["code_dim"]
     if got != expected:
         raise ValueError(
             f"--init: got (codes, code_dim) {got}, expected the tokenizer's {expected}"
@@ -474,8 +552,7 @@ def train_masked(args, data, held_out, init=None):
     """
     codec, all_tokens, evaluate = on_tokens(args, "masked", data, held_out)
     params = load_stage(args, "next-scale")
-    blocks = min(args.masked_blocks, len(params["trunk"]))
-    params = hmar.add_masked_branch(params, blocks, seed=args.seed)
+    params = with_masked_branch(args, params)
     params |= trainable(dict(masked=params["masked"]))
     first = tokenizer.lengths(args.scales)[0]
 
@@ -483,7 +560,7 @@ def train_masked(args, data, held_out, init=None):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
         own_inputs = tokenizer.masked_inputs(codec, tokens, args.scales, mask)
         fast = hmar.cast(params, args.dtype)
-        options = dict(places=places, gates=gates, checkpointing=CHECKPOINTING)
+        options = dict(places=places, gates=gates, checkpointing=args.checkpointing)
         losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask, **options)
         total = (losses * share).sum()
         return total, dict(loss=total), ()
@@ -504,6 +581,11 @@ def train_masked(args, data, held_out, init=None):
             yield to_device(parts, args.device)
 
     return fit(args, "masked", params, loss, batches, evaluate)
+
+
+def with_masked_branch(args, params):
+    blocks = min(args.masked_blocks, len(params["trunk"]))
+    return hmar.add_masked_branch(params, blocks, seed=args.seed)
 
 
 def on_tokens(args, stage, data, held_out):
@@ -621,7 +703,7 @@ def judge_transformer(args, stage, names, codec, labels, tokens, params):
 
 
 def polygon(points=48, radius=1.0, centre=0.0, start=0.0):
-    """The corners (points, 2) of a regular one around (centre, 0); y points down, angles in rad."""
+    """The corners (points, 2) of a regular one around (centre, 0); y points down."""
     angle = start + np.arange(points) * (2 * np.pi / points)
     return np.stack([centre + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
@@ -654,11 +736,8 @@ SHAPES = tuple(OUTLINES)
 def draw_shape(index, size=32):
     """The built-in data set: (RGB image of size x size, label), a pure function of the index.
 
-    label = index % 10, an index into SHAPES. Bright fill on a dark background that is flat or
-    blends two colours; the shape's colour, place, size and rotation (within .25 rad) vary. The
-    numbers do not depend on size, so sizes show the same picture.
+    label = index % 10, an index into SHAPES. All sizes show the same picture.
     """
-    index = operator.index(index)
     label = index % len(SHAPES)
     numbers = np.random.default_rng(index).random(15).tolist()
     hue, saturation, value, radius, x, y, turn, blend, direction, *dark = numbers
@@ -689,16 +768,15 @@ def draw_shape(index, size=32):
 class Images:
     """Images as uint8 (3, size, size), of [(path, label), ...] or of a range: numbers of drawings.
 
-    A key is (index, seed, turn), so that a sampler decides the randomness: seed None is the centre
-    crop; with flip an odd turn mirrors. A broken file is named, once a process, and the next of its
-    class takes its place.
+    A key (index, seed, turn) decides all: seed None is the centre crop, others are random; with
+    flip an odd turn mirrors. A broken file is named once, the next of its class takes its place.
     """
 
     def __init__(self, items, class_names, size, flip=False):
         self.items, self.class_names, self.size, self.flip = items, class_names, size, flip
         self.is_drawn = isinstance(items, range)
         self.labels = [i % len(SHAPES) if self.is_drawn else i[1] for i in items]
-        self.broken, self.naming = set(), threading.Lock()
+        self.broken = set()
 
     def __len__(self):
         return len(self.items)
@@ -709,22 +787,23 @@ class Images:
             image, _ = draw_shape(self.items[index], self.size)
         else:
             image = crop(self.readable(index), self.size, seed)
-            image = ImageOps.mirror(image) if self.flip and turn % 2 else image
+            if self.flip and turn % 2:
+                image = ImageOps.mirror(image)
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
     def readable(self, index):
         """The image of an index, or of the next one of its class that is not broken."""
         label = self.labels[index]
-        for other in itertools.chain(range(index, len(self)), range(index)):
+        for offset in range(len(self)):
+            other = (index + offset) % len(self)
             if self.labels[other] != label or other in self.broken:
                 continue
             try:
                 return sample.read_image(self.items[other][0], shortest=2 * self.size)
             except ValueError as error:
-                with self.naming:
-                    if other not in self.broken:
-                        print(f"skipped: {error}", file=sys.stderr)
+                if other not in self.broken:  # by another thread meanwhile
                     self.broken.add(other)
+                    print(f"skipped: {error}", file=sys.stderr)
         path = self.items[index][0]
         raise ValueError(f"--data: {path} cannot be read, nor another of {self.class_names[label]}")
 
@@ -733,24 +812,21 @@ def read_held_out(held_out):
     """(pixels uint8 (n, 3, H, W), labels (n,)) of the first JUDGED images that can be read."""
     pixels, labels = [], []
     for index, label in enumerate(held_out.labels[:JUDGED]):
-        try:
+        with contextlib.suppress(ValueError):  # of a class that has no other
             pixels.append(held_out[index, None, 0])
             labels.append(label)
-        except ValueError as error:
-            last = error
     if not pixels:
-        raise last
+        raise ValueError("--data: no held-out image can be read")
     return torch.stack(pixels), torch.tensor(labels)
 
 
 def crop(image, size, seed=None):
-    """An image -> size x size: the shorter side is resized to size and the centre cut out.
+    """An image -> size x size: the largest square at its centre, resized.
 
-    With a seed (what numpy.random.default_rng takes) the shorter side becomes size to 1.125 size
-    and the place is random.
+    With a seed a random square, down to 1 / 1.125 of that.
     """
     width, height = image.size
-    reach = min(width, height)  # of the source, so that no resized image of extreme shape is made
+    reach = min(width, height)  # the square's side
     left, top = (width - reach) // 2, (height - reach) // 2
     if seed is not None:
         zoom, x, y = np.random.default_rng(seed).random(3).tolist()
@@ -762,16 +838,17 @@ def crop(image, size, seed=None):
 
 
 def data_sets(args):
-    """(training Images, held-out Images, a hash of their names, labels and sizes)."""
+    """(training Images, held-out Images, a hash of their names, labels and sizes in bytes)."""
     if args.data is None:
-        sets = [Images(part, SHAPES, args.size) for part in (range(20_000), range(20_000, 20_500))]
-        return *sets, None
+        train, held_out = range(20_000), range(20_000, 20_500)
+        return Images(train, SHAPES, args.size), Images(held_out, SHAPES, args.size), None
+
     files, names = list_images(args.data)
-    train, held_out = split_held_out(files, args.data)
     total = hashlib.sha256()
     for path, label in files:
-        file = f"{name_inside(path, args.data)!r} {label} {os.path.getsize(path)}\n"
-        total.update(file.encode())
+        name = os.path.relpath(path, args.data)
+        total.update(f"{name!r} {label} {os.path.getsize(path)}\n".encode())
+    train, held_out = split_held_out(files, args.data)
     sets = Images(train, names, args.size, args.flip), Images(held_out, names, args.size)
     return *sets, total.hexdigest()[:16]
 
@@ -779,19 +856,14 @@ def data_sets(args):
 def list_images(folder):
     """([(path, label), ...], class names) of a folder: one sub-folder a class, or images alone.
 
-    Sorted by name, searched to any depth; hidden files and files that are no images by suffix are
-    passed over, links to folders not followed. ValueError for no folder, no images, or both kinds.
+    Sorted by name, searched to any depth, but for hidden folders and links to folders.
     """
 
-    def warn(error):
-        print(f"passed over: {error}", file=sys.stderr)
-
-    if not os.path.isdir(folder):
-        raise ValueError(f"--data: got {folder!r}, expected a folder")
-    groups = {}  # class -> its paths; "" for images that lie in no sub-folder
+    warn = functools.partial(print, "passed over:", file=sys.stderr)
+    groups = {}  # class -> its paths; "." for images that lie in no sub-folder
     for place, folders, names in os.walk(folder, onerror=warn):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        group = name_inside(place, folder).split(os.sep)[0]
+        group = os.path.relpath(place, folder).split(os.sep)[0]
         for name in sorted(names):
             path = os.path.join(place, name)
             is_image = name.lower().endswith(SUFFIXES) and not name.startswith(".")
@@ -799,34 +871,22 @@ def list_images(folder):
                 groups.setdefault(group, []).append(path)
 
     if not groups:
-        raise ValueError(f"--data: got {folder!r}, which holds none of {', '.join(SUFFIXES)}")
-    alone = os.path.basename(groups.get("", [""])[0])
-    if alone and len(groups) > 1:
-        raise ValueError(f"--data: got {folder!r} with both {alone!r} and sub-folders of images")
-    classes = sorted(groups)
-    names = classes if not alone else [Path(folder).resolve().name]
-    return [(path, i) for i, name in enumerate(classes) for path in groups[name]], names
+        raise ValueError(f"--data: got {folder!r}, expected a folder with {', '.join(SUFFIXES)}")
+    if "." in groups and len(groups) > 1:
+        raise ValueError(f"--data: got {folder!r}, with images beside sub-folders of images")
+    files = [(path, label) for label, paths in enumerate(groups.values()) for path in paths]
+    return files, [Path(folder).resolve().name] if "." in groups else [*groups]
 
 
 def split_held_out(files, folder):
-    """(training, held out) parts of [(path, label), ...], in the order of a hash of the path.
+    """(training, held out) of [(path, label), ...], by a hash of the path inside the folder."""
 
-    The path is the one inside the folder, so that a copy is split alike. ValueError: under two.
-    """
-    if len(files) < 2:
-        raise ValueError(f"--data: got {len(files)} image in {folder}, expected at least two")
+    def order(file):
+        return hashlib.sha256(os.fsencode(os.path.relpath(file[0], folder))).digest()
 
-    def place(file):
-        return hashlib.sha256(os.fsencode(name_inside(file[0], folder))).digest()
-
-    ordered = sorted(files, key=place)
+    ordered = sorted(files, key=order)
     count = math.ceil(HELD_OUT * len(files))
     return ordered[count:], ordered[:count]
-
-
-def name_inside(path, folder):
-    """The part of a path below the folder that it begins with."""
-    return path[len(os.fspath(folder)) :].lstrip(os.sep)
 
 
 def generator_of(*key):
@@ -863,11 +923,9 @@ def loaded(args, data, key_lists):
     """
     with ThreadPoolExecutor(args.workers or 1) as pool:
         fetch = pool.map if args.workers else map  # which reads when it is asked
-        waiting = (fetch(data.__getitem__, keys) for keys in key_lists)
-        ahead = collections.deque(itertools.islice(waiting, 2))
-        while ahead:
-            yield torch.stack(list(ahead.popleft()))
-            ahead.extend(itertools.islice(waiting, 1))
+        lists = (fetch(data.__getitem__, keys) for keys in key_lists)
+        for images, _ in itertools.pairwise(itertools.chain(lists, [None])):
+            yield torch.stack(list(images))
 
 
 def to_unit(images, device):
@@ -880,42 +938,55 @@ def token_cache(args, data, codec):
 
     View 0 is the centre crop, others are random; with --flip every second one is mirrored.
     """
-    views = 1
-    if not data.is_drawn:
-        views = min(MOST_VIEWS, max(1 + args.flip, VIEWS_IN_ALL // len(data)))
     path = Path(args.out, "tokens.npy")
     agreed(lambda: note_tokenizer(args, codec))
     if not agreed(path.exists):
-        first, last = (number * len(data) // world() for number in (rank(), rank() + 1))
-        keys = (
-            (i, (args.seed, view, i) if view else None, view)
-            for i in range(first, last)
-            for view in range(views)
-        )
-        lists = iter(lambda: list(itertools.islice(keys, 64)), [])
-        tokens, done, total = [], 0, (last - first) * views
-        for pixels in loaded(args, data, lists):
-            tokens += encoded(args, codec, pixels)
-            done += len(pixels)
-            if done % 4096 == 0 or done == total:
-                say(f"encoded {done} of {total} crops")
-
-        tokens = torch.cat(tokens).unflatten(0, (-1, views)).numpy()
-        parts = collected(tokens.astype(np.uint16 if len(codec["codebook"]) <= 2**16 else np.int32))
+        tokens = share_of_tokens(args, data, codec)
+        parts = [tokens] * world() if rank() == 0 else None
+        if world() > 1:
+            torch.distributed.gather_object(tokens, parts)
         if rank() == 0:
             sample.write_whole(path, lambda file: np.save(file, np.concatenate(parts)))
         barrier()
-    try:
-        return np.load(path, mmap_mode="r")
-    except Exception as error:
-        raise ValueError(f"{path}: expected tokens; removed, they are encoded anew") from error
+    return np.load(path, mmap_mode="r")
+
+
+def share_of_tokens(args, data, codec):
+    """This process's rows of `token_cache`, in the smallest type that holds the codes."""
+    views = views_of(args, len(data))
+    first, last = (number * len(data) // world() for number in (rank(), rank() + 1))
+    crops = range(first * views, last * views)
+
+    def key(crop):
+        index, view = divmod(crop, views)
+        return index, (args.seed, view, index) if view else None, view
+
+    tokens, done = [], 0
+    lists = (map(key, crops[i : i + 64]) for i in range(0, len(crops), 64))
+    for pixels in loaded(args, data, lists):
+        tokens += encoded(args, codec, pixels)
+        done += len(pixels)
+        if done % 4096 == 0 or done == len(crops):
+            say(f"encoded {done} of {len(crops)} crops")
+
+    kind = np.min_scalar_type(len(codec["codebook"]) - 1)
+    return torch.cat(tokens).unflatten(0, (-1, views)).numpy().astype(kind)
+
+
+def views_of(args, images):
+    """How many crops of each image are encoded."""
+    if args.data is None:  # drawings vary enough
+        return 1
+    return min(MOST_VIEWS, max(1 + args.flip, VIEWS_IN_ALL // images))
 
 
 def encoded(args, codec, pixels):
     """[tokens (n, L), ...] of pixels uint8 (B, 3, H, W), a few images at a time."""
     fast = tokenizer.cast(codec, args.dtype)
-    parts = [to_unit(few, args.device) for few in pixels.split(sample.at_once(args.size**2))]
-    return [tokenizer.encode(fast, part, args.scales).cpu() for part in parts]
+    tokens = []
+    for few in pixels.split(sample.at_once(args.size**2)):
+        tokens.append(tokenizer.encode(fast, to_unit(few, args.device), args.scales).cpu())
+    return tokens
 
 
 # ---- the command
@@ -927,8 +998,8 @@ def parser():
     add = top.add_argument
     add("stage", nargs="?", default="all", choices=("all", *STAGES), help="one of them alone (all)")
     add("--data", help="images, a sub-folder a class or all in one (drawings)")
-    add("--size", type=int, help="side of the images (256, drawings 32)")
-    add("--depth", type=int, help="transformer blocks; the width is 64 times that (3; 16 at 256)")
+    add("--size", type=int, help="side of the images (64, drawings 32)")
+    add("--depth", type=int, help="the dial: transformer blocks, of which all follows (2)")
     add("--out", help="run folder (runs/shapes or runs/<data folder>)")
     add("--seed", type=int, default=0, help="of all randomness (0)")
     add("--steps", type=int, help="of each stage")
@@ -949,47 +1020,68 @@ def parser():
 def train(args):
     """The stages that the flags ask for, in order."""
     device = start_processes(args.device)
+    check_flags(args)
     given = load_given(args)
-    args = resolved(args, device, given)
+    if args.depth is not None and "next-scale" in given:
+        raise ValueError(f"--depth: got {args.depth}, but --init decides it")
+    args.size = args.size or (64 if args.data else 32)
     data, held_out, images = data_sets(args)
-    classes = len(data.class_names)
-    if len(data) < world():
-        raise ValueError(f"--data: got {len(data)} images, fewer than processes")
+    args = resolved(args, device, given, len(data))
+    init = given.get("tokenizer")
     if "next-scale" in given:
-        init = fitted(args, given["next-scale"], classes)
-    else:
-        init = given.get("tokenizer")
+        init = fitted(args, given["next-scale"], len(data.class_names))
 
-    flags = {name: getattr(args, name) for name in (*FLAGS, *PRESETS)}
-    for name, tree in given.items():
-        flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
-    record = dict(flags=flags, class_names=data.class_names, images=images)
+    record = record_of(args, given, data, images)
     lock = claim_folder(args, record) if rank() == 0 else None
     barrier()
-    for label in set(range(classes)).difference(data.labels):
-        say(f"class {data.class_names[label]}: its images are all held out, too few to train on")
-    say(
-        f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, "
-        f"{classes} classes; {device}, {str(args.dtype)[6:]}, "
-        f"{torch.get_num_threads()} threads, processes: {world()}"
-    )
-    if device.type == "cpu" and args.size > LARGEST_SMALL:
-        say("a model of the published size: on a CPU its steps take minutes")
+    prepare(args, given, init, data, held_out)
 
     work = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}
     for stage in args.stages:
-        path, _ = stage_paths(args, stage)
-        if agreed(path.exists):
-            say(f"{stage}: finished before, {path}")
-        elif stage == "tokenizer" and "codec" in given:
-            save_stage(args, stage, given["codec"])
+        weights, checkpoint = stage_paths(args, stage)
+        if agreed(weights.exists):
+            say(f"{stage}: finished before, {weights}")
+            continue
+        if stage == "tokenizer" and "codec" in given:
+            tree = given["codec"]
         else:
-            save_stage(
-                args, stage, work[stage](args, data, held_out, init if stage in given else None)
-            )
+            tree = work[stage](args, data, held_out, init if stage in given else None)
+        save(weights, tree)  # with which the stage is finished
+        if rank() == 0:
+            checkpoint.unlink(missing_ok=True)
     say(f"finished: {args.out} holds weights, metrics.jsonl and samples/")
     say(f"next: python sample.py {args.out}")
     del lock  # held until here
+
+
+def record_of(args, given, data, images):
+    """What args.json holds of a run: all that decides its results."""
+    flags = {
+        name: getattr(args, name) for name in (*FLAGS, *dial(args.depth, args.size, len(data)))
+    }
+    for name, tree in given.items():
+        flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
+    return dict(flags=flags | dict(images=images), class_names=data.class_names)
+
+
+def prepare(args, given, init, data, held_out):
+    """Says what will be done; gives args the work of each stage and the parts of a batch."""
+    names = data.class_names
+    for label in set(range(len(names))).difference(data.labels):
+        say(f"class {names[label]}: its images are all held out, too few to train on")
+    say(
+        f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, "
+        f"{len(names)} classes; {args.device}, {str(args.dtype)[6:]}, "
+        f"{torch.get_num_threads()} threads, processes: {world()}"
+    )
+    with torch.device("meta"):  # where tensors have no values
+        codec = given.get("codec", given.get("tokenizer")) or tokenizer.init(**args.codec)
+        params = init if "next-scale" in given else new_transformer(args, len(names))
+        codec, params = pytree.tree_map(lambda leaf: leaf.to("meta"), (codec, params))
+        if not args.causal:
+            params = with_masked_branch(args, params)
+    args.work = planned(args, codec, params, len(data))
+    args.parts, args.checkpointing = fitting_parts(args, params)
 
 
 def load_given(args):
@@ -1005,50 +1097,99 @@ def load_given(args):
     return given
 
 
-def resolved(args, device, given):
-    """The flags and PRESETS as one namespace, which nobody changes after this."""
-    check_flags(args, given)
-
-    # what was asked for goes before the preset of this size
-    size = args.size or (256 if args.data else 32)
-    asked = {name: value for name, value in vars(args).items() if value is not None}
-    settings = {name: presets[size > LARGEST_SMALL] for name, presets in PRESETS.items()} | asked
-    args = argparse.Namespace(**vars(args) | settings | dict(size=size, device=device))
+def resolved(args, device, given, images):
+    """The flags and what `dial` says beside them as one namespace."""
+    if "next-scale" in given:
+        branch = given["next-scale"]["next_scale"]
+        args.depth = len(given["next-scale"]["trunk"] + branch["blocks"])
+    args.depth = args.depth or DEPTH
+    settings = dial(args.depth, args.size, images)
+    for name in ("steps", "lr"):  # one number for all stages
+        if getattr(args, name) is not None:
+            settings[name] = dict.fromkeys(STAGES, getattr(args, name))
+    asked = dict(batch=args.batch) if args.batch else {}
+    args = argparse.Namespace(**vars(args) | settings | asked | dict(device=device))
     args.dtype = sample.find_dtype(args.dtype, device)
     if args.out is None:
         args.out = os.path.join("runs", os.path.basename(os.path.abspath(args.data or "shapes")))
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out: got {args.out}, inside --data, whose images would be more")
-    for name in ("steps", "lr"):  # one number for all stages, or one for each
-        value = getattr(args, name)
-        values = value if isinstance(value, tuple) else [value] * len(STAGES)
-        setattr(args, name, dict(zip(STAGES, values)))
 
     wanted = STAGES if args.stage == "all" else ["tokenizer"] * bool(args.tokenizer) + [args.stage]
     args.stages = [stage for stage in STAGES if stage in wanted]
     if args.causal:
         args.stages = [stage for stage in args.stages if stage != "masked"]
 
-    # sizes that given weights have go before presets
+    # a given tokenizer has sizes of its own
     codec = given.get("codec", given.get("tokenizer"))
     if codec is None:
         with torch.device("meta"):
-            codec = tokenizer.init(**{name: getattr(args, name) for name in NETS + CODES})
+            codec = tokenizer.init(**args.codec)
     else:
-        vars(args).update(dict.fromkeys(NETS), **dict(zip(CODES, codec["codebook"].shape)))
-    args.depth = None if "next-scale" in given else args.depth
+        args.codec = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
     args.scales = fitting_scales(args, tokenizer.downsampling(codec))
-
-    # the images of a process, in as few equal parts as memory allows
-    share = args.batch // world()
+    if images < world():
+        raise ValueError(f"--data: got {images} images to train on, fewer than processes")
     if args.batch % world():
         raise ValueError(f"--batch: got {args.batch}, expected a multiple of {world()} processes")
-    least = math.ceil(share / sample.at_once(size**2))
-    args.parts = next(n for n in range(least, share + 1) if share % n == 0)
     return args
 
 
-def check_flags(args, given):
+def planned(args, codec, params, images):
+    """{stage: FLOPs of all its steps}, counted on trees without values; says what will be done."""
+    for name, tree in dict(tokenizer=codec, transformer=params).items():
+        say(f"{name}: {parameters(tree) / 1e6:.3g} M parameters")
+    for stage in args.stages:
+        say(f"{stage}: {args.steps[stage]} steps of {args.batch} images")
+
+    with torch.device("meta"):
+        pixels = torch.empty(1, 3, args.size, args.size)
+        features = torch.empty(1, args.codec["code_dim"], *args.scales[-1])
+        inputs = torch.empty(1, sum(tokenizer.lengths(args.scales)[1:]), args.codec["code_dim"])
+        labels, mask = torch.zeros(1, dtype=torch.int64), torch.zeros(inputs.shape[:2]).bool()
+
+    def flops(function, *arguments):
+        with FlopCounterMode(display=False) as counter:
+            function(*arguments)
+        return counter.get_total_flops()
+
+    # a training step is three forward passes; the masked stage trains half of its blocks
+    encoder = flops(tokenizer.encode_features, codec, pixels)
+    decoder = flops(tokenizer.unclamped, codec, features)
+    per_image = {
+        "tokenizer": 3 * (encoder + (1 + 1 / tokenizer.COARSE_EVERY) * decoder),
+        "next-scale": 3 * flops(hmar.next_scale_logits, params, labels, inputs, args.causal),
+    }
+    if "masked" in params:
+        given = params, labels, inputs, inputs, mask
+        per_image["masked"] = 2 * flops(hmar.masked_logits, *given)
+    work = {stage: args.steps[stage] * args.batch * per_image[stage] for stage in args.stages}
+    if "next-scale" in work:  # first of all every image is encoded
+        work["next-scale"] += images * views_of(args, images) * encoder
+    return work
+
+
+def parameters(tree):
+    """How many numbers a tree has."""
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
+
+
+def fitting_parts(args, params):
+    """(parts of a process's batch, whether to compute activations twice), as memory allows."""
+    share = args.batch // world()
+    most = sample.at_once(args.size**2)
+    if args.device.type == "cuda":
+        # bytes an image that a stage keeps for the backward pass (`tests/benchmark.py cost`)
+        transformer = 50 * sum(tokenizer.lengths(args.scales)) * 64 * args.depth**2
+        codec = 200 * args.size**2 * args.codec.get("channels", 160)
+        taken = 24 * parameters(params)  # weights, gradients, moments and averages
+        free, _ = torch.cuda.mem_get_info(args.device)
+        most = int(0.8 * (free - taken) / max(transformer, codec))
+    parts = next(n for n in range(1, share + 1) if share % n == 0 and share <= n * max(1, most))
+    return parts, most < 1
+
+
+def check_flags(args):
     """ValueError for flags out of their range, or without effect beside others."""
     if not 0 <= args.seed < 2**62:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to 2 ** 62 - 1")
@@ -1056,8 +1197,6 @@ def check_flags(args, given):
         number = getattr(args, name)
         if number is not None and not 1 <= number <= most:
             raise ValueError(f"--{name}: got {number}, expected 1 to {most}")
-    if args.depth is not None and "next-scale" in given:
-        raise ValueError(f"--depth: got {args.depth}, but --init decides it")
     if args.causal and args.stage == "masked":
         raise ValueError("masked: there is no such stage with --causal")
     if args.out == "":
@@ -1071,7 +1210,7 @@ def fitting_scales(args, cell):
     side = args.size // cell
     if args.size % cell:
         raise ValueError(f"--size: got {args.size}, expected a multiple of {cell}")
-    scales = tuple(args.scales or default_scales(side))
+    scales = tuple(args.scales or default_scales(args.size, side))
     tokenizer.check_scales(scales)
     if scales[-1] != (side, side) or len(scales) == 1:
         expected = f"two or more, the last {side}, {args.size} pixels / {cell}"
@@ -1079,14 +1218,14 @@ def fitting_scales(args, cell):
     return scales
 
 
-def default_scales(latent):
-    """Scales for a latent of latent x latent: published ones, else sides that grow by about 1.4."""
-    for published in hmar.SCALES.values():
-        if published[-1][0] == latent:
-            return published
-    sides = [latent]
+def default_scales(size, latent):
+    """Published scales, else doubling sides, up to 8 by 1.4, and such last ones twice."""
+    if size in hmar.SCALES and hmar.SCALES[size][-1][0] == latent:
+        return hmar.SCALES[size]
+    sides = [latent, latent] if latent <= 8 else [latent]
     while sides[0] > 1:
-        sides.insert(0, max(1, min(sides[0] - 1, round(sides[0] / 1.4))))
+        smaller = min(sides[0] - 1, round(sides[0] / 1.4)) if sides[0] <= 8 else sides[0] / 2
+        sides.insert(0, math.ceil(smaller))
     return tuple((side, side) for side in sides)
 
 
@@ -1098,61 +1237,57 @@ def default_scales(latent):
 
 
 def claim_folder(args, record):
-    """The lock on the run folder, which then is this run's. ValueError where it is another's.
+    """The lock on the run folder. ValueError where it is another run's.
 
     Until there are weights, tokens or a checkpoint, a run with other flags may take its place.
     """
-    os.makedirs(args.out, exist_ok=True)
-    lock = sample.lock_folder(args.out)
-    record = json.loads(json.dumps(record, default=str))  # as it comes back from a file
-    before = read_record(args)
-    paths = [Path(args.out, "tokens.npy"), *(path for s in STAGES for path in stage_paths(args, s))]
-    there = [path for path in paths if path.exists()]
-    if there and not before:
-        raise ValueError(f"{there[0]}: found without args.json; expected a new --out")
+    out, args_json = Path(args.out), Path(args.out, "args.json")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out)
+    before, there = sample.read_json(args_json), results(args, STAGES)
+    if "flags" not in before and (before or there):
+        raise ValueError(f"{args.out}: holds files of another program; give another --out")
 
     # class names follow from the images' paths, but for images alone: then it is the folder's
-    old, new = (run.get("flags", {}) | dict(images=run.get("images")) for run in (before, record))
+    record = json.loads(json.dumps(record, default=str))  # as it comes back from a file
+    old, new = before.get("flags"), record["flags"]
     if old != new and there:
         text = f"begun with other flags or images: {sample.differences(old, new)}"
         raise ValueError(f"{args.out}: {text}; give another --out, or remove the folder")
     if old != new:
-        sample.write_json(Path(args.out, "args.json"), record)
+        sample.write_json(args_json, record)
 
-    # what a kill left
-    for stage in STAGES:
-        weights, checkpoint = stage_paths(args, stage)
-        if weights in there:
-            checkpoint.unlink(missing_ok=True)
-    for path in (*Path(args.out).glob("*.tmp"), *Path(args.out).glob("samples/*.tmp")):
-        if re.search(r"\.[0-9a-f]{16}\.tmp$", path.name):
-            path.unlink()
+    unfinished = "*." + 16 * "[0-9a-f]" + ".tmp"  # what a kill left of sample.write_whole
+    for path in (*out.glob(unfinished), *out.glob(f"samples/{unfinished}")):
+        path.unlink()
     return lock
 
 
-def read_record(args):
-    """What args.json holds, {} where it is missing."""
-    path = os.path.join(args.out, "args.json")
-    record = sample.read_json(path)
-    if record and not isinstance(record.get("flags"), dict):
-        raise ValueError(f"{path}: expected what train.py wrote; give another --out")
-    return record
+def lock_folder(folder):
+    """The open file folder/lock, which keeps others out. ValueError where another one has it."""
+    import fcntl  # Windows has none
+
+    file = open(Path(folder, "lock"), "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{folder}: another process works there") from error
+    except OSError:  # a file system without locks goes without
+        pass
+    return file
 
 
 def note_tokenizer(args, codec):
-    """Notes in args.json the digest of the tokenizer, before anything is made with it.
-
-    ValueError where there is what was made with another.
-    """
-    record, digest = read_record(args), sample.digest(codec)
+    """Notes the tokenizer's digest in args.json. ValueError where another was used before."""
+    path = Path(args.out, "args.json")
+    record, digest = sample.read_json(path), sample.digest(codec)
     if record.get("tokenizer") == digest:
         return
-    later = [path for stage in ("next-scale", "masked") for path in stage_paths(args, stage)]
-    later = [path for path in (Path(args.out, "tokens.npy"), *later) if path.exists()]
+    later = results(args, ("next-scale", "masked"))
     if later:
         names = ", ".join(map(str, later))
         raise ValueError(f"{names}: made with another tokenizer than tokenizer.pt; remove them")
-    sample.write_json(Path(args.out, "args.json"), record | dict(tokenizer=digest))
+    sample.write_json(path, record | dict(tokenizer=digest))
 
 
 def stage_paths(args, stage):
@@ -1160,28 +1295,25 @@ def stage_paths(args, stage):
     return Path(args.out, STAGES[stage]), Path(args.out, f"{stage}.checkpoint.pt")
 
 
-def save_stage(args, stage, tree):
-    """Writes a stage's weights, with which it is finished; its checkpoint goes."""
-    weights, checkpoint = stage_paths(args, stage)
-    save(weights, tree)
-    if rank() == 0:
-        checkpoint.unlink(missing_ok=True)
-    barrier()
+def results(args, stages):
+    """Those of tokens.npy, the stages' weights and their checkpoints that are there."""
+    paths = [Path(args.out, "tokens.npy")]
+    for stage in stages:
+        paths += stage_paths(args, stage)
+    return [path for path in paths if path.exists()]
 
 
 def load_stage(args, stage):
-    """The weights of a finished stage. ValueError where it is not."""
-    path, _ = stage_paths(args, stage)
-    if not agreed(path.exists):
-        raise ValueError(f"{path} is missing; python train.py {stage} makes it")
-    tree, _ = sample.load(path, tokenizer if stage == "tokenizer" else hmar)
+    """The weights of a finished stage."""
+    weights, _ = stage_paths(args, stage)
+    tree, _ = sample.load(weights, tokenizer if stage == "tokenizer" else hmar)
     return to_device(tree, args.device)
 
 
 def save_checkpoint(args, stage, state, progress, window):
     """Saves what a stage goes on from: its tensors, (step, best step, best loss), and reports."""
-    saved = dict(state=state, progress=progress, window=window)
-    save(stage_paths(args, stage)[1], saved)
+    _, checkpoint = stage_paths(args, stage)
+    save(checkpoint, dict(state=state, progress=progress, window=window))
 
 
 def load_checkpoint(args, stage, state):
@@ -1189,23 +1321,20 @@ def load_checkpoint(args, stage, state):
 
     Where there is no checkpoint the stage begins. metrics.jsonl is cut to what it then says.
     """
-    path = stage_paths(args, stage)[1]
+    _, checkpoint = stage_paths(args, stage)
     progress, window = (0, 0, math.inf), []
-    if agreed(path.exists):
+    if agreed(checkpoint.exists):
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            for own, other in zip(state, saved["state"], strict=True):
-                if own.shape != other.shape:
-                    raise ValueError("other shapes")
-                own.copy_(other)
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            torch._foreach_copy_(state, saved["state"])
             progress, window = saved["progress"], to_device(saved["window"], args.device)
         except Exception as error:
-            text = f"{path}: expected this stage's checkpoint; removed, the stage begins anew"
+            text = f"{checkpoint}: expected this stage's; removed, the stage begins anew"
             raise ValueError(text) from error
 
     cut_metrics(args, stage, progress[0])
     word = f"goes on at step {progress[0]}" if progress[0] else "begins"
-    say(f"{stage}: {word}, {args.steps[stage]} steps, saved every {args.save_every}")
+    say(f"{stage}: {word}, {args.steps[stage]} steps")
     return progress, window
 
 
@@ -1216,8 +1345,8 @@ def cut_metrics(args, stage, step):
         return
     lines = []
     for line in path.read_bytes().splitlines(keepends=True):
-        found = re.match(rb'{"stage": "([a-z-]+)", "step": (\d+)', line)
-        is_later = found and found[1].decode() == stage and int(found[2]) > step
+        found = re.match(rf'{{"stage": "{stage}", "step": (\d+)'.encode(), line)
+        is_later = found and int(found[1]) > step
         if line.endswith(b"\n") and not is_later:
             lines.append(line)
     sample.write_whole(path, lambda file: file.writelines(lines))
@@ -1226,7 +1355,7 @@ def cut_metrics(args, stage, step):
 def save(path, tree):
     """Writes a tree of tensors: the old file or the whole new one. OSError if it cannot."""
     if rank() == 0:
-        plain = pytree.tree_map(lambda x: x.detach().cpu() if torch.is_tensor(x) else x, tree)
+        plain = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), tree)
         sample.write_whole(path, lambda file: torch.save(plain, file))
     barrier()  # from here on every process finds it
 
@@ -1242,8 +1371,9 @@ def to_device(tree, device):
     """The tree on a device; from pinned memory to CUDA, so that nothing waits for the copy."""
 
     def send(tensor):
-        is_pinned = device.type == "cuda" and tensor.is_cpu
-        return (tensor.pin_memory() if is_pinned else tensor).to(device, non_blocking=True)
+        if device.type == "cuda" and tensor.is_cpu:
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
 
     return pytree.tree_map(send, tree)
 
@@ -1266,14 +1396,6 @@ def agreed(look):
     return box[0]
 
 
-def collected(value):
-    """[each process's value] in the first process, None in the others."""
-    parts = [value] * world() if rank() == 0 else None
-    if world() > 1:
-        torch.distributed.gather_object(value, parts)
-    return parts
-
-
 def barrier():
     """Waits for the other processes."""
     if world() > 1:
@@ -1281,8 +1403,7 @@ def barrier():
 
 
 def summed(tensor):
-    """A tensor, added up over the processes."""
-    tensor = tensor.clone()
+    """A tensor, added up over the processes in place."""
     if world() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
@@ -1300,29 +1421,36 @@ def gathered(tensor):
 def start_processes(name):
     """This process's device; joins those that torchrun started, if there are several."""
     device = sample.find_device(name)
-    if world() > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        patience = datetime.timedelta(hours=2)  # encoding may part the processes for long
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=patience)
-    if device.type == "cpu":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.cuda.set_device(device)
+    else:
         keep_freed_memory()
+    if world() > 1:
+        patience = datetime.timedelta(hours=2)  # encoding may part the processes for long
+        torch.distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=patience)
     return device
 
 
 def keep_freed_memory():
     """Asks glibc to keep what is freed: faulting it in again takes a tenth of a small step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # M_MMAP_THRESHOLD, of which some take no more than 32 MiB
-    if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # others than glibc go without
+    if mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25):  # M_MMAP_THRESHOLD, older ones take 32 MiB
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def say(line):
-    """Prints a line, once however many processes there are."""
-    if rank() == 0:
+def say(line, renewed=False):
+    """Prints a line, once however many processes there are.
+
+    On a terminal the next line takes the place of one that is renewed.
+    """
+    if rank() > 0:
+        return
+    if not sys.stdout.isatty():
         print(line, flush=True)
+        return
+    width = shutil.get_terminal_size().columns - 1
+    print("\r\x1b[K" + line[: width if renewed else None], end="" if renewed else "\n", flush=True)
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""Benchmarks: python tests/benchmark.py [attention | train | sample | cost | curves].
+"""Benchmarks: python tests/benchmark.py [attention | train | sample | cost].
 
 `train` and `sample` time the library against the published way: the dense reference below makes
 the tensors that VAR's code makes, in fp32 and under bf16 autocast. It is checked against ours
@@ -506,9 +506,9 @@ def traced(params):
 def cost(depth, scales, masked_blocks=0, **sizes):
     """{what: number} of a training step of stage one or, with masked_blocks, of the masked stage.
 
-    parameters; flops, of an image, without what is computed again; optimizer: bytes of weights,
-    gradients, moments and average, fp32; activations: bytes an image that the backward pass waits
-    for; checkpointed: the same with checkpointing. sizes: as for hmar.init.
+    parameters; flops, of an image, without what is computed again; muon, FLOPs of a step; state:
+    bytes of weights, gradients, moments, average and best, fp32; activations: bytes an image that
+    the backward pass waits for; checkpointed: the same with checkpointing. sizes: as for hmar.init.
     """
     sizes = dict(width=64 * depth) | sizes
 
@@ -533,8 +533,13 @@ def cost(depth, scales, masked_blocks=0, **sizes):
 def weights_cost(tree, trained):
     parameters = sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
     moving = sum(leaf.numel() for leaf in trained)
-    of_muon = sum(x.numel() for x in train.Optimizer(tree).momenta)  # one moment, not two
-    return dict(parameters=parameters, optimizer=4 * (parameters + 4 * moving - of_muon))
+    momenta = train.Optimizer(tree).momenta  # one moment, not two
+    state = parameters + 5 * moving - sum(x.numel() for x in momenta)
+    muon = 0
+    for count, *sides in (x.shape for x in momenta):
+        rows, columns = sorted(sides)
+        muon += 5 * count * (4 * rows**2 * columns + 2 * rows**3)  # five iterations, three products
+    return dict(parameters=parameters, state=4 * state, muon=muon)
 
 
 def tokenizer_cost(size, scales, **sizes):
@@ -556,63 +561,38 @@ def tokenizer_cost(size, scales, **sizes):
 
 
 def costs(arguments):
-    """what training takes at the published sizes, computed"""
+    """the dial from depth 2 to 30: what training takes, computed"""
     print(
-        "Computed, not measured: stage one / masked stage (8 blocks trained, half of the tokens "
-        "hidden). TFLOPs an image, forward and backward; MB an image kept for the backward pass on "
-        "a GPU, bf16, and 128 MiB of logits at a time; GB of weights, gradients, moments, average."
+        "Computed, not measured: tokenizer / next-scale / masked stage. EFLOP with Muon's; GB of "
+        "weights, gradients, moments, average and best; MB an image kept for the backward pass, "
+        "bf16; hours at 66 TFLOP/s, 40 % of a 24 GB card's, without launches, data and saving.\n"
     )
-    units = dict(parameters=1e6, flops=1e12, activations=1e6, checkpointed=1e6, optimizer=1e9)
+    units = dict(parameters=1e6, training=1e18, state=1e9, activations=1e6, checkpointed=1e6)
     rows = []
+    for depth in (2, 3, 4, 6, 8, 12, 16, 20, 24, 30):
+        size = arguments.size or (64 if depth < 8 else 256)
+        dial = train.dial(depth, size, arguments.images)
+        codec, batch, steps = dial["codec"], dial["batch"], dial["steps"].values()
+        cell = 2 ** (len(codec["multipliers"]) - 1)
+        scales = train.default_scales(size, size // cell)
+        codes = dict(codes=codec["codes"], code_dim=codec["code_dim"])
+        stages = [tokenizer_cost(size, scales, **codec)]
+        stages += [cost(depth, scales, blocks, **codes) for blocks in (0, dial["masked_blocks"])]
 
-    def add(name, size, stages):
-        cells = []
+        for count, stage in zip(steps, stages):
+            stage["training"] = count * (batch * stage["flops"] + stage["muon"])
+        tokens = dial["steps"]["next-scale"] * batch * sum(tokenizer.lengths(scales))
+        rate = f"{dial['lr']['next-scale']:.1e}"
+        cells = [depth, size, f"{tokens:.2g}", batch, listed(steps), rate]
         for key, unit in units.items():
-            parts = [f"{stage[key] / unit:,.2f}" for stage in stages if key in stage]
-            cells.append(" / ".join(parts))
-        rows.append((name, size, *cells))
-
-    for depth, (size, scales) in itertools.product((16, 20, 24, 30), hmar.SCALES.items()):
-        add(f"d{depth}", str(size), [cost(depth, scales, masked) for masked in (0, 8)])
-    for size, scales in hmar.SCALES.items():
-        add("tokenizer", str(size), [tokenizer_cost(size, scales)])
-    columns = ("parameters, M", "TFLOPs", "MB", "MB, checkpointing", "GB")
-    print_table(("model", "pixels", *columns), rows)
+            cells.append(listed(stage[key] / unit for stage in stages if key in stage))
+        rows.append((*cells, f"{sum(x['training'] for x in stages) / 66e12 / 3600:.3g}"))
+    columns = "depth", "pixels", "tokens", "batch", "steps", "rate", "parameters, M"
+    print_table((*columns, "EFLOP", "GB", "MB", "MB, checkpointing", "hours"), rows)
 
 
-# ---- curves
-
-
-def curves(arguments):
-    """losses of 200 steps on drawn shapes in bf16 and in fp32"""
-    print_conditions("mean losses of 20 steps")
-    scales, data = train.default_scales(8), train.Images(range(500), train.SHAPES, 8)
-    images = train.to_unit(torch.stack([data[i, None, 0] for i in range(500)]), DEVICE)
-    codec = tokenizer.init(codes=256, code_dim=3, channels=32, multipliers=(1,))
-    codec = train.to_device(codec, DEVICE)  # of which the quantiser is used, on the pixels
-    pyramid = tokenizer.quantise(codec, images, scales)
-    tokens = torch.cat([own for _, own, _ in pyramid], 1)
-    inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
-    labels = torch.tensor(data.labels, device=DEVICE)
-
-    sizes = dict(depth=3, width=192, classes=10, codes=256, code_dim=3, scales=scales, gamma=0.1)
-    means = []
-    for dtype in (torch.bfloat16, torch.float32):
-        params = train.trainable(train.to_device(hmar.init(**sizes), DEVICE))
-        optimizer = train.Optimizer(params)
-        losses = []
-        for step in range(200):
-            rows = torch.arange(16 * step, 16 * step + 16, device=DEVICE) % 500
-            fast = hmar.cast(params, dtype)
-            loss = hmar.next_scale_losses(fast, labels[rows], tokens[rows], inputs[rows]).mean()
-            loss.backward()
-            optimizer.step(2e-3)
-            losses.append(loss.item())
-        means.append([sum(losses[i : i + 20]) / 20 for i in range(0, 200, 20)])
-
-    pairs = enumerate(zip(*means), 1)
-    rows = [(f"to {20 * i}", half, whole, f"{half / whole - 1:.2%}") for i, (half, whole) in pairs]
-    print_table(("steps", "bf16", "fp32", "difference"), rows)
+def listed(numbers):
+    return " / ".join(f"{number:.0f}" if number > 999 else f"{number:.3g}" for number in numbers)
 
 
 # ---- the command
@@ -639,8 +619,9 @@ def main():
         add("--batch", type=int, help="(4 of 256, 1 above)")
         add("--depth", type=int, help="(8, of 1024 2)")
         add("--rounds", type=int, default=5)
-    command("cost", costs)
-    command("curves", curves)
+    add = command("cost", costs)
+    add("--size", type=int, help="pixels (64, from depth 8 on 256)")
+    add("--images", type=int, default=1_281_167, help="to train on (ImageNet's)")
 
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -70,8 +70,8 @@ def double(tree):
 
 
 def random_tokens(batch, scales, codes, seed=0):
-    total = sum(h * w for h, w in scales)
-    return torch.randint(codes, (batch, total), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(codes, (batch, sum(lengths(scales))), generator=generator)
 
 
 def quantiser(codes, code_dim, phis=4, seed=0):
@@ -125,8 +125,8 @@ def tree(
 def arguments(params, batch, seed=0):
     """labels (the null class among them), inputs, own inputs and mask that fit the tree."""
     generator = torch.Generator().manual_seed(seed)
-    counts = [h * w for h, w in hmar.scales(params)]
-    shape = (batch, sum(counts[1:]), params["input"]["weight"].shape[1])
+    count = sum(lengths(hmar.scales(params))[1:])
+    shape = (batch, count, params["input"]["weight"].shape[1])
     labels = torch.randint(len(params["classes"]), (batch,), generator=generator)
     features = [normal(*shape, seed=seed + i).to(params["classes"].dtype) for i in range(2)]
     return labels, *features, torch.rand(shape[:2], generator=generator) < 0.5
@@ -140,11 +140,13 @@ def asked_of_fit(
     name, scales=((1, 1), (2, 2), (4, 4)), dtype=torch.bfloat16, device="cpu", **flags
 ):
     """(tree, loss(tree, **batch), batches) that a stage of the trainer hands to its loop."""
-    flags |= dict(CODEC_SIZES, scales=scales, size=2 * scales[-1][0])
-    flags = dict(batch=4, steps=1, masked_blocks=2, loss_weights="scale") | flags
-    flags = vars(train.parser().parse_args([])) | flags
-    args = train.resolved(argparse.Namespace(**flags), torch.device(device), {})
-    args.dtype = dtype
+    settings = train.dial(2, 32, 100) | dict(codec=CODEC_SIZES, batch=4, masked_blocks=2)
+    settings |= dict(loss_weights="scale", steps=1) | flags
+    settings["steps"] = dict.fromkeys(train.STAGES, settings["steps"])
+    flags = vars(train.parser().parse_args([])) | dict(scales=scales, size=2 * scales[-1][0])
+    with mock.patch.object(train, "dial", lambda *_: settings):
+        args = train.resolved(argparse.Namespace(**flags), torch.device(device), {}, 3)
+    vars(args).update(dtype=dtype, parts=1, checkpointing=False)
 
     models = tokenizer.init(**CODEC_SIZES), tree(scales, depth=3, masked=0, codes=11, random=False)
     codec, params = train.to_device(models, args.device)

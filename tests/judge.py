@@ -1,22 +1,27 @@
-"""Three yardsticks: classifiers that never see the model, and Frechet distances in their features.
+"""Four yardsticks: classifiers that never see the model, and Frechet distances in their features.
 
 python tests/judge.py shapes RUN              drawings of train.py
 python tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a wrong one
 python tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
+python tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
 python tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
 python tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 python tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png, of a run on drawings
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
 Prints the share of samples that are of the class asked for, the Frechet distance (Heusel et al.
-2017, section 2) of samples, of reconstructions and of held-out images to the reference images, and
-the PSNR of held-out images after each scale.
+2017, section 2) of samples, of reconstructions and of held-out images to the reference images, the
+samples' recall (Kynkaanniemi et al. 2019, section 3), and of 1,000 held-out images the PSNR after
+each scale and the perplexity of its codes. Then a name and a number a line, for programs: seconds
+are those of judging the run, peak_mb is the process's (Linux).
 """
 
 import argparse
 import itertools
+import resource
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -34,6 +39,8 @@ import train
 
 LETTERS = "2345GJKQRS"  # none is like its mirror image
 FEATURES = 64
+PHOTOGRAPHS = ("cifar10", "photos64")  # read from a folder, which is sorted by class
+EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # a few minutes of one core
 
 
 def draw_letter(index, size=32):
@@ -79,33 +86,37 @@ def as_tensors(pictures, labels):
 
 def read_folder(folder):
     files, _ = train.list_images(str(folder))
-    pictures = [sample.read_image(path).resize((32, 32)) for path, _ in files]
+    pictures = [sample.read_image(path) for path, _ in files]  # all of one size
     return as_tensors(pictures, [label for _, label in files])
 
 
 def images_of(kind, data=None):
     """((images, labels) to train the judge on, the same to compare with), none seen by a model.
 
-    But for cifar10, where the judge is trained on the model's own training images.
+    But for photographs, where the judge is trained on the model's own training images.
     """
-    if kind == "cifar10":
-        return read_folder(Path(data) / "train"), read_folder(Path(data) / "test")
+    if kind in PHOTOGRAPHS:
+        return read_folder(Path(data, "train")), read_folder(Path(data, "test"))
     draw = dict(shapes=train.draw_shape, letters=draw_letter)[kind]
     return drawn(draw, 1_000_000, 16_000), drawn(draw, 2_000_000, 2_000)
 
 
-def network(classes):
-    """Images (B, 3, 32, 32) -> logits; all but the last layer give features of unit variance."""
-    widths = (3, 32, 64, 96, 96)
+def network(classes, size=32):
+    """Images (B, 3, H, W) -> logits; all but the last layer give features of unit variance."""
+    widths = (32, 64, 96, 96)
+    while size > 32:  # thinner levels come first: twice the size, half the width
+        widths = (widths[0] // 2, *widths)
+        size //= 2
+    cells = (size // 8) ** 2  # after three more halvings
+
     layers = []
-    for level, (before, after) in enumerate(itertools.pairwise(widths)):
+    for level, (before, after) in enumerate(itertools.pairwise((3, *widths))):
         stride = 2 if level else 1
         layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False)]
         layers += [nn.BatchNorm2d(after), nn.ReLU()]
-    layers += [nn.Flatten(), nn.Linear(widths[-1] * 4 * 4, FEATURES)]
-    return nn.Sequential(
-        *layers, nn.BatchNorm1d(FEATURES, affine=False), nn.Linear(FEATURES, classes)
-    )
+    layers += [nn.Flatten(), nn.Linear(widths[-1] * cells, FEATURES)]
+    layers += [nn.BatchNorm1d(FEATURES, affine=False), nn.Linear(FEATURES, classes)]
+    return nn.Sequential(*layers)
 
 
 def roughen(images, generator):
@@ -120,9 +131,10 @@ def roughen(images, generator):
 
 
 def moved(images, generator):
-    """Images shifted by up to two pixels and half of them mirrored: CIFAR-10 is small."""
-    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
-    x, y, mirror = torch.randint(5, (3,), generator=generator).tolist()
+    """Images shifted by up to a sixteenth and half of them mirrored: photographs are few."""
+    reach = images.shape[-1] // 16
+    padded = F.pad(images, 4 * (reach,), mode="reflect")
+    x, y, mirror = torch.randint(2 * reach + 1, (3,), generator=generator).tolist()
     images = padded[:, :, y : y + images.shape[2], x : x + images.shape[3]]
     return images.flip(-1) if mirror % 2 else images
 
@@ -130,10 +142,12 @@ def moved(images, generator):
 def train_judge(kind, images, labels, epochs, cache=None, seed=0, batch=64):
     """The trained network in eval mode; of letters it has ten more classes, their mirror images."""
     mirrored = kind == "letters"
-    same = [zlib.crc32(images[:20].numpy().tobytes()), len(images), epochs, seed]
+    classes = (int(labels.max()) + 1) * (1 + mirrored)
+    some = images[::20] if kind == "photos64" else images[:20]  # two sets of photos may begin alike
+    same = [zlib.crc32(some.numpy().tobytes()), len(images), epochs, seed]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = network(20 if mirrored else 10)
+        judge = network(classes, images.shape[-1])
     if cache is not None and Path(cache).exists():
         kept = torch.load(cache, weights_only=True)
         if kept["same"] == same:
@@ -148,7 +162,7 @@ def train_judge(kind, images, labels, epochs, cache=None, seed=0, batch=64):
         order = torch.randperm(len(images), generator=generator)
         for rows in order[: len(order) - len(order) % batch].split(batch):
             pictures, targets = roughen(images[rows], generator), labels[rows]
-            if kind == "cifar10":
+            if kind in PHOTOGRAPHS:
                 pictures = moved(pictures, generator)
             if mirrored:
                 flip = torch.rand(len(rows), generator=generator) < 0.3
@@ -166,7 +180,7 @@ def train_judge(kind, images, labels, epochs, cache=None, seed=0, batch=64):
 
 @torch.no_grad()
 def features(judge, images):
-    """images (B, 3, 32, 32) in [-1, 1] -> (B, FEATURES) float64."""
+    """images (B, 3, H, W) in [-1, 1] -> (B, FEATURES) float64."""
     return torch.cat([judge[:-1](part) for part in images.float().split(500)]).double()
 
 
@@ -188,6 +202,13 @@ def frechet(features_a, features_b):
     return ((a.mean(0) - b.mean(0)).square().sum() + traces).item()
 
 
+def recall(samples, reference, k=3):
+    """The share of reference (M, D) as near to a sample (N, D) as the k-th nearest other sample."""
+    radius = torch.cdist(samples, samples).kthvalue(k + 1).values  # (N,); the nearest is itself
+    is_near = torch.cdist(reference, samples) <= radius  # (M, N)
+    return is_near.any(1).double().mean().item()
+
+
 def models_of(run):
     """(params, codec, options of `sample.steps`) of a run folder, as sample.py reads it."""
     params, codec, _, options = sample.load_models(sample.parser().parse_args([str(run)]))
@@ -199,52 +220,79 @@ def after_each_scale(codec, images, scales):
     """(S, B, 3, H, W): images (B, 3, H, W) in [-1, 1], decoded after each scale."""
     made = []
     for part in images.split(64):
-        f = tokenizer.encode_features(codec, part)
-        pyramid = tokenizer.quantise(codec, f, scales)
-        made.append(
-            torch.stack([tokenizer.decode_features(codec, f_hat) for _, _, f_hat in pyramid])
-        )
+        pyramid = tokenizer.quantise(codec, tokenizer.encode_features(codec, part), scales)
+        decoded = [tokenizer.decode_features(codec, f_hat) for _, _, f_hat in pyramid]
+        made.append(torch.stack(decoded))
     return torch.cat(made, 1)
 
 
-def report(kind, judge, held_out, run, flags=()):
-    """Prints a line of numbers of a run folder, and returns them as a dict."""
-    images, labels = held_out
-    reference = features(judge, images)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    first, second = (features(judge, images[half]) for half in order.chunk(2))
-    params, codec, _ = models_of(run)
-    made = after_each_scale(codec, images[:1000], hmar.scales(params))
-    errors = (made - images[:1000]).square().mean((2, 3, 4))
+def perplexity(codes):
+    """e to the entropy of codes (N,)."""
+    share = codes.bincount() / len(codes)
+    return torch.special.entr(share).sum().exp().item()
 
+
+def draw_samples(run, flags):
+    """(images, labels asked for): 50 of each class, by `sample.py RUN` and the flags."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/samples.npz"
         wanted = ["--labels", "all", "--count", "50", "--seed", "7000", "--out", path]
         if sample.main([str(run), *wanted, *flags]):
             raise SystemExit(2)
         with np.load(path) as file:
-            pixels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).float() / 127.5 - 1
-            asked = torch.from_numpy(file["labels"]).long()
+            return as_tensors(file["arr_0"], file["labels"])
+
+
+def report(kind, judge, held_out, run, flags=()):
+    """Prints numbers of a run folder, and returns them as a dict."""
+    start = time.perf_counter()
+    images, labels = held_out
+    reference = features(judge, images)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    halves = reference[order].chunk(2)
+
+    # what the tokenizer keeps
+    params, codec, _ = models_of(run)
+    scales = hmar.scales(params)
+    few = images[:1000]
+    if kind in PHOTOGRAPHS:  # sorted by class
+        few = images[torch.arange(len(few)) * len(images) // len(few)]
+    decoded = after_each_scale(codec, few, scales)
+    psnr = 10 * torch.log10(4 / (decoded - few).square().mean((2, 3, 4)))  # (S, B)
+    tokens = torch.cat([tokenizer.encode(codec, part, scales) for part in few.split(64)])
+    codes = tokens.split([height * width for height, width in scales], dim=1)
+
+    # what is drawn
+    pixels, asked = draw_samples(run, flags)
+    drawn_features = features(judge, pixels)
 
     numbers = dict(
         judge=accuracy(judge, images, labels),
         right=accuracy(judge, pixels, asked),
-        samples=frechet(features(judge, pixels), reference),
-        reconstructions=frechet(features(judge, made[-1]), reference),
-        held_out=frechet(first, second),
-        psnr=(10 * torch.log10(4 / errors)).mean(1).tolist(),
+        samples=frechet(drawn_features, reference),
+        reconstructions=frechet(features(judge, decoded[-1]), reference),
+        held_out=frechet(*halves),
+        recall=recall(drawn_features, reference),
     )
-    psnr = " ".join(f"{value:.1f}" for value in numbers.pop("psnr"))
     shown = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-    print(f"{kind} {run} {' '.join(flags)}  {shown}  PSNR after each scale {psnr}", flush=True)
+    shown += f" (k = 3, {len(pixels)} samples, {len(images)} images)  PSNR after each scale "
+    shown += " ".join(f"{value:.1f}" for value in psnr.mean(1).tolist()) + "  perplexity "
+    shown += " ".join(f"{perplexity(part.flatten()):.0f}" for part in codes)
+    print(f"{kind} {run} {' '.join(flags)}  {shown}")
+
+    # for programs
+    numbers |= dict(frechet=numbers["samples"], seconds=time.perf_counter() - start)
+    numbers["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for name in ("right", "frechet", "recall", "reconstructions", "seconds", "peak_mb"):
+        print(f"{name} {numbers[name]:.6g}", flush=True)
     return numbers
 
 
 @torch.no_grad()
 def report_edits(kind, judge, held_out, run, count=200):
-    """Prints, of held-out images with a half repainted, the share right and how the seam shows:
+    """Prints, of held-out images with a half repainted, the share right and the seam:
 
-    the mean jump from one side of it to the other, over that of the originals.
+    the mean jump across it over that of the originals.
     """
     images, labels = (rows[:count] for rows in held_out)
     params, codec, options = models_of(run)
@@ -255,14 +303,10 @@ def report_edits(kind, judge, held_out, run, count=200):
         mask = mask.rot90(turn, (2, 3))
         made = sample.edit(params, codec, images, mask, labels, seed=8000, **options)
 
-        jumps = []
-        for pictures in (made, images):
-            upright = pictures.rot90(-turn, (2, 3))
-            jumps.append((upright[..., middle] - upright[..., middle - 1]).abs().mean().item())
-        right = accuracy(judge, made, labels)
-        print(
-            f"{kind} {run}  {name}  right {right:.3g}  seam {jumps[0] / jumps[1]:.3g}", flush=True
-        )
+        upright = torch.stack([made, images]).rot90(-turn, (3, 4))
+        jumps = (upright[..., middle] - upright[..., middle - 1]).abs().mean((1, 2, 3))
+        right, seam = accuracy(judge, made, labels), jumps[0] / jumps[1]
+        print(f"{kind} {run}  {name}  right {right:.3g}  seam {seam:.3g}", flush=True)
 
 
 def write_letters(folder):
@@ -286,11 +330,10 @@ def write_pictures(run, folder):
     sample.sheet(list(grown), names).save(Path(folder, "growth.png"))
 
     names, rows = ["disc", "triangle", "cross", "arrow", "heart"], []
-    for name in names:
-        label = train.SHAPES.index(name)
+    for label in map(train.SHAPES.index, names):
         image = drawn(train.draw_shape, 20_000 + label, 1)[0]  # held out; (1, 3, 32, 32)
-        mask = torch.zeros(3, 1, *image.shape[2:], dtype=torch.bool)
-        mask[..., image.shape[3] // 2 :] = True
+        mask = torch.zeros(3, 1, 32, 32, dtype=torch.bool)
+        mask[..., 16:] = True
         labels = torch.full((3,), label)
         made = sample.edit(params, codec, image.expand(3, -1, -1, -1), mask, labels, seed=5)
         rows.append(torch.cat([image, image.masked_fill(mask[:1], 0), made]))
@@ -298,31 +341,24 @@ def write_pictures(run, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("kind", choices=("shapes", "letters", "cifar10"))
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("kind", choices=EPOCHS)
     parser.add_argument("run", nargs="*", help="run folders")
-    parser.add_argument("--data", help="of cifar10")
+    parser.add_argument("--data", help="of photographs")
     parser.add_argument("--edit", action="store_true", help="judge edits, not samples")
     parser.add_argument("--write", metavar="DIR", help="write letters, or pictures, there instead")
     argv = sys.argv[1:] if argv is None else argv
-    ours, flags = argv, []
-    if "--" in argv:
-        ours, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    args = parser.parse_intermixed_args(ours)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, flags = parser.parse_intermixed_args(argv[:end]), argv[end + 1 :]
 
+    if args.write and args.kind == "letters":
+        return write_letters(args.write)
     if args.write:
-        if args.kind == "letters":
-            write_letters(args.write)
-        else:
-            write_pictures(args.run[0], args.write)
-        return
+        return write_pictures(args.run[0], args.write)
     training, held_out = images_of(args.kind, args.data)
-    cache = Path(tempfile.gettempdir()) / f"judge-{args.kind}.pt"
-    judge = train_judge(
-        args.kind, *training, epochs=16 if args.kind == "cifar10" else 4, cache=cache
-    )
+    cache = Path(tempfile.gettempdir(), f"judge-{args.kind}.pt")
+    judge = train_judge(args.kind, *training, epochs=EPOCHS[args.kind], cache=cache)
     for run in args.run:
         if args.edit:
             report_edits(args.kind, judge, held_out, run)

@@ -411,8 +411,8 @@ BAD = dict(
     query=[None, GOOD[0], GOOD[:, :, :0], GOOD.long(), GOOD.cfloat(), *WIDTHS],
     key=[[1.0], GOOD[:, :, :5], GOOD[:, :1], GOOD.double()],
     value=[None, GOOD[0], GOOD.bfloat16(), GOOD.to("meta")],
-    block_lengths=[(1, 4), (), (6, 0), (7, -1), (2.0, 4.0), (True, 5), 6],
-    scale=[0.0, -1, True, float("nan"), float("inf"), "big"],
+    block_lengths=[(1, 4), (), (6, 0), (7, -1), (2.0, 4.0), 6],
+    scale=[0.0, -1, float("nan"), float("inf"), "big", torch.tensor(1.0)],
 )
 
 

@@ -78,9 +78,9 @@ def test_folders_without_a_meaning_are_refused(tmp_path):
     save_all(tmp_path, "both/1.png", "both/cat/2.png")
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     for name, message in (
-        ("both/1.png", "expected a folder"),
-        ("empty", "which holds none of .png, .jpg"),
-        ("both", "'1.png' and sub-folders of images"),
+        ("both/1.png", "expected a folder with .png, .jpg"),
+        ("empty", "expected a folder with .png, .jpg"),
+        ("both", "with images beside sub-folders of images"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             train.list_images(str(tmp_path / name))
@@ -106,8 +106,6 @@ def test_the_held_out_part_is_the_same_everywhere():
     held_out = train.split_held_out(files, "data")[1]
     assert len(held_out) == 1000 and len({label for _, label in held_out[:40]}) == 10
     assert held_out[0][0] == "data/4/18984.jpg"
-    with pytest.raises(ValueError, match="got 1 image in data"):
-        train.split_held_out(files[:1], "data")
 
 
 # Reading
@@ -253,14 +251,6 @@ def test_items_are_decided_by_their_keys(folder):
     assert not torch.equal(photos[6, 0, 0], photos[6, 1, 0]) and photos.labels == [0] * 3 + [1] * 4
 
 
-def test_a_large_jpeg_is_decoded_small_yet_looks_the_same(tmp_path):
-    path = tmp_path / "a.jpg"
-    PICTURE.resize((1200, 960), Image.Resampling.NEAREST).save(path, quality=95)
-    small, large = sample.read_image(path, shortest=64), sample.read_image(path)
-    assert large.size == (1200, 960) and 64 <= min(small.size) < 256
-    assert difference(train.crop(small, 32), train.crop(large, 32)) < 16
-
-
 def test_every_second_time_an_image_is_mirrored_if_asked(folder):
     for path in folder.rglob("*.*"):
         gradient(40, 30).save(path)
@@ -318,9 +308,8 @@ def test_a_broken_file_is_named_once_and_replaced(folder, capsys):
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, None])
 def test_what_the_system_refuses_breaks_no_image(folder, code):
-    images, file = images_of(folder), mock.mock_open()
-    file.return_value.read.side_effect = OSError(code, "")
-    refusal = mock.patch.object(sample, "open", file, create=True)
+    images, refused = images_of(folder), mock.Mock(side_effect=OSError(code, ""))
+    refusal = mock.patch.object(sample.Path, "read_bytes", refused)
     if code is None:
         refusal = mock.patch.object(sample, "as_rgb", side_effect=MemoryError)
     with refusal, pytest.raises(OSError if code else MemoryError):
@@ -337,3 +326,9 @@ def test_the_frechet_distance_of_gaussians(dimensions, seed):
     centred = a - a.mean(0)
     spread = 4 * centred.var(0).sum().item()
     assert judge.frechet(centred, 3 * centred) == pytest.approx(spread, rel=1e-6)
+
+
+def test_recall_is_of_images_as_near_as_the_third_neighbour():
+    samples = torch.arange(5.0)[:, None]  # which is 3 2 2 2 3 away
+    reference = torch.tensor([-3.1, -2.9, 2, 7.1])[:, None]
+    assert judge.recall(samples, reference) == 0.5

@@ -7,7 +7,7 @@ from unittest import mock
 import benchmark
 import pytest
 import torch
-from helpers import CODEC_SIZES, arguments, asked_of_fit, normal, random_tokens, tree
+from helpers import CODEC_SIZES, arguments, asked_of_fit, random_tokens, tree
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,7 +85,7 @@ def test_computed_costs_are_those_of_a_real_step(masked):
     given += [own, torch.arange(20)[None] % 2 == 1] if masked else []
     losses = hmar.masked_losses if masked else hmar.next_scale_losses
     flops = benchmark.flops_of(lambda: losses(fast, *given).mean().backward())
-    held = [*pytree.tree_leaves(params), *trained, *(leaf.grad for leaf in trained)]
+    held = [*pytree.tree_leaves(params), *trained, *trained, *(leaf.grad for leaf in trained)]
 
     optimizer = train.Optimizer(params)
     optimizer.step(0.1)
@@ -93,7 +93,7 @@ def test_computed_costs_are_those_of_a_real_step(masked):
     sizes = dict(width=32, heads=2, classes=3, codes=11, code_dim=4)
     computed = benchmark.cost(4, SCALES, masked, **sizes)
     assert computed["flops"] == flops
-    assert computed["optimizer"] == sum(x.nbytes for x in held)
+    assert computed["state"] == sum(x.nbytes for x in held)
 
 
 # ---- dtypes
@@ -173,22 +173,14 @@ def test_sampling_waits_for_nothing_and_mixes_no_devices(options):
 
 def test_the_benchmark_refuses_to_time_what_disagrees(capsys, monkeypatch):
     monkeypatch.setitem(hmar.SCALES, 256, hmar.SCALES[256][:4])
-    refuse = mock.Mock(wraps=benchmark.refuse)
-    monkeypatch.setattr(benchmark, "refuse", refuse)
     flags = argparse.Namespace(size=256, depth=2, batch=1, rounds=1)
+    benchmark.attention(argparse.Namespace(size=[256], batch=1, head_dim=16, dtype=None, rounds=1))
     for run in (benchmark.training, benchmark.sampling):
         run(flags)
-    benchmark.attention(argparse.Namespace(size=[256], batch=1, head_dim=16, dtype=None, rounds=1))
     assert capsys.readouterr().out.count("\nours") == 5
-    (autocast,) = [call.args for call in refuse.call_args_list if call.args[0] == "autocast"]
-    assert not torch.equal(autocast[1][0], autocast[2][0])  # it is on
 
     whole = hmar.feed_forward
     monkeypatch.setattr(hmar, "feed_forward", lambda *args, **more: 1.01 * whole(*args, **more))
     for run in (benchmark.training, benchmark.sampling):
         with pytest.raises(SystemExit, match="differs from the reference"):
             run(flags)
-
-    logits = normal(9, 4096, scale=2)
-    kept = benchmark.dense_filtered(logits, 900, 0.96)
-    assert torch.equal(sample.filtered(logits, 900, 0.96), kept)

@@ -36,20 +36,31 @@ import train
 
 SCALES = ((1, 1), (4, 4), (8, 8))
 TINY = dict(channels=32, multipliers=(1, 1), residual_blocks=1, attention=False, codes=16)
-TINY |= dict(code_dim=8, depth=1, gamma=0.1, masked_blocks=1, loss_weights="token", batch=4)
-TINY |= dict(ema=0.998, warmup=2, save_every=4, steps=12, lr=4e-3)
+TINY |= dict(code_dim=8)
 FLAGS = ["--size", "16", "--scales", "1", "4", "8", "--dtype", "fp32", "--device", "cpu"]
 CODEC = small_codec(attention=False, seed=7)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_train", "torch._dynamo"])
 
 
-def presets(**changes):
-    """train.PRESETS of a tiny model."""
-    return {name: (value, value) for name, value in (TINY | changes).items()}
+def tiny_dial(depth, size, images, steps=12, **changes):
+    """train.dial of a tiny model."""
+    steps, lr = (dict.fromkeys(train.STAGES, value) for value in (steps, 4e-3))
+    return dict(
+        codec=TINY | changes,
+        transformer=dict(depth=1, gamma=0.1),
+        masked_blocks=1,
+        loss_weights="token",
+        batch=4,
+        steps=steps,
+        lr=lr,
+        decay=0.05,
+        looks=6,
+    )
 
 
-OFTEN = dict(PRESETS=presets(), LOG_EVERY=1, REVIVE_EVERY=4)
+DIAL = train.dial
+OFTEN = dict(dial=tiny_dial, SAVES=3, LOG_EVERY=1, REVIVE_EVERY=4)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -212,15 +223,15 @@ def test_kills_at_random_moments_change_nothing(base, start, folder, tmp_path):
 
 def at(stage, step, act, ranks="0"):
     """Has processes act when a step's metrics are written."""
-    write = train.log
+    write = train.Progress.log
 
-    def log(args, now, number, **numbers):
-        write(args, now, number, **numbers)
-        is_now = (now, number) == (stage, step) and "rate" in numbers
+    def log(progress, number, **numbers):
+        write(progress, number, **numbers)
+        is_now = (progress.stage, number) == (stage, step) and "rate" in numbers
         if is_now and os.environ.get("RANK", "0") in ranks:
             act()
 
-    train.log = log
+    train.Progress.log = log
 
 
 def ask(number):
@@ -259,8 +270,9 @@ def test_a_full_disk_loses_nothing(base, start, tmp_path):
 
 def toy_args(out, **changes):
     out.mkdir(exist_ok=True)
-    flags = dict(out=out, steps=dict(tokenizer=12), lr=dict(tokenizer=0.1), warmup=2, ema=0.9)
-    flags |= dict(save_every=2, compile=False, device=torch.device("cpu"))
+    flags = dict(out=out, steps=dict(tokenizer=12), lr=dict(tokenizer=0.1), looks=99, decay=0.05)
+    flags |= dict(compile=False, device=torch.device("cpu"), work=dict(tokenizer=1))
+    flags |= dict(stages=["tokenizer"])
     return argparse.Namespace(**flags | changes)
 
 
@@ -282,7 +294,7 @@ def toy_params():
 
 
 def toy_fit(args, evaluate=lambda tree: dict(loss=1.0), after_step=lambda *_: None):
-    with mock.patch.multiple(train, LOOKS=99, MUON_TOGETHER=12):  # two of the wide ones
+    with mock.patch.multiple(train, SAVES=6, MUON_TOGETHER=12):  # two of the wide ones
         given = toy_params(), toy_loss, toy_batches, evaluate, after_step
         return train.fit(args, "tokenizer", *given)
 
@@ -293,8 +305,10 @@ def stop_at(step, stop, now, needs, optimizer):
 
 
 @pytest.mark.parametrize("warmup, is_compiled", [(3, False), (8, True)])
-def test_the_loop_equals_one_written_out(tmp_path, warmup, is_compiled):
-    args = toy_args(tmp_path, warmup=warmup, compile=is_compiled)
+def test_the_loop_equals_one_written_out(tmp_path, monkeypatch, warmup, is_compiled):
+    for name, value in dict(WARM_UP=warmup / 12, MEMORY=9 / 12).items():
+        monkeypatch.setattr(train, name, value)
+    args = toy_args(tmp_path, compile=is_compiled)
     falling = iter(range(99, 0, -1))
     with mock.patch.object(torch, "compile", side_effect=lambda model: model) as compiled:
         ours = toy_fit(args, lambda tree: dict(loss=next(falling)))
@@ -363,8 +377,8 @@ def test_a_second_signal_and_one_at_the_end_are_heeded(tmp_path):
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(train, "LOOKS", 1)
-    monkeypatch.setattr(train, "PRESETS", presets(save_every=1))
+    monkeypatch.setattr(train, "SAVES", 12)
+    monkeypatch.setattr(train, "look", lambda *_: 1.0)
     monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e6 if step == 2 else 1e-4)
     for every in (1, 50):  # the same command says so again
         monkeypatch.setattr(train, "LOG_EVERY", every)
@@ -434,7 +448,7 @@ def test_two_processes_end_and_go_on_together(start, tmp_path):
 
     def two(name, *hooks):
         flags = [tmp_path / name, "tokenizer"]
-        constants = dict(LOG_EVERY=5, PRESETS=presets(codes=128, steps=20))
+        constants = dict(LOG_EVERY=5, SAVES=5, dial=partial(tiny_dial, codes=128, steps=20))
         return start_two(start, *flags, hooks=[partial(few, 1), *hooks], **constants)
 
     kill = partial(ask, signal.SIGKILL)
@@ -459,7 +473,7 @@ def test_two_processes_end_and_go_on_together(start, tmp_path):
 @pytest.mark.parametrize("stages", ["tokenizer", "all"])
 def test_two_processes_or_parts_are_one(base, start, tmp_path, stages):
     """Two channels share a norm: AdamW steps by rounding where a gradient is 0."""
-    lr, constants = 1e-4, dict(PRESETS=presets(channels=64))
+    lr, constants = 1e-4, dict(dial=partial(tiny_dial, channels=64))
     flags = [stages, "--lr", lr, "--batch", 16]
     if stages == "all":  # but for the tokenizer, lest tokens differ
         flags += ["--tokenizer", base / "tokenizer.pt"]
@@ -520,6 +534,52 @@ def test_no_network_sees_more_images_than_fit(run, tmp_path, monkeypatch):
         assert {len(x) for _, given, _ in own for x in given[1:] if torch.is_tensor(x)} == {1}
 
 
+# The dial, memory and time
+
+
+def test_the_dial_grows_by_its_laws():
+    dials = [DIAL(depth, 256, 10**9) for depth in range(1, 31)]
+    for small, large in itertools.pairwise(dials):
+        assert small["batch"] <= large["batch"]
+        for stage in train.STAGES:
+            assert small["lr"][stage] > large["lr"][stage]
+            assert small["steps"][stage] * small["batch"] < large["steps"][stage] * large["batch"]
+    assert [dials[15]["codec"][name] for name in ("codes", "code_dim")] == [4096, 32]
+    few = DIAL(8, 32, 190)
+    assert few["steps"]["next-scale"] * few["batch"] < 201 * 190  # epochs
+    for size, cell in ((16, 4), (64, 4), (96, 8), (128, 8), (256, 16), (1024, 16)):
+        codec = tokenizer.init(**DIAL(2, size, 100)["codec"])
+        assert tokenizer.downsampling(codec) == cell
+        tokenizer.check(codec)
+
+
+def test_parts_and_checkpointing_follow_from_the_memory(monkeypatch):
+    changes = dict(device=torch.device("cuda"), size=256, scales=hmar.SCALES[256], depth=16)
+    args = argparse.Namespace(batch=64, codec=dict(channels=1), **changes)
+    image = 50 * 680 * 1024 * 16  # bytes, as computed costs say
+    for free, expected in ((100, (1, False)), (24, (4, False)), (2, (64, False)), (1, (64, True))):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * image, 0))
+        assert train.fitting_parts(args, {}) == expected
+
+
+def test_the_time_left_is_told(tmp_path, monkeypatch, capsys):
+    """Of a stage by its steps, of the run by FLOPs; on a terminal in one line."""
+    args = toy_args(tmp_path, steps=dict(tokenizer=100), stages=["tokenizer", "masked"])
+    args.work = dict(tokenizer=500, masked=1000)
+    monkeypatch.setattr(train.time, "monotonic", lambda: 10.0)
+    progress = train.Progress(args, "tokenizer", 20)
+    monkeypatch.setattr(train.time, "monotonic", lambda: 50.0)
+    for step in (39, 40):  # twenty steps, two seconds each
+        progress.tick(step)
+    progress.log(60, loss=0.5, many=[1])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    progress.tick(60)
+    first, second, third = capsys.readouterr().out.split("\n")
+    assert first == "tokenizer 40/100  0:02:00 left, 0:08:40 of the run  "
+    assert second == "tokenizer 60/100  0:00:40 left, 0:04:00 of the run  loss 0.5"
+    assert third == "\r\x1b[K" + second
+
+
 # What the stages compute
 
 
@@ -567,7 +627,7 @@ def test_dead_codes_and_moments_are_replaced(run, tmp_path, monkeypatch):
 
     sums, forget = [], train.Optimizer.forget
     revived = watched(monkeypatch, tokenizer, "revive_codes")
-    monkeypatch.setattr(train, "PRESETS", presets(codes=128))
+    monkeypatch.setattr(train, "dial", partial(tiny_dial, codes=128))
     monkeypatch.setattr(train.Optimizer, "forget", forgotten)
     run(tmp_path, "tokenizer", "--batch", 2)
     assert sums == [2 * 81 * n for n in (1, 3, 4)]  # at steps 1, 4 and 8, not after 80 %
@@ -630,7 +690,7 @@ def test_a_small_folder_is_encoded_in_several_crops(base, run, folder, tmp_path,
         out, images.flip = tmp_path / f"{most} {flip}", flip
         run(out, "--steps", 1, "--tokenizer", path, *["--flip"] * flip)
         tokens = np.load(out / "tokens.npy")
-        assert tokens.shape == (28, views, 81) and tokens.dtype == np.uint16
+        assert tokens.shape == (28, views, 81) and tokens.dtype == np.uint8
         for view in range(min(3, views)):
             keys = [(i, (0, view, i) if view else None, view) for i in range(28)]
             pixels = torch.stack([images[key] for key in keys]) / 127.5 - 1
@@ -650,7 +710,7 @@ def test_init_fits_classes_scales_and_branches(tmp_path, capsys):
         flags = [*FLAGS, "--init", str(tmp_path / "init.pt"), *flags]
         args = train.parser().parse_args(flags)
         given = train.load_given(args)
-        args = train.resolved(args, torch.device("cpu"), given)
+        args = train.resolved(args, torch.device("cpu"), given, 30)
         return train.fitted(args, given["next-scale"], classes), capsys.readouterr().out
 
     params = save_params(tmp_path / "init.pt")
@@ -708,7 +768,7 @@ def test_a_given_tokenizer_is_taken_or_trained_on(run, tmp_path, monkeypatch, re
 
 def test_a_stage_is_finished_while_its_file_exists(base, out, run):
     own = [out / name for name in ("a.tmp", "hmar.pt.7.tmp", "tokenizer.pt.0123abcd.tmp")]
-    for path in (*own, out / "tokenizer.checkpoint.pt", out / "samples/x.0123456789abcdef.tmp"):
+    for path in (*own, out / "a.0123456789abcdef.tmp", out / "samples/x.0123456789abcdef.tmp"):
         path.write_text("mine, or left by a kill")
     with mock.patch.object(train, "fit", side_effect=SystemExit):
         run(out)
@@ -722,8 +782,8 @@ def test_a_stage_is_finished_while_its_file_exists(base, out, run):
 
 
 def test_other_flags_or_images_are_refused(base, out, run, folder, tmp_path, refused):
-    assert refused(out, "--seed", 3, "--flip", "--depth", 2) == (
-        f"train.py: {out}: begun with other flags or images: depth 1 -> 2, flip False -> True, "
+    assert refused(out, "--seed", 3, "--flip", "--depth", 3) == (
+        f"train.py: {out}: begun with other flags or images: depth 2 -> 3, flip False -> True, "
         "seed 0 -> 3; give another --out, or remove the folder"
     )
     data = shutil.copytree(folder, tmp_path / "data")
@@ -742,7 +802,7 @@ def test_what_has_no_record_is_refused(tmp_path, refused):
     for name in (*train.STAGES.values(), "tokens.npy", "masked.checkpoint.pt"):
         (tmp_path / name).write_text("mine")
         line = refused(tmp_path, "tokenizer")
-        assert line == f"train.py: {tmp_path}/{name}: found without args.json; expected a new --out"
+        assert line == f"train.py: {tmp_path}: holds files of another program; give another --out"
         assert contents(tmp_path) == {"lock": b"", name: b"mine"}
         (tmp_path / name).unlink()
 
@@ -761,13 +821,10 @@ def test_no_transformer_meets_another_tokenizer(out, run, refused):
 
 
 def test_a_folder_takes_one_process_at_a_time(base, out, run, refused, monkeypatch):
-    with sample.lock_folder(out):
+    with train.lock_folder(out):
         assert refused(out) == f"train.py: {out}: another process works there"
-    for code in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
-        monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(code, "none")))
-        run(out)
-    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.EIO, "broken")))
-    assert "broken" in refused(out)
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "none")))
+    run(out)  # a file system without locks
     assert contents(out) == contents(base)
 
 
@@ -777,7 +834,7 @@ def test_damaged_files_are_told_or_mended(base, out, run, refused):
     (out / "metrics.jsonl").write_bytes(junk + b'{"stage": "tok')  # half a line
     for state in ([], 999 * [torch.zeros(1)]):
         torch.save(dict(state=state, progress=(1, 1, 1.0), window=[]), path)
-        said = f"{path}: expected this stage's checkpoint; removed, the stage begins anew"
+        said = f"{path}: expected this stage's; removed, the stage begins anew"
         assert refused(out, "tokenizer") == f"train.py: {said}"
     path.unlink()
     run(out, "tokenizer")
@@ -787,13 +844,13 @@ def test_damaged_files_are_told_or_mended(base, out, run, refused):
 
 BAD = [
     ("--step-s=3", "unrecognized arguments: --step-s=3"),
-    ("--data broken --workers 2", ".png cannot be read, nor another of broken"),
+    ("--data broken --workers 2", "--data: no held-out image can be read"),
     ("--size 15", "--size: got 15, expected a multiple of 2"),
     ("--batch 0", "--batch: got 0, expected 1 to"),
     ("--lr nan", "loss or gradient is not finite at step 1"),
     ("--tokenizer codec.pt --init codec.pt", "got a tokenizer beside --tokenizer"),
     ("--depth 2 --init params.pt", "--depth: got 2, but --init decides it"),
-    ("masked", "tokenizer.pt is missing; python train.py tokenizer makes it"),
+    ("masked", "tokenizer.pt: no weights that can be read: FileNotFoundError"),
     ("--out file.txt", "file.txt"),
     ("--out=", "--out: got '', expected a folder"),
 ]
