@@ -73,15 +73,15 @@ HELD_OUT = 0.05  # share of the images
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
 MOST_VIEWS = 16  # but in no more than these
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-# flags that change a result
+# change a result
 FLAGS = ("size", "depth", "flip", "seed", "dtype", "compile", "causal", "scales")
 
 
 def dial(depth, size, images):
     """{setting: value} that --depth and --size decide, for so many images to train on.
 
-    RESULTS, "The dial", has what was measured at depths 2 to 4; beyond them the laws are
-    extrapolated, to meet the published transformer at depth 16 (VAR, HMAR).
+    Measured at depth 2 (RESULTS, "The dial"); beyond it the laws are extrapolated, to meet the
+    published transformer at depth 16.
     """
     larger = depth / DEPTH
     is_large = depth >= 8  # from here on the published sizes
@@ -90,19 +90,16 @@ def dial(depth, size, images):
     # since each has more tokens; no folder is worth more than so many epochs
     seen = min(36_800 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
-    seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}
+    seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "The dial"
 
     # deeper wants less, a larger batch more (HyperP 2603.28743)
     rate = 4e-3 * larger**-0.7
     rates = {"tokenizer": rate, "next-scale": rate, "masked": rate / 4}
 
-    # so that weights shrink alike over a run (Wang and Aitchison 2024)
-    decay = 0.05 * larger**-0.8
-
-    # pixels a side of a cell: 4, or more where that left over 16 cells; a level halves the sides
+    # pixels a side of a cell: 4, or more where that left over 16 cells
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))
     codec = dict(
-        codes=2 ** round(8 + 4 / 3 * math.log2(larger)),  # 256 to the published 4,096
+        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(larger))),  # 256 to the published ones
         code_dim=32 if is_large else 16,
         channels=max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
         multipliers={4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[cell],
@@ -117,7 +114,7 @@ def dial(depth, size, images):
         batch=batch,
         steps={stage: math.ceil(share * seen / batch) for stage, share in seen_by.items()},
         lr=rates,
-        decay=decay,
+        decay=0.05 * larger**-0.8,  # shrinks alike over a run (Wang and Aitchison 2024)
         looks=3 * depth,  # at held-out images in a stage
     )
 
@@ -344,6 +341,8 @@ def stop_signals(device):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if rank() == 0 and sys.stdout.isatty():
+            print()  # the renewed line stays
     if asked:  # during the last step
         raise KeyboardInterrupt
 
@@ -373,11 +372,12 @@ class Progress:
             self.say(step)
 
     def say(self, step):
+        """Prints where the stage is."""
         place = f"{self.stage} {step}/{self.args.steps[self.stage]}"
         say(f"{place}  {self.time_left(step)}{self.shown}", renewed=True)
 
     def time_left(self, step):
-        """ "0:04:10 left, 0:09:00 of the run  ", or nothing before some steps can tell."""
+        """Of the stage and the run, "0:04:10 left, 0:09:00 of the run  "; "" at first."""
         args, done = self.args, step - self.start
         if done < TIMED:
             return ""
@@ -584,6 +584,7 @@ def train_masked(args, data, held_out, init=None):
 
 
 def with_masked_branch(args, params):
+    """The tree with a masked branch."""
     blocks = min(args.masked_blocks, len(params["trunk"]))
     return hmar.add_masked_branch(params, blocks, seed=args.seed)
 
@@ -975,7 +976,7 @@ def share_of_tokens(args, data, codec):
 
 def views_of(args, images):
     """How many crops of each image are encoded."""
-    if args.data is None:  # drawings vary enough
+    if args.data is None:
         return 1
     return min(MOST_VIEWS, max(1 + args.flip, VIEWS_IN_ALL // images))
 
@@ -1012,7 +1013,7 @@ def parser():
     add("--init", help="start the stage that they fit from these weights, ours or published")
     add("--device", choices=("cuda", "cpu"), help="(cuda if there is one)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
-    add("--workers", type=int, default=0, help="threads that decode images")
+    add("--workers", type=int, help="threads that decode images (CUDA: one a core, to 8)")
     add("--compile", action="store_true", help="torch.compile the training step")
     return top
 
@@ -1049,8 +1050,7 @@ def train(args):
         save(weights, tree)  # with which the stage is finished
         if rank() == 0:
             checkpoint.unlink(missing_ok=True)
-    say(f"finished: {args.out} holds weights, metrics.jsonl and samples/")
-    say(f"next: python sample.py {args.out}")
+    say(f"finished; next: python sample.py {args.out}")
     del lock  # held until here
 
 
@@ -1068,7 +1068,7 @@ def prepare(args, given, init, data, held_out):
     """Says what will be done; gives args the work of each stage and the parts of a batch."""
     names = data.class_names
     for label in set(range(len(names))).difference(data.labels):
-        say(f"class {names[label]}: its images are all held out, too few to train on")
+        say(f"class {names[label]}: all its images are held out, none to train on")
     say(
         f"{args.out}: {len(data)} images to train on, {len(held_out)} held out, "
         f"{len(names)} classes; {args.device}, {str(args.dtype)[6:]}, "
@@ -1081,7 +1081,7 @@ def prepare(args, given, init, data, held_out):
         if not args.causal:
             params = with_masked_branch(args, params)
     args.work = planned(args, codec, params, len(data))
-    args.parts, args.checkpointing = fitting_parts(args, params)
+    args.parts, args.checkpointing = agreed(lambda: fitting_parts(args, params))
 
 
 def load_given(args):
@@ -1107,9 +1107,11 @@ def resolved(args, device, given, images):
     for name in ("steps", "lr"):  # one number for all stages
         if getattr(args, name) is not None:
             settings[name] = dict.fromkeys(STAGES, getattr(args, name))
-    asked = dict(batch=args.batch) if args.batch else {}
-    args = argparse.Namespace(**vars(args) | settings | asked | dict(device=device))
+    settings["batch"] = args.batch or settings["batch"]
+    args = argparse.Namespace(**vars(args) | settings | dict(device=device))
     args.dtype = sample.find_dtype(args.dtype, device)
+    if args.workers is None:  # a CPU's cores have enough to do
+        args.workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
     if args.out is None:
         args.out = os.path.join("runs", os.path.basename(os.path.abspath(args.data or "shapes")))
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
@@ -1120,14 +1122,12 @@ def resolved(args, device, given, images):
     if args.causal:
         args.stages = [stage for stage in args.stages if stage != "masked"]
 
-    # a given tokenizer has sizes of its own
+    cell = 2 ** (len(args.codec["multipliers"]) - 1)
     codec = given.get("codec", given.get("tokenizer"))
-    if codec is None:
-        with torch.device("meta"):
-            codec = tokenizer.init(**args.codec)
-    else:
+    if codec is not None:  # it has sizes of its own
         args.codec = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
-    args.scales = fitting_scales(args, tokenizer.downsampling(codec))
+        cell = tokenizer.downsampling(codec)
+    args.scales = fitting_scales(args, cell)
     if images < world():
         raise ValueError(f"--data: got {images} images to train on, fewer than processes")
     if args.batch % world():
@@ -1161,8 +1161,7 @@ def planned(args, codec, params, images):
         "next-scale": 3 * flops(hmar.next_scale_logits, params, labels, inputs, args.causal),
     }
     if "masked" in params:
-        given = params, labels, inputs, inputs, mask
-        per_image["masked"] = 2 * flops(hmar.masked_logits, *given)
+        per_image["masked"] = 2 * flops(hmar.masked_logits, params, labels, inputs, inputs, mask)
     work = {stage: args.steps[stage] * args.batch * per_image[stage] for stage in args.stages}
     if "next-scale" in work:  # first of all every image is encoded
         work["next-scale"] += images * views_of(args, images) * encoder
@@ -1248,7 +1247,6 @@ def claim_folder(args, record):
     if "flags" not in before and (before or there):
         raise ValueError(f"{args.out}: holds files of another program; give another --out")
 
-    # class names follow from the images' paths, but for images alone: then it is the folder's
     record = json.loads(json.dumps(record, default=str))  # as it comes back from a file
     old, new = before.get("flags"), record["flags"]
     if old != new and there:
