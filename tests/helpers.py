@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -26,16 +27,24 @@ def lengths(scales):
     return [h * w for h, w in scales]
 
 
-def scale_of_tokens(counts):
-    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).tolist()
+def scale_of_tokens(scales):
+    """(L,) int64."""
+    return torch.repeat_interleave(torch.tensor(lengths(scales)))
+
+
+def visibility(scales, is_causal):
+    """(L, L) bool: whether token i sees token j."""
+    scale_of = scale_of_tokens(scales)
+    own = scale_of[:, None]
+    return own >= scale_of if is_causal else own == scale_of
 
 
 @st.composite
 def pyramids(draw, largest=4, most=4):
     """Scales, coarse to fine."""
-    heights = sorted(draw(st.lists(st.integers(1, largest), min_size=1, max_size=most)))
-    count = len(heights)
-    widths = sorted(draw(st.lists(st.integers(1, largest), min_size=count, max_size=count)))
+    side = st.integers(1, largest)
+    sizes = draw(st.lists(st.tuples(side, side), min_size=1, max_size=most))
+    heights, widths = map(sorted, zip(*sizes))
     return tuple(zip(heights, widths))
 
 
@@ -44,13 +53,18 @@ def close(ours, truth, tolerance=1e-10):
     torch.testing.assert_close(ours.detach(), expected, rtol=tolerance, atol=tolerance)
 
 
+def named_leaves(tree):
+    """{path: leaf}."""
+    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
+
+
 def leaves_equal(tree, other):
-    leaves, others = (
-        {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(some)[0]}
-        for some in (tree, other)
-    )
-    same_names = leaves.keys() == others.keys()
-    return same_names and all(torch.equal(leaves[name], others[name]) for name in leaves)
+    """Names, dtypes and values are."""
+    leaves, others = named_leaves(tree), named_leaves(other)
+    if leaves.keys() != others.keys():
+        return False
+    pairs = [(leaf, others[name]) for name, leaf in leaves.items()]
+    return all(ours.dtype == theirs.dtype and torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -74,14 +88,11 @@ def random_tokens(batch, scales, codes, seed=0):
     return torch.randint(codes, (batch, sum(lengths(scales))), generator=generator)
 
 
-def quantiser(codes, code_dim, phis=4, seed=0):
+def quantiser(codes, code_dim, seed=0):
     """The part of a tokenizer's tree that the quantiser reads."""
+    phi = dict(weight=torch.empty(code_dim, code_dim, 3, 3), bias=torch.empty(code_dim))
     codebook = normal(codes, code_dim, seed=seed + 20)
-    phi = []
-    for i in range(phis):
-        weight = normal(code_dim, code_dim, 3, 3, seed=seed + i, scale=0.3)
-        phi.append(dict(weight=weight, bias=normal(code_dim, seed=seed + 9 + i, scale=0.3)))
-    return dict(codebook=codebook, phi=phi)
+    return scrambled(dict(phi=[phi] * 4), seed) | dict(codebook=codebook)
 
 
 def small_codec(**options):
@@ -160,75 +171,75 @@ def asked_of_fit(
         return asked, loss, [part for (part,) in batches(0)]
 
 
-BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # what their names end in
+def state_dict(tree, names):
+    """{name: leaf}, the names' parts replaced in this order."""
+    state = {}
+    for path, leaf in named_leaves(tree).items():
+        name = ".".join(re.findall(r"\w+", path))
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[name] = leaf
+    return state
 
 
 def published(params):
-    """Our tree under the published names, written out by hand: VAR, or HMAR with both branches."""
+    """Our tree under the published names: VAR, or HMAR with both branches."""
     is_combined = "masked" in params
-    state = {
-        "class_emb.weight": params["classes"],
-        "pos_start": params["start"][None],
-        "lvl_embed.weight": params["levels"],
-        "pos_1LC": torch.cat([p.flatten(0, 1) for p in params["positions"]])[None],
-        "word_embed.weight": params["input"]["weight"],
-        "word_embed_bias" if is_combined else "word_embed.bias": params["input"]["bias"],
+    names = {
+        "classes": "class_emb.weight",
+        "start": "pos_start",
+        "levels": "lvl_embed.weight",
+        "positions": "pos_1LC",
+        "input.weight": "word_embed.weight",
+        "input.bias": "word_embed_bias" if is_combined else "word_embed.bias",
+        "masked.mask_embedding": "mask_embed.weight",
+        "modulation": "ada_lin.1",
+        "next_scale.ada": "next_scale.head_nm.ada",
+        "masked.ada": "masked.head_nm.ada",
+        "next_scale.": "ns_" if is_combined else "",
+        "masked.": "mask_",
+        "trunk": "base_blocks" if is_combined else "blocks",
+        "log_temperature": "scale_mul_1H11",
+        "qkv": "mat_qkv.weight",
+        "attention": "attn",
+        "project": "proj",
+        "mlp.expand": "ffn.fc1",
+        "mlp.contract": "ffn.fc2",
     }
-    if is_combined:
-        state["mask_embed.weight"] = params["masked"]["mask_embedding"][None]
+    rows = torch.cat([grid.flatten(0, 1) for grid in params["positions"]])
+    state = state_dict(params | dict(positions=rows), names)
+    for name, leaf in list(state.items()):
+        if name in ("pos_start", "pos_1LC", "mask_embed.weight"):
+            state[name] = leaf[None]
+        elif name.endswith("scale_mul_1H11"):
+            state[name] = leaf.view(1, -1, 1, 1)
+        elif name.endswith("q_bias"):
+            state[name.replace("q_bias", "zero_k_bias")] = torch.zeros_like(leaf)
 
-    branches = {"": params["next_scale"]}
-    stacks = {"blocks": params["trunk"]}
-    if is_combined:
-        branches = {"ns_": params["next_scale"], "mask_": params["masked"]}
-        stacks = {f"{prefix}blocks": branch["blocks"] for prefix, branch in branches.items()}
-        stacks["base_blocks"] = params["trunk"]
-    affine = {}
-    for prefix, branch in branches.items():
-        affine[f"{prefix}head_nm.ada_lin.1"] = branch["modulation"]
-        affine[f"{prefix}head"] = branch["head"]
-    for stack, blocks in stacks.items():
-        for i, block in enumerate(blocks):
-            name, attention = f"{stack}.{i}", block["attention"]
-            state[f"{name}.attn.scale_mul_1H11"] = attention["log_temperature"].view(1, -1, 1, 1)
-            state[f"{name}.attn.q_bias"] = attention["q_bias"]
-            state[f"{name}.attn.v_bias"] = attention["v_bias"]
-            state[f"{name}.attn.mat_qkv.weight"] = attention["qkv"]
-            state[f"{name}.attn.zero_k_bias"] = torch.zeros_like(attention["q_bias"])
-            affine[f"{name}.attn.proj"] = attention["project"]
-            affine[f"{name}.ffn.fc1"] = block["mlp"]["expand"]
-            affine[f"{name}.ffn.fc2"] = block["mlp"]["contract"]
-            affine[f"{name}.ada_lin.1"] = block["modulation"]
-    for name, layer in affine.items():
-        state |= {f"{name}.{part}": leaf for part, leaf in layer.items()}
-
-    levels = torch.tensor(scale_of_tokens(lengths(hmar.scales(params))))
-    visible = levels[:, None] == levels if is_combined else levels[:, None] >= levels
-    mask = torch.where(visible, 0.0, -torch.inf)
-    return state | {"lvl_1L": levels[None], "attn_bias_for_masking": mask[None, None]}
+    scales = hmar.scales(params)
+    mask = torch.where(visibility(scales, not is_combined), 0.0, -torch.inf).to(rows.dtype)
+    buffers = dict(lvl_1L=scale_of_tokens(scales)[None], attn_bias_for_masking=mask[None, None])
+    return state | buffers
 
 
 def slow_bicubic(grid, size):
     """grid (h, w) -> size: Keys's kernel, a = -0.75, cell centres at halves, the edge repeated."""
 
     def kernel(t, a=-0.75):
-        t = abs(t)
         if t <= 1:
             return (a + 2) * t**3 - (a + 3) * t**2 + 1
         return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
 
-    def taps(i, inputs, outputs):
-        centre = (i + 0.5) * inputs / outputs - 0.5
-        places = range(math.floor(centre) - 1, math.floor(centre) + 3)
-        return [(min(max(j, 0), inputs - 1), kernel(centre - j)) for j in places]
+    def weights(inputs, outputs):
+        matrix = np.zeros((outputs, inputs))
+        for i in range(outputs):
+            centre = (i + 0.5) * inputs / outputs - 0.5
+            for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+                matrix[i, min(max(j, 0), inputs - 1)] += kernel(abs(centre - j))
+        return matrix
 
-    out = np.zeros(size)
-    for y in range(size[0]):
-        for x in range(size[1]):
-            for a, row in taps(y, grid.shape[0], size[0]):
-                for b, column in taps(x, grid.shape[1], size[1]):
-                    out[y, x] += row * column * grid[a, b]
-    return out
+    rows, columns = map(weights, grid.shape, size)
+    return rows @ grid @ columns.T
 
 
 def refused(message, call, *arguments, **options):
