@@ -222,24 +222,26 @@ def published(params):
     return state | buffers
 
 
-def slow_bicubic(grid, size):
-    """grid (h, w) -> size: Keys's kernel, a = -0.75, cell centres at halves, the edge repeated."""
+def resized(maps, size, weights):
+    """maps (..., h, w) -> (..., *size); weights(inputs, outputs) is the matrix of a side."""
+    rows, columns = map(weights, maps.shape[-2:], size)
+    return rows @ maps @ columns.T
+
+
+def bicubic(inputs, outputs):
+    """(outputs, inputs): Keys's kernel, a = -0.75, cell centres at halves, the edge repeated."""
 
     def kernel(t, a=-0.75):
         if t <= 1:
             return (a + 2) * t**3 - (a + 3) * t**2 + 1
         return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
 
-    def weights(inputs, outputs):
-        matrix = np.zeros((outputs, inputs))
-        for i in range(outputs):
-            centre = (i + 0.5) * inputs / outputs - 0.5
-            for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
-                matrix[i, min(max(j, 0), inputs - 1)] += kernel(abs(centre - j))
-        return matrix
-
-    rows, columns = map(weights, grid.shape, size)
-    return rows @ grid @ columns.T
+    matrix = np.zeros((outputs, inputs))
+    for i in range(outputs):
+        centre = (i + 0.5) * inputs / outputs - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            matrix[i, min(max(j, 0), inputs - 1)] += kernel(abs(centre - j))
+    return matrix
 
 
 def refused(message, call, *arguments, **options):

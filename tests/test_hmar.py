@@ -1,7 +1,6 @@
 """The transformer against plain re-derivations; published weights; bad input."""
 
 import copy
-import itertools
 import math
 import re
 from unittest import mock
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     arguments,
+    bicubic,
     close,
     double,
     leaves_equal,
@@ -21,8 +21,8 @@ from helpers import (
     pyramids,
     random_tokens,
     refused,
+    resized,
     scale_of_tokens,
-    slow_bicubic,
     tree,
     visibility,
 )
@@ -36,69 +36,60 @@ seeds = st.integers(0, 999)
 SCALES = ((1, 1), (2, 2), (2, 3))
 
 
-# ---- one token and one head at a time
+# ---- densely, one image and one head at a time; x (L, C) has a row a token
 
 
 def slow_linear(x, weight, bias):
-    return weight @ x + bias
+    return x @ weight.T + bias
 
 
 def slow_norm(x, scale, shift):
-    deviation = x - sum(x) / len(x)
-    return deviation / math.sqrt(sum(deviation**2) / len(x) + 1e-6) * (1 + scale) + shift
+    deviation = x - x.mean(1, keepdim=True)
+    variance = deviation.square().mean(1, keepdim=True)
+    return deviation / torch.sqrt(variance + 1e-6) * (1 + scale) + shift
 
 
-def slow_attention(xs, visible, qkv, q_bias, v_bias, log_temperature, project):
-    """xs: a vector a token; visible[i]: the tokens that token i sees."""
-    width = len(q_bias)
-    out = [[] for _ in xs]
-    for rows, log_t in zip(torch.arange(width).chunk(len(log_temperature)), log_temperature):
-        temperature = math.exp(min(log_t, math.log(100)))
-        q = [temperature * F.normalize(qkv[rows] @ x + q_bias[rows], dim=0) for x in xs]
-        k = [F.normalize(qkv[width + rows] @ x, dim=0) for x in xs]
-        v = [qkv[2 * width + rows] @ x + v_bias[rows] for x in xs]
-        for i, seen in enumerate(visible):
-            weights = [torch.exp(q[i] @ k[j]) for j in seen]
-            out[i].append(sum(weight * v[j] for weight, j in zip(weights, seen)) / sum(weights))
-    return [slow_linear(torch.cat(parts), **project) for parts in out]
+def slow_attention(x, visible, qkv, q_bias, v_bias, log_temperature, project):
+    """visible (L, L) bool: whether token i sees token j."""
+    q, k, v = (x @ weight.T for weight in qkv.chunk(3))
+    q, v = q + q_bias, v + v_bias
+    out = []
+    for own, log_t in zip(torch.arange(len(q_bias)).chunk(len(log_temperature)), log_temperature):
+        cosines = F.normalize(q[:, own], dim=1) @ F.normalize(k[:, own], dim=1).T
+        weights = visible * torch.exp(math.exp(min(log_t, math.log(100))) * cosines)
+        out.append(weights @ v[:, own] / weights.sum(1, keepdim=True))
+    return slow_linear(torch.cat(out, 1), **project)
 
 
 def slow_feed_forward(x, expand, contract):
     return slow_linear(F.gelu(slow_linear(x, **expand), approximate="tanh"), **contract)
 
 
-def slow_block(xs, condition, visible, block):
+def slow_block(x, condition, visible, block):
     six = slow_linear(F.silu(condition), **block["modulation"])
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.chunk(6)
-    normed = [slow_norm(x, scale1, shift1) for x in xs]
-    attended = slow_attention(normed, visible, **block["attention"])
-    xs = [x + gamma1 * update for x, update in zip(xs, attended)]
-    normed = [slow_norm(x, scale2, shift2) for x in xs]
-    return [x + gamma2 * slow_feed_forward(y, **block["mlp"]) for x, y in zip(xs, normed)]
+    x = x + gamma1 * slow_attention(slow_norm(x, scale1, shift1), visible, **block["attention"])
+    return x + gamma2 * slow_feed_forward(slow_norm(x, scale2, shift2), **block["mlp"])
 
 
 def slow_logits(params, label, inputs, is_causal=False, own_inputs=None, hidden=None):
     """Logits (L, codes) of one image; with own_inputs those of the masked branch."""
     branch = params["next_scale" if own_inputs is None else "masked"]
+    later = slow_linear(inputs, **params["input"])
+    if own_inputs is not None:
+        own = own_inputs @ branch.get("own_input", params["input"]["weight"]).T
+        own[hidden] = branch["mask_embedding"]
+        later = later + own
     condition = params["classes"][label]
-    shared = params["input"]["weight"]
-    rows = [condition + start for start in params["start"]]
-    for i, x in enumerate(inputs):
-        row = slow_linear(x, **params["input"])
-        if own_inputs is not None:
-            own = slow_linear(own_inputs[i], branch.get("own_input", shared), 0)
-            row = row + (branch["mask_embedding"] if hidden[i] else own)
-        rows.append(row)
-    scales = hmar.scales(params)
-    places = torch.cat([grid.flatten(0, 1) for grid in params["positions"]])
-    levels = params["levels"][scale_of_tokens(scales)]
-    xs = [row + place + level for row, place, level in zip(rows, places, levels)]
+    x = torch.cat([condition + params["start"], later])
+    x = x + torch.cat([grid.flatten(0, 1) for grid in params["positions"]])
+    x = x + params["levels"][scale_of_tokens(hmar.scales(params))]
 
-    visible = [row.nonzero()[:, 0] for row in visibility(scales, is_causal)]
+    visible = visibility(hmar.scales(params), is_causal)
     for block in params["trunk"] + branch["blocks"]:
-        xs = slow_block(xs, condition, visible, block)
+        x = slow_block(x, condition, visible, block)
     scale, shift = slow_linear(F.silu(condition), **branch["modulation"]).chunk(2)
-    return torch.stack([slow_linear(slow_norm(x, scale, shift), **branch["head"]) for x in xs])
+    return slow_linear(slow_norm(x, scale, shift), **branch["head"])
 
 
 @given(
@@ -110,7 +101,7 @@ def slow_logits(params, label, inputs, is_causal=False, own_inputs=None, hidden=
     st.booleans(),
     seeds,
 )
-def test_logits_are_those_of_plain_loops(scales, depth, data, heads, own_input, is_causal, seed):
+def test_logits_are_those_of_plain_matrices(scales, depth, data, heads, own_input, is_causal, seed):
     masked = data.draw(st.integers(0, depth))
     options = dict(depth=depth, masked=masked, own_input=own_input, heads=heads)
     params = tree(scales, **options, seed=seed)
@@ -219,9 +210,9 @@ def test_stochastic_depth(depth, rate, seed):
     tokens = random_tokens(4, SCALES, 5)
     ours = hmar.next_scale_losses(params, labels, tokens, inputs, gates=gates.double())
     scaled, image = copy.deepcopy(params), seed % 4
-    for i, update in itertools.product(range(depth), range(2)):  # as if gammas were scaled
-        for leaf in scaled["trunk"][i]["modulation"].values():
-            leaf[update * 32 : update * 32 + 32] *= gates[image, i, update].double()
+    for block, two in zip(scaled["trunk"], gates[image].double()):  # as if gammas were scaled
+        for leaf in block["modulation"].values():
+            leaf.view(6, 32, -1)[:2] *= two[:, None, None]
     own = [x[image : image + 1] for x in (labels, tokens, inputs)]
     close(ours[image], hmar.next_scale_losses(scaled, *own)[0])
 
@@ -298,20 +289,20 @@ def test_init_and_the_masked_branch_are_pure_functions(scales, depth, data, own_
 @example(SCALES, SCALES, 0)
 def test_positions_are_resampled_from_the_nearest_scale(old, new, seed):
     params = tree(old, seed=seed)
-    resized = hmar.resize_positions(params, new)
-    hmar.check(resized)
-    assert hmar.scales(resized) == new and resized["trunk"] is params["trunk"]
+    ours = hmar.resize_positions(params, new)
+    hmar.check(ours)
+    assert hmar.scales(ours) == new and ours["trunk"] is params["trunk"]
 
     def side(size, last):
         return math.sqrt(math.prod(size) / math.prod(last))
 
-    for size, level, position in zip(new, resized["levels"], resized["positions"], strict=True):
+    for size, level, position in zip(new, ours["levels"], ours["positions"], strict=True):
         distance = [abs(side(source, old[-1]) - side(size, new[-1])) for source in old]
         nearest = [k for k, d in enumerate(distance) if d < min(distance) + 1e-6]
         k = next(k for k in nearest if torch.equal(level, params["levels"][k]))
-        for channel in (0, 31):  # as fine-tuning starts from it, fp32 will do
-            plane = params["positions"][k][..., channel].numpy()
-            close(position[..., channel], slow_bicubic(plane, size), 1e-5)
+        planes = params["positions"][k].movedim(-1, 0).numpy()
+        # as fine-tuning starts from it, fp32 will do
+        close(position.movedim(-1, 0), resized(planes, size, bicubic), 1e-5)
 
 
 # ---- what fits

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    bicubic,
     close,
     leaves_equal,
     lengths,
@@ -17,8 +18,8 @@ from helpers import (
     quantiser,
     random_tokens,
     refused,
+    resized,
     scrambled,
-    slow_bicubic,
     small_codec,
     state_dict,
 )
@@ -35,15 +36,13 @@ SCALES = ((1, 1), (2, 2), (3, 4))
 # The quantiser
 
 
-def slow_area(grid, size):
-    """grid (h, w) -> size: the mean of the cells that an output cell covers, also in part."""
-    out = np.zeros(size)
-    for place in np.ndindex(size):
-        covered = []
-        for i, inputs, outputs in zip(place, grid.shape, size):
-            covered.append(slice(i * inputs // outputs, -(-(i + 1) * inputs // outputs)))
-        out[place] = grid[tuple(covered)].mean()
-    return out
+def area(inputs, outputs):
+    """(outputs, inputs): the mean of the cells that an output cell covers, also in part."""
+    matrix = np.zeros((outputs, inputs))
+    for i in range(outputs):
+        start, stop = i * inputs // outputs, -(-(i + 1) * inputs // outputs)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
 
 
 def slow_convolution(maps, weight, bias):
@@ -57,13 +56,10 @@ def slow_convolution(maps, weight, bias):
 
 def slow_contribution(codec, tokens, k, scales, hidden=None):
     """What scale k's tokens (n_k) add to the map (C, h, w); a hidden one is a code of zeros."""
-    codebook = codec["codebook"].numpy()
-    codes = np.zeros((codebook.shape[1], *scales[k]))
-    for place, token in enumerate(tokens):
-        if hidden is None or not hidden[place]:
-            codes[:, place // scales[k][1], place % scales[k][1]] = codebook[token]
-    if k < len(scales) - 1:
-        codes = np.stack([slow_bicubic(grid, scales[-1]) for grid in codes])
+    codes = codec["codebook"][tokens]
+    if hidden is not None:
+        codes[hidden] = 0
+    codes = resized(codes.T.reshape(-1, *scales[k]).numpy(), scales[-1], bicubic)
     nearest = np.abs(np.linspace(1 / 12, 11 / 12, 4) - k / max(1, len(scales) - 1)).argmin()
     phi = codec["phi"][nearest]
     return 0.5 * codes + 0.5 * slow_convolution(codes, phi["weight"].numpy(), phi["bias"].numpy())
@@ -82,7 +78,7 @@ def slow_quantise(codec, feature, scales):
 
 def slow_row(maps, size):
     """(C, h, w), resized -> (h_k w_k, C), a row of features."""
-    return np.stack([slow_area(grid, size).flatten() for grid in maps], 1)
+    return resized(maps, size, area).reshape(len(maps), -1).T
 
 
 @given(pyramids(), st.integers(1, 9), st.integers(1, 3), seeds)
@@ -155,14 +151,10 @@ def straight(codec, f_hat, weights):
 
 
 def through_cells(gradient, size):
-    """A map's gradient (C, h, w), carried back through the resizes of unit maps, one by one."""
-    out = torch.zeros_like(gradient)
-    for place in np.ndindex(*gradient.shape[1:]):
-        unit = np.zeros(gradient.shape[1:])
-        unit[place] = 1
-        seen = slow_bicubic(slow_area(unit, size), unit.shape)
-        out[(slice(None), *place)] = (gradient * torch.from_numpy(seen)).sum((1, 2))
-    return out
+    """A map's gradient (C, h, w), carried back through the cells' means, enlarged."""
+    sides = zip(gradient.shape[1:], size)
+    rows, columns = (bicubic(cells, side) @ area(side, cells) for side, cells in sides)
+    return torch.from_numpy(rows.T @ gradient.numpy() @ columns)
 
 
 @given(pyramids(3, 3), st.integers(1, 6), st.data(), st.floats(0, 2), seeds)
