@@ -121,30 +121,27 @@ def test_logits_are_those_of_plain_matrices(scales, depth, data, heads, own_inpu
 @given(pyramids(), st.booleans(), st.integers(1, 3), seeds)
 def test_one_scale_alone_is_a_part_of_the_whole(scales, own_input, batch, seed):
     params = tree(scales, own_input=own_input, seed=seed)
-    labels, *rest = arguments(params, batch, seed)
-    parts = [[None, *x.split(lengths(scales)[1:], 1)] for x in rest]  # scale 0 has none
+    labels, *given = arguments(params, batch, seed)
 
-    def alone(branch, *given, **options):
+    def logits(branch, *given, **options):
         features = hmar.branch_features(params, branch, labels, *given, **options)
         return hmar.logits(features, **params[branch]["head"])
 
-    def by_scale(inputs, *masked):
-        made = [hmar.next_scale_logits(params, labels, inputs, kind) for kind in (False, True)]
-        made.append(hmar.masked_logits(params, labels, inputs, *masked))
-        return [logits.split(lengths(scales), 1) for logits in made]
-
-    whole, causal, masked = by_scale(*rest)
+    inputs, own_inputs, mask = given
+    whole, masked = logits("next_scale", inputs), logits("masked", *given)
+    causal = logits("next_scale", inputs, is_causal=True)
     cache = hmar.new_cache(params, batch)
-    scale_of = scale_of_tokens(scales)[len(params["start"]) :]
     for k in range(len(scales)):
-        others = (scale_of != k)[:, None]  # not seen: bit for bit the same
-        same, _, refined = by_scale(rest[0] + others, rest[1] + others, rest[2] ^ others[:, 0])
-        assert torch.equal(same[k], whole[k]) and torch.equal(refined[k], masked[k])
-        inputs, *masked_inputs = [part[k] for part in parts]
-        close(alone("next_scale", inputs, k=k), whole[k])
-        close(alone("next_scale", inputs, k=k, cache=cache), causal[k])
-        if k:
-            close(alone("masked", inputs, *masked_inputs, k=k), masked[k])
+        own = scale_of_tokens(scales) == k
+        others = ~own[len(params["start"]) :]  # not seen: bit for bit the same
+        changed = inputs + others[:, None], own_inputs + others[:, None], mask ^ others
+        assert torch.equal(logits("next_scale", changed[0])[:, own], whole[:, own])
+        assert torch.equal(logits("masked", *changed)[:, own], masked[:, own])
+
+        part = [x[:, ~others] for x in given]
+        close(logits("next_scale", part[0], k=k), whole[:, own])
+        close(logits("next_scale", part[0], k=k, cache=cache), causal[:, own])
+        close(logits("masked", *part, k=k), masked[:, own])
 
 
 @given(pyramids(), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 40), seeds)
@@ -164,18 +161,17 @@ def test_losses_are_cross_entropies_of_the_logits(
     hidden = hidden[:, len(params["start"]) :][mask]
 
     def gradients(losses):
-        total = losses.square().sum()
-        return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(losses.square().sum(), leaves, materialize_grads=True)
 
     given = labels, tokens, inputs
     with mock.patch.object(hmar, "LOSS_SLICE", slice_rows * 5):
         options = dict(checkpointing=checkpointing)
         ours = hmar.next_scale_losses(params, *given, is_causal, **options)
         ours_hidden = hmar.masked_losses(params, *given, own, mask, **options)
-        close(ours, expected.detach())
-        close(ours_hidden, hidden.detach())
+        close(ours, expected)
+        close(ours_hidden, hidden)
         options |= dict(places=mask.flatten().nonzero()[::2, 0])
-        close(hmar.masked_losses(params, *given, own, mask, **options), hidden[::2].detach())
+        close(hmar.masked_losses(params, *given, own, mask, **options), hidden[::2])
         grads = gradients(torch.cat([ours.flatten(), ours_hidden]))
     for a, b in zip(grads, gradients(torch.cat([expected.flatten(), hidden]))):
         close(a, b, 1e-9)

@@ -105,17 +105,15 @@ def test_inputs_of_the_transformer_are_those_of_plain_loops(scales, seed):
     ]
     for i in range(2):
         own, hidden = tokens[i].split(lengths(scales)), mask[i].split(lengths(scales)[1:])
-        slow_f_hat = slow_contribution(codec, own[0], 0, scales)
-        expected = [[] for _ in ours]
-        for k, size in list(enumerate(scales))[1:]:
+        f_hat, expected = slow_contribution(codec, own[0], 0, scales), []
+        for k, size in enumerate(scales[1:], 1):
             plain = slow_contribution(codec, own[k], k, scales)
             zeroed = slow_contribution(codec, own[k], k, scales, hidden[k - 1])
-            for rows, maps in zip(expected, (slow_f_hat, plain, zeroed)):
-                rows.append(slow_row(maps, size))
-            slow_f_hat = slow_f_hat + plain
-        close(tokenizer.accumulate(codec, tokens, scales)[i], slow_f_hat)
-        for inputs, rows in zip(ours, expected):
-            close(inputs[i], np.concatenate(rows))
+            expected.append([slow_row(maps, size) for maps in (f_hat, plain, zeroed)])
+            f_hat = f_hat + plain
+        close(tokenizer.accumulate(codec, tokens, scales)[i], f_hat)
+        for inputs, rows in zip(ours, np.concatenate(expected, 1)):
+            close(inputs[i], rows)
 
 
 def test_phi_map_of_the_published_scales():
@@ -172,7 +170,7 @@ def test_training_pass(scales, batch, data, commitment, seed):
     rows = [list(slow_quantise(frozen, f.numpy(), scales)) for f in features.detach()]
     maps = torch.tensor(np.array([[f_hat for *_, f_hat in own] for own in rows])).transpose(0, 1)
     tokens = torch.cat(made["tokens"], 1)
-    close(tokens, [np.concatenate([own for _, own, _ in row]) for row in rows])
+    assert tokens.tolist() == [sum((own for _, own, _ in row), []) for row in rows]
     assert not any(residual.requires_grad for residual in made["residuals"])
 
     # VAR, equation 5: codes go to the features, the features to their codes
