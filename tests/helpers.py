@@ -1,12 +1,10 @@
 """What several test files use: random trees and arguments, comparisons, plain re-derivations."""
 
-import argparse
 import math
 import re
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -124,11 +122,9 @@ def tree(
         return params
 
     params = scrambled(params, seed)
-    blocks = params["trunk"] + params["next_scale"]["blocks"]
-    blocks += params["masked"]["blocks"] if masked else []
-    for i, block in enumerate(blocks):
-        temperature = 1.5 + 2 * normal(heads, seed=seed + i).abs() + (i % 2) * 2
-        block["attention"]["log_temperature"] = temperature
+    for name, leaf in named_leaves(params).items():
+        if "temperature" in name:
+            leaf.copy_(2.5 + 10 * leaf.abs())
     return params
 
 
@@ -153,9 +149,10 @@ def asked_of_fit(
     settings = train.dial(2, 32, 100) | dict(codec=CODEC_SIZES, batch=4, masked_blocks=2)
     settings |= dict(loss_weights="scale", steps=1) | flags
     settings["steps"] = dict.fromkeys(train.STAGES, settings["steps"])
-    flags = vars(train.parser().parse_args([])) | dict(scales=scales, size=2 * scales[-1][0])
+    args = train.parser().parse_args([])
+    vars(args).update(scales=scales, size=2 * scales[-1][0])
     with mock.patch.object(train, "dial", lambda *_: settings):
-        args = train.resolved(argparse.Namespace(**flags), torch.device(device), {}, 3)
+        args = train.resolved(args, torch.device(device), {}, 3)
     vars(args).update(dtype=dtype, parts=1, checkpointing=False)
 
     models = tokenizer.init(**CODEC_SIZES), tree(scales, depth=3, masked=0, codes=11, random=False)
@@ -235,7 +232,7 @@ def bicubic(inputs, outputs):
             return (a + 2) * t**3 - (a + 3) * t**2 + 1
         return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
 
-    matrix = np.zeros((outputs, inputs))
+    matrix = torch.zeros(outputs, inputs, dtype=torch.float64)
     for i in range(outputs):
         centre = (i + 0.5) * inputs / outputs - 0.5
         for j in range(math.floor(centre) - 1, math.floor(centre) + 3):

@@ -26,7 +26,7 @@ from helpers import (
     tree,
     visibility,
 )
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
@@ -296,9 +296,9 @@ def test_positions_are_resampled_from_the_nearest_scale(old, new, seed):
         distance = [abs(side(source, old[-1]) - side(size, new[-1])) for source in old]
         nearest = [k for k, d in enumerate(distance) if d < min(distance) + 1e-6]
         k = next(k for k in nearest if torch.equal(level, params["levels"][k]))
-        planes = params["positions"][k].movedim(-1, 0).numpy()
+        planes = params["positions"][k].movedim(2, 0)
         # as fine-tuning starts from it, fp32 will do
-        close(position.movedim(-1, 0), resized(planes, size, bicubic), 1e-5)
+        close(position.movedim(2, 0), resized(planes, size, bicubic), 1e-5)
 
 
 # ---- what fits
@@ -343,21 +343,19 @@ def test_published_weights_of_any_dtype_load(scales, depth, data, dtype):
     assert hmar.published_is_causal(without) is False
 
 
-@settings(max_examples=100)
-@given(
-    st.sampled_from([PLAIN, COMBINED]), st.sampled_from(["missing", "longer", "unknown"]), st.data()
-)
-def test_published_weights_that_do_not_fit_are_refused(params, change, data):
+@pytest.mark.parametrize("params", [PLAIN, COMBINED])
+def test_published_weights_that_do_not_fit_are_refused(params):
     state = published(params)
-    name = data.draw(st.sampled_from([name for name in state if not name.endswith(hmar.BUFFERS)]))
-    leaf = state.pop(name)
-    if change == "longer":
-        state[name] = torch.cat([leaf, leaf[..., :1]], -1)
-        assume(not re.search("word_embed.weight|scale_mul", name))  # other sizes
-    elif change == "unknown":
-        state |= {name: leaf, re.sub(r"\w+$", "extra", name): leaf}
-        assume(re.search("blocks|head", name))
-    refused("^(state_dict|params): no transformer's", hmar.from_published, state, SCALES)
+    for name, leaf in state.items():
+        if name.endswith(hmar.BUFFERS):
+            continue
+        wrong = [{other: state[other] for other in state if other != name}]
+        if not re.search("word_embed.weight|scale_mul", name):  # of which there are other sizes
+            wrong.append(state | {name: torch.cat([leaf, leaf[..., :1]], -1)})
+        if re.search("blocks|head", name):
+            wrong.append(state | {re.sub(r"\w+$", "extra", name): leaf})
+        for other in wrong:
+            refused("^(state_dict|params): no transformer's", hmar.from_published, other, SCALES)
 
 
 # ---- bad input

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     bicubic,
     close,
@@ -38,20 +39,11 @@ SCALES = ((1, 1), (2, 2), (3, 4))
 
 def area(inputs, outputs):
     """(outputs, inputs): the mean of the cells that an output cell covers, also in part."""
-    matrix = np.zeros((outputs, inputs))
+    matrix = torch.zeros(outputs, inputs, dtype=torch.float64)
     for i in range(outputs):
         start, stop = i * inputs // outputs, -(-(i + 1) * inputs // outputs)
         matrix[i, start:stop] = 1 / (stop - start)
     return matrix
-
-
-def slow_convolution(maps, weight, bias):
-    """maps (C, h, w): at every place the sum over 3 x 3 taps and the channels."""
-    padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)))
-    out = np.zeros((len(weight), *maps.shape[1:]))
-    for y, x in np.ndindex(out.shape[1:]):
-        out[:, y, x] = bias + (weight * padded[:, y : y + 3, x : x + 3]).sum((1, 2, 3))
-    return out
 
 
 def slow_contribution(codec, tokens, k, scales, hidden=None):
@@ -59,43 +51,39 @@ def slow_contribution(codec, tokens, k, scales, hidden=None):
     codes = codec["codebook"][tokens]
     if hidden is not None:
         codes[hidden] = 0
-    codes = resized(codes.T.reshape(-1, *scales[k]).numpy(), scales[-1], bicubic)
+    codes = resized(codes.T.unflatten(1, scales[k]), scales[-1], bicubic)
     nearest = np.abs(np.linspace(1 / 12, 11 / 12, 4) - k / max(1, len(scales) - 1)).argmin()
-    phi = codec["phi"][nearest]
-    return 0.5 * codes + 0.5 * slow_convolution(codes, phi["weight"].numpy(), phi["bias"].numpy())
-
-
-def slow_quantise(codec, feature, scales):
-    """For each scale (residual (n_k, C), tokens, f_hat (C, h, w)) of one feature (C, h, w)."""
-    codebook = codec["codebook"].numpy()
-    f_hat = np.zeros(feature.shape)
-    for k, size in enumerate(scales):
-        residual = slow_row(feature - f_hat, size)
-        tokens = [int(((codebook - vector) ** 2).sum(1).argmin()) for vector in residual]
-        f_hat = f_hat + slow_contribution(codec, tokens, k, scales)
-        yield residual, tokens, f_hat
+    return (codes + F.conv2d(codes, **codec["phi"][nearest], padding=1)) / 2
 
 
 def slow_row(maps, size):
     """(C, h, w), resized -> (h_k w_k, C), a row of features."""
-    return resized(maps, size, area).reshape(len(maps), -1).T
+    return resized(maps, size, area).flatten(1).T
+
+
+def slow_quantise(codec, feature, scales):
+    """For each scale (residual (n_k, C), tokens, f_hat (C, h, w)) of one feature (C, h, w)."""
+    f_hat = torch.zeros_like(feature)
+    for k, size in enumerate(scales):
+        residual = slow_row(feature - f_hat, size)
+        tokens = (residual[:, None] - codec["codebook"]).square().sum(2).argmin(1)
+        f_hat = f_hat + slow_contribution(codec, tokens, k, scales)
+        yield residual, tokens, f_hat
 
 
 @given(pyramids(), st.integers(1, 9), st.integers(1, 3), seeds)
-def test_the_residual_pyramid_is_that_of_plain_loops(scales, codes, width, seed):
+def test_the_residual_pyramid_is_that_of_plain_matrices(scales, codes, width, seed):
     codec = quantiser(codes, width, seed=seed)
     features = normal(2, width, *scales[-1], seed=seed)
     ours = list(tokenizer.quantise(codec, features, scales))
-    for i, feature in enumerate(features.numpy()):
-        slow = slow_quantise(codec, feature, scales)
-        for (residual, tokens, f_hat), truth in zip(ours, slow, strict=True):
-            close(residual[i], truth[0])
-            assert tokens[i].tolist() == truth[1]
-            close(f_hat[i], truth[2])
+    for i, feature in enumerate(features):
+        for own, truth in zip(ours, slow_quantise(codec, feature, scales), strict=True):
+            for value, expected in zip(own, truth, strict=True):
+                close(value[i], expected)
 
 
 @given(pyramids().filter(lambda scales: len(scales) > 1), seeds)
-def test_inputs_of_the_transformer_are_those_of_plain_loops(scales, seed):
+def test_inputs_of_the_transformer_are_those_of_plain_matrices(scales, seed):
     codec, tokens = quantiser(7, 2, seed=seed), random_tokens(2, scales, 7, seed)
     mask = normal(2, sum(lengths(scales)[1:]), seed=seed) < 0
     ours = [
@@ -109,10 +97,11 @@ def test_inputs_of_the_transformer_are_those_of_plain_loops(scales, seed):
         for k, size in enumerate(scales[1:], 1):
             plain = slow_contribution(codec, own[k], k, scales)
             zeroed = slow_contribution(codec, own[k], k, scales, hidden[k - 1])
-            expected.append([slow_row(maps, size) for maps in (f_hat, plain, zeroed)])
+            rows = [slow_row(maps, size) for maps in (f_hat, plain, zeroed)]
+            expected.append(torch.stack(rows))
             f_hat = f_hat + plain
         close(tokenizer.accumulate(codec, tokens, scales)[i], f_hat)
-        for inputs, rows in zip(ours, np.concatenate(expected, 1)):
+        for inputs, rows in zip(ours, torch.cat(expected, 1)):
             close(inputs[i], rows)
 
 
@@ -152,7 +141,7 @@ def through_cells(gradient, size):
     """A map's gradient (C, h, w), carried back through the cells' means, enlarged."""
     sides = zip(gradient.shape[1:], size)
     rows, columns = (bicubic(cells, side) @ area(side, cells) for side, cells in sides)
-    return torch.from_numpy(rows.T @ gradient.numpy() @ columns)
+    return rows.T @ gradient @ columns
 
 
 @given(pyramids(3, 3), st.integers(1, 6), st.data(), st.floats(0, 2), seeds)
@@ -167,10 +156,10 @@ def test_training_pass(scales, batch, data, commitment, seed):
         given = images, scales, torch.tensor(list(stops.values()))
         made = tokenizer.training_pass(codec, *given, commitment)
 
-    rows = [list(slow_quantise(frozen, f.numpy(), scales)) for f in features.detach()]
-    maps = torch.tensor(np.array([[f_hat for *_, f_hat in own] for own in rows])).transpose(0, 1)
+    slow = [list(zip(*slow_quantise(frozen, feature, scales))) for feature in features.detach()]
+    maps = torch.stack([torch.stack(f_hats) for _, _, f_hats in slow], 1)  # (S, B, C, h, w)
     tokens = torch.cat(made["tokens"], 1)
-    assert tokens.tolist() == [sum((own for _, own, _ in row), []) for row in rows]
+    assert torch.equal(tokens, torch.stack([torch.cat(own) for _, own, _ in slow]))
     assert not any(residual.requires_grad for residual in made["residuals"])
 
     # VAR, equation 5: codes go to the features, the features to their codes
