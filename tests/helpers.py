@@ -37,6 +37,9 @@ def visibility(scales, is_causal):
     return own >= scale_of if is_causal else own == scale_of
 
 
+dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
 @st.composite
 def pyramids(draw, largest=4, most=4):
     """Scales, coarse to fine."""
@@ -62,6 +65,16 @@ def leaves_equal(tree, other):
         return False
     pairs = [(leaf, others[name]) for name, leaf in leaves.items()]
     return all(ours.dtype == theirs.dtype and torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def seeded(init, seed, **sizes):
+    """init's tree, which depends on the seed alone and leaves torch's own stream where it is."""
+    state = torch.get_rng_state()
+    made = init(**sizes, seed=seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert leaves_equal(made, init(**sizes, seed=seed))
+    assert not leaves_equal(made, init(**sizes, seed=seed + 1))
+    return made
 
 
 def normal(*shape, seed=0, scale=1.0):

@@ -1,4 +1,4 @@
-"""The tokenizer against slow, plain loops; published weights; bad input."""
+"""The tokenizer against plain re-derivations; published weights; bad input."""
 
 import copy
 import math
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import (
     bicubic,
     close,
+    dtypes,
     leaves_equal,
     lengths,
     normal,
@@ -21,6 +22,7 @@ from helpers import (
     refused,
     resized,
     scrambled,
+    seeded,
     small_codec,
     state_dict,
 )
@@ -229,16 +231,12 @@ NAMES = list(WEIGHTS)[:-1]
     st.lists(st.integers(1, 2), min_size=1, max_size=3),
     st.integers(1, 2),
     st.booleans(),
-    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    dtypes,
     seeds,
 )
 def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, dtype, seed):
     options = dict(multipliers=multipliers, residual_blocks=blocks, attention=attention)
-    state = torch.get_rng_state()
-    codec = small_codec(**options, seed=seed)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert leaves_equal(codec, small_codec(**options, seed=seed))
-    assert not leaves_equal(codec, small_codec(**options, seed=seed + 1))
+    codec = seeded(small_codec, seed, **options)
     assert all(leaf.dtype == torch.float32 for leaf in pytree.tree_leaves(codec))
 
     codec["decoder"]["conv_out"]["weight"] *= 99
@@ -311,7 +309,7 @@ def test_bad_tokens_and_masks_are_refused_by_torch():
 
 @given(st.lists(st.tuples(st.integers(-1, 4), st.integers(-1, 4)), min_size=1, max_size=4))
 def test_scales_are_pairs_coarse_to_fine(scales):
-    heights, widths = [1] + [h for h, _ in scales], [1] + [w for _, w in scales]
+    heights, widths = ([1, *sides] for sides in zip(*scales))
     if heights == sorted(heights) and widths == sorted(widths):
         tokenizer.check_scales(scales)
     else:
