@@ -105,9 +105,11 @@ def quantiser(codes, code_dim, seed=0):
     return scrambled(dict(phi=[phi] * 4), seed) | dict(codebook=codebook)
 
 
+SMALL = dict(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
+
+
 def small_codec(**options):
-    sizes = dict(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
-    return tokenizer.init(**sizes | options)
+    return tokenizer.init(**SMALL | options)
 
 
 def tree(
