@@ -113,7 +113,7 @@ def contribution(codec, tokens, k, scales, hidden=None):
         codes = codes.masked_fill(hidden[..., None], 0)
 
     codes = _wide(codes).transpose(1, 2).unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
-    codes = F.interpolate(codes, scales[-1], mode="bicubic")  # (B, code_dim, h, w)
+    codes = enlarge(codes, scales[-1])  # (B, code_dim, h, w)
     with torch.autocast(codes.device.type, enabled=False):
         smoothed = convolution(codes, **codec["phi"][phi_index(k, len(scales))])
     return 0.5 * codes + 0.5 * smoothed
@@ -140,6 +140,21 @@ def f_hat_by_scale(codec, tokens, scales):
 def resize_to_scale(f_hat, size):
     """f_hat (B, code_dim, h, w), area-resized to (h_k, w_k), as a row (B, h_k w_k, code_dim)."""
     return F.interpolate(f_hat, size, mode="area").flatten(2).transpose(1, 2)
+
+
+def enlarge(x, size):
+    """Bicubic (B, C, h_k, w_k) -> (B, C, h, w), by products: deterministic, and fast backward."""
+    if x.shape[2:] == size:
+        return x
+    with torch.autocast(x.device.type, enabled=False):
+        down, across = (_bicubic(x, *sides) for sides in zip(x.shape[2:], size))
+        return torch.einsum("hi,bcij,wj->bchw", down, x, across)
+
+
+def _bicubic(x, small, large):
+    """(large, small), what enlarges a side: an identity, enlarged."""
+    identity = torch.eye(small, dtype=x.dtype, device=x.device)
+    return F.interpolate(identity[None, None], (large, small), mode="bicubic")[0, 0]
 
 
 def lengths(scales):
@@ -245,11 +260,10 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
     loss = loss + commitment * F.mse_loss(targets, f_hats.detach())
 
     # of a coarse image, gradients go to what its last scale can tell: the means of that scale's
-    # cells, enlarged as codes are. Sent to every position they cost the finest scale 4 dB (letters
-    # 24.4 for 28.0, RESULTS, "The pyramid")
+    # cells, enlarged as codes are. Sent to every position they cost the finest scale 4 dB (RESULTS)
     some = features[::COARSE_EVERY]  # (n, code_dim, h, w)
     cells = [F.interpolate(some, size, mode="area") for size in scales]
-    means = torch.stack([F.interpolate(cell, scales[-1], mode="bicubic") for cell in cells])
+    means = torch.stack([enlarge(cell, scales[-1]) for cell in cells])
     rows = torch.arange(len(some), device=some.device)
     coarse_maps = f_hats[:, ::COARSE_EVERY][stops, rows]  # (n, code_dim, h, w)
     coarse_maps = straight_through(coarse_maps, means[stops, rows])
@@ -292,7 +306,7 @@ def init(
 
     A level has channels (a multiple of 32) * multiplier channels and halves the sides, but for the
     last. The decoder has one residual block a level more than the encoder; with attention, one
-    follows each of the deepest level. Under torch.device("meta") nothing is allocated.
+    follows each of the deepest level.
     """
     generator = torch.Generator().manual_seed(seed)
     conv = partial(_new_convolution, generator)
