@@ -294,7 +294,7 @@ def toy_params():
 
 
 def toy_fit(args, evaluate=lambda tree: dict(loss=1.0), after_step=lambda *_: None):
-    with mock.patch.multiple(train, SAVES=6, MUON_TOGETHER=12):  # two of the wide ones
+    with mock.patch.object(train, "SAVES", 6):
         given = toy_params(), toy_loss, toy_batches, evaluate, after_step
         return train.fit(args, "tokenizer", *given)
 
