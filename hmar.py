@@ -149,11 +149,12 @@ def block(x, condition, attend, gates, modulation, attention, mlp):
 
     attend(query, key, value), each (B, heads, n, head_dim). gates (B, 2) scale the two updates.
     """
-    six = linear(F.silu(condition), **modulation).unsqueeze(1)  # (B, 1, 6 C)
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = six.chunk(6, -1)  # the published order
+    six = linear(F.silu(condition), **modulation).unflatten(1, (6, 1, -1))  # (B, 6, 1, C)
+    gammas, rest = six.split([2, 4], 1)  # the published order
     if gates is not None:
-        gamma1 = (gamma1 * gates[:, :1, None]).to(gamma1.dtype)
-        gamma2 = (gamma2 * gates[:, 1:, None]).to(gamma2.dtype)
+        gammas = (gammas * gates[..., None, None]).to(six.dtype)
+    gamma1, gamma2 = gammas.unbind(1)
+    scale1, scale2, shift1, shift2 = rest.unbind(1)
 
     x = x + gamma1 * self_attention(modulate(x, scale1, shift1), attend, **attention)
     return x + gamma2 * feed_forward(modulate(x, scale2, shift2), **mlp)
@@ -166,15 +167,16 @@ def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     parts = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
-    q, k, v = parts.permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim) each
+    qk, v = parts.permute(2, 0, 3, 1, 4).split([2, 1])  # (B, heads, n, head_dim) each
 
-    temperature = log_temperature.clamp(max=math.log(100)).exp()[:, None, None]
-    out = attend(of_length(temperature, q), of_length(1.0, k), v)
+    temperature = log_temperature.clamp(max=math.log(100)).exp().view(1, -1, 1, 1)
+    length = torch.stack([temperature, torch.ones_like(temperature)])
+    out = attend(*of_length(length, qk), *v)
     return linear(out.transpose(1, 2).flatten(2), **project)
 
 
 def of_length(length, x):
-    """x, scaled to a length along its last dimension; the norm is taken in fp32."""
+    """x, scaled to length along its last dimension; norms in fp32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     return x * (length / norm.clamp(min=1e-12)).to(x.dtype)
@@ -211,15 +213,14 @@ def logits(features, weight, bias):
 
 
 def cast(params, dtype):
-    """The same tree, its blocks, modulation too, and heads in dtype, in which products then are.
+    """The same tree, blocks and heads in dtype, in which products then are.
 
     Temperatures, residual stream, softmax and losses stay fp32. Gradients pass through.
     """
 
     def move(path, leaf):
-        name = pytree.keystr(path)
-        is_moved = re.search("trunk|blocks|head", name) and "log_temperature" not in name
-        return leaf.to(dtype) if is_moved else leaf
+        moved = re.search("(trunk|blocks|head)(?!.*temperature)", pytree.keystr(path))
+        return leaf.to(dtype) if moved else leaf
 
     return pytree.tree_map_with_path(move, params)
 

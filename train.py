@@ -52,7 +52,6 @@ MEMORY = 0.25  # share of the steps over which the moving average of the weights
 CLIP = 1.0  # largest gradient norm
 BETAS = (0.9, 0.95)  # AdamW's
 MOMENTUM = 0.95  # Muon's
-MUON_TOGETHER = 2**22  # numbers in the matrices of a shape that are stepped together
 NOT_FOR_MUON = (  # what faces other than features, and modulation
     "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
 )
@@ -204,26 +203,22 @@ class Optimizer:
     """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for everything else.
 
     A convolution's weight is a matrix of its outputs. Those of one shape are stepped together,
-    in half the time. Muon's steps are scaled to AdamW's size: one rate for both (Liu et al. 2025).
-    Muon multiplies in bf16 whatever --dtype says.
+    shared among the processes. Muon's steps are scaled to AdamW's size: one rate for both (Liu et
+    al. 2025). Muon multiplies in bf16 whatever --dtype says.
     """
 
     def __init__(self, tree, decay=0):
         self.decay = decay
-        by_shape, others = {}, []
+        self.groups, others = {}, []
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
             if not isinstance(leaf, torch.nn.Parameter):
                 continue
             if leaf.ndim < 2 or re.search(NOT_FOR_MUON, pytree.keystr(path)):
                 others.append(leaf)
             else:
-                by_shape.setdefault(leaf.shape, []).append(leaf)
+                self.groups.setdefault(leaf.shape, []).append(leaf)
 
-        self.groups = []
-        for shape, leaves in by_shape.items():
-            count = max(1, MUON_TOGETHER // shape.numel())
-            self.groups += [leaves[i : i + count] for i in range(0, len(leaves), count)]
-        self.momenta = [torch.stack(group).detach().flatten(2) * 0 for group in self.groups]
+        self.momenta = [torch.stack(x).detach().flatten(2) * 0 for x in self.groups.values()]
         self.adamw = torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)
         for leaf in others:  # as AdamW makes it at its first step: a checkpoint is copied into it
             step = torch.zeros((), device=leaf.device)
@@ -234,14 +229,21 @@ class Optimizer:
     @torch.no_grad()
     def step(self, rate):
         """Muon: momentum, Nesterov's step, orthogonal; scaled to AdamW's root mean square of .2."""
-        for leaves, momentum in zip(self.groups, self.momenta):
-            gradients = torch.stack([leaf.grad for leaf in leaves]).flatten(2)  # (N, rows, columns)
-            momentum.lerp_(gradients, 1 - MOMENTUM)
-            updates = orthogonal(gradients.lerp(momentum, MOMENTUM))  # Nesterov's look ahead
-            size = 0.2 * math.sqrt(max(updates.shape[1:]))  # an orthogonal matrix has 1 / sqrt(max)
-            for leaf, update in zip(leaves, updates):
-                leaf.mul_(1 - rate * self.decay)
-                leaf.sub_(update.reshape(leaf.shape), alpha=rate * size)
+        for (shape, leaves), momentum in zip(self.groups.items(), self.momenta):
+            gradients = [leaf.grad.flatten(1) for leaf in leaves]  # (rows, columns) each
+            torch._foreach_lerp_(momentum.unbind(), gradients, 1 - MOMENTUM)
+            torch._foreach_lerp_(gradients, momentum.unbind(), MOMENTUM)  # Nesterov's look ahead
+
+            # all take as many, the last ones some of the first
+            share = math.ceil(len(leaves) / world())
+            own = range(rank() * share, (rank() + 1) * share)
+            updates = orthogonal(torch.stack([gradients[i % len(leaves)] for i in own]))
+            updates = gathered(updates)[: len(leaves)].float().view(-1, *shape)
+
+            size = 0.2 * math.sqrt(max(momentum.shape[1:]))  # orthogonal ones have 1 / sqrt(max)
+            torch._foreach_mul_(leaves, 1 - rate * self.decay)
+            torch._foreach_sub_(leaves, updates.unbind(), alpha=rate * size)
+            for leaf in leaves:
                 leaf.grad = None
 
         self.adamw.param_groups[0]["lr"] = rate
@@ -264,7 +266,7 @@ def orthogonal(matrices):
         gram = x @ x.mT
         quintic = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, quintic, x, beta=3.4445)
-    return x.mT if is_tall else x
+    return x.mT.contiguous() if is_tall else x
 
 
 class Trained(torch.nn.Module):
@@ -302,7 +304,8 @@ def wrapped(model, args, stage):
     if world() == 1:
         return model
     unused = stage == "tokenizer"  # a phi that serves no scale
-    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    options = dict(find_unused_parameters=unused, gradient_as_bucket_view=True)
+    return torch.nn.parallel.DistributedDataParallel(model, **options)
 
 
 def averaged(window):
@@ -314,8 +317,7 @@ def averaged(window):
 
 def means(window):
     """{name: mean number or numbers} of reports of steps."""
-    names = window[0]
-    return {name: torch.stack([x[name] for x in window]).mean(0).tolist() for name in names}
+    return {name: torch.stack([x[name] for x in window]).mean(0).tolist() for name in window[0]}
 
 
 @contextlib.contextmanager

@@ -294,7 +294,7 @@ def toy_params():
 
 
 def toy_fit(args, evaluate=lambda tree: dict(loss=1.0), after_step=lambda *_: None):
-    with mock.patch.multiple(train, SAVES=6, MUON_TOGETHER=12):  # two of the wide ones
+    with mock.patch.object(train, "SAVES", 6):
         given = toy_params(), toy_loss, toy_batches, evaluate, after_step
         return train.fit(args, "tokenizer", *given)
 
@@ -401,14 +401,14 @@ def test_an_epoch_has_every_item_once():
 # Several processes and parts of a batch are one
 
 
-def start_two(start, *flags, hooks=(), **options):
-    """The two processes that torchrun would start, unlike each other."""
+def start_two(start, *flags, hooks=(), ranks="01", **options):
+    """The processes that torchrun would start, unlike each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    common = dict(WORLD_SIZE=str(len(ranks)), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     options |= dict(hooks=[*hooks, unlike])
-    return [start(*flags, environment=dict(common, RANK=rank), **options) for rank in "01"]
+    return [start(*flags, environment=dict(common, RANK=rank), **options) for rank in ranks]
 
 
 def unlike():
@@ -500,6 +500,25 @@ def test_two_processes_or_parts_are_one(base, start, tmp_path, stages):
         before = hmar.add_masked_branch(before, 1)
         assert difference(whole.pop("masked"), before.pop("masked")) > 1e-4
         assert difference(whole, before) == 0  # the rest stays
+
+
+def share(out):
+    """Steps its part of three matrices, and of one."""
+    train.start_processes("cpu")
+    train.wrapped = lambda model, *_: model
+    train.orthogonal = mock.Mock(wraps=train.orthogonal)
+    toy_fit(toy_args(out))
+    parts = {len(call.args[0]) for call in train.orthogonal.call_args_list}
+    sys.exit(parts != {math.ceil(3 / train.world()), 1})
+
+
+def test_processes_share_muon_to_the_last_bit(start, tmp_path):
+    """Any number of processes goes on from a checkpoint."""
+    for ranks in ("0", "01", "012"):
+        hook = partial(share, tmp_path / ranks)
+        for process in start_two(start, "", hooks=[hook], ranks=ranks):
+            ended(process)
+    assert len({path.read_bytes() for path in tmp_path.glob("*/*.pt")}) == 1
 
 
 def test_processes_wait_two_hours(monkeypatch):
