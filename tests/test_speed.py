@@ -169,7 +169,7 @@ def test_sampling_waits_for_nothing_and_mixes_no_devices(options):
 # ---- the benchmark
 
 
-def test_hours_have_parts(capsys):
+def test_hours(capsys):
     stage = dict(steps=3600, batch=8, flops=1e12, muon=4e12, launches=1e5, checkpoint=1e9)
     stage |= dict(trained=24e8, encoding=1)
     hours = [*benchmark.hours(stage, 2, 1e12).values()]
