@@ -1,21 +1,20 @@
-"""Benchmarks: python tests/benchmark.py [attention | train | sample | cost].
+"""Benchmarks: python tests/benchmark.py [attention | train | sample | gpu | cost].
 
 `train` and `sample` time the library against the published way: the dense reference below makes
-the tensors that VAR's code makes, in fp32 and under bf16 autocast. It is checked against ours
-first; the ratio against the faster of the two counts. Contestants take turns and the best of their
-rounds is told, so that a busy machine is fair; with one thread on a CPU it is CPU time.
+the tensors that VAR's code makes, in fp32 and under bf16 autocast, and is checked against ours
+first. Contestants take turns, so that a busy machine is fair; with one thread it is CPU time.
+`gpu` is a rehearsal where there is none.
 """
 
 import argparse
-import ctypes
 import functools
-import gc
 import itertools
 import math
-import platform
 import re
+import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,38 +33,34 @@ import tokenizer
 import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = {256: (4, 8), 512: (1, 8), 1024: (1, 2)}  # pixels -> images and depth, if not asked for
 VAR = sample.PUBLISHED["VAR"]
+SIZES = {256: (4, 8), 512: (1, 8), 1024: (1, 2)}  # pixels -> images and depth; on a card the double
+ROUNDS = 5
 
 
 # ---- what is measured, and how it is told
 
 
-def print_conditions(*notes):
-    """Processor, threads, versions: what a table is worth nothing without."""
-    machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor()
-    threads = f"threads: {torch.get_num_threads()}"
-    print(machine, threads, f"torch {torch.__version__}", *notes, sep="; ")
-
-
-def processor():
-    path = Path("/proc/cpuinfo")
+def conditions():
+    """Card or processor, and versions."""
+    is_gpu = DEVICE.type == "cuda"
+    path = Path("/proc", "driver/nvidia/version" if is_gpu else "cpuinfo")
     text = path.read_text() if path.exists() else ""
-    found = re.findall(r"^(model name|cpu family|model)\s*: (.+)", text, re.MULTILINE)
-    words = [" ".join(pair) for pair in found[:3]] or [platform.processor()]
-    words += ["avx512_bf16"] * torch.cpu._is_avx512_bf16_supported()
-    words += ["AMX"] * torch.cpu._is_amx_tile_supported()
-    return ", ".join(words)
+    words = re.findall(r"^(?:NVRM|model name|cpu family|model)\b.*", text, re.MULTILINE)[:3]
+    words.append(torch.cuda.get_device_name() if is_gpu else f"{torch.get_num_threads()} threads")
+    words += [f"torch {torch.__version__}", f"ours in {sample.find_dtype(None, DEVICE)}"]
+    words.append(f"Triton {getattr(attention_kernels.triton, '__version__', 'none')}")
+    return ", ".join(" ".join(word.split()) for word in words)
 
 
 def print_table(header, rows):
-    """Columns as wide as their widest cell."""
-    formats = {float: ",.2f", int: ",", str: ""}
-    lines = [header, *([format(cell, formats[type(cell)]) for cell in row] for row in rows)]
+    """In Markdown; the last column is of words."""
+    lines = [header, ["-:"] * (len(header) - 1) + ["-"]]
+    for row in rows:
+        lines.append([f"{cell:,.2f}" if isinstance(cell, float) else str(cell) for cell in row])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print()
-    for first, *others in lines:
-        print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
+    for *cells, words in lines:
+        print("|", *(f"{cell:>{width}} |" for cell, width in zip(cells, widths)), words, "|")
 
 
 def clock():
@@ -76,54 +72,51 @@ def clock():
     return time.perf_counter()
 
 
-def best_seconds(contestants, rounds):
-    """{name: seconds of the fastest call} of {name: function}, after one to warm up."""
+def timed(what, contestants, references, flops):
+    """Rows: best ms, times the speed of the best of the first, TFLOP/s, MiB on a card, words."""
     best = dict.fromkeys(contestants, math.inf)
-    for turn in range(rounds + 1):
+    for turn in range(ROUNDS + 1):
         for name, function in contestants.items():
             start = clock()
             function()
-            seconds = clock() - start
-            if turn:
-                best[name] = min(best[name], seconds)
-    return best
+            if turn:  # the first warms up
+                best[name] = min(best[name], clock() - start)
+
+    reference = min([*best.values()][:references])
+    rows = []
+    for name, seconds in best.items():
+        memory = peak_memory(contestants[name]) if DEVICE.type == "cuda" else ""
+        numbers = seconds * 1e3, reference / seconds, flops / seconds / 1e12
+        rows.append((*numbers, memory, what + name))
+    return rows
 
 
 def peak_memory(function):
-    """MiB at the peak of a call above what lay there before; 0 where the system is silent."""
-    gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if sys.platform != "linux":
-        return 0
-
-    def status(name):
-        text = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{name}:\s*(\d+)", text)[1]) / 2**10
-
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     function()
-    return status("VmHWM") - before
+    return (torch.cuda.max_memory_allocated() - before) >> 20
 
 
 # ---- the work, counted
 
 
-def exact_elements(lengths, is_causal):
-    """Scores that the pattern needs, of one head."""
-    seen = itertools.accumulate(lengths) if is_causal else lengths
-    return sum(n * keys for n, keys in zip(lengths, seen, strict=True))
+class Launches(TorchDispatchMode):
+    """count: operators that compute."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        is_free = operator.is_view or re.match("prim|profiler|aten._unsafe|.*empty", str(operator))
+        self.count += not is_free
+        return operator(*args, **(kwargs or {}))
 
 
-def flops_of(function):
-    with FlopCounterMode(display=False) as counter:
+def counted(function):
+    """(FLOPs, launches) of a call."""
+    with FlopCounterMode(display=False) as flops, Launches() as launches:
         function()
-    return counter.get_total_flops()
+    return flops.get_total_flops(), launches.count
 
 
 def saved_bytes(function, weights):
@@ -145,41 +138,32 @@ def saved_bytes(function, weights):
 # ---- attention
 
 
-def attention(arguments):
-    """forward and backward passes of one layer against its alternatives"""
-    batch, heads, head_dim = arguments.batch, 8, arguments.head_dim
-    dtype = sample.find_dtype(arguments.dtype, DEVICE)
-    print_conditions(f"{batch} x {heads} heads of {head_dim}", dtype)
+def attention(size, batch, width, **_):
+    """Rows of forward and backward passes of one layer and its alternatives."""
+    heads, dtype = width // 64, sample.find_dtype(None, DEVICE)
+    lengths = tuple(tokenizer.lengths(hmar.SCALES[size]))
+    shape = (batch, sum(lengths), 3, heads, 64)
+    qkv = torch.randn(shape, device=DEVICE, dtype=dtype).permute(2, 0, 3, 1, 4)
+    tensors = [x.requires_grad_() for x in qkv]
+    output_gradient = torch.randn_like(tensors[0])
+
+    def step(function):
+        output = function(*tensors)
+        return [output.detach(), *torch.autograd.grad(output, tensors, output_gradient)]
+
     rows = []
-    for size, is_causal in itertools.product(arguments.size, (False, True)):
-        lengths = tuple(tokenizer.lengths(hmar.SCALES[size]))
-        shape = (batch, sum(lengths), 3, heads, head_dim)
-        qkv = torch.randn(shape, device=DEVICE, dtype=dtype).permute(2, 0, 3, 1, 4)
-        tensors = [x.requires_grad_() for x in qkv]
-        output_gradient = torch.randn_like(tensors[0])
-        contestants = attention_contestants(lengths, is_causal, dtype)
-
-        def step(function, tensors=tensors, output_gradient=output_gradient):
-            output = function(*tensors)
-            return [output.detach(), *torch.autograd.grad(output, tensors, output_gradient)]
-
+    for is_causal in (False, True):
+        contestants = attention_contestants(batch, lengths, is_causal, dtype)
         truth = step(contestants["SDPA, dense mask"])
         for name, function in contestants.items():
             refuse(name, step(function), truth, 16 * torch.finfo(dtype).eps)
-        with torch.no_grad():
-            calls = {name: functools.partial(f, *tensors) for name, f in contestants.items()}
-            forward = best_seconds(calls, arguments.rounds)
-        calls = {name: functools.partial(step, f) for name, f in contestants.items()}
-        both = best_seconds(calls, arguments.rounds)
 
-        # two products forward, five backward
-        tera = 14e-12 * head_dim * exact_elements(lengths, is_causal) * batch * heads
-        for name, seconds in both.items():
-            label = f"{sum(lengths)} {'causal' if is_causal else 'diagonal'} {name}"
-            times = both["SDPA, dense mask"] / seconds
-            rows.append((label, forward[name] * 1e3, seconds * 1e3, times, tera / seconds))
-    columns = ("forward ms", "+ backward ms", "x dense", "TFLOP/s")
-    print_table(("tokens, pattern, attention", *columns), rows)
+        keys = itertools.accumulate(lengths) if is_causal else lengths
+        flops = 128 * sum(map(math.prod, zip(lengths, keys))) * batch * heads
+        what = f"{sum(lengths)} tokens, {'causal' if is_causal else 'diagonal'}, "
+        calls = {name: functools.partial(step, f) for name, f in contestants.items()}
+        rows += timed(what, calls, 1, 7 * flops)  # two products forward, five backward
+    return rows
 
 
 def refuse(name, ours, truth, allowed):
@@ -187,7 +171,7 @@ def refuse(name, ours, truth, allowed):
     pairs = zip(ours, truth, strict=True)
     error = max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
     if not error < allowed:
-        sys.exit(f"{name} differs from the reference by {error:.1e}, so no time is printed")
+        sys.exit(f"{name} differs from the reference by {error:.1e}")
 
 
 def dense_mask(lengths, is_causal, dtype=torch.float32):
@@ -198,7 +182,7 @@ def dense_mask(lengths, is_causal, dtype=torch.float32):
     return torch.where(visible, 0.0, -torch.inf).to(dtype)
 
 
-def attention_contestants(lengths, is_causal, dtype):
+def attention_contestants(batch, lengths, is_causal, dtype):
     """{name: attention(query, key, value)} of the same pattern."""
     mask = dense_mask(lengths, is_causal, dtype)
     ours = attention_kernels.block_sparse_attention
@@ -210,6 +194,12 @@ def attention_contestants(lengths, is_causal, dtype):
         return contestants
 
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and later
+
+    def varlen(*qkv):
+        packed = [x.transpose(1, 2).flatten(0, 1) for x in qkv]
+        output = varlen_attn(*packed, edges, edges, max(lengths), max(lengths))
+        return output.unflatten(0, (batch, -1)).transpose(1, 2)
 
     def visible(batch, head, row, column):
         return mask[row, column] == 0
@@ -218,19 +208,10 @@ def attention_contestants(lengths, is_causal, dtype):
     blocks = create_block_mask(visible, None, None, len(mask), len(mask), device=DEVICE)
     contestants["FlexAttention"] = lambda *qkv: flex(*qkv, block_mask=blocks)
     if not is_causal and dtype != torch.float32:  # its keys cannot be a prefix
-        contestants["varlen attention"] = functools.partial(variable_length_attention, lengths)
+        edges = [0, *itertools.accumulate(lengths * batch)]
+        edges = torch.tensor(edges, dtype=torch.int32, device=DEVICE)
+        contestants["varlen"] = varlen
     return contestants
-
-
-def variable_length_attention(lengths, query, key, value):
-    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and later
-
-    batch, _, tokens, _ = query.shape
-    edges = [0, *itertools.accumulate(lengths * batch)]
-    edges = torch.tensor(edges, dtype=torch.int32, device=DEVICE)
-    packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    output = varlen_attn(*packed, edges, edges, max(lengths), max(lengths))
-    return output.unflatten(0, (batch, tokens)).transpose(1, 2)
 
 
 # ---- the published way: VAR's tensors and casts, whether autocast is on or not
@@ -238,7 +219,7 @@ def variable_length_attention(lengths, query, key, value):
 
 def dense_logits(params, labels, inputs, mask):
     """Logits (B, L, codes) in training, with an additive mask (L, L)."""
-    # the sequence is made in fp32, the blocks then run in what products give
+    # the sequence is made in fp32, the blocks run in what products give
     with torch.autocast(DEVICE.type, enabled=False):
         condition = F.embedding(labels, params["classes"])
         start = condition[:, None] + params["start"]
@@ -298,8 +279,8 @@ def dense_head(x, condition, modulation, head, blocks=()):
 
 
 @torch.no_grad()
-def dense_sample(params, codec, labels, seen=None):
-    """Tokens (B, L) drawn with a cache. seen: a list for the guided logits of each scale."""
+def dense_sample(params, codec, labels):
+    """[(tokens (B, n), both logits (2 B, n, codes)) of each scale] drawn with a cache."""
     scales = hmar.scales(params)
     both = torch.cat([labels, torch.full_like(labels, len(params["classes"]) - 1)])
     condition = F.embedding(both, params["classes"])
@@ -317,23 +298,23 @@ def dense_sample(params, codec, labels, seen=None):
         for block, cache in zip(blocks, caches):
             x = dense_block(x, condition, None, cache, **block)
 
-        conditional, unconditional = dense_head(x, condition, **params["next_scale"]).chunk(2)
+        both = dense_head(x, condition, **params["next_scale"])
+        conditional, unconditional = both.chunk(2)
         t = VAR["guidance"] * k / (len(scales) - 1)
         logits = (1 + t) * conditional - t * unconditional
-        if seen is not None:
-            seen.append(logits)
-        probability = dense_filtered(logits, VAR["top_k"], VAR["top_p"]).softmax(-1)
-        drawn.append(torch.multinomial(probability.flatten(0, 1), 1).view(logits.shape[:2]))
-        f_hat = f_hat + tokenizer.contribution(codec, drawn[-1], k, scales)
-    return torch.cat(drawn, 1)
+        probability = dense_filtered(logits).softmax(-1)
+        tokens = torch.multinomial(probability.flatten(0, 1), 1).view(logits.shape[:2])
+        drawn.append((tokens, both))
+        f_hat = f_hat + tokenizer.contribution(codec, tokens, k, scales)
+    return drawn
 
 
-def dense_filtered(logits, top_k, top_p):
+def dense_filtered(logits):
     """Logits (B, n, codes), -inf where the filters rule a code out."""
-    least = logits.topk(top_k, sorted=False)[0].amin(-1, keepdim=True)
+    least = logits.topk(VAR["top_k"], sorted=False)[0].amin(-1, keepdim=True)
     logits = logits.masked_fill(logits < least, -torch.inf)
     ascending, order = logits.sort(-1)
-    out = ascending.softmax(-1).cumsum_(-1) <= 1 - top_p
+    out = ascending.softmax(-1).cumsum_(-1) <= 1 - VAR["top_p"]
     out[..., -1:] = False
     return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
 
@@ -341,15 +322,14 @@ def dense_filtered(logits, top_k, top_p):
 # ---- train and sample
 
 
-def training(arguments):
-    """a step of stage one, forward and backward, against the published way"""
-    params = begin(arguments)
+def training(size, batch, **sizes):
+    """Rows of a step of stage one, forward and backward."""
+    params = train.trainable(begin(size, **sizes))
     lengths = tokenizer.lengths(hmar.scales(params))
     total = sum(lengths)
-    labels = torch.randint(1000, (arguments.batch,), device=DEVICE)
-    tokens = torch.randint(4096, (arguments.batch, total), device=DEVICE)
-    inputs = torch.randn(arguments.batch, total - lengths[0], 32, device=DEVICE)
-    params = train.trainable(params)
+    labels = torch.randint(1000, (batch,), device=DEVICE)
+    tokens = torch.randint(4096, (batch, total), device=DEVICE)
+    inputs = torch.randn(batch, total - lengths[0], 32, device=DEVICE)
     leaves = pytree.tree_leaves(params)
 
     def published(mask, autocast=False):
@@ -367,33 +347,34 @@ def training(arguments):
         mask = dense_mask(lengths, is_causal)
         refuse("ours in fp32", ours(torch.float32, is_causal), published(mask), 1e-3)
     refuse("autocast", published(mask, True), published(mask), 0.1)
+    dtype = sample.find_dtype(None, DEVICE)
     contestants = {
         "published, fp32": lambda: published(mask),
         "published, bf16 autocast": lambda: published(mask, autocast=True),
-        "ours": lambda: ours(arguments.dtype, False),
-        "ours, VAR mode": lambda: ours(arguments.dtype, True),
+        "ours": lambda: ours(dtype, False),
+        "ours, VAR mode": lambda: ours(dtype, True),
     }
-    compare("a training step", contestants, arguments)
+    return timed("", contestants, 2, cost(params)["flops"] * batch)
 
 
-def sampling(arguments):
-    """all tokens of a batch, without the decoder, against the published way"""
-    params = begin(arguments)
-    params = hmar.add_masked_branch(params, max(1, arguments.depth // 2))
+def sampling(size, batch, **sizes):
+    """Rows of all tokens of a batch, without the decoder."""
+    params = hmar.add_masked_branch(begin(size, **sizes), sizes["depth"] // 2)
     scales = hmar.scales(params)
-    lengths = tokenizer.lengths(scales)
     codec = train.to_device(tokenizer.init(channels=32, multipliers=(1,)), DEVICE)
-    labels = torch.arange(arguments.batch, device=DEVICE)
-    check_sampling(params, codec, labels[:1])
+    labels = torch.arange(batch, device=DEVICE)
+
+    tokens, published = (torch.cat(x, 1) for x in zip(*dense_sample(params, codec, labels)))
+    inputs = tokenizer.next_scale_inputs(codec, tokens, scales).repeat(2, 1, 1)
+    both = torch.cat([labels, torch.full_like(labels, len(params["classes"]) - 1)])
+    refuse("ours", [hmar.next_scale_logits(params, both, inputs, True)], [published], 1e-4)
 
     weights = train.trainable(params)  # autocast keeps their casts: faster
-    fast = hmar.cast(params, arguments.dtype)
+    fast = hmar.cast(params, sample.find_dtype(None, DEVICE))
     several = sample.published_schedule(scales)
-    once = [[length] for length in lengths]
+    once = [[length] for length in tokenizer.lengths(scales)]
 
-    def published(autocast=False):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-            dense_sample(weights, codec, labels)
+    published = functools.partial(dense_sample, weights, codec, labels)
 
     def ours(schedule, is_causal=False):
         options = VAR | dict(schedule=schedule, is_causal=is_causal, mask_guidance=0, soften=0)
@@ -402,60 +383,65 @@ def sampling(arguments):
 
     contestants = {
         "published, fp32": published,
-        "published, bf16 autocast": lambda: published(autocast=True),
+        "published, bf16 autocast": torch.autocast(DEVICE.type, torch.bfloat16)(published),
         f"ours, {sum(map(len, several))} passes": lambda: ours(several),
         f"ours, {len(once)} passes": lambda: ours(once),
         f"ours, {len(once)} passes, VAR mode": lambda: ours(once, is_causal=True),
     }
-    compare("sampling", contestants, arguments)
+    return timed("", contestants, 2, 0)
 
 
-@torch.no_grad()
-def check_sampling(params, codec, labels):
-    """Ends the run where the guided logits that the reference drew from are not ours."""
-    scales = hmar.scales(params)
-    published = []
-    tokens = dense_sample(params, codec, labels, published)
-    inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
-    null = torch.full_like(labels, len(params["classes"]) - 1)
-    conditional, unconditional = (
-        hmar.next_scale_logits(params, rows, inputs, is_causal=True) for rows in (labels, null)
-    )
-    counts = torch.tensor(tokenizer.lengths(scales), device=DEVICE)
-    t = torch.linspace(0, VAR["guidance"], len(counts), device=DEVICE).repeat_interleave(counts)[
-        :, None
-    ]
-    refuse("ours", [(1 + t) * conditional - t * unconditional], [torch.cat(published, 1)], 1e-4)
-
-
-def begin(arguments):
+def begin(size, depth, width):
     """A tree of random weights whose blocks, unlike a new tree's, matter to the logits."""
-    batch, depth = SIZES[arguments.size]
-    arguments.batch = arguments.batch or batch
-    arguments.depth = arguments.depth or depth
-    arguments.dtype = sample.find_dtype(None, DEVICE)
-    what = f"{arguments.batch} x {arguments.size} pixels, depth {arguments.depth}, width 512"
-    print_conditions(what, f"4096 codes; ours in {arguments.dtype}")
-
-    scales = hmar.SCALES[arguments.size]
-    params = hmar.init(depth=arguments.depth, width=512, scales=scales, gamma=1.0)
+    params = hmar.init(depth=depth, width=width, scales=hmar.SCALES[size], gamma=1.0)
     params["classes"] *= 30
     params["next_scale"]["head"]["weight"] *= 50
     return train.to_device(params, DEVICE)
 
 
-def compare(what, contestants, arguments):
-    """The table: seconds, how many times faster than both references, and memory."""
-    seconds = best_seconds(contestants, arguments.rounds)
-    fp32, bf16, *_ = seconds.values()
-    rows = []
-    for name, function in contestants.items():
-        own = seconds[name]
-        ratios = [other / own for other in (fp32, bf16, min(fp32, bf16))]
-        rows.append((name, own, *ratios, round(peak_memory(function))))
-    columns = ("seconds", "x fp32", "x autocast", "x faster", "peak MiB")
-    print_table((what, *columns), rows)
-    print(f"\nbest of {arguments.rounds} rounds")
+# ---- the table of what is measured
+
+
+def kernel_tests(size, **_):
+    """A row of how the kernels' tests end."""
+    if size > 256:  # once is enough
+        return []
+    command = [sys.executable, "-m", "pytest", "-q", "test_attention_kernels.py"]
+    command += ["-k", "empty_batch"] * (DEVICE.type == "cpu")  # interpreted, all take long
+    options = dict(cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, timeout=200)
+    done = subprocess.run(command, check=False, **options)
+    *lines, last = done.stdout.splitlines()
+    if done.returncode:
+        print(*lines, sep="\n")
+        sys.exit(last)
+    return [("", "", "", "", last)]
+
+
+def measure(runs, sizes):
+    """Prints the table; status 1 where something failed, which the others outlive."""
+    began, rows, header = time.monotonic(), [], conditions()
+    is_gpu, scales = DEVICE.type == "cuda", hmar.SCALES
+    rehearses = kernel_tests in runs and not is_gpu
+    if rehearses:
+        header = f"REHEARSAL with 30 tokens an image: {header}"
+        scales = {size: sides[:4] for size, sides in scales.items()}
+
+    for run, size in itertools.product(runs, sizes):
+        work = (1, 2, 256) if rehearses else (*SIZES[size], 512)
+        batch, depth, width = (number * (1 + is_gpu) for number in work)
+        what = f"{run.__name__}, {batch} x {size} pixels, depth {depth}, width {width}: "
+        print(what, file=sys.stderr)
+        try:
+            if time.monotonic() - began > 480:
+                sys.exit("left out after eight minutes")
+            with mock.patch.dict(hmar.SCALES, scales):
+                part = run(size=size, batch=batch, depth=depth, width=width)
+            rows += [(*cells, what + words) for *cells, words in part]
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            traceback.print_exc()
+            rows.append(("", "", "", "", f"{what}FAILED: {error!r}"))
+    print_table(("ms", "x reference", "TFLOP/s", "peak MiB", header), rows)
+    return int("FAILED" in str(rows))
 
 
 # ---- what training takes, computed
@@ -463,172 +449,159 @@ def compare(what, contestants, arguments):
 
 def staged(params):
     """(the tree as its last branch's stage has it, the parameters that are trained)."""
-    if "masked" in params:
-        params = params | train.trainable(dict(masked=params["masked"]))
-    else:
-        params = train.trainable(params)
-    leaves = pytree.tree_leaves(params)
-    return params, [leaf for leaf in leaves if leaf.requires_grad]
+    branch = dict(masked=params["masked"]) if "masked" in params else params
+    params = params | train.trainable(branch)
+    return params, [leaf for leaf in pytree.tree_leaves(params) if leaf.requires_grad]
 
 
-def traced(params):
-    """(3,): FLOPs of one image's training step, bytes that it keeps, plain and checkpointing.
-
-    As on a GPU in bf16, half of the tokens hidden if there is a mask; on tensors without values.
-    """
+def cost(params, checkpointing=False):
+    """`step_cost` of a tree's last branch, one image, half of whose tokens are hidden by a mask."""
     branch = "masked" if "masked" in params else "next_scale"
     lengths = tokenizer.lengths(hmar.scales(params))
     later = sum(lengths[1:])
     width, code_dim = params["input"]["weight"].shape
     kernels = mock.patch.object(attention_kernels, "INTERPRETED", True)  # not the CPU's path
     with FakeTensorMode(), kernels:
-        params = pytree.tree_map(lambda leaf: torch.empty(leaf.shape), params)
-        params, trained = staged(params)
-        fast = hmar.cast(params, torch.bfloat16)
+        params, trained = staged(pytree.tree_map(lambda leaf: torch.empty(leaf.shape), params))
         labels, inputs = torch.tensor([0]), torch.empty(1, later, code_dim)
         own = (inputs, torch.ones(1, later, dtype=torch.bool)) if branch == "masked" else ()
 
-        def logits(checkpointing=False):  # the loss has no products, and keeps but a slice of them
+        def logits(fast):  # the loss has no products, and keeps but a slice of them
             options = dict(checkpointing=checkpointing)
             x = hmar.branch_features(fast, branch, labels, inputs, *own, **options)[0]
             if own:
                 x = x.index_select(0, torch.arange(later // 2))
-            return hmar.logits(x, **fast[branch]["head"])
+            return hmar.logits(x, **fast[branch]["head"]).sum()
 
-        blocks = len(params["trunk"] + params[branch]["blocks"])
-        weights = pytree.tree_leaves((params, fast))
-        flops = flops_of(lambda: torch.autograd.grad(logits().sum(), trained))
-        flops += 12 * width * exact_elements(lengths, False) * blocks  # attention's six products
-        kept = [saved_bytes(functools.partial(logits, way), weights) for way in (False, True)]
-    return torch.tensor([flops, *kept], dtype=torch.float64)
-
-
-def cost(depth, scales, masked_blocks=0, **sizes):
-    """{what: number} of a training step of stage one or, with masked_blocks, of the masked stage.
-
-    parameters; flops, of an image, without what is computed again; muon, FLOPs of a step; state:
-    bytes of weights, gradients, moments, average and best, fp32; activations: bytes an image that
-    the backward pass waits for; checkpointed: the same with checkpointing. sizes: as for hmar.init.
-    """
-    sizes = dict(width=64 * depth) | sizes
-
-    def tree(trunk, branch):
-        with torch.device("meta"):
-            params = hmar.init(depth=trunk + branch, scales=scales, **sizes)
-            return hmar.add_masked_branch(params, branch) if branch else params
-
-    # every block costs alike
-    branch = min(1, masked_blocks)
-    one = traced(tree(1, branch))
-    trunk_block = traced(tree(2, branch)) - one
-    branch_block = traced(tree(1, 2)) - one if branch else trunk_block
-    step = one + (depth - masked_blocks - 1) * trunk_block + (masked_blocks - branch) * branch_block
-    flops, plain, checkpointed = map(int, step)
-
-    again = int(branch_block[1] - branch_block[2])
-    numbers = dict(flops=flops, activations=plain, checkpointed=checkpointed + again)
-    return numbers | weights_cost(*staged(tree(depth - masked_blocks, masked_blocks)))
-
-
-def weights_cost(tree, trained):
-    parameters = sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
-    moving = sum(leaf.numel() for leaf in trained)
-    momenta = train.Optimizer(tree).momenta  # one moment, not two
-    state = parameters + 5 * moving - sum(x.numel() for x in momenta)
-    muon = 0
-    for count, *sides in (x.shape for x in momenta):
-        rows, columns = sorted(sides)
-        muon += 5 * count * (4 * rows**2 * columns + 2 * rows**3)  # five iterations, three products
-    return dict(parameters=parameters, state=4 * state, muon=muon)
+        numbers = step_cost(params, trained, hmar.cast, logits)
+    blocks = len(params["trunk"] + params[branch]["blocks"])
+    numbers["flops"] += 12 * width * sum(n**2 for n in lengths) * blocks  # attention's six products
+    return numbers
 
 
 def tokenizer_cost(size, scales, **sizes):
-    """`cost` of a training step of the tokenizer in bf16. sizes: as for tokenizer.init."""
+    """`step_cost` of the tokenizer; encoding: FLOPs of an image."""
     with FakeTensorMode():
         codec = train.trainable(tokenizer.init(**sizes))
-        fast = tokenizer.cast(codec, torch.bfloat16)
         count = tokenizer.COARSE_EVERY  # images, one of them coarse
-        images, stops = torch.empty(count, 3, size, size), torch.tensor([0])
+        images = torch.empty(count, 3, size, size)
 
-        def losses():
-            made = tokenizer.training_pass(fast, images, scales, stops)
+        def loss(fast):
+            made = tokenizer.training_pass(fast, images, scales, torch.tensor([0]))
             return made["images"].sum() + made["coarse"].sum() + made["loss"]
 
-        flops = flops_of(lambda: losses().backward())
-        activations = saved_bytes(losses, pytree.tree_leaves((codec, fast)))
-        numbers = dict(flops=flops // count, activations=activations // count)
-        return numbers | weights_cost(codec, pytree.tree_leaves(codec))
+        numbers = step_cost(codec, pytree.tree_leaves(codec), tokenizer.cast, loss)
+        numbers["encoding"], _ = counted(lambda: tokenizer.encode_features(codec, images))
+    means = {name: numbers[name] // count for name in ("flops", "activations", "encoding")}
+    return numbers | means
 
 
-def costs(arguments):
-    """the dial from depth 2 to 30: what training takes, computed"""
+def step_cost(tree, trained, cast, loss):
+    """{what: number} of a training step in bf16, on tensors without values.
+
+    flops, activations: an image's, and the bytes that its backward pass waits for; muon: FLOPs of
+    the optimizer; state: bytes of weights, gradients, moments and average.
+    """
+    fast = cast(tree, torch.bfloat16)
+    activations = saved_bytes(lambda: loss(fast), pytree.tree_leaves((tree, fast)))
+    flops, launches = counted(lambda: loss(cast(tree, torch.bfloat16)).backward())
+    optimizer = train.Optimizer(tree)
+
+    def step():
+        torch.nn.utils.clip_grad_norm_(trained, train.CLIP)
+        optimizer.step(0.1)
+
+    muon, more = counted(step)
+    parameters, moving, moments = map(train.parameters, (tree, trained, optimizer.moments))
+    checkpoint = 4 * (3 * moving + moments)
+    state = checkpoint + 4 * (parameters - moving)
+    numbers = dict(parameters=parameters, trained=moving, state=state, checkpoint=checkpoint)
+    return numbers | dict(flops=flops, muon=muon, launches=launches + more, activations=activations)
+
+
+def hours(stage, gpus, speed):
+    """{part: hours} of a stage on so many GPUs of so many FLOP/s each; hours: of them all."""
+    share = stage["batch"] / gpus
+    seconds = {
+        "products": share * stage["flops"] / speed,
+        "optimizer": stage["muon"] / gpus / speed,
+        "all-reduce": 10 * stage["trained"] * (gpus - 1) / gpus / 24e9,
+        "launches": 5e-6 * stage["launches"],
+        "decoding": 11e-3 / 8 * share * ("encoding" in stage),  # the tokenizer's stage alone
+    }
+    *device, launches, decoding = seconds.values()
+    total = stage["steps"] * max(sum(device), launches, decoding)
+    saving = stage["checkpoint"] / 1e9 * (train.SAVES + total / train.SAVE_SECONDS)
+    parts = {name: stage["steps"] * number / 3600 for name, number in seconds.items()}
+    return dict(hours=(total + saving) / 3600) | parts | dict(saving=saving / 3600)
+
+
+def print_costs(depths, speed):
+    units = dict(steps=1e3, parameters=1e6, flops=1e12, muon=1e12)
+    units |= dict(launches=1e3, state=1e9, activations=1e6)
+    sizes, times, images = [], [], 1_281_167  # ImageNet's
+    for depth in depths:
+        size = 64 if depth < 8 else 256
+        dial = train.dial(depth, size, images)
+        codec, batch = dial["codec"], dial["batch"]
+        scales = train.default_scales(size, size // 2 ** (len(codec["multipliers"]) - 1))
+        shapes = dict(codes=codec["codes"], code_dim=codec["code_dim"], scales=scales)
+        with torch.device("meta"):
+            params = hmar.init(depth=depth, **shapes)
+            masked = hmar.add_masked_branch(params, dial["masked_blocks"])
+        stages = [tokenizer_cost(size, scales, **codec), cost(params), cost(masked)]
+        for stage, steps in zip(stages, dial["steps"].values()):
+            stage |= dict(steps=steps, batch=batch)
+        cells = []
+        for name, unit in units.items():
+            cells.append(" / ".join(f"{stage[name] / unit:.3g}" for stage in stages))
+        sizes.append((depth, batch, *cells, f"{size} pixels"))
+
+        work = dict(flops=stages[0]["encoding"], batch=images, steps=1)
+        encoding = dict.fromkeys(stages[0], 0) | work
+        for gpus in (1, 8):
+            each = [hours(stage, gpus, speed) for stage in (*stages, encoding)]
+            parts = {name: sum(stage[name] for stage in each) for name in each[0]}
+            epochs = batch * stages[1]["steps"] / images
+            times.append((depth, gpus, *parts.values(), f"{20 * each[1]['hours'] / epochs:,.2f}"))
+
     print(
-        "Computed, not measured: tokenizer / next-scale / masked stage. EFLOP with Muon's; GB of "
-        "weights, gradients, moments, average and best; MB an image kept for the backward pass, "
-        "bf16; hours at 66 TFLOP/s, 40 % of a 24 GB card's, without launches, data and saving.\n"
+        "Computed: tokenizer / next-scale / masked stage in bf16 on ImageNet. Thousands, millions, "
+        "TFLOP an image, TFLOP and thousands a step, GB, MB an image. Hours at "
+        f"{speed:g} FLOP/s (66e12: 40 % of a 24 GB card); 5 us a launch, 11 ms of one of 8 cores "
+        "a GPU to decode, where they outlast the device; 10 bytes a parameter exchanged at 24 "
+        "GB/s; checkpoints at 1 GB/s; no looks.\n"
     )
-    units = dict(parameters=1e6, training=1e18, state=1e9, activations=1e6, checkpointed=1e6)
-    rows = []
-    for depth in (2, 3, 4, 6, 8, 12, 16, 20, 24, 30):
-        size = arguments.size or (64 if depth < 8 else 256)
-        dial = train.dial(depth, size, arguments.images)
-        codec, batch, steps = dial["codec"], dial["batch"], dial["steps"].values()
-        cell = 2 ** (len(codec["multipliers"]) - 1)
-        scales = train.default_scales(size, size // cell)
-        codes = dict(codes=codec["codes"], code_dim=codec["code_dim"])
-        stages = [tokenizer_cost(size, scales, **codec)]
-        stages += [cost(depth, scales, blocks, **codes) for blocks in (0, dial["masked_blocks"])]
-
-        for count, stage in zip(steps, stages):
-            stage["training"] = count * (batch * stage["flops"] + stage["muon"])
-        tokens = dial["steps"]["next-scale"] * batch * sum(tokenizer.lengths(scales))
-        rate = f"{dial['lr']['next-scale']:.1e}"
-        cells = [depth, size, f"{tokens:.2g}", batch, listed(steps), rate]
-        for key, unit in units.items():
-            cells.append(listed(stage[key] / unit for stage in stages if key in stage))
-        rows.append((*cells, f"{sum(x['training'] for x in stages) / 66e12 / 3600:.3g}"))
-    columns = "depth", "pixels", "tokens", "batch", "steps", "rate", "parameters, M"
-    print_table((*columns, "EFLOP", "GB", "MB", "MB, checkpointing", "hours"), rows)
-
-
-def listed(numbers):
-    return " / ".join(f"{number:.0f}" if number > 999 else f"{number:.3g}" for number in numbers)
+    print_table(("depth", "batch", *units, "of"), sizes)
+    print()
+    print_table(("depth", "GPUs", *parts, "20 epochs, next-scale"), times)
 
 
 # ---- the command
 
 
-def main():
+def main(argv=None):
+    global DEVICE
+    runs = dict(attention=[attention], train=[training], sample=[sampling])
+    runs["gpu"] = [kernel_tests, attention, training, sampling]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add = parser.add_argument
+    add("command", choices=(*runs, "cost"))
+    add("--size", type=int, choices=SIZES, nargs="+", help="pixels")
+    add("--device", type=torch.device, default=DEVICE)
+    add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's")
+    add("--speed", type=float, default=66e12, help="cost's: of a card")
 
-    def command(name, run):
-        made = commands.add_parser(name, help=run.__doc__)
-        made.set_defaults(run=run)
-        return made.add_argument
-
-    add = command("attention", attention)
-    add("--size", type=int, choices=hmar.SCALES, nargs="+", default=[256])
-    add("--batch", type=int, default=4)
-    add("--head-dim", type=int, default=64)
-    add("--dtype", choices=("bf16", "fp32"))
-    add("--rounds", type=int, default=15)
-    for name, run in (("train", training), ("sample", sampling)):
-        add = command(name, run)
-        add("--size", type=int, choices=hmar.SCALES, default=256)
-        add("--batch", type=int, help="(4 of 256, 1 above)")
-        add("--depth", type=int, help="(8, of 1024 2)")
-        add("--rounds", type=int, default=5)
-    add = command("cost", costs)
-    add("--size", type=int, help="pixels (64, from depth 8 on 256)")
-    add("--images", type=int, default=1_281_167, help="to train on (ImageNet's)")
-
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    DEVICE = arguments.device
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # as the commands have it
     train.keep_freed_memory()  # as the commands do, and for both ways
-    arguments.run(arguments)
+    if arguments.command == "cost":
+        return print_costs(arguments.depth, arguments.speed)
+    sizes = SIZES if arguments.command == "gpu" else [256]
+    return measure(runs[arguments.command], arguments.size or sizes)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

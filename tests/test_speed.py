@@ -1,6 +1,5 @@
 """What speed and memory rest on, without a clock."""
 
-import argparse
 import contextlib
 import re
 from unittest import mock
@@ -74,7 +73,8 @@ def test_no_tensor_has_a_row_and_a_column_a_token(dtype, is_causal, monkeypatch)
 def test_memory_grows_with_the_tokens_and_checkpointing_keeps_less(masked):
     rows = []
     for scales in hmar.SCALES.values():
-        _, kept, checkpointed = benchmark.traced(small(scales, 5, masked)).tolist()
+        costs = [benchmark.cost(small(scales, 5, masked), way) for way in (False, True)]
+        kept, checkpointed = (x["activations"] for x in costs)
         assert checkpointed < 0.4 * kept
         rows.append(torch.tensor([kept, checkpointed]) / sum(tokenizer.lengths(scales)))
     assert all(torch.allclose(row, rows[-1], rtol=0.02) for row in rows)  # bytes a token
@@ -88,16 +88,14 @@ def test_computed_costs_are_those_of_a_real_step(masked):
     given = [labels, random_tokens(1, SCALES, 11), inputs]
     given += [own, torch.arange(20)[None] % 2 == 1] if masked else []
     losses = hmar.masked_losses if masked else hmar.next_scale_losses
-    flops = benchmark.flops_of(lambda: losses(fast, *given).mean().backward())
-    held = [*pytree.tree_leaves(params), *trained, *trained, *(leaf.grad for leaf in trained)]
+    flops, _ = benchmark.counted(lambda: losses(fast, *given).mean().backward())
+    held = [*pytree.tree_leaves(params), *trained, *(leaf.grad for leaf in trained)]
 
     optimizer = train.Optimizer(params)
-    optimizer.step(0.1)
-    held += [x for x in optimizer.moments if x.ndim]
-    sizes = dict(width=32, heads=2, classes=3, codes=11, code_dim=4)
-    computed = benchmark.cost(4, SCALES, masked, **sizes)
-    assert computed["flops"] == flops
-    assert computed["state"] == sum(x.nbytes for x in held)
+    muon, _ = benchmark.counted(lambda: optimizer.step(0.1))
+    computed = benchmark.cost(small(depth=4, masked=masked))
+    assert (computed["flops"], computed["muon"]) == (flops, muon)
+    assert computed["state"] == sum(x.nbytes for x in held + optimizer.moments)
 
 
 # ---- dtypes
@@ -181,16 +179,23 @@ def test_sampling_waits_for_nothing_and_mixes_no_devices(options):
 # ---- the benchmark
 
 
-def test_the_benchmark_refuses_to_time_what_disagrees(capsys, monkeypatch):
-    monkeypatch.setitem(hmar.SCALES, 256, hmar.SCALES[256][:4])
-    flags = argparse.Namespace(size=256, depth=2, batch=1, rounds=1)
-    benchmark.attention(argparse.Namespace(size=[256], batch=1, head_dim=16, dtype=None, rounds=1))
-    for run in (benchmark.training, benchmark.sampling):
-        run(flags)
-    assert capsys.readouterr().out.count("\nours") == 5
+def test_hours(capsys):
+    stage = dict(steps=3600, batch=8, flops=1e12, muon=4e12, launches=1e5, checkpoint=1e9)
+    stage |= dict(trained=24e8, encoding=1)
+    hours = [*benchmark.hours(stage, 2, 1e12).values()]
+    assert hours == pytest.approx([6.5 + 86 / 3600, 4, 2, 0.5, 0.5, 0.0055, 86 / 3600])
+    assert benchmark.hours(stage, 1, 1e15)["hours"] == pytest.approx(0.5 + 14 / 3600)
+    benchmark.main(["cost", "--depth", "2"])
+    assert "| decoding | saving |" in capsys.readouterr().out
+
+
+def test_gpu_refuses_what_disagrees(capsys, monkeypatch):
+    command = ["gpu", "--device=cpu", "--size=256"]
+    assert benchmark.main(command) == 0
+    out = capsys.readouterr().out
+    assert "REHEARSAL" in out and "1 passed" in out and out.count(": ours") == 5
 
     whole = hmar.feed_forward
     monkeypatch.setattr(hmar, "feed_forward", lambda *args, **more: 1.01 * whole(*args, **more))
-    for run in (benchmark.training, benchmark.sampling):
-        with pytest.raises(SystemExit, match="differs from the reference"):
-            run(flags)
+    assert benchmark.main(command) == 1
+    assert capsys.readouterr().out.count("differs from the reference") == 2
