@@ -920,9 +920,8 @@ def loaded(args, data, key_lists):
 
     --workers threads read the next list meanwhile; Pillow decodes without Python's lock.
     """
-    with ThreadPoolExecutor(args.workers or 1) as pool:
-        fetch = pool.map if args.workers else map  # which reads when it is asked
-        lists = (fetch(data.__getitem__, keys) for keys in key_lists)
+    with ThreadPoolExecutor(args.workers) as pool:
+        lists = (pool.map(data.__getitem__, keys) for keys in key_lists)
         for images, _ in itertools.pairwise(itertools.chain(lists, [None])):
             yield torch.stack(list(images))
 
@@ -1018,7 +1017,7 @@ def parser():
     add("--init", help="start the stage that they fit from these weights, ours or published")
     add("--device", choices=("cuda", "cpu"), help="(cuda if there is one)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
-    add("--workers", type=int, help="threads that decode images (CUDA: one a core, to 8)")
+    add("--workers", type=int, help="threads that decode images (one a core, to 8)")
     add("--compile", action="store_true", help="torch.compile the training step")
     return top
 
@@ -1115,8 +1114,8 @@ def resolved(args, device, given, images):
     settings["batch"] = args.batch or settings["batch"]
     args = argparse.Namespace(**vars(args) | settings | dict(device=device))
     args.dtype = sample.find_dtype(args.dtype, device)
-    if args.workers is None:  # a CPU's cores have enough to do
-        args.workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count())
     if args.out is None:
         args.out = os.path.join("runs", os.path.basename(os.path.abspath(args.data or "shapes")))
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
@@ -1134,7 +1133,7 @@ def resolved(args, device, given, images):
         cell = tokenizer.downsampling(codec)
     args.scales = fitting_scales(args, cell)
     if args.batch < world():
-        raise ValueError(f"--batch: got {args.batch} images, expected one or more a process")
+        raise ValueError(f"--batch: got {args.batch} images, fewer than the {world()} processes")
     return args
 
 
