@@ -1183,7 +1183,7 @@ def fitting_parts(args, params):
         # bytes an image that a stage keeps for the backward pass (`tests/benchmark.py cost`)
         transformer = 50 * sum(tokenizer.lengths(args.scales)) * 64 * args.depth**2
         codec = 200 * args.size**2 * args.codec.get("channels", 160)
-        taken = 24 * parameters(params)  # weights, gradients, moments and averages
+        taken = 24 * parameters(params)  # weights, gradients (DDP: twice), moments, average
         free, _ = torch.cuda.mem_get_info(args.device)
         most = int(0.8 * (free - taken) / max(transformer, codec))
     parts = min(math.ceil(share / max(1, most)), args.batch // world())  # none is empty

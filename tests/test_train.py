@@ -402,7 +402,7 @@ def test_an_epoch_has_every_item_once():
 
 
 def start_many(start, count, *flags, hooks=(), **options):
-    """The processes that torchrun would start, the first unlike the others."""
+    """The processes that torchrun would start, unlike each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -435,7 +435,7 @@ def both_ended(processes, *statuses):
 
 
 def few(count):
-    """So many images pass the networks together, each with its coarse one."""
+    """So many images pass the networks together, all with coarse ones."""
     sample.at_once = lambda pixels: count
     tokenizer.COARSE_EVERY = 1
 
@@ -593,8 +593,8 @@ def test_the_time_left_is_told(tmp_path, monkeypatch, capsys):
 
 def parts_of(folder):
     """Its training images, its held-out ones in [-1, 1], their labels."""
-    files, kept = train.split_held_out(train.list_images(folder)[0], folder)
-    images, judged = (train.Images(part, "abc", 16) for part in (files, kept))
+    args = argparse.Namespace(data=folder, size=16, flip=False)
+    images, judged, _ = train.data_sets(args)
     pixels = torch.stack([judged[i, None, 0] for i in range(2)]) / 127.5 - 1
     return images, pixels, torch.tensor(judged.labels)
 
@@ -785,8 +785,7 @@ def test_a_stage_is_finished_while_its_file_exists(base, out, run):
     assert contents(out) == contents(base)
     for name in ("tokens.npy", "next-scale.pt", "hmar.pt"):
         (out / name).unlink()
-    partly = mock.Mock(side_effect=[torch.zeros(64, 81), OSError(errno.ENOSPC, "")])
-    with mock.patch.object(train, "encoded", partly):
+    with mock.patch.object(train, "encoded", side_effect=[torch.zeros(64, 81), OSError]):
         run(out, status=2)
     assert not list(out.glob("tokens*"))
     run(out)
