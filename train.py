@@ -68,7 +68,8 @@ SAVES = 8  # checkpoints a stage, and more where
 SAVE_SECONDS = 300  # have passed since the last
 TIMED = 20  # steps of a stage that tell how long it takes
 PATIENCE = 1 / 3  # of the steps without a better loss end a stage
-HELD_OUT = 0.05  # share of the images
+HELD_OUT = 0.05  # share of the images,
+MOST_HELD_OUT = 2000  # but no more
 VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
 MOST_VIEWS = 16  # but in no more than these
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -128,7 +129,7 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
     model = Trained(tree, loss)
     current = [leaf.detach() for leaf in model.leaves]  # the same memory, without gradients
     ema = [leaf.clone() for leaf in current]
-    best = [leaf.clone() for leaf in current]
+    best = [leaf.to("cpu", copy=True) for leaf in current]
     steps, peak = args.steps[stage], args.lr[stage]
     optimizer = Optimizer(tree, args.decay)
     state = [*current, *ema, *best, *optimizer.moments, *extra]
@@ -234,11 +235,9 @@ class Optimizer:
             torch._foreach_lerp_(momentum.unbind(), gradients, 1 - MOMENTUM)
             torch._foreach_lerp_(gradients, momentum.unbind(), MOMENTUM)  # Nesterov's look ahead
 
-            # all take as many, the last ones some of the first
-            share = math.ceil(len(leaves) / world())
-            own = range(rank() * share, (rank() + 1) * share)
-            updates = orthogonal(torch.stack([gradients[i % len(leaves)] for i in own]))
-            updates = gathered(updates)[: len(leaves)].float().view(-1, *shape)
+            # each process takes its share of them
+            updates = orthogonal(own_share(torch.stack(gradients)))
+            updates = gathered(updates, len(leaves)).float().view(-1, *shape)
 
             size = 0.2 * math.sqrt(max(momentum.shape[1:]))  # orthogonal ones have 1 / sqrt(max)
             torch._foreach_mul_(leaves, 1 - rate * self.decay)
@@ -429,21 +428,25 @@ def train_tokenizer(args, data, held_out, init=None):
 
     def loss(codec, images, stops):
         fast = tokenizer.cast(codec, args.dtype)
-        passed = tokenizer.training_pass(fast, images, args.scales, stops)
-        coarse = F.mse_loss(passed["coarse"], images[:: tokenizer.COARSE_EVERY])
+        some = slice(None, None, tokenizer.COARSE_EVERY)
+        passed = tokenizer.training_pass(fast, images, args.scales, stops[some])
+        coarse = F.mse_loss(passed["coarse"], images[some])
         total = reconstruction_loss(passed["images"], images, variance)
         total = total + COARSE_WEIGHT * coarse + passed["loss"]
         numbers = dict(loss=total, coarse=coarse, quantisation=passed["loss"])
-        return total, numbers, (passed["tokens"], passed["residuals"])
+
+        # parts may be unlike: the mean of all, on all processes, is the mean of the batch's images
+        share = len(images) * args.parts * world() / args.batch
+        numbers = {name: share * number for name, number in numbers.items()}
+        return numbers["loss"], numbers, (passed["tokens"], passed["residuals"])
 
     def batches(start):
         for done, images in enumerate(loaded(args, data, step_keys(args, data, start)), start):
             generator = generator_of(args.seed, "tokenizer", done)
             stops = torch.randint(len(args.scales) - 1, (args.batch,), generator=generator)
-            parts = []
-            for pixels, stop in zip(images.tensor_split(args.parts), own_parts(args, stops)):
-                part = dict(images=to_unit(pixels, args.device))
-                parts.append(part | dict(stops=stop[:: tokenizer.COARSE_EVERY]))
+            parts = in_parts(args, dict(stops=stops))
+            for part, pixels in zip(parts, images.tensor_split(args.parts)):
+                part["images"] = to_unit(pixels, args.device)
             yield to_device(parts, args.device)
 
     def after_step(step, needs, optimizer):
@@ -454,7 +457,7 @@ def train_tokenizer(args, data, held_out, init=None):
         is_late = step > REVIVE_UNTIL * args.steps["tokenizer"]
         if step == 1 or (step % REVIVE_EVERY == 0 and not is_late):
             generator = generator_of(args.seed, "revive", step)
-            residuals = [gathered(torch.cat(parts)) for parts in zip(*residuals)]
+            residuals = [gathered(torch.cat(parts), args.batch) for parts in zip(*residuals)]
             new, dead = tokenizer.revive_codes(
                 codebook.detach(), counts_since, residuals, generator
             )
@@ -501,8 +504,9 @@ def train_next_scale(args, data, held_out, init=None):
         fast = hmar.cast(params, args.dtype)
         options = dict(gates=gates, checkpointing=args.checkpointing)
         losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
-        total = (losses * weights).sum(1).mean()
-        by_scale = [scale.mean() for scale in losses.mean(0).split(lengths)]
+        losses = losses * (args.parts * world() / args.batch)  # as in the tokenizer's
+        total = (losses * weights).sum()
+        by_scale = [scale.mean() for scale in losses.sum(0).split(lengths)]
         return total, dict(loss=total, scale_losses=torch.stack(by_scale)), ()
 
     def batches(start):
@@ -596,7 +600,7 @@ def on_tokens(args, stage, data, held_out):
     codec = load_stage(args, "tokenizer")
     all_tokens = token_cache(args, data, codec)
     pixels, labels = read_held_out(held_out)
-    tokens = torch.cat(encoded(args, codec, pixels))  # (B, L)
+    tokens = encoded(args, codec, pixels)
     judged = to_device((codec, labels, tokens), args.device)
     names = data.class_names[:10]
     return codec, all_tokens, functools.partial(judge_transformer, args, stage, names, *judged)
@@ -623,14 +627,14 @@ def transformer_batch(args, stage, done, params, labels, all_tokens):
 
 def in_parts(args, batch):
     """This process's parts of a step's batch, [dict, ...]."""
-    split = {name: own_parts(args, tensor) for name, tensor in batch.items()}
+    split = {name: own_share(rows).tensor_split(args.parts) for name, rows in batch.items()}
     return [dict(zip(split, values)) for values in zip(*split.values())]
 
 
-def own_parts(args, rows):
-    """This process's part of a tensor with a row a sample, in args.parts parts."""
-    parts = rows.tensor_split(world() * args.parts)
-    return parts[rank() * args.parts :][: args.parts]
+def own_share(rows):
+    """This process's rows of a tensor, list or range; another may have one more."""
+    first, last = (number * len(rows) // world() for number in (rank(), rank() + 1))
+    return rows[first:last]
 
 
 # ---- how they are judged
@@ -847,10 +851,9 @@ def data_sets(args):
         return Images(train, SHAPES, args.size), Images(held_out, SHAPES, args.size), None
 
     files, names = list_images(args.data)
-    total = hashlib.sha256()
+    start, total = len(os.path.join(args.data, "")), hashlib.sha256()
     for path, label in files:
-        name = os.path.relpath(path, args.data)
-        total.update(f"{name!r} {label} {os.path.getsize(path)}\n".encode())
+        total.update(f"{path[start:]!r} {label} {os.path.getsize(path)}\n".encode())
     train, held_out = split_held_out(files, args.data)
     sets = Images(train, names, args.size, args.flip), Images(held_out, names, args.size)
     return *sets, total.hexdigest()[:16]
@@ -861,17 +864,14 @@ def list_images(folder):
 
     Sorted by name, searched to any depth, but for hidden folders and links to folders.
     """
-
     warn = functools.partial(print, "passed over:", file=sys.stderr)
     groups = {}  # class -> its paths; "." for images that lie in no sub-folder
     for place, folders, names in os.walk(folder, onerror=warn):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         group = os.path.relpath(place, folder).split(os.sep)[0]
         for name in sorted(names):
-            path = os.path.join(place, name)
-            is_image = name.lower().endswith(SUFFIXES) and not name.startswith(".")
-            if is_image and os.path.isfile(path):  # no pipe, no link to nothing
-                groups.setdefault(group, []).append(path)
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                groups.setdefault(group, []).append(os.path.join(place, name))
 
     if not groups:
         raise ValueError(f"--data: got {folder!r}, expected a folder with {', '.join(SUFFIXES)}")
@@ -883,12 +883,9 @@ def list_images(folder):
 
 def split_held_out(files, folder):
     """(training, held out) of [(path, label), ...], by a hash of the path inside the folder."""
-
-    def order(file):
-        return hashlib.sha256(os.fsencode(os.path.relpath(file[0], folder))).digest()
-
-    ordered = sorted(files, key=order)
-    count = math.ceil(HELD_OUT * len(files))
+    start = len(os.path.join(folder, ""))
+    ordered = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file[0][start:])).digest())
+    count = min(MOST_HELD_OUT, math.ceil(HELD_OUT * len(files)))
     return ordered[count:], ordered[:count]
 
 
@@ -901,7 +898,7 @@ def generator_of(*key):
 @functools.lru_cache(2)
 def epoch_order(seed, epoch, count):
     """The order of an epoch's items, the same on every process and after a restart."""
-    return torch.randperm(count, generator=generator_of(seed, "epoch", epoch)).tolist()
+    return torch.randperm(count, generator=generator_of(seed, "epoch", epoch)).numpy()
 
 
 def step_items(args, done, count):
@@ -912,9 +909,8 @@ def step_items(args, done, count):
 
 def step_keys(args, data, start):
     """Yields the keys of this process's images of each step, from step `start` on."""
-    share = args.batch // world()
     for done in range(start, args.steps["tokenizer"]):
-        items = step_items(args, done, len(data))[rank() * share :][:share]
+        items = own_share(step_items(args, done, len(data)))
         # odd turns are mirrored: every image in every other epoch
         yield [(i, (args.seed, draw), i + draw // len(data)) for i, draw in items]
 
@@ -924,9 +920,8 @@ def loaded(args, data, key_lists):
 
     --workers threads read the next list meanwhile; Pillow decodes without Python's lock.
     """
-    with ThreadPoolExecutor(args.workers or 1) as pool:
-        fetch = pool.map if args.workers else map  # which reads when it is asked
-        lists = (fetch(data.__getitem__, keys) for keys in key_lists)
+    with ThreadPoolExecutor(args.workers) as pool:
+        lists = (pool.map(data.__getitem__, keys) for keys in key_lists)
         for images, _ in itertools.pairwise(itertools.chain(lists, [None])):
             yield torch.stack(list(images))
 
@@ -944,36 +939,43 @@ def token_cache(args, data, codec):
     path = Path(args.out, "tokens.npy")
     agreed(lambda: note_tokenizer(args, codec))
     if not agreed(path.exists):
-        tokens = share_of_tokens(args, data, codec)
-        parts = [tokens] * world() if rank() == 0 else None
-        if world() > 1:
-            torch.distributed.gather_object(tokens, parts)
+        write = functools.partial(write_tokens, args, data, codec)
         if rank() == 0:
-            sample.write_whole(path, lambda file: np.save(file, np.concatenate(parts)))
+            sample.write_whole(path, write)
+        else:
+            write()
         barrier()
     return np.load(path, mmap_mode="r")
 
 
-def share_of_tokens(args, data, codec):
-    """This process's rows of `token_cache`, in the smallest type that holds the codes."""
-    views = views_of(args, len(data))
-    first, last = (number * len(data) // world() for number in (rank(), rank() + 1))
-    crops = range(first * views, last * views)
+def write_tokens(args, data, codec, whole=None):
+    """Writes this process's rows of `token_cache` into the first process's file, `whole`.
+
+    In the smallest type that holds the codes. Not through a map: two machines would overwrite each
+    other's pages, and a full disk would end it without a word.
+    """
+    views, length = views_of(args, len(data)), sum(tokenizer.lengths(args.scales))
+    kind = np.min_scalar_type(len(codec["codebook"]) - 1)
+    if rank() == 0:
+        np.lib.format.open_memmap(whole.name, "w+", kind, (len(data), views, length))
+    name = agreed(lambda: whole.name)
 
     def key(crop):
         index, view = divmod(crop, views)
         return index, (args.seed, view, index) if view else None, view
 
-    tokens, done = [], 0
-    lists = (map(key, crops[i : i + 64]) for i in range(0, len(crops), 64))
-    for pixels in loaded(args, data, lists):
-        tokens += encoded(args, codec, pixels)
-        done += len(pixels)
-        if done % 4096 == 0 or done == len(crops):
-            say(f"encoded {done} of {len(crops)} crops")
-
-    kind = np.min_scalar_type(len(codec["codebook"]) - 1)
-    return torch.cat(tokens).unflatten(0, (-1, views)).numpy().astype(kind)
+    every = range(len(data) * views)
+    crops = own_share(every)
+    starts = range(0, len(crops), 64)
+    lists = (map(key, crops[start:][:64]) for start in starts)
+    with open(name, "r+b") as file:
+        file.seek((crops.start - len(every)) * length * kind.itemsize, os.SEEK_END)
+        for start, pixels in zip(starts, loaded(args, data, lists)):
+            file.write(encoded(args, codec, pixels).numpy().astype(kind))
+            done = start + len(pixels)
+            if done % 4096 == 0 or done == len(crops):
+                say(f"encoded {done} of {len(crops)} crops")
+    barrier()
 
 
 def views_of(args, images):
@@ -984,12 +986,12 @@ def views_of(args, images):
 
 
 def encoded(args, codec, pixels):
-    """[tokens (n, L), ...] of pixels uint8 (B, 3, H, W), a few images at a time."""
+    """Tokens (B, L) of pixels uint8 (B, 3, H, W), a few images at a time."""
     fast = tokenizer.cast(codec, args.dtype)
     tokens = []
     for few in pixels.split(sample.at_once(args.size**2)):
         tokens.append(tokenizer.encode(fast, to_unit(few, args.device), args.scales).cpu())
-    return tokens
+    return torch.cat(tokens)
 
 
 # ---- the command
@@ -1015,7 +1017,7 @@ def parser():
     add("--init", help="start the stage that they fit from these weights, ours or published")
     add("--device", choices=("cuda", "cpu"), help="(cuda if there is one)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
-    add("--workers", type=int, help="threads that decode images (CUDA: one a core, to 8)")
+    add("--workers", type=int, help="threads that decode images (one a core, to 8)")
     add("--compile", action="store_true", help="torch.compile the training step")
     return top
 
@@ -1028,7 +1030,7 @@ def train(args):
     if args.depth is not None and "next-scale" in given:
         raise ValueError(f"--depth: got {args.depth}, but --init decides it")
     args.size = args.size or (64 if args.data else 32)
-    data, held_out, images = data_sets(args)
+    data, held_out, images = agreed(lambda: data_sets(args))
     args = resolved(args, device, given, len(data))
     init = given.get("tokenizer")
     if "next-scale" in given:
@@ -1112,8 +1114,8 @@ def resolved(args, device, given, images):
     settings["batch"] = args.batch or settings["batch"]
     args = argparse.Namespace(**vars(args) | settings | dict(device=device))
     args.dtype = sample.find_dtype(args.dtype, device)
-    if args.workers is None:  # a CPU's cores have enough to do
-        args.workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count())
     if args.out is None:
         args.out = os.path.join("runs", os.path.basename(os.path.abspath(args.data or "shapes")))
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
@@ -1130,10 +1132,8 @@ def resolved(args, device, given, images):
         args.codec = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
         cell = tokenizer.downsampling(codec)
     args.scales = fitting_scales(args, cell)
-    if images < world():
-        raise ValueError(f"--data: got {images} images to train on, fewer than processes")
-    if args.batch % world():
-        raise ValueError(f"--batch: got {args.batch}, expected a multiple of {world()} processes")
+    if args.batch < world():
+        raise ValueError(f"--batch: got {args.batch} images, fewer than the {world()} processes")
     return args
 
 
@@ -1177,24 +1177,24 @@ def parameters(tree):
 
 def fitting_parts(args, params):
     """(parts of a process's batch, whether to compute activations twice), as memory allows."""
-    share = args.batch // world()
+    share = math.ceil(args.batch / world())
     most = sample.at_once(args.size**2)
     if args.device.type == "cuda":
         # bytes an image that a stage keeps for the backward pass (`tests/benchmark.py cost`)
         transformer = 50 * sum(tokenizer.lengths(args.scales)) * 64 * args.depth**2
         codec = 200 * args.size**2 * args.codec.get("channels", 160)
-        taken = 24 * parameters(params)  # weights, gradients, moments and averages
+        taken = 24 * parameters(params)  # weights, gradients (DDP: twice), moments, average
         free, _ = torch.cuda.mem_get_info(args.device)
         most = int(0.8 * (free - taken) / max(transformer, codec))
-    parts = next(n for n in range(1, share + 1) if share % n == 0 and share <= n * max(1, most))
-    return parts, most < 1
+    parts = min(math.ceil(share / max(1, most)), args.batch // world())  # none is empty
+    return parts, most * parts < share
 
 
 def check_flags(args):
     """ValueError for flags out of their range, or without effect beside others."""
     if not 0 <= args.seed < 2**62:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to 2 ** 62 - 1")
-    for name, most in dict(size=2**16, depth=1000, steps=10**9, batch=2**16).items():
+    for name, most in dict(size=2**16, depth=1000, steps=10**9, batch=2**16, workers=999).items():
         number = getattr(args, name)
         if number is not None and not 1 <= number <= most:
             raise ValueError(f"--{name}: got {number}, expected 1 to {most}")
@@ -1325,7 +1325,7 @@ def load_checkpoint(args, stage, state):
     progress, window = (0, 0, math.inf), []
     if agreed(checkpoint.exists):
         try:
-            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
             torch._foreach_copy_(state, saved["state"])
             progress, window = saved["progress"], to_device(saved["window"], args.device)
         except Exception as error:
@@ -1409,13 +1409,11 @@ def summed(tensor):
     return tensor
 
 
-def gathered(tensor):
-    """The rows of all processes, each of which has as many."""
-    if world() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world())]
-    torch.distributed.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+def gathered(rows, count):
+    """The `count` rows of all processes, of this one's share."""
+    whole = rows.new_zeros(count, *rows.shape[1:])
+    own_share(whole).copy_(rows)
+    return summed(whole)
 
 
 def start_processes(name):

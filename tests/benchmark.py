@@ -525,7 +525,7 @@ def hours(stage, gpus, speed):
     seconds = {
         "products": share * stage["flops"] / speed,
         "optimizer": stage["muon"] / gpus / speed,
-        "all-reduce": 10 * stage["trained"] * (gpus - 1) / gpus / 24e9,
+        "all-reduce": 12 * stage["trained"] * (gpus - 1) / gpus / 24e9,
         "launches": 5e-6 * stage["launches"],
         "decoding": 11e-3 / 8 * share * ("encoding" in stage),  # the tokenizer's stage alone
     }
@@ -537,8 +537,8 @@ def hours(stage, gpus, speed):
 
 
 def print_costs(depths, speed):
-    units = dict(steps=1e3, parameters=1e6, flops=1e12, muon=1e12)
-    units |= dict(launches=1e3, state=1e9, activations=1e6)
+    units = dict(steps=1e3, tokens=1e9, rate=1e-3, training=1e18, parameters=1e6, flops=1e12)
+    units |= dict(muon=1e12, launches=1e3, state=1e9, activations=1e6)
     sizes, times, images = [], [], 1_281_167  # ImageNet's
     for depth in depths:
         size = 64 if depth < 8 else 256
@@ -550,8 +550,10 @@ def print_costs(depths, speed):
             params = hmar.init(depth=depth, **shapes)
             masked = hmar.add_masked_branch(params, dial["masked_blocks"])
         stages = [tokenizer_cost(size, scales, **codec), cost(params), cost(masked)]
-        for stage, steps in zip(stages, dial["steps"].values()):
-            stage |= dict(steps=steps, batch=batch)
+        for stage, (name, steps) in zip(stages, dial["steps"].items()):
+            stage |= dict(steps=steps, batch=batch, rate=dial["lr"][name])
+            stage["tokens"] = steps * batch * sum(tokenizer.lengths(scales))
+            stage["training"] = steps * (batch * stage["flops"] + stage["muon"])
         cells = []
         for name, unit in units.items():
             cells.append(" / ".join(f"{stage[name] / unit:.3g}" for stage in stages))
@@ -566,11 +568,11 @@ def print_costs(depths, speed):
             times.append((depth, gpus, *parts.values(), f"{20 * each[1]['hours'] / epochs:,.2f}"))
 
     print(
-        "Computed: tokenizer / next-scale / masked stage in bf16 on ImageNet. Thousands, millions, "
-        "TFLOP an image, TFLOP and thousands a step, GB, MB an image. Hours at "
-        f"{speed:g} FLOP/s (66e12: 40 % of a 24 GB card); 5 us a launch, 11 ms of one of 8 cores "
-        "a GPU to decode, where they outlast the device; 10 bytes a parameter exchanged at 24 "
-        "GB/s; checkpoints at 1 GB/s; no looks.\n"
+        "Computed: tokenizer / next-scale / masked stage in bf16 on ImageNet. Thousands, billions, "
+        "1e-3, EFLOP, millions, TFLOP an image, TFLOP and thousands a step, GB, MB an image. Hours "
+        f"at {speed:g} FLOP/s (66e12: 40 % of a 24 GB card); 5 us a launch, 11 ms of one of 8 "
+        "cores a GPU to decode, where they outlast the device; 12 bytes a parameter exchanged at "
+        "24 GB/s; checkpoints at 1 GB/s; no looks.\n"
     )
     print_table(("depth", "batch", *units, "of"), sizes)
     print()

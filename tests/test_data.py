@@ -106,6 +106,7 @@ def test_the_held_out_part_is_the_same_everywhere():
     held_out = train.split_held_out(files, "data")[1]
     assert len(held_out) == 1000 and len({label for _, label in held_out[:40]}) == 10
     assert held_out[0][0] == "data/4/18984.jpg"
+    assert len(train.split_held_out(files * 3, "data")[1]) == 2000
 
 
 # Reading
@@ -254,11 +255,11 @@ def test_items_are_decided_by_their_keys(folder):
 def test_every_second_time_an_image_is_mirrored_if_asked(folder):
     for path in folder.rglob("*.*"):
         gradient(40, 30).save(path)
-    for flags in ([], ["--flip"]):
-        args = train.parser().parse_args([*flags, "--data", str(folder), "--size", "16"])
+    for flip in (False, True):
+        args = argparse.Namespace(data=folder, size=16, flip=flip)
         images, held_out, _ = train.data_sets(args)
         plain = images[1, 5, 0]
-        for turn, mirrored in enumerate((plain, plain.flip(-1) if flags else plain) * 2):
+        for turn, mirrored in enumerate((plain, plain.flip(-1) if flip else plain) * 2):
             assert torch.equal(images[1, 5, turn], mirrored)
         assert not held_out.flip
 
@@ -268,8 +269,15 @@ def test_every_second_time_an_image_is_mirrored_if_asked(folder):
     assert turns == sorted(itertools.product(range(6), (0, 1) * 4))
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_images_come_in_the_order_of_their_keys_one_list_ahead(workers):
+def test_a_file_is_looked_at_once(folder):
+    args = argparse.Namespace(data=str(folder), size=16, flip=False)
+    with mock.patch.object(os, "stat", side_effect=os.stat) as stat:
+        images, held_out, _ = train.data_sets(args)
+    for path, _ in images.items + held_out.items:
+        assert stat.mock_calls.count(mock.call(path)) == 1
+
+
+def test_images_come_in_the_order_of_their_keys_one_list_ahead():
     begun, lists = [], [range(7), range(7, 9), range(9, 15)]
 
     def image(key):
@@ -279,7 +287,7 @@ def test_images_come_in_the_order_of_their_keys_one_list_ahead(workers):
 
     slow = mock.MagicMock()
     slow.__getitem__.side_effect = image
-    batches = train.loaded(argparse.Namespace(workers=workers), slow, iter(lists))
+    batches = train.loaded(argparse.Namespace(workers=3), slow, iter(lists))
     for number, images in enumerate(batches):
         assert images[:, 0].tolist() == list(lists[number])
         assert len(begun) <= sum(map(len, lists[: number + 2]))

@@ -401,18 +401,19 @@ def test_an_epoch_has_every_item_once():
 # Several processes and parts of a batch are one
 
 
-def start_two(start, *flags, hooks=(), ranks="01", **options):
+def start_many(start, count, *flags, hooks=(), **options):
     """The processes that torchrun would start, unlike each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = dict(WORLD_SIZE=str(len(ranks)), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     options |= dict(hooks=[*hooks, unlike])
+    ranks = map(str, range(count))
     return [start(*flags, environment=dict(common, RANK=rank), **options) for rank in ranks]
 
 
 def unlike():
-    """The second process sees no file of a run, as on a network, and judges otherwise."""
+    """The others see no file of a run, as on a network, list no images and judge otherwise."""
     if os.environ["RANK"] == "0":
         return
     exists, judge, losses = os.path.exists, train.judge_tokenizer, itertools.count()
@@ -422,6 +423,7 @@ def unlike():
         return exists(path)
 
     os.path.exists = os.path.lexists = Path.exists = look
+    os.walk = None
     train.judge_tokenizer = lambda *given: judge(*given) | dict(loss=next(losses))
 
 
@@ -433,8 +435,9 @@ def both_ended(processes, *statuses):
 
 
 def few(count):
-    """So many images pass the networks together."""
+    """So many images pass the networks together, all with coarse ones."""
     sample.at_once = lambda pixels: count
+    tokenizer.COARSE_EVERY = 1
 
 
 def fail():
@@ -449,7 +452,7 @@ def test_two_processes_end_and_go_on_together(start, tmp_path):
     def two(name, *hooks):
         flags = [tmp_path / name, "tokenizer"]
         constants = dict(LOG_EVERY=5, SAVES=5, dial=partial(tiny_dial, codes=128, steps=20))
-        return start_two(start, *flags, hooks=[partial(few, 1), *hooks], **constants)
+        return start_many(start, 2, *flags, hooks=[partial(few, 1), *hooks], **constants)
 
     kill = partial(ask, signal.SIGKILL)
     whole = two("whole")
@@ -462,7 +465,7 @@ def test_two_processes_end_and_go_on_together(start, tmp_path):
     ):
         both_ended(two("cut", partial(at, "tokenizer", step, act, ranks)), *statuses)
         assert torch.load(tmp_path / "cut" / "tokenizer.checkpoint.pt")["progress"][0] == saved
-    both_ended(start_two(start, tmp_path / "cut"), 2, 1)  # other flags
+    both_ended(start_many(start, 2, tmp_path / "cut"), 2, 1)  # other flags
     cut = two("cut")
     both_ended(cut, 0, 0)
     both_ended(whole, 0, 0)
@@ -470,23 +473,24 @@ def test_two_processes_end_and_go_on_together(start, tmp_path):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stages", ["tokenizer", "all"])
-def test_two_processes_or_parts_are_one(base, start, tmp_path, stages):
+@pytest.mark.parametrize("stages, counts", [("tokenizer", (2, 3)), ("all", (2, 5))])
+def test_processes_or_parts_are_one(base, start, tmp_path, stages, counts):
     """Two channels share a norm: AdamW steps by rounding where a gradient is 0."""
     lr, constants = 1e-4, dict(dial=partial(tiny_dial, channels=64))
     flags = [stages, "--lr", lr, "--batch", 16]
     if stages == "all":  # but for the tokenizer, lest tokens differ
         flags += ["--tokenizer", base / "tokenizer.pt"]
-    processes = start_two(start, tmp_path / "two", *flags, hooks=[partial(few, 4)], **constants)
-    for name, count in (("parts", 8), ("one", 99)):
-        processes.append(start(tmp_path / name, *flags, hooks=[partial(few, count)], **constants))
+    processes = []
+    for count, most, name in zip((1, 1, *counts), (99, 8, 4, 4), ("one", "parts", "few", "many")):
+        given, hooks = [tmp_path / name, *flags], [partial(few, most)]
+        processes += start_many(start, count, *given, hooks=hooks, **constants)
     for process in processes:
         ended(process)
 
     # of the tokenizer three steps: then rounding chooses another code
     most = 4 if stages == "tokenizer" else None
     metrics = lines_of(tmp_path / "one")
-    for name in ("parts", "two"):
+    for name in ("parts", "few", "many"):
         for path in tmp_path.glob("one/*.pt"):
             trained = torch.load(tmp_path / name / path.name)
             assert difference(trained, torch.load(path)) < 2 * lr, name  # Muon is in bf16
@@ -509,14 +513,14 @@ def share(out):
     train.orthogonal = mock.Mock(wraps=train.orthogonal)
     toy_fit(toy_args(out))
     parts = {len(call.args[0]) for call in train.orthogonal.call_args_list}
-    sys.exit(parts != {math.ceil(3 / train.world()), 1})
+    sys.exit(parts != {len(train.own_share(range(count))) for count in (3, 1)})
 
 
 def test_processes_share_muon_to_the_last_bit(start, tmp_path):
     """Any number of processes goes on from a checkpoint."""
-    for ranks in ("0", "01", "012"):
-        hook = partial(share, tmp_path / ranks)
-        for process in start_two(start, "", hooks=[hook], ranks=ranks):
+    for count in (1, 2, 3):
+        hook = partial(share, tmp_path / str(count))
+        for process in start_many(start, count, "", hooks=[hook]):
             ended(process)
     assert len({path.read_bytes() for path in tmp_path.glob("*/*.pt")}) == 1
 
@@ -576,9 +580,13 @@ def test_parts_and_checkpointing_follow_from_the_memory(monkeypatch):
     changes = dict(device=torch.device("cuda"), size=256, scales=hmar.SCALES[256], depth=16)
     args = argparse.Namespace(batch=64, codec=dict(channels=1), **changes)
     image = 50 * 680 * 1024 * 16  # bytes, as computed costs say
-    for free, expected in ((100, (1, False)), (24, (4, False)), (2, (64, False)), (1, (64, True))):
+    for free, expected in ((100, (1, False)), (24, (4, False)), (1, (64, True)), (2, (64, False))):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * image, 0))
         assert train.fitting_parts(args, {}) == expected
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert train.fitting_parts(args, {}) == (10, True)  # of 10 or 11 images
+    with pytest.raises(ValueError, match="--batch: got 4 images, fewer than the 6 processes"):
+        asked_of_fit("masked")
 
 
 def test_the_time_left_is_told(tmp_path, monkeypatch, capsys):
@@ -604,8 +612,8 @@ def test_the_time_left_is_told(tmp_path, monkeypatch, capsys):
 
 def parts_of(folder):
     """Its training images, its held-out ones in [-1, 1], their labels."""
-    files, kept = train.split_held_out(train.list_images(folder)[0], folder)
-    images, judged = (train.Images(part, "abc", 16) for part in (files, kept))
+    args = argparse.Namespace(data=folder, size=16, flip=False)
+    images, judged, _ = train.data_sets(args)
     pixels = torch.stack([judged[i, None, 0] for i in range(2)]) / 127.5 - 1
     return images, pixels, torch.tensor(judged.labels)
 
@@ -796,6 +804,9 @@ def test_a_stage_is_finished_while_its_file_exists(base, out, run):
     assert contents(out) == contents(base)
     for name in ("tokens.npy", "next-scale.pt", "hmar.pt"):
         (out / name).unlink()
+    with mock.patch.object(train, "encoded", side_effect=[torch.zeros(64, 81), OSError]):
+        run(out, status=2)
+    assert not list(out.glob("tokens*"))
     run(out)
     assert contents(out) == contents(base)
 
