@@ -91,11 +91,11 @@ def steps(
     The defaults measured best for models of our own; `published_options` has those of others.
 
     labels: (B,) int64. schedule: for each scale the tokens kept at each pass; None: two masked
-    passes a scale. guidance, mask_guidance: of next-scale and masked passes, at the last scale; 0
-    is off, at half the cost. soften: nats a token at which guidance is halved, 0: never.
-    temperature divides the logits, 0: arg max; then top_k codes stay, 0: all; then top_p of the
-    probability. Image i draws the numbers of seed + i, or of seed[i]. is_causal: the tree is VAR's,
-    which keeps keys and values. known: of `edit`.
+    passes a scale. guidance, mask_guidance: of next-scale and masked passes, at the last scale; 0:
+    off, and without is_causal at half the cost. soften: nats a token at which guidance is halved,
+    0: never. temperature divides the logits, 0: arg max; then top_k codes stay, 0: all; then top_p
+    of the probability. Image i draws the numbers of seed + i, or of seed[i]. is_causal: the tree is
+    VAR's, which keeps keys and values. known: of `edit`.
     """
     scales = hmar.scales(params)
     if schedule is None:
@@ -103,8 +103,7 @@ def steps(
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
     check_fit(params, codec, labels, schedule, seeds)
 
-    rows = 2 * len(labels) if guidance else len(labels)
-    cache = hmar.new_cache(params, rows) if is_causal else None
+    cache = hmar.new_cache(params, 2 * len(labels)) if is_causal else None
     strengths = dict(next_scale=guidance, masked=mask_guidance)
     guided = partial(classifier_free_guidance, params, labels, strengths, soften, cache)
     choose = partial(choose_tokens, seeds, temperature, top_k, top_p)
@@ -158,7 +157,7 @@ def check_fit(params, codec, labels, schedule, seeds):
     counts = tokenizer.lengths(hmar.scales(params))
     for name, got, expected in (
         ("codec: codes, code_dim", tuple(codec["codebook"].shape), sizes),
-        ("schedule: tokens by scale", [sum(keeps) for keeps in schedule], counts),
+        ("schedule: tokens by scale", list(map(sum, schedule)), counts),
         ("seed: how many", len(seeds), len(labels)),
     ):
         if got != expected:
@@ -180,9 +179,7 @@ def classifier_free_guidance(params, labels, strengths, soften, cache, branch, k
     last = len(params["positions"]) - 1
     t = strengths[branch] * (k / last if last else 1.0)
 
-    # a cache made for both halves needs both at every scale, also where t is still 0
-    needs_both = cache is not None and cache[0].shape[1] > len(labels)
-    if t == 0 and not needs_both:
+    if t == 0 and cache is None:  # a cache holds both halves, from the first scale on
         return head(predict(labels, *inputs))
 
     null = torch.full_like(labels, len(params["classes"]) - 1)
@@ -206,9 +203,9 @@ def choose_tokens(seeds, temperature, top_k, top_p, k, number, logits):
     if temperature < 0.001:  # arg max, before the division overflows
         return draw(filtered(logits, top_k, top_p))
 
-    generators = [np.random.default_rng((seed, k, number)) for seed in seeds]
-    uniform = np.array([generator.random(logits.shape[1]) for generator in generators])
-    uniform = torch.from_numpy(uniform).to(logits.device)  # (B, n_k) fp64
+    count = logits.shape[1]
+    rows = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
+    uniform = torch.from_numpy(np.array(rows)).to(logits.device)  # (B, n_k) fp64
     return draw(filtered(logits / temperature, top_k, top_p), uniform)
 
 
@@ -237,10 +234,9 @@ def filtered(logits, top_k=0, top_p=1.0):
 
 
 def draw(logits, uniform=None):
-    """(tokens (...) int64, confidence (...)), drawn from logits (..., V).
+    """(tokens (...) int64, their probability (...)), drawn from logits (..., V).
 
-    Their cumulative probability is inverted at uniform (...) fp64 in [0, 1); None: arg max.
-    Confidence is a token's probability: by it a pass chooses what it keeps.
+    The cumulative probability is inverted at uniform (...) fp64 in [0, 1); None: arg max.
     """
     probability = logits.softmax(-1)
     if uniform is None:
@@ -248,7 +244,7 @@ def draw(logits, uniform=None):
     else:
         sums = probability.cumsum(-1)
         total = sums[..., -1:]
-        # uniform * total may be rounded up to total: never a code at the end that was ruled out
+        # rounded up to total, it would fall on a code at the end that was ruled out
         below = total.nextafter(torch.zeros_like(total))
         places = torch.minimum((uniform[..., None] * total).to(total.dtype), below)
         tokens = torch.searchsorted(sums, places, right=True)
@@ -256,7 +252,7 @@ def draw(logits, uniform=None):
     tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of nan: see the next line
     confidence = probability.gather(-1, tokens)[..., 0]
     if not confidence.isfinite().all():
-        raise ValueError("logits: got nan or infinity, expected weights that do not overflow")
+        raise ValueError("logits: got nan or infinity, from weights that overflow")
     return tokens[..., 0], confidence
 
 
@@ -340,9 +336,8 @@ def edit(params, codec, images, mask, labels, **options):
 
     *_, last = steps(params, codec, labels, known=known, **options)
     painted = decode_in_parts(codec, torch.where(outside, f_hats[-1], last.f_hat))
-    pixels = (~mask).to(painted.dtype)
-    error = (images.to(painted.dtype) - painted) * pixels
-    painted = painted + carried_on(error, pixels, 2 * tokenizer.downsampling(codec))
+    reach = 2 * tokenizer.downsampling(codec)
+    painted = painted + carried_on(images - painted, ~mask, reach)
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
 
 
@@ -387,14 +382,15 @@ def evidence(codebook, residual, outside, size):
 
 def carried_on(error, known, reach):
     """error (B, C, H, W) carried on from known pixels (B, 1, H, W), fading, lest a seam show."""
+    error = error * known
     carried = torch.zeros_like(error)
     for ring in range(1, reach + 1):
-        share = F.avg_pool2d(known, 3, stride=1, padding=1)
+        share = F.avg_pool2d(known.to(error.dtype), 3, stride=1, padding=1)
         near = F.avg_pool2d(error, 3, stride=1, padding=1) / share.clamp(min=0.1)  # 1/9 or more
-        fresh = (known == 0) & (share > 0)
+        fresh = ~known & (share > 0)
         error = torch.where(fresh, near, error)
         carried = torch.where(fresh, near * (1 - ring / (reach + 1)), carried)
-        known = known + fresh
+        known = known | fresh
     return carried
 
 
@@ -405,10 +401,7 @@ def carried_on(error, known, reach):
 def decode_in_parts(codec, f_hat):
     """tokenizer.decode_features, a few images at a time: a decoder's maps outweigh the rest."""
     few = at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
-    images = torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
-    if not images.isfinite().all():
-        raise ValueError("images: got nan, expected a tokenizer's weights that do not overflow")
-    return images
+    return torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
 
 
 def at_once(pixels):
@@ -418,12 +411,12 @@ def at_once(pixels):
 
 def sheet(rows, names):
     """A PIL image of rows of images (n, 3, H, W) in [-1, 1], each row's name at its left."""
-    names = [str(name).encode(errors="replace").decode().replace("\n", " ")[:40] for name in names]
+    names = [name.encode(errors="replace").decode().replace("\n", " ")[:40] for name in names]
     font = ImageFont.load_default(12)
     zoom = max(1, 64 // rows[0].shape[-1])  # small images grow by whole pixels
     left = 12 + max(int(font.getlength(name)) for name in names)
     height, width = (side * zoom + 2 for side in rows[0].shape[2:])
-    page = Image.new("RGB", (left + width * max(map(len, rows)), height * len(rows)), "white")
+    page = Image.new("RGB", (left + width * len(rows[0]), height * len(rows)), "white")
 
     for y, (row, name) in enumerate(zip(rows, names)):
         place = (6, y * height + height // 2)
@@ -508,8 +501,6 @@ def digest(tree):
 
 # ---- the command
 
-SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
-
 
 def parser():
     """The flags of `python sample.py`."""
@@ -554,7 +545,7 @@ def scale_pair(text):
 def run(args):
     """What the command does once its flags are read."""
     check_flags(args)
-    kind = SHEETS.get(args.out.suffix.lower(), "folder")
+    kind = Image.registered_extensions().get(args.out.suffix.lower(), "folder")
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     params, codec, names, options = load_models(args)
@@ -564,7 +555,8 @@ def run(args):
     labels = torch.tensor(classes).repeat_interleave(args.count)
     height, width = (tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1])
     batch = min(50, at_once(height * width))
-    given = photo_and_mask(args, (width, height)) if args.edit else ()
+    is_edit = args.edit or args.mask or args.pad
+    given = photo_and_mask(args, (width, height)) if is_edit else ()
 
     # flags go before the defaults of these weights
     flags = {name: vars(args).get(name) for name in steps.__kwdefaults__}
@@ -585,7 +577,7 @@ def run(args):
         for first in range(0, len(numbers), batch):
             some = numbers[first : first + batch]
             own = options | dict(labels=labels[some], seed=[args.seed + i for i in some])
-            if args.edit:
+            if is_edit:
                 photo, mask = (x.expand(len(some), -1, -1, -1) for x in given)
                 yield some, [edit(*models, photo, mask, **own)]
             elif kind == "GIF":
@@ -608,8 +600,6 @@ def check_flags(args):
     """ValueError for flags that would do harm, or nothing."""
     if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
         raise ValueError(f"--out: got {args.out}, which is also to be read")
-    if (args.mask or args.pad) and not args.edit:
-        raise ValueError("--mask, --pad: expected beside --edit alone")
     if args.count < 1:
         raise ValueError(f"--count: got {args.count}, expected 1 or more")
 
@@ -622,20 +612,21 @@ def find_device(name):
     if name == "cpu":
         return torch.device("cpu")
 
-    place, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if place >= here:
-        raise ValueError(f"--device: got cuda, of which {here} are here, expected {place + 1}")
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if place >= torch.cuda.device_count():
+        raise ValueError(f"--device: got cuda, but no GPU {place} is here")
     return torch.device("cuda", place)
 
 
 def find_dtype(name, device):
     """The torch dtype of --dtype, by default bf16 where the processor multiplies it, else fp32."""
-    if name is None:
+    if name is None and device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
+    elif name is None:
         has_bf16 = torch.cpu._is_avx512_bf16_supported()
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
-        name = "bf16" if has_bf16 else "fp32"
-    return dict(bf16=torch.bfloat16, fp32=torch.float32)[name]
+    else:
+        has_bf16 = name == "bf16"
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def load_models(args):
@@ -667,31 +658,29 @@ def class_numbers(texts, names):
     if texts == ["all"]:
         return list(range(len(names)))
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    for text in texts:
-        if text not in numbers:
-            expected = f"0 to {len(names) - 1} or such as {', '.join(names[:5])}"
-            raise ValueError(f"--labels: got {text!r}, expected {expected}")
-    return [numbers[text] for text in texts]
+    try:
+        return [numbers[text] for text in texts]
+    except KeyError as error:
+        expected = f"0 to {len(names) - 1} or such as {', '.join(names[:5])}"
+        raise ValueError(f"--labels: got {error}, expected {expected}") from error
 
 
 def photo_and_mask(args, size):
     """Image (1, 3, H, W) in [-1, 1] and mask (1, 1, H, W) bool of --edit and --mask or --pad."""
+    if not args.edit or not (args.mask or 0 < args.pad < 0.5):
+        raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
+
     photo = ImageOps.fit(read_image(args.edit), size, Image.Resampling.LANCZOS)
-    if args.mask is not None:
+    if args.mask:
         mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.Resampling.NEAREST)
-    elif 0 < args.pad < 0.5:
+    else:
         border = tuple(max(1, int(side * args.pad)) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
         photo = ImageOps.expand(photo.resize(inner), border, "grey")
         mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
-    else:
-        raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
 
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    mask = torch.from_numpy(np.array(mask))[None, None] > 127
-    if not mask.any():
-        raise ValueError("--mask: expected white where the image is to be repainted")
-    return pixels, mask
+    return pixels, torch.from_numpy(np.array(mask))[None, None] > 127
 
 
 def write_sheets(path, kind, pages):
@@ -704,8 +693,7 @@ def write_sheets(path, kind, pages):
 def fill_folder(out, settings, labels, drawn):
     """Draws what is missing of number-label.png in a folder; then packs them, if out is an .npz.
 
-    Whoever finds it empty writes down the settings; all compare theirs with those. Processes of
-    torchrun draw a share each; the last one packs.
+    An empty folder gets these settings; one that has others is refused.
     """
     is_archive = out.suffix.lower() == ".npz"
     folder = out.with_suffix("") if is_archive else out
@@ -716,19 +704,17 @@ def fill_folder(out, settings, labels, drawn):
     if before != settings:
         raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
 
+    def write(path, pixels):
+        write_whole(path, partial(Image.fromarray(pixels).save, format="PNG"))
+
     paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [i for i in range(rank, len(paths), world) if not paths[i].exists()]
-
-    def write(i, pixels):
-        write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
-
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for numbers, (images,) in drawn(missing):
-            list(pool.map(write, numbers, to_bytes(images)))  # ends with the first error
+            list(pool.map(write, [paths[i] for i in numbers], to_bytes(images)))
             print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
 
-    if is_archive and all(path.exists() for path in paths):  # of all processes
+    if is_archive:
         pixels = np.stack([np.asarray(read_image(path)) for path in paths])
         write_whole(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
