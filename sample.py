@@ -24,7 +24,6 @@ import math
 import os
 import secrets
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
@@ -60,7 +59,7 @@ def generate(params, codec, labels, **options):
 class Step(NamedTuple):
     """What `steps` yields after each pass.
 
-    A caller may write into f_hat: the next scale is drawn from what it then holds.
+    A caller may write into f_hat: the next scale is drawn from it.
     """
 
     scale: int
@@ -89,17 +88,17 @@ def steps(
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
     The defaults measured best for models of our own; `published_options` has those of others.
-
-    labels: (B,) int64. schedule: for each scale the tokens kept at each pass; None: two masked
-    passes a scale. guidance, mask_guidance: of next-scale and masked passes, at the last scale; 0:
-    off, and without is_causal at half the cost. soften: nats a token at which guidance is halved,
-    0: never. temperature divides the logits, 0: arg max; then top_k codes stay, 0: all; then top_p
-    of the probability. Image i draws the numbers of seed + i, or of seed[i]. is_causal: the tree is
-    VAR's, which keeps keys and values. known: of `edit`.
+    labels: (B,) int64. schedule: for each scale the tokens kept at each pass, or how many masked
+    passes a scale has; None: two. guidance, mask_guidance: of next-scale and masked passes, at the
+    last scale; 0: off, and without is_causal at half the cost. soften: nats a token at which
+    guidance is halved, 0: never. temperature divides the logits, 0 or less: arg max; then top_k
+    codes stay, 0 or less: all; then top_p of the probability. Image i draws the numbers of seed + i
+    or of seed[i]. is_causal: the tree is VAR's, which keeps keys and values. known: of `edit`.
     """
-    scales = hmar.scales(params)
     if schedule is None:
-        schedule = masked_schedule(scales, 2 if "masked" in params else 0)
+        schedule = 2 if "masked" in params else 0
+    if isinstance(schedule, int):
+        schedule = masked_schedule(hmar.scales(params), schedule)
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
     check_fit(params, codec, labels, schedule, seeds)
 
@@ -170,9 +169,9 @@ def classifier_free_guidance(params, labels, strengths, soften, cache, branch, k
     """Logits (B, n_k, codes) of scale k from a branch of hmar and what it is fed, guided by t.
 
     (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6), t rising from 0 at the
-    first scale to strengths[branch]. With soften, t shrinks by 1 + D / soften, D being the
-    divergence of the two in nats, on average over an image's tokens: what a class says is amplified
-    where it says little, and not exaggerated where it says all.
+    first scale to strengths[branch]. With soften, t shrinks by 1 + D / soften, D the divergence of
+    the two in nats a token: what a class says is amplified where it says little, not exaggerated
+    where it says all.
     """
     predict = partial(hmar.branch_features, params, branch, k=k, cache=cache)
     head = partial(hmar.logits, **params[branch]["head"])
@@ -198,8 +197,6 @@ def classifier_free_guidance(params, labels, strengths, soften, cache, branch, k
 
 def choose_tokens(seeds, temperature, top_k, top_p, k, number, logits):
     """(tokens, confidence), (B, n_k) each, of logits (B, n_k, codes) at a pass of scale k."""
-    if temperature < 0:
-        raise ValueError(f"temperature: got {temperature}, expected 0 or more")
     if temperature < 0.001:  # arg max, before the division overflows
         return draw(filtered(logits, top_k, top_p))
 
@@ -214,12 +211,11 @@ def filtered(logits, top_k=0, top_p=1.0):
 
     Top-k, then nucleus sampling; ties stay.
     """
-    if top_k < 0:
-        raise ValueError(f"top_k: got {top_k}, expected 1 or more, or 0 for all")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected above 0, at most 1")
-    count = min(top_k or logits.shape[-1], logits.shape[-1])
-    if count == logits.shape[-1] and top_p == 1:
+    codes = logits.shape[-1]
+    count = min(top_k, codes) if top_k > 0 else codes
+    if count == codes and top_p == 1:
         return logits
 
     best = logits.topk(count).values  # (..., count), the best first
@@ -249,7 +245,7 @@ def draw(logits, uniform=None):
         places = torch.minimum((uniform[..., None] * total).to(total.dtype), below)
         tokens = torch.searchsorted(sums, places, right=True)
 
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of nan: see the next line
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond it for nan
     confidence = probability.gather(-1, tokens)[..., 0]
     if not confidence.isfinite().all():
         raise ValueError("logits: got nan or infinity, from weights that overflow")
@@ -285,23 +281,19 @@ def published_schedule(scales):
 
 
 def published_options(params, is_causal=False):
-    """What the published samplers do with such a tree, as keyword arguments of `steps`.
-
-    HMAR's of the nearest published depth, or VAR's.
-    """
+    """What the published samplers do with such a tree, as keyword arguments of `steps`."""
     depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
-    nearest = min((16, 20, 24, 30), key=lambda published: abs(published - depth))
     options = dict(mask_guidance=0.0, soften=0.0, is_causal=is_causal)
     if "masked" in params:
         options["schedule"] = published_schedule(hmar.scales(params))
-    return options | PUBLISHED["VAR" if is_causal else nearest]
+    return options | PUBLISHED.get("VAR" if is_causal else depth, PUBLISHED[16])
 
 
 # ---- editing
 
 
 class Known(NamedTuple):
-    """What `edit` tells `steps` of the images: by scale tokens, which of them are given, f_hat."""
+    """What `edit` tells `steps` of the images, by scale."""
 
     tokens: tuple  # of (B, n_k) int64
     given: tuple  # of (B, n_k) bool: outside of the mask
@@ -323,9 +315,9 @@ def edit(params, codec, images, mask, labels, **options):
     tokenizer.check_images(codec, images, scales)
     expected = (len(images), 1, *images.shape[2:])
     if mask.dtype != torch.bool or mask.shape != expected:
-        raise ValueError(f"mask: got {mask.dtype} {tuple(mask.shape)}, expected bool {expected}")
+        raise ValueError(f"mask: expected a bool tensor {expected}")
 
-    # what is known: the image's own tokens, where their cells lie outside of the mask
+    # the image's own tokens are given where their cells lie outside of the mask
     parts = images.split(at_once(images.shape[2:].numel()))
     features = torch.cat([tokenizer.encode_features(codec, part) for part in parts]).float()
     _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
@@ -348,8 +340,8 @@ def shares_of_hidden(keeps, hidden, has_masked_branch):
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
-    # a single pass would not see given tokens: images that have some keep nothing of it, and all of
-    # a masked pass that is added
+    # a single pass sees no given tokens: images that have some keep nothing of it, and all of a
+    # masked pass that is added
     is_partly = (count > 0) & (count < total)
     if len(keeps) == 1 and has_masked_branch and is_partly.any():
         return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]
@@ -419,8 +411,7 @@ def sheet(rows, names):
     page = Image.new("RGB", (left + width * len(rows[0]), height * len(rows)), "white")
 
     for y, (row, name) in enumerate(zip(rows, names)):
-        place = (6, y * height + height // 2)
-        ImageDraw.Draw(page).text(place, name, "black", font, anchor="lm")
+        ImageDraw.Draw(page).text((6, (y + 0.5) * height), name, "black", font, anchor="lm")
         tiles = row.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
         strip = np.hstack(to_bytes(F.pad(tiles, (0, 2, 0, 2), value=1.0)))  # a white edge
         page.paste(Image.fromarray(strip), (left, y * height))
@@ -519,7 +510,7 @@ def parser():
     add("--temperature", type=float, help="0: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
-    add("--mask-steps", type=int, help="masked passes a scale (2)")
+    add("--mask-steps", type=int, dest="schedule", metavar="N", help="masked passes a scale (2)")
     add("--edit", type=Path, help="image to repaint, cropped to the model's shape")
     either = top.add_mutually_exclusive_group().add_argument
     either("--mask", type=Path, help="image, white: repaint; any size")
@@ -544,25 +535,23 @@ def scale_pair(text):
 
 def run(args):
     """What the command does once its flags are read."""
-    check_flags(args)
+    if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
+        raise ValueError(f"--out: got {args.out}, which is also to be read")
+    if args.count < 1:
+        raise ValueError(f"--count: got {args.count}, expected 1 or more")
+
     kind = Image.registered_extensions().get(args.out.suffix.lower(), "folder")
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     params, codec, names, options = load_models(args)
-    classes = class_numbers(args.labels, names)
-    if kind != "folder" and args.labels == ["all"]:
-        classes = classes[:10]
+    classes = class_numbers(args.labels, names, most=None if kind == "folder" else 10)
     labels = torch.tensor(classes).repeat_interleave(args.count)
     height, width = (tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1])
     batch = min(50, at_once(height * width))
-    is_edit = args.edit or args.mask or args.pad
-    given = photo_and_mask(args, (width, height)) if is_edit else ()
+    given = photo_and_mask(args, (width, height)) if args.edit or args.mask or args.pad else ()
 
-    # flags go before the defaults of these weights
     flags = {name: vars(args).get(name) for name in steps.__kwdefaults__}
     options |= {name: value for name, value in flags.items() if value is not None}
-    if args.mask_steps is not None:
-        options["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
     settings = options | dict(labels=classes, count=args.count, dtype=str(dtype))
     settings["weights"] = digest([params, codec, *given])
 
@@ -577,7 +566,7 @@ def run(args):
         for first in range(0, len(numbers), batch):
             some = numbers[first : first + batch]
             own = options | dict(labels=labels[some], seed=[args.seed + i for i in some])
-            if is_edit:
+            if given:
                 photo, mask = (x.expand(len(some), -1, -1, -1) for x in given)
                 yield some, [edit(*models, photo, mask, **own)]
             elif kind == "GIF":
@@ -596,14 +585,6 @@ def run(args):
     print(f"wrote {args.out}")
 
 
-def check_flags(args):
-    """ValueError for flags that would do harm, or nothing."""
-    if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
-        raise ValueError(f"--out: got {args.out}, which is also to be read")
-    if args.count < 1:
-        raise ValueError(f"--count: got {args.count}, expected 1 or more")
-
-
 def find_device(name):
     """The torch.device of --device, by default this process's GPU or the CPU."""
     torch.backends.cudnn.allow_tf32 = False  # for the whole process: the quantiser is in fp32
@@ -620,13 +601,11 @@ def find_device(name):
 
 def find_dtype(name, device):
     """The torch dtype of --dtype, by default bf16 where the processor multiplies it, else fp32."""
-    if name is None and device.type == "cuda":
+    has_bf16 = torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
-    elif name is None:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported()
-    else:
-        has_bf16 = name == "bf16"
-    return torch.bfloat16 if has_bf16 else torch.float32
+    name = name or ("bf16" if has_bf16 else "fp32")
+    return dict(bf16=torch.bfloat16, fp32=torch.float32)[name]
 
 
 def load_models(args):
@@ -644,8 +623,6 @@ def load_models(args):
         raise ValueError(f"{weights}: trained with another tokenizer than this")
     if origin != "ours":
         options = published_options(params, is_causal=origin == "VAR")
-    elif args.scales:
-        raise ValueError("--scales: got some, but a run has its own")
     else:
         options = dict(is_causal=record.get("flags", {}).get("causal", False))
 
@@ -653,10 +630,10 @@ def load_models(args):
     return params, codec, list(map(str, names)), options
 
 
-def class_numbers(texts, names):
-    """The numbers of the classes that --labels names; a name goes before a number."""
+def class_numbers(texts, names, most):
+    """The numbers of the classes of --labels, of "all" at most so many; a name goes first."""
     if texts == ["all"]:
-        return list(range(len(names)))
+        return list(range(len(names)))[:most]
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     try:
         return [numbers[text] for text in texts]
@@ -670,9 +647,9 @@ def photo_and_mask(args, size):
     if not args.edit or not (args.mask or 0 < args.pad < 0.5):
         raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
 
-    photo = ImageOps.fit(read_image(args.edit), size, Image.Resampling.LANCZOS)
+    photo = ImageOps.fit(read_image(args.edit), size, Image.LANCZOS)
     if args.mask:
-        mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.Resampling.NEAREST)
+        mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.NEAREST)
     else:
         border = tuple(max(1, int(side * args.pad)) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
@@ -704,14 +681,15 @@ def fill_folder(out, settings, labels, drawn):
     if before != settings:
         raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
 
-    def write(path, pixels):
-        write_whole(path, partial(Image.fromarray(pixels).save, format="PNG"))
-
     paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
+
+    def write(i, pixels):
+        write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
+
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for numbers, (images,) in drawn(missing):
-            list(pool.map(write, [paths[i] for i in numbers], to_bytes(images)))
+            list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
             print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
 
     if is_archive:
@@ -756,15 +734,13 @@ def write_whole(path, write):
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path}: cannot be written: {reason}") from error
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def command(name, work, parser, argv):
     """Exit status of work(flags): 0; 2, one line, for bad input or a system that refuses; 130."""
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are told all the same
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         work(parser.parse_args(argv))
         return 0
