@@ -54,10 +54,7 @@ LABELS = torch.tensor([2, 0, 3])
 
 
 def slow_filter(logits, top_k, top_p):
-    """The codes of one token's logits (a list) that stay, in their own order.
-
-    All that reach the top_k-th; of these, those whose betters hold less than top_p.
-    """
+    """The codes of one token's logits (a list) that stay, in their own order."""
     codes = range(len(logits))
     if 0 < top_k < len(logits):
         least = sorted(logits)[-top_k]
@@ -150,13 +147,12 @@ def slow_steps(predict, params, codec, label, seed, options, known=None):
         f_hat = grown
 
 
-def some_known(codec, scales, seed):
+def some_known(scales, seed):
     """What an edit knows of one image, at random."""
     counts = tokenizer.lengths(scales)
     tokens, draws = (random_tokens(1, scales, 5, seed + i) for i in range(2))
     given = (draws < 3).split(counts, 1)
-    features = normal(1, 4, *scales[-1], seed=seed)
-    f_hats = [0 * features, *tokenizer.f_hat_by_scale(codec, tokens, scales)]
+    features, *f_hats = normal(len(scales) + 1, 1, 4, *scales[-1], seed=seed)
     outside = given[-1].view(1, 1, *scales[-1])
     return sample.Known(tokens.split(counts, 1), given, f_hats, features, outside)
 
@@ -186,7 +182,7 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, seed):
     )
     params = double(tree(scales, own_input=own_input, random=False))
     codec = quantiser(5, 4, seed=seed)
-    known = some_known(codec, scales, seed) if batch == 0 else None
+    known = some_known(scales, seed) if batch == 0 else None
     predict, labels = scripted(4, 5, seed), torch.arange(max(1, batch)) * 2 % 4
     network = dict(branch_features=predict, logits=lambda x, weight, bias: x)
     with mock.patch.multiple(hmar, **network):
@@ -280,10 +276,8 @@ def test_published_trees_are_sampled_as_published(depth, guidance, top_k):
     assert sample.published_options(PLAIN | trunk) == expected
     expected["schedule"] = [[1], [1, 3], [12]]
     assert sample.published_options(PARAMS | trunk) == expected
-    assert sample.published_options(PLAIN | trunk, is_causal=True) == VAR
-
-
-VAR = dict(guidance=1.5, mask_guidance=0, soften=0, top_k=900, top_p=0.96, is_causal=True)
+    expected = dict(mask_guidance=0, soften=0, is_causal=True, top_p=0.96, guidance=1.5, top_k=900)
+    assert sample.published_options(PLAIN | trunk, is_causal=True) == expected
 
 
 # Editing
@@ -313,20 +307,20 @@ def test_each_image_is_edited_as_alone(params, schedule):
     """Outside it stays; under a full mask it is as generated."""
     images, labels = picture(5), torch.tensor([1, 2, 0, 2, 3])
     mask = torch.cat([masks(kind, 1) for kind in ("empty", "full", "half", "random", "column")])
-    options = dict(schedule=schedule)
     with (
         mock.patch.object(sample, "at_once", return_value=2),
         mock.patch.object(tokenizer, "encoder", wraps=tokenizer.encoder) as encoder,
         mock.patch.object(tokenizer, "decoder", wraps=tokenizer.decoder) as decoder,
     ):
-        edited = sample.edit(params, CODEC, images, mask, labels, seed=9, **options)
+        edited = sample.edit(params, CODEC, images, mask, labels, seed=9, schedule=schedule)
     for network in (encoder, decoder):
         assert [len(call.args[0]) for call in network.call_args_list] == [2, 2, 1]
     assert torch.equal(edited.masked_fill(mask, 0), images.masked_fill(mask, 0))
     for i in range(5):
         own = [x[i : i + 1] for x in (images, mask, labels)]
-        close(edited[i : i + 1], sample.edit(params, CODEC, *own, seed=9 + i, **options), 1e-5)
-    generated, _ = sample.generate(params, CODEC, labels[1:2], seed=10, **options)
+        alone = sample.edit(params, CODEC, *own, seed=9 + i, schedule=schedule)
+        close(edited[i : i + 1], alone, 1e-5)
+    generated, _ = sample.generate(params, CODEC, labels[1:2], seed=10, schedule=schedule)
     close(edited[1:2], generated, 1e-5)
 
 
@@ -367,10 +361,10 @@ def test_what_decoding_does_at_the_edge_is_taken_back():
         edited = sample.edit(PARAMS, CODEC, images, mask, LABELS)
     reach = 2 * tokenizer.downsampling(CODEC)
     for i, y, x in itertools.product(range(3), range(6), range(8)):
-        outside = (~mask[i, 0]).nonzero().tolist()
-        distance = min(max(abs(y - a), abs(x - b)) for a, b in outside)
-        expected = torch.full((3,), 0.25 * min(1, distance / (reach + 1)))
-        close(edited[i, :, y, x], expected, 1e-6)
+        outside = (~mask[i, 0]).nonzero()
+        distance = (outside - torch.tensor([y, x])).abs().amax(1).min()
+        expected = 0.25 * (distance / (reach + 1)).clamp(max=1)
+        close(edited[i, :, y, x], expected.expand(3), 1e-6)
 
 
 def test_bad_options_are_told():
@@ -385,13 +379,13 @@ def test_bad_options_are_told():
         options = dict(params=PARAMS, codec=CODEC, labels=LABELS) | options
         refused(f"^{message}", sample.generate, **options)
 
-
-def test_bad_edits():
     black = torch.zeros(3, 3, 6, 8, dtype=torch.uint8)  # which in [-1, 1] would be grey
-    message = r"^mask: expected a bool tensor \(3, 1, 6, 8\)"
-    refused(message, sample.edit, PARAMS, CODEC, picture(3), HALF.byte(), LABELS)
-    refused(message, sample.edit, PARAMS, CODEC, picture(3), HALF[:2], LABELS)
-    refused("^images: got .*uint8", sample.edit, PARAMS, CODEC, black, HALF, LABELS)
+    for message, images, mask in (
+        (r"mask: expected a bool tensor \(3, 1, 6, 8\)", picture(3), HALF.byte()),
+        (r"mask: expected a bool tensor \(3, 1, 6, 8\)", picture(3), HALF[:2]),
+        ("images: got .*uint8", black, HALF),
+    ):
+        refused(f"^{message}", sample.edit, PARAMS, CODEC, images, mask, LABELS)
 
 
 # The command
@@ -457,9 +451,10 @@ def test_the_command_draws_the_same_images_in_every_form(run, tmp_path):
     expected, archive = drawn(labels, seed=5), np.load(tmp_path / "all.npz")
     assert archive["labels"].tolist() == labels
     assert_same(archive["arr_0"], expected)
+    assert contents(tmp_path / "folder") == contents(tmp_path / "all")
     files = sorted((tmp_path / "folder").glob("*.png"))
     assert [path.name for path in files] == [f"{i:06d}-{labels[i]}.png" for i in range(6)]
-    assert_same(np.stack([np.asarray(Image.open(path)) for path in files]), expected)
+
     page, gif = Image.open(tmp_path / "sheet.png"), Image.open(tmp_path / "growing.gif")
     left = page.width - 3 * (64 + 2)  # images grow by whole pixels
     assert page.height == 2 * (48 + 2) and left > 12
@@ -474,13 +469,29 @@ def test_the_command_draws_the_same_images_in_every_form(run, tmp_path):
 
 
 def test_an_interrupted_folder_goes_on(run, tmp_path, capsys, monkeypatch):
+    """Its files are written two at a time, each whole or not there."""
     archive, folder = tmp_path / "a.npz", tmp_path / "a"
     flags = (run, "--count", 2, "--out", archive)
+    together, write = threading.Barrier(2, timeout=60), sample.write_whole
+
+    def write_together(path, work):
+        if path.suffix == ".png":
+            together.wait()
+        write(path, work)
+
     monkeypatch.setattr(sample, "at_once", lambda pixels: 2)
-    effects = [(drawn([0, 0]), None), KeyboardInterrupt, MemoryError, KeyError]
+    monkeypatch.setattr(sample, "write_whole", write_together)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    some = drawn([0, 0]), None
+    effects = [KeyboardInterrupt, some, some, MemoryError, KeyError]
     with mock.patch.object(sample, "generate", side_effect=effects):
         assert call(*flags) == 130
         assert capsys.readouterr().err == "sample.py: stopped\n"
+        with full_disk():
+            assert call(*flags) == 2
+        said = f"sample.py: {folder}/000000-0.png: cannot be written: "
+        assert capsys.readouterr().err.startswith(said)
+        assert set(contents(folder)) == {"settings.json"}
         assert call(*flags) == 2
         assert capsys.readouterr().err == "sample.py: MemoryError\n"
         with pytest.raises(KeyError):  # a bug shows its traceback
@@ -512,27 +523,12 @@ def test_a_folder_is_of_one_setting(run, tmp_path, capsys):
     assert contents(tmp_path) == {}
     with mock.patch.object(sample, "generate", side_effect=KeyboardInterrupt):
         assert call(*flags) == 130
-        assert record.stat().st_size < 1000
-        before = contents(tmp_path)
-        for *other, said in (("--seed", 1, "seed 0 -> 1"), ("--labels", 2, "[0, 1, 2] -> [2]")):
-            assert call(*flags, *other) == 2
-            assert said in capsys.readouterr().err
+    before = contents(tmp_path)
+    assert record.stat().st_size < 1000
+    for *other, said in (("--seed", 1, "seed 0 -> 1"), ("--labels", 2, "[0, 1, 2] -> [2]")):
+        assert call(*flags, *other) == 2
+        assert said in capsys.readouterr().err
     assert contents(tmp_path) == before
-
-
-def test_files_are_written_together_and_one_that_cannot_be_is_told(run, tmp_path, capsys):
-    together, write = threading.Barrier(2, timeout=60), sample.write_whole
-
-    def wait_and_write(path, work):
-        if path.suffix == ".png":
-            together.wait()
-        write(path / "gone" if path.name == "000001-0.png" else path, work)
-
-    cores = mock.patch.object(os, "cpu_count", return_value=2)
-    with cores, mock.patch.object(sample, "write_whole", wait_and_write):
-        assert call(run, "--labels", 0, "--count", 2, "--out", tmp_path) == 2
-    assert "000001-0.png/gone: cannot be written: " in capsys.readouterr().err
-    assert set(contents(tmp_path)) == {"settings.json", "000000-0.png"}
 
 
 def test_a_file_is_the_old_one_or_a_whole_new_one(tmp_path):
@@ -570,14 +566,13 @@ def test_the_command_edits(run, tmp_path):
 
 
 def test_flags_reach_the_sampler(run, tmp_path):
+    """Those of sampling and, with our defaults, --causal of training."""
     flags = "--labels ring --count 2 --guidance 2.5 --soften 3 --mask-guidance 0.5 --top-k 3"
     flags += " --top-p 0.7 --temperature 0.7 --seed 9 --mask-steps 2"
     options = dict(guidance=2.5, soften=3, mask_guidance=0.5, top_k=3, top_p=0.7, temperature=0.7)
     options |= dict(seed=9, schedule=sample.masked_schedule(SCALES, 2))
     assert_same(archived(tmp_path, run, *flags.split()), drawn([1, 1], **options))
 
-
-def test_a_causal_run_is_sampled_so_with_our_defaults(tmp_path):
     run = run_folder(tmp_path / "run", PLAIN, "next-scale.pt", flags=dict(causal=True))
     images, _ = sample.generate(PLAIN, CODEC, torch.arange(3), is_causal=True)
     assert_same(archived(tmp_path, run, "--count", 1), images)
@@ -598,42 +593,41 @@ def test_published_weights_are_sampled_as_published(tmp_path):
         assert_same(archived(tmp_path, *flags), images)
 
 
-@pytest.mark.parametrize("whole, module", [(CODEC, tokenizer), (PARAMS, hmar)])
-def test_leaves_are_plain_once_loaded(tmp_path, whole, module):
+@pytest.mark.parametrize("whole", [CODEC, PARAMS])
+def test_leaves_are_plain_once_loaded(tmp_path, whole):
     def odd(leaf):
         return leaf.double().transpose(0, -1).contiguous().transpose(0, -1)
 
     torch.save(pytree.tree_map(odd, whole), tmp_path / "a.pt")
-    for asked in (None, module):
-        loaded, origin = sample.load(tmp_path / "a.pt", asked)
-        assert leaves_equal(loaded, whole) and origin == "ours"
-        assert all(leaf.is_contiguous() for leaf in pytree.tree_leaves(loaded))
+    loaded, origin = sample.load(tmp_path / "a.pt")
+    assert leaves_equal(loaded, whole) and origin == "ours"
+    assert all(leaf.is_contiguous() for leaf in pytree.tree_leaves(loaded))
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (". --labels 3", "--labels: got '3', expected 0 to 2 or such as disc, ring, star"),
-        (". --top-p x", "argument --top-p: invalid float value: 'x'"),
-        (". --top-p 95", "top_p: got 95"),
-        (". --count 0", "--count: got 0, expected 1"),
-        (". --out hmar.pt/x.png", "File exists: 'hmar.pt'"),
-        (". --out bare", "--out: bare holds something else: count None -> 8"),
-        (". --out cut.npz", "cut/settings.json: expected a JSON object"),
-        ("cut", "cut/args.json: expected a JSON object"),
-        (". --out photo.png --edit photo.png --pad 0.2", "is also to be read"),
-        ("none", "none: no weights that can be read: FileNotFoundError"),
-        ("code.pt", "code.pt: no weights that can be read"),
-        ("nan.pt", "nan.pt: no weights"),
-        ("large.pt", "logits: got nan or infinity"),
-        (". --tokenizer hmar.pt", "hmar.pt: no weights"),
-        (". --tokenizer other_codec.pt", "hmar.pt: trained with another tokenizer"),
-        (". --edit photo.png", "--edit: expected with --mask, or --pad"),
-        (". --pad 0.2", "--edit: expected with --mask, or --pad"),
-        (". --device cuda", "--device: got cuda, but no GPU 0 is here"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys, monkeypatch, flags, message):
+BAD_INPUT = """
+. --labels 3  --labels: got '3', expected 0 to 2 or such as disc, ring, star
+. --top-p x  argument --top-p: invalid float value: 'x'
+. --top-p 95  top_p: got 95
+. --count 0  --count: got 0, expected 1
+. --out hmar.pt/x.png  File exists: 'hmar.pt'
+. --out bare  --out: bare holds something else: count None -> 8
+. --out cut.npz  cut/settings.json: expected a JSON object
+cut  cut/args.json: expected a JSON object
+. --out photo.png --edit photo.png --pad 0.2  is also to be read
+none  none: no weights that can be read: FileNotFoundError
+code.pt  code.pt: no weights that can be read
+nan.pt  nan.pt: no weights
+large.pt  logits: got nan or infinity
+. --tokenizer hmar.pt  hmar.pt: no weights
+. --tokenizer other_codec.pt  hmar.pt: trained with another tokenizer
+. --pad 0.2  --edit: expected with --mask, or --pad
+. --device cuda  --device: got cuda, but no GPU 0 is here
+"""
+
+
+@pytest.mark.parametrize("line", BAD_INPUT.strip().splitlines())
+def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys, monkeypatch, line):
+    flags, message = line.split("  ")
     monkeypatch.chdir(run)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     before = contents(run)
