@@ -274,7 +274,7 @@ def masked_schedule(scales, masked_passes):
 
 
 def published_schedule(scales):
-    """The published schedule, [1] [1, 3] [1, 1, 2, 5], then one pass a scale: 14 at 256 pixels."""
+    """The published schedule, [1] [1, 3] [1, 1, 2, 5], then one pass a scale."""
     first, *counts = tokenizer.lengths(scales)
     refined = {4: [1, 3], 9: [1, 1, 2, 5]}
     return [[first], *(refined.get(count, [count]) for count in counts)]
@@ -427,7 +427,7 @@ def to_bytes(images):
 def read_image(path, shortest=None):
     """The first frame of an image file, upright, RGB, transparency on white, 16 bits scaled to 8.
 
-    shortest: a large JPEG may be decoded at a fraction of its size, no side below that (faster).
+    shortest: a large JPEG may be decoded at a fraction of its size, no side below that.
     ValueError where the bytes are no image or a broken one; OSError where they cannot be read.
     """
     if not os.path.isfile(path):  # a pipe would wait for ever
