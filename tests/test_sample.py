@@ -519,11 +519,11 @@ def test_a_folder_is_of_one_setting(run, tmp_path, capsys):
     flags = (run, "--count", 5000, "--out", tmp_path)
     with mock.patch.object(sample, "generate", side_effect=KeyboardInterrupt):
         assert call(*flags) == 130
-    before = contents(tmp_path)
-    assert len(before["settings.json"]) < 1000
-    for *other, said in (("--seed", 1, "seed 0 -> 1"), ("--labels", 2, "[0, 1, 2] -> [2]")):
-        assert call(*flags, *other) == 2
-        assert said in capsys.readouterr().err
+        before = contents(tmp_path)
+        assert len(before["settings.json"]) < 1000
+        for *other, said in (("--seed", 1, "seed 0 -> 1"), ("--labels", 2, "[0, 1, 2] -> [2]")):
+            assert call(*flags, *other) == 2
+            assert said in capsys.readouterr().err
     assert contents(tmp_path) == before
 
 
