@@ -461,9 +461,11 @@ def load(path, module=None, **options):
     """(tree, origin) of a file of weights, the tree in fp32, on the CPU.
 
     module: `tokenizer` or `hmar`, None for what the file holds. origin: "ours" or, of a published
-    layout, "HMAR" or "VAR"; options: of from_published. ValueError that names the file.
+    layout, "HMAR" or "VAR"; options: of from_published.
     """
     try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("missing or no regular file")
         tree, origin = torch.load(path, map_location="cpu", weights_only=True), "ours"
         if module is None:
             is_codec = any(name.startswith("encoder") for name in tree)
@@ -668,10 +670,7 @@ def write_sheets(path, kind, pages):
 
 
 def fill_folder(out, settings, labels, drawn):
-    """Draws what is missing of number-label.png in a folder; then packs them, if out is an .npz.
-
-    An empty folder gets these settings; one that has others is refused.
-    """
+    """Draws what is missing of number-label.png in a folder; then packs them, if out is an .npz."""
     is_archive = out.suffix.lower() == ".npz"
     folder = out.with_suffix("") if is_archive else out
     folder.mkdir(exist_ok=True)
