@@ -4,8 +4,8 @@
     -> f_hat (B, code_dim, h, w) -> images (B, 3, H, W)
 
 `steps` is the method as a generator, so that a caller can watch, stop or choose; `generate` and
-`edit` consume it. An image's random numbers follow from its seed, the scale and the pass. On its
-batch it depends by rounding alone: in bf16 this may tip a token, and what is drawn after it.
+`edit` consume it. An image's random numbers follow from its seed, the scale and the pass: on its
+batch it depends by rounding alone, which in bf16 may tip a token.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024);
 classifier-free guidance (Ho and Salimans 2021).
@@ -24,7 +24,7 @@ import math
 import os
 import secrets
 import sys
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -59,7 +59,7 @@ def generate(params, codec, labels, **options):
 class Step(NamedTuple):
     """What `steps` yields after each pass.
 
-    A caller may write into f_hat: the next scale is drawn from what it then holds.
+    A caller may write into f_hat: the next scale is drawn from it.
     """
 
     scale: int
@@ -88,34 +88,30 @@ def steps(
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
     The defaults measured best for models of our own; `published_options` has those of others.
-
-    labels: (B,) int64. schedule: for each scale the tokens kept at each pass; None: two masked
-    passes a scale. guidance, mask_guidance: of the next-scale and of masked passes, at the last
-    scale; it rises to them from 0 at the first; 0 is off, at half the cost. soften: nats a token at
-    which guidance is halved, 0: never. temperature divides the logits, 0: arg max; then top_k codes
-    stay, 0: all; then top_p of the probability. Image i draws the numbers of seed + i, or of
-    seed[i]. is_causal: the tree is VAR's, which keeps keys and values. known: of `edit`.
+    labels: (B,) int64. schedule: for each scale the tokens kept at each pass, or how many masked
+    passes a scale has; None: two. guidance, mask_guidance: of next-scale and masked passes, at the
+    last scale; 0: off, and without is_causal at half the cost. soften: nats a token at which
+    guidance is halved, 0: never. temperature divides the logits, 0 or less: arg max; then top_k
+    codes stay, 0 or less: all; then top_p of the probability. Image i draws the numbers of seed + i
+    or of seed[i]. is_causal: the tree is VAR's, which keeps keys and values. known: of `edit`.
     """
-    scales = hmar.scales(params)
     if schedule is None:
-        schedule = masked_schedule(scales, 2 if "masked" in params else 0)
+        schedule = 2 if "masked" in params else 0
+    if isinstance(schedule, int):
+        schedule = masked_schedule(hmar.scales(params), schedule)
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
     check_fit(params, codec, labels, schedule, seeds)
 
-    rows = 2 * len(labels) if guidance else len(labels)
-    cache = hmar.new_cache(params, rows) if is_causal else None
-    guided = partial(classifier_free_guidance, params, labels, soften=soften, cache=cache)
-    strengths = guidance, mask_guidance
-    choose = partial(choose_tokens, seeds, temperature=temperature, top_k=top_k, top_p=top_p)
-    return passes(params, codec, len(labels), schedule, guided, strengths, choose, known)
+    cache = hmar.new_cache(params, 2 * len(labels)) if is_causal else None
+    strengths = dict(next_scale=guidance, masked=mask_guidance)
+    guided = partial(classifier_free_guidance, params, labels, strengths, soften, cache)
+    choose = partial(choose_tokens, seeds, temperature, top_k, top_p)
+    return passes(params, codec, len(labels), schedule, guided, choose, known)
 
 
 @torch.no_grad()
-def passes(params, codec, batch, schedule, guided, strengths, choose, known):
-    """The loop of `steps`, whose options are bound in guided and choose.
-
-    strengths: guidance and mask_guidance, at the last scale.
-    """
+def passes(params, codec, batch, schedule, guided, choose, known):
+    """The loop of `steps`, whose options are bound in guided and choose."""
     scales = hmar.scales(params)
     codebook = codec["codebook"]
     f_hat = codebook.new_zeros(batch, codebook.shape[1], *scales[-1])  # (B, code_dim, h, w)
@@ -130,22 +126,24 @@ def passes(params, codec, batch, schedule, guided, strengths, choose, known):
             keeps = shares_of_hidden(keeps, hidden, k > 0 and "masked" in params)
             seen = evidence(codebook, known.features - f_hat, known.outside, size)
 
-        inputs = tokenizer.resize_to_scale(f_hat, size) if k else None  # (B, n_k, code_dim)
-        rise = k / (len(scales) - 1) if len(scales) > 1 else 1.0  # of guidance, from 0 to 1
+        inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
-                logits = guided("next_scale", k, strengths[0] * rise, inputs)
+                logits = guided("next_scale", k, inputs)
             else:
                 zeroed = hidden if hmar.is_ours(params) else None
                 own_inputs = tokenizer.masked_scale_input(codec, tokens, k, scales, zeroed)
-                logits = guided("masked", k, strengths[1] * rise, inputs, own_inputs, hidden)
+                logits = guided("masked", k, inputs, own_inputs, hidden)
             if known is not None:
                 logits = logits + seen
 
             drawn, confidence = choose(k, number, logits)  # (B, n_k) each
             tokens = torch.where(hidden, drawn, tokens)
-            hidden = hidden & ~most_confident(confidence, hidden, keep)
+            # all but the `keep` most confident of those just drawn are drawn again
+            confidence = confidence.masked_fill(~hidden, -math.inf)
+            order = confidence.argsort(dim=-1, descending=True, stable=True)
+            hidden = hidden & (order.argsort(-1) >= keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
             yield Step(k, number, tokens, hidden, grown)
 
@@ -158,7 +156,7 @@ def check_fit(params, codec, labels, schedule, seeds):
     counts = tokenizer.lengths(hmar.scales(params))
     for name, got, expected in (
         ("codec: codes, code_dim", tuple(codec["codebook"].shape), sizes),
-        ("schedule: tokens by scale", [sum(keeps) for keeps in schedule], counts),
+        ("schedule: tokens by scale", list(map(sum, schedule)), counts),
         ("seed: how many", len(seeds), len(labels)),
     ):
         if got != expected:
@@ -167,23 +165,24 @@ def check_fit(params, codec, labels, schedule, seeds):
         raise ValueError("schedule: got several passes a scale, but no masked branch")
 
 
-def classifier_free_guidance(params, labels, branch, k, t, *inputs, soften=0.0, cache=None):
+def classifier_free_guidance(params, labels, strengths, soften, cache, branch, k, *inputs):
     """Logits (B, n_k, codes) of scale k from a branch of hmar and what it is fed, guided by t.
 
-    (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6). With soften, t shrinks
-    by 1 + D / soften, D being the divergence of the two in nats, on average over an image's tokens:
-    what a class says is amplified where it says little, and not exaggerated where it says all.
+    (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6), t rising from 0 at the
+    first scale to strengths[branch]. With soften, t shrinks by 1 + D / soften, D the divergence of
+    the two in nats a token: what a class says is amplified where it says little, not exaggerated
+    where it says all.
     """
     predict = partial(hmar.branch_features, params, branch, k=k, cache=cache)
     head = partial(hmar.logits, **params[branch]["head"])
+    last = len(params["positions"]) - 1
+    t = strengths[branch] * (k / last if last else 1.0)
 
-    # a cache made for both halves needs both at every scale, also where t is still 0
-    needs_both = cache is not None and cache[0].shape[1] > len(labels)
-    if t == 0 and not needs_both:
+    if t == 0 and cache is None:  # a cache holds both halves, from the first scale on
         return head(predict(labels, *inputs))
 
     null = torch.full_like(labels, len(params["classes"]) - 1)
-    twice = [None if x is None else torch.cat([x, x]) for x in inputs]
+    twice = [torch.cat([x, x]) for x in inputs]
     features = predict(torch.cat([labels, null]), *twice)
     if soften == 0:  # the head is affine: guiding what it reads guides its logits, and costs half
         conditional, unconditional = features.chunk(2)
@@ -196,27 +195,27 @@ def classifier_free_guidance(params, labels, branch, k, t, *inputs, soften=0.0, 
     return (1 + t) * conditional - t * unconditional
 
 
-def choose_tokens(seeds, k, number, logits, temperature, top_k, top_p):
+def choose_tokens(seeds, temperature, top_k, top_p, k, number, logits):
     """(tokens, confidence), (B, n_k) each, of logits (B, n_k, codes) at a pass of scale k."""
-    if temperature < 0:
-        raise ValueError(f"temperature: got {temperature}, expected 0 or more")
     if temperature < 0.001:  # arg max, before the division overflows
         return draw(filtered(logits, top_k, top_p))
-    uniform = uniforms(seeds, k, number, logits.shape[1]).to(logits.device)
+
+    count = logits.shape[1]
+    rows = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
+    uniform = torch.from_numpy(np.array(rows)).to(logits.device)  # (B, n_k) fp64
     return draw(filtered(logits / temperature, top_k, top_p), uniform)
 
 
 def filtered(logits, top_k=0, top_p=1.0):
-    """logits (..., V), -inf for codes that may not be drawn: by top-k, then top-p (nucleus).
+    """logits (..., V), -inf for those below the top_k-th, then those whose betters hold top_p.
 
-    Those below the top_k-th go, then those whose betters hold top_p of the probability; ties stay.
+    Top-k, then nucleus sampling; ties stay.
     """
-    if top_k < 0:
-        raise ValueError(f"top_k: got {top_k}, expected 1 or more, or 0 for all")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected above 0, at most 1")
-    count = min(top_k or logits.shape[-1], logits.shape[-1])
-    if count == logits.shape[-1] and top_p == 1:
+    codes = logits.shape[-1]
+    count = min(top_k, codes) if top_k > 0 else codes
+    if count == codes and top_p == 1:
         return logits
 
     best = logits.topk(count).values  # (..., count), the best first
@@ -231,10 +230,9 @@ def filtered(logits, top_k=0, top_p=1.0):
 
 
 def draw(logits, uniform=None):
-    """(tokens (...) int64, confidence (...)), drawn from logits (..., V).
+    """(tokens (...) int64, their probability (...)), drawn from logits (..., V).
 
-    Their cumulative probability is inverted at uniform (...) fp64 in [0, 1); None: arg max.
-    Confidence is a token's probability: by it a pass chooses what it keeps.
+    The cumulative probability is inverted at uniform (...) fp64 in [0, 1); None: arg max.
     """
     probability = logits.softmax(-1)
     if uniform is None:
@@ -242,36 +240,23 @@ def draw(logits, uniform=None):
     else:
         sums = probability.cumsum(-1)
         total = sums[..., -1:]
-        # uniform * total may be rounded up to total: never a code at the end that was ruled out
+        # rounded up to total, it would fall on a code at the end that was ruled out
         below = total.nextafter(torch.zeros_like(total))
         places = torch.minimum((uniform[..., None] * total).to(total.dtype), below)
         tokens = torch.searchsorted(sums, places, right=True)
 
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of nan: see the next line
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond it for nan
     confidence = probability.gather(-1, tokens)[..., 0]
     if not confidence.isfinite().all():
-        raise ValueError("logits: got nan or infinity, expected weights that do not overflow")
+        raise ValueError("logits: got nan or infinity, from weights that overflow")
     return tokens[..., 0], confidence
-
-
-def uniforms(seeds, k, number, count):
-    """Numbers in [0, 1), (B, count) fp64: a function of (seed, k, number), on the CPU."""
-    rows = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
-    return torch.from_numpy(np.array(rows).reshape(-1, count))
-
-
-def most_confident(confidence, hidden, keep):
-    """The `keep`, a number or (B, 1), most confident of the hidden tokens (B, n), bool alike."""
-    order = confidence.masked_fill(~hidden, -math.inf).argsort(dim=-1, descending=True, stable=True)
-    place = order.argsort(-1)
-    return hidden & (place < keep)
 
 
 # ---- schedules and settings
 
 
 def masked_schedule(scales, masked_passes):
-    """For each scale the tokens kept at each pass, ((1,), ...): a draw, then masked passes.
+    """For each scale the tokens kept at each pass, [[1], ...]: a draw, then masked passes.
 
     Few are kept at first, most last, after a cosine (MaskGIT, section 3.3): of 16 tokens, in 3
     masked passes, 1 4 5 6.
@@ -284,35 +269,31 @@ def masked_schedule(scales, masked_passes):
         done = np.arange(number + 1)
         kept = np.round(count * (1 - np.cos(np.pi / 2 * done / number)))  # after each pass
         kept = kept.clip(min=done, max=count - number + done).astype(int)  # one at least at each
-        schedule.append(tuple(np.diff(kept).tolist()))
-    return tuple(schedule)
+        schedule.append(np.diff(kept).tolist())
+    return schedule
 
 
 def published_schedule(scales):
-    """The published schedule, (1) (1, 3) (1, 1, 2, 5), then one pass a scale: 14 at 256 pixels."""
+    """The published schedule, [1] [1, 3] [1, 1, 2, 5], then one pass a scale."""
     first, *counts = tokenizer.lengths(scales)
-    schedules = {4: (1, 3), 9: (1, 1, 2, 5)}
-    return ((first,), *(schedules.get(count, (count,)) for count in counts))
+    refined = {4: [1, 3], 9: [1, 1, 2, 5]}
+    return [[first], *(refined.get(count, [count]) for count in counts)]
 
 
 def published_options(params, is_causal=False):
-    """What the published samplers do with such a tree, as keyword arguments of `steps`.
-
-    HMAR's of the nearest published depth, or VAR's.
-    """
+    """What the published samplers do with such a tree, as keyword arguments of `steps`."""
     depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
-    nearest = min((16, 20, 24, 30), key=lambda published: abs(published - depth))
-    options = PUBLISHED["VAR" if is_causal else nearest] | dict(mask_guidance=0.0, soften=0.0)
+    options = dict(mask_guidance=0.0, soften=0.0, is_causal=is_causal)
     if "masked" in params:
         options["schedule"] = published_schedule(hmar.scales(params))
-    return options | dict(is_causal=is_causal)
+    return options | PUBLISHED.get("VAR" if is_causal else depth, PUBLISHED[16])
 
 
 # ---- editing
 
 
 class Known(NamedTuple):
-    """What `edit` tells `steps` of the images: by scale tokens, which of them are given, f_hat."""
+    """What `edit` tells `steps` of the images, by scale."""
 
     tokens: tuple  # of (B, n_k) int64
     given: tuple  # of (B, n_k) bool: outside of the mask
@@ -328,29 +309,27 @@ def edit(params, codec, images, mask, labels, **options):
     mask (B, 1, H, W) bool, True = repaint. At each scale the tokens whose cells lie outside are
     the image's; the others are drawn, then refined by the masked branch, which sees the given ones
     (HMAR, editing). Pixels outside are the original ones; what decoding did to them at the edge is
-    taken back inside too, fading over two latent cells. Keyword arguments are those of `steps`.
+    taken back inside too, fading over two latent cells. options: of `steps`.
     """
     scales = hmar.scales(params)
     tokenizer.check_images(codec, images, scales)
     expected = (len(images), 1, *images.shape[2:])
-    if not torch.is_tensor(mask) or mask.dtype != torch.bool or mask.shape != expected:
+    if mask.dtype != torch.bool or mask.shape != expected:
         raise ValueError(f"mask: expected a bool tensor {expected}")
 
-    # what is known: the image's own tokens, where their cells lie outside of the mask
+    # the image's own tokens are given where their cells lie outside of the mask
     parts = images.split(at_once(images.shape[2:].numel()))
     features = torch.cat([tokenizer.encode_features(codec, part) for part in parts]).float()
     _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
-    touched = [F.adaptive_max_pool2d(mask.float(), size).flatten(1) for size in scales]
-    given = [inside == 0 for inside in touched]  # (B, n_k)
+    given = [F.adaptive_max_pool2d(mask.float(), size).flatten(1) == 0 for size in scales]
     outside = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w)
     f_hats = [torch.zeros_like(f_hats[0]), *f_hats]
     known = Known(tokens, given, f_hats, features, outside)
 
     *_, last = steps(params, codec, labels, known=known, **options)
     painted = decode_in_parts(codec, torch.where(outside, f_hats[-1], last.f_hat))
-    pixels = (~mask).to(painted.dtype)
-    error = (images.to(painted.dtype) - painted) * pixels
-    painted = painted + carried_on(error, pixels, 2 * tokenizer.downsampling(codec))
+    reach = 2 * tokenizer.downsampling(codec)
+    painted = painted + carried_on(images - painted, ~mask, reach)
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
 
 
@@ -361,8 +340,8 @@ def shares_of_hidden(keeps, hidden, has_masked_branch):
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
-    # a single pass would not see given tokens: images that have some keep nothing of it, and all of
-    # a masked pass that is added
+    # a single pass sees no given tokens: images that have some keep nothing of it, and all of a
+    # masked pass that is added
     is_partly = (count > 0) & (count < total)
     if len(keeps) == 1 and has_masked_branch and is_partly.any():
         return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]
@@ -395,14 +374,15 @@ def evidence(codebook, residual, outside, size):
 
 def carried_on(error, known, reach):
     """error (B, C, H, W) carried on from known pixels (B, 1, H, W), fading, lest a seam show."""
+    error = error * known
     carried = torch.zeros_like(error)
     for ring in range(1, reach + 1):
-        share = F.avg_pool2d(known, 3, stride=1, padding=1)
+        share = F.avg_pool2d(known.to(error.dtype), 3, stride=1, padding=1)
         near = F.avg_pool2d(error, 3, stride=1, padding=1) / share.clamp(min=0.1)  # 1/9 or more
-        fresh = (known == 0) & (share > 0)
+        fresh = ~known & (share > 0)
         error = torch.where(fresh, near, error)
         carried = torch.where(fresh, near * (1 - ring / (reach + 1)), carried)
-        known = known + fresh
+        known = known | fresh
     return carried
 
 
@@ -413,10 +393,7 @@ def carried_on(error, known, reach):
 def decode_in_parts(codec, f_hat):
     """tokenizer.decode_features, a few images at a time: a decoder's maps outweigh the rest."""
     few = at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
-    images = torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
-    if not images.isfinite().all():
-        raise ValueError("images: got nan, expected a tokenizer's weights that do not overflow")
-    return images
+    return torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
 
 
 def at_once(pixels):
@@ -426,16 +403,15 @@ def at_once(pixels):
 
 def sheet(rows, names):
     """A PIL image of rows of images (n, 3, H, W) in [-1, 1], each row's name at its left."""
-    names = [str(name).encode(errors="replace").decode().replace("\n", " ")[:40] for name in names]
+    names = [name.encode(errors="replace").decode().replace("\n", " ")[:40] for name in names]
     font = ImageFont.load_default(12)
     zoom = max(1, 64 // rows[0].shape[-1])  # small images grow by whole pixels
     left = 12 + max(int(font.getlength(name)) for name in names)
     height, width = (side * zoom + 2 for side in rows[0].shape[2:])
-    page = Image.new("RGB", (left + width * max(map(len, rows)), height * len(rows)), "white")
+    page = Image.new("RGB", (left + width * len(rows[0]), height * len(rows)), "white")
 
     for y, (row, name) in enumerate(zip(rows, names)):
-        place = (6, y * height + height // 2)
-        ImageDraw.Draw(page).text(place, name, "black", font, anchor="lm")
+        ImageDraw.Draw(page).text((6, (y + 0.5) * height), name, "black", font, anchor="lm")
         tiles = row.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
         strip = np.hstack(to_bytes(F.pad(tiles, (0, 2, 0, 2), value=1.0)))  # a white edge
         page.paste(Image.fromarray(strip), (left, y * height))
@@ -451,10 +427,11 @@ def to_bytes(images):
 def read_image(path, shortest=None):
     """The first frame of an image file, upright, RGB, transparency on white, 16 bits scaled to 8.
 
-    shortest: a large JPEG may be decoded at a fraction of its size, no side below that (faster).
+    shortest: a large JPEG may be decoded at a fraction of its size, no side below that.
     ValueError where the bytes are no image or a broken one; OSError where they cannot be read.
     """
-    check_is_file(path)
+    if not os.path.isfile(path):  # a pipe would wait for ever
+        raise FileNotFoundError(f"missing or no regular file: {path}")
     content = io.BytesIO(Path(path).read_bytes())
     try:
         with Image.open(content, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as image:
@@ -484,24 +461,22 @@ def load(path, module=None, **options):
     """(tree, origin) of a file of weights, the tree in fp32, on the CPU.
 
     module: `tokenizer` or `hmar`, None for what the file holds. origin: "ours" or, of a published
-    layout, "HMAR" or "VAR"; options: of from_published. ValueError that names the file.
+    layout, "HMAR" or "VAR"; options: of from_published.
     """
-
-    def plain(leaf):
-        if not leaf.is_floating_point() or not leaf.isfinite().all():
-            raise ValueError("numbers that are not finite floats")
-        return leaf.float().resolve_neg().contiguous()
-
     try:
-        check_is_file(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError("missing or no regular file")
         tree, origin = torch.load(path, map_location="cpu", weights_only=True), "ours"
         if module is None:
-            is_codec = any(str(name).startswith("encoder") for name in tree)
+            is_codec = any(name.startswith("encoder") for name in tree)
             module = tokenizer if is_codec else hmar
         if not {"codebook", "trunk"} & tree.keys():
             origin = "VAR" if hmar.published_is_causal(tree) else "HMAR"
             tree = module.from_published(tree, **options)
-        tree = pytree.tree_map(plain, tree)
+
+        tree = pytree.tree_map(lambda leaf: leaf.float().contiguous(), tree)
+        if not all(leaf.isfinite().all() for leaf in pytree.tree_leaves(tree)):
+            raise ValueError("numbers that are not finite")
         module.check(tree)
         return tree, origin
     except Exception as error:
@@ -518,8 +493,6 @@ def digest(tree):
 
 
 # ---- the command
-
-SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 
 
 def parser():
@@ -539,12 +512,12 @@ def parser():
     add("--temperature", type=float, help="0: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
-    add("--mask-steps", type=int, help="masked passes a scale (2)")
+    add("--mask-steps", type=int, dest="schedule", metavar="N", help="masked passes a scale (2)")
     add("--edit", type=Path, help="image to repaint, cropped to the model's shape")
     either = top.add_mutually_exclusive_group().add_argument
     either("--mask", type=Path, help="image, white: repaint; any size")
     either("--pad", type=float, default=0.0, help="outpaint, a border of this share")
-    add("--device", help="cuda or cpu (the first there is)")
+    add("--device", choices=("cuda", "cpu"), help="(cuda if there is one)")
     add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     return top
 
@@ -564,45 +537,45 @@ def scale_pair(text):
 
 def run(args):
     """What the command does once its flags are read."""
-    check_flags(args)
-    kind = SHEETS.get(args.out.suffix.lower(), "folder")
+    if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
+        raise ValueError(f"--out: got {args.out}, which is also to be read")
+    if args.count < 1:
+        raise ValueError(f"--count: got {args.count}, expected 1 or more")
+
+    kind = Image.registered_extensions().get(args.out.suffix.lower(), "folder")
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     params, codec, names, options = load_models(args)
-    classes = class_numbers(args.labels, names)
-    if kind != "folder" and args.labels == ["all"]:
-        classes = classes[:10]
+    classes = class_numbers(args.labels, names, most=None if kind == "folder" else 10)
     labels = torch.tensor(classes).repeat_interleave(args.count)
-    given = photo_and_mask(args, params, codec) if args.edit else ()
+    height, width = (tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1])
+    batch = min(50, at_once(height * width))
+    given = photo_and_mask(args, (width, height)) if args.edit or args.mask or args.pad else ()
 
-    # flags go before the defaults of these weights
-    asked = {name: value for name, value in vars(args).items() if value is not None}
-    options |= {name: asked[name] for name in steps.__kwdefaults__ if name in asked}
-    if args.mask_steps is not None:
-        options["schedule"] = masked_schedule(hmar.scales(params), args.mask_steps)
-    settings = dict(options, labels=classes, count=args.count, dtype=str(dtype))
+    flags = {name: vars(args).get(name) for name in steps.__kwdefaults__}
+    options |= {name: value for name, value in flags.items() if value is not None}
+    settings = options | dict(labels=classes, count=args.count, dtype=str(dtype))
     settings["weights"] = digest([params, codec, *given])
 
     # one pass refuses what does not fit before any file is written
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models, labels, given = pytree.tree_map(lambda x: x.to(device), (models, labels, given))
     next(steps(*models, labels[:1], **options))
-    pixels = math.prod(hmar.scales(params)[-1]) * tokenizer.downsampling(codec) ** 2
-    batch = min(50, at_once(pixels))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def drawn(numbers):
         """Yields (numbers, [images (n, 3, H, W), ...]), a batch at a time; of a .gif each pass."""
         for first in range(0, len(numbers), batch):
             some = numbers[first : first + batch]
-            own = dict(options, labels=labels[some], seed=[args.seed + i for i in some])
-            if args.edit:
+            own = options | dict(labels=labels[some], seed=[args.seed + i for i in some])
+            if given:
                 photo, mask = (x.expand(len(some), -1, -1, -1) for x in given)
-                images = [edit(*models, photo, mask, **own)]
+                yield some, [edit(*models, photo, mask, **own)]
             elif kind == "GIF":
-                images = [decode_in_parts(models[1], step.f_hat) for step in steps(*models, **own)]
+                passes = steps(*models, **own)
+                yield some, [decode_in_parts(models[1], step.f_hat) for step in passes]
             else:
-                images = [generate(*models, **own)[0]]
-            yield some, [x.cpu() for x in images]
+                yield some, [generate(*models, **own)[0]]
 
     if kind == "folder":
         fill_folder(args.out, settings, labels.tolist(), drawn)
@@ -614,97 +587,79 @@ def run(args):
     print(f"wrote {args.out}")
 
 
-def check_flags(args):
-    """ValueError for flags that would do harm, or nothing."""
-    if args.out.suffix and not args.out.parent.is_dir():
-        raise ValueError(f"--out: got {args.out}, expected a folder that is there")
-    if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
-        raise ValueError(f"--out: got {args.out}, which is also to be read")
-    if (args.mask or args.pad) and not args.edit:
-        raise ValueError("--mask, --pad: expected beside --edit alone")
-    if args.count < 1:
-        raise ValueError(f"--count: got {args.count}, expected 1 or more")
-
-
 def find_device(name):
     """The torch.device of --device, by default this process's GPU or the CPU."""
     torch.backends.cudnn.allow_tf32 = False  # for the whole process: the quantiser is in fp32
-    place = int(os.environ.get("LOCAL_RANK", "0"))
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and place < torch.cuda.device_count():
-        return torch.device("cuda", place)
-    if name != "cpu":
-        raise ValueError(f"--device: got {name!r}, expected cpu or a cuda that is here")
-    return torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if place >= torch.cuda.device_count():
+        raise ValueError(f"--device: got cuda, but no GPU {place} is here")
+    return torch.device("cuda", place)
 
 
 def find_dtype(name, device):
     """The torch dtype of --dtype, by default bf16 where the processor multiplies it, else fp32."""
-    if name is None:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported()
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
-        name = "bf16" if has_bf16 else "fp32"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
+    name = name or ("bf16" if has_bf16 else "fp32")
     return dict(bf16=torch.bfloat16, fp32=torch.float32)[name]
 
 
 def load_models(args):
     """(params, codec, class names, options of `steps`), by args.json beside the weights."""
     weights = args.run
-    if weights.is_dir():  # of a --causal run next-scale.pt is the last file
-        is_whole = (args.run / "hmar.pt").exists()
-        weights = args.run / ("hmar.pt" if is_whole else "next-scale.pt")
+    if weights.is_dir():
+        weights = args.run / "hmar.pt"
+        if not weights.exists():  # the last file of a --causal run
+            weights = args.run / "next-scale.pt"
     params, origin = load(weights, hmar, scales=args.scales)
     codec, _ = load(args.tokenizer or weights.with_name("tokenizer.pt"), tokenizer)
 
-    record = read_json(weights.with_name("args.json"))
+    record = read_json(weights.with_name("args.json")) if origin == "ours" else {}
     if record.get("tokenizer", digest(codec)) != digest(codec):
         raise ValueError(f"{weights}: trained with another tokenizer than this")
     if origin != "ours":
         options = published_options(params, is_causal=origin == "VAR")
-    elif args.scales:
-        raise ValueError("--scales: got some, but a run has its own")
     else:
         options = dict(is_causal=record.get("flags", {}).get("causal", False))
 
-    classes = len(params["classes"]) - 1
-    names = record.get("class_names", [])
-    names = names if len(names) == classes else range(classes)
+    names = record.get("class_names", range(len(params["classes"]) - 1))
     return params, codec, list(map(str, names)), options
 
 
-def class_numbers(texts, names):
-    """The numbers of the classes that --labels names; a name goes before a number."""
+def class_numbers(texts, names, most):
+    """The numbers of the classes of --labels, of "all" at most so many; a name goes first."""
     if texts == ["all"]:
-        return list(range(len(names)))
+        return list(range(len(names)))[:most]
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    for text in texts:
-        if text not in numbers:
-            expected = f"0 to {len(names) - 1} or such as {', '.join(names[:5])}"
-            raise ValueError(f"--labels: got {text!r}, expected {expected}")
-    return [numbers[text] for text in texts]
+    try:
+        return [numbers[text] for text in texts]
+    except KeyError as error:
+        expected = f"0 to {len(names) - 1} or such as {', '.join(names[:5])}"
+        raise ValueError(f"--labels: got {error}, expected {expected}") from error
 
 
-def photo_and_mask(args, params, codec):
+def photo_and_mask(args, size):
     """Image (1, 3, H, W) in [-1, 1] and mask (1, 1, H, W) bool of --edit and --mask or --pad."""
-    size = [tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1][::-1]]
-    photo = ImageOps.fit(read_image(args.edit), size, Image.Resampling.LANCZOS)
-    if args.mask is not None:
-        mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.Resampling.NEAREST)
-    elif 0 < args.pad < 0.5:
+    if not args.edit or not (args.mask or 0 < args.pad < 0.5):
+        raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
+
+    photo = ImageOps.fit(read_image(args.edit), size, Image.LANCZOS)
+    if args.mask:
+        mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.NEAREST)
+    else:
         border = tuple(max(1, int(side * args.pad)) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
         photo = ImageOps.expand(photo.resize(inner), border, "grey")
         mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
-    else:
-        raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
 
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    mask = torch.from_numpy(np.array(mask))[None, None] > 127
-    if not mask.any():
-        raise ValueError("--mask: expected white where the image is to be repainted")
-    return pixels, mask
+    return pixels, torch.from_numpy(np.array(mask))[None, None] > 127
 
 
 def write_sheets(path, kind, pages):
@@ -715,30 +670,28 @@ def write_sheets(path, kind, pages):
 
 
 def fill_folder(out, settings, labels, drawn):
-    """Draws what is missing of number-label.png in a folder; then packs them, if out is an .npz.
-
-    Whoever finds it empty writes down the settings; all compare theirs with those. Processes of
-    torchrun draw a share each; the last one packs.
-    """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Draws what is missing of number-label.png in a folder; then packs them, if out is an .npz."""
     is_archive = out.suffix.lower() == ".npz"
     folder = out.with_suffix("") if is_archive else out
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     if all(path.suffix == ".tmp" for path in folder.iterdir()):  # which a kill may leave
         write_json(folder / "settings.json", settings)
     before = read_json(folder / "settings.json")
-    settings = json.loads(json.dumps(settings))  # as they come back from a file
     if before != settings:
         raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
 
     paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
-    missing = [i for i in range(rank, len(paths), world) if not paths[i].exists()]
-    for numbers, (images,) in drawn(missing):
-        for i, pixels in zip(numbers, to_bytes(images)):
-            write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
-        print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
 
-    if is_archive and all(path.exists() for path in paths):  # of all processes
+    def write(i, pixels):
+        write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        for numbers, (images,) in drawn(missing):
+            list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
+            print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
+
+    if is_archive:
         pixels = np.stack([np.asarray(read_image(path)) for path in paths])
         write_whole(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
@@ -746,23 +699,14 @@ def fill_folder(out, settings, labels, drawn):
 # ---- files, of both commands
 
 
-def check_is_file(path):
-    """FileNotFoundError unless it is a regular file: a pipe would wait for ever."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"missing or no regular file: {path}")
-
-
 def read_json(path):
     """The object in a JSON file, {} where there is no file."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        return dict(json.loads(Path(path).read_bytes()))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a JSON object; {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object; got a {type(value).__name__}")
-    return value
 
 
 def write_json(path, value):
@@ -789,15 +733,13 @@ def write_whole(path, write):
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path}: cannot be written: {reason}") from error
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def command(name, work, parser, argv):
     """Exit status of work(flags): 0; 2, one line, for bad input or a system that refuses; 130."""
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are told all the same
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         work(parser.parse_args(argv))
         return 0
