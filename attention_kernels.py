@@ -405,8 +405,8 @@ TILES[10, 2] = TILES[9, 2] | {
     128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
     256: ((64, 32, 8, 2),) * 3,
 }
-# From such a block on, 8 warps take 128 rows where 4 took 64: half the loads a product, no fewer
-# warps an SM, but 8 for 12 to head_dim 64 in forward on 8 and dQ on 9.
+# From such a block on 8 warps take 128 rows where 4 took 64: half the loads a product, no fewer
+# warps an SM but, to head_dim 64, in forward on 8 and dQ on 9.
 LONG_BLOCK = 512
 
 
@@ -443,7 +443,7 @@ def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
     tile = (constants["ROWS"].value, constants["COLUMNS"].value)
     tiles, bounds = tile_table(tuple(block_lengths), is_causal, which == 2, *tile, query.device)
 
-    # 16 divides strides in bytes where, at head_dim 72, not those in elements: 16-byte loads
+    # in bytes 16 divides strides at head_dim 72 too: Triton then loads 16 at once
     tensors = tuple((x, *(n * x.itemsize for n in x.stride()[:3]), x.stride(3)) for x in tensors)
     work = (tiles, bounds, len(tiles), heads, tokens)
     with torch.cuda.device_of(query):  # Triton launches on the current device

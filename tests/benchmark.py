@@ -1,4 +1,4 @@
-"""Benchmarks: python tests/benchmark.py [attention | train | sample | cost].
+"""Benchmarks: python tests/benchmark.py [attention | train | sample | cost | kernels].
 
 `train` and `sample` time the library against the published way: the dense reference below makes
 the tensors that VAR's code makes, in fp32 and under bf16 autocast. It is checked against ours
@@ -595,6 +595,36 @@ def listed(numbers):
     return " / ".join(f"{number:.0f}" if number > 999 else f"{number:.3g}" for number in numbers)
 
 
+# ---- the kernels, compiled
+
+
+def kernels(arguments):
+    """registers, spills, shared memory and blocks an SM of the kernels; needs no GPU"""
+    import test_attention_kernels as compiled
+
+    # threads and KiB of shared memory of an SM, one of which each block loses
+    limits = {80: (2048, 164), 89: (1536, 100), 90: (2048, 228), 100: (2048, 228), 120: (1536, 100)}
+    rows = []
+    for architecture, head_dim, longest in itertools.product(limits, arguments.head_dim, (9, 512)):
+        threads, shared = limits[architecture]
+        for kernel in compiled.compile_kernels(architecture, "bfloat16", head_dim, longest):
+            warps = kernel["warps"]
+            registers = math.ceil(kernel["registers"] / 8) * 8 * 32 * warps
+            bounds = [2**16 // registers, threads // (32 * warps)]
+            bounds.append(shared * 1024 // (kernel["shared"] + 1024))
+            if kernel["tensor_memory"]:
+                bounds.append(512 // kernel["tensor_memory"])
+
+            name = f"{architecture / 10} {head_dim} {kernel['kernel'].strip('_')}"
+            tile = f"{kernel['rows']} x {kernel['columns']}"
+            counts = (warps, kernel["registers"], kernel["spills"], kernel["shared"], min(bounds))
+            rows.append((name, tile, *counts))
+
+    columns = ("rows x columns", "warps", "registers", "spills", "shared memory", "blocks an SM")
+    print(f"Triton {attention_kernels.triton.__version__}, bfloat16")
+    print_table(("architecture, head_dim, kernel", *columns), dict.fromkeys(rows))
+
+
 # ---- the command
 
 
@@ -622,6 +652,8 @@ def main():
     add = command("cost", costs)
     add("--size", type=int, help="pixels (64, from depth 8 on 256)")
     add("--images", type=int, default=1_281_167, help="to train on (ImageNet's)")
+    add = command("kernels", kernels)
+    add("--head-dim", type=int, nargs="+", default=[32, 64, 96, 128, 256])
 
     arguments = parser.parse_args()
     torch.manual_seed(0)
