@@ -49,7 +49,7 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     """
     query, key, value, block_lengths, scale = _checked(query, key, value, block_lengths, scale)
 
-    has_kernels = triton is not None and torch.version.hip is None  # AMD's cards are "cuda" too
+    has_kernels = triton is not None and torch.version.hip is None  # no tiles for AMD
     if INTERPRETED or (has_kernels and query.is_cuda and query.dtype != torch.float64):
         return _forward(query, key, value, block_lengths, bool(is_causal), scale)[0]
     return _block_by_block(query, key, value, block_lengths, is_causal, scale)
@@ -122,10 +122,10 @@ def _attention(query, key, value, scale):
 #
 # With a mask a step is half as wide.
 #
-# No TMA, which copies whole boxes: a tile ends with its block. No persistent kernel: longest first
-# keeps the tail short. No warp specialisation: it wants TMA. FlashAttention-3's varlen has all
-# three on Hopper, and groups that take turns at products and exponentials: better on long blocks; a
-# tiny one fills its own tile, and it has no is_causal by blocks.
+# No TMA: it copies boxes, and a tile ends with its block. No persistent kernel: longest first keeps
+# the tail short. No warp specialisation: it wants TMA. FlashAttention-3's varlen has all three on
+# Hopper, and groups that take turns at products and exponentials: better on long blocks; a tiny one
+# fills its own tile, and it has no is_causal by blocks.
 
 
 @functools.lru_cache(maxsize=256)
@@ -202,7 +202,7 @@ def _columns(tile, MASKED, COLUMNS):
 @jit
 def _pointers(tensor, place, start, tokens, DIM):
     """Pointers (tokens, features), and which features there are: a power of two is loaded."""
-    base, batch_stride, head_stride, token_stride, feature_stride = tensor  # the first 3 in bytes
+    base, batch_stride, head_stride, token_stride, feature_stride = tensor  # three in bytes
     SIZE: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
     token_stride //= SIZE
     base += (place[0] * batch_stride + place[1] * head_stride) // SIZE
@@ -244,7 +244,7 @@ def _finite(x):
 
 @jit
 def _masked(p, visible, x):
-    """p, 0 where not visible, nan where x's column is not finite; x (columns, features), finite."""
+    """p, 0 if not visible, nan where x's column is not finite; and x, cleaned."""
     is_finite = tl.min((x - x == 0).to(tl.int32), 1) != 0
     return tl.where(visible, tl.where(is_finite[None, :], p, float("nan")), 0), _finite(x)
 
@@ -382,8 +382,8 @@ def _key_value_gradient_kernel(
 
 # {(major architecture, bytes of an element): {up to this head_dim: (rows of a tile, columns of a
 # full step, warps, stages) of forward, dQ, dK/dV}}. Chosen by what they compile to, never run
-# (`tests/benchmark.py kernels`): no spills in 2 bytes, and shared memory within the 99 KiB of
-# consumer cards for 8, which serves all others.
+# (`tests/benchmark.py kernels`): no spills in 2 bytes; for 8, which serves all others, 99 KiB of
+# shared memory (consumer cards).
 TILES = {
     (8, 2): {
         64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
@@ -395,18 +395,19 @@ TILES = {
         128: ((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 3)),
         256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     },
+    (10, 2): {
+        64: ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+        128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
+        256: ((64, 32, 8, 2),) * 3,
+    },
     (8, 4): {
         64: ((32, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
         128: ((32, 32, 8, 2),) * 3,
         256: ((16, 16, 8, 2),) * 3,
     },
 }
-TILES[10, 2] = TILES[9, 2] | {
-    128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
-    256: ((64, 32, 8, 2),) * 3,
-}
-# From such a block on 8 warps take 128 rows where 4 took 64: half the loads a product, no fewer
-# warps an SM but, to head_dim 64, in forward on 8 and dQ on 9.
+# From such a block on 8 warps take 128 rows where 4 took 64: half the loads a product, and no fewer
+# warps an SM except to head_dim 64 in forward on 8 and dQ on 9.
 LONG_BLOCK = 512
 
 
@@ -443,7 +444,7 @@ def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
     tile = (constants["ROWS"].value, constants["COLUMNS"].value)
     tiles, bounds = tile_table(tuple(block_lengths), is_causal, which == 2, *tile, query.device)
 
-    # in bytes 16 divides strides at head_dim 72 too: Triton then loads 16 at once
+    # in bytes 16 divides strides at head_dim 72 too: Triton loads 16 at once
     tensors = tuple((x, *(n * x.itemsize for n in x.stride()[:3]), x.stride(3)) for x in tensors)
     work = (tiles, bounds, len(tiles), heads, tokens)
     with torch.cuda.device_of(query):  # Triton launches on the current device
