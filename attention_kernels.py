@@ -244,7 +244,7 @@ def _finite(x):
 
 @jit
 def _masked(p, visible, x):
-    """p, 0 if not visible, nan where x's column is not finite; and x, cleaned."""
+    """p, 0 if not visible, nan where x's column is not finite; x, cleaned."""
     is_finite = tl.min((x - x == 0).to(tl.int32), 1) != 0
     return tl.where(visible, tl.where(is_finite[None, :], p, float("nan")), 0), _finite(x)
 
@@ -392,7 +392,7 @@ TILES = {
     },
     (9, 2): {
         64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-        128: ((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 3)),
+        128: ((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)),
         256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     },
     (10, 2): {
