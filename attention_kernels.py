@@ -1,15 +1,13 @@
 """Attention over a sequence of blocks, such as the scales of an image: no L x L mask anywhere.
 
 `block_sparse_attention` is the entry, `dense_masked_attention` says what it computes. On
-CUDA three Triton kernels (forward; dQ; dK and dV) stream the softmax as FlashAttention-2 does (Dao
-2023, algorithms 1 and 2), elsewhere PyTorch computes block by block.
+NVIDIA's cards three Triton kernels (forward; dQ; dK and dV) stream the softmax as FlashAttention-2
+does (Dao 2023, algorithms 1 and 2), elsewhere PyTorch computes block by block.
 
     >>> query, key, value = torch.randn(3, 2, 4, 14, 32)
     >>> block_sparse_attention(query, key, value, block_lengths=(1, 4, 9)).shape
     torch.Size([2, 4, 14, 32])
 """
-
-from __future__ import annotations
 
 import functools
 import itertools
@@ -51,8 +49,8 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     """
     query, key, value, block_lengths, scale = _checked(query, key, value, block_lengths, scale)
 
-    on_gpu = triton is not None and query.is_cuda and query.dtype != torch.float64
-    if INTERPRETED or on_gpu:
+    has_kernels = triton is not None and torch.version.hip is None  # no tiles for AMD
+    if INTERPRETED or (has_kernels and query.is_cuda and query.dtype != torch.float64):
         return _forward(query, key, value, block_lengths, bool(is_causal), scale)[0]
     return _block_by_block(query, key, value, block_lengths, is_causal, scale)
 
@@ -74,13 +72,11 @@ def dense_masked_attention(query, key, value, block_lengths, is_causal=False, sc
 
 
 def _block_by_block(query, key, value, block_lengths, is_causal, scale):
-    # blocks are cut along dimension 1: their gradients are then joined by copies of whole rows
+    # cut along dimension 1, the blocks' gradients are joined by copies of whole rows
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
     queries = query.split(block_lengths, dim=1)
-    keys = _seen(key, block_lengths, is_causal)
-    values = _seen(value, block_lengths, is_causal)
-
+    keys, values = (_seen(x, block_lengths, is_causal) for x in (key, value))
     outputs = [_attention(*block, scale) for block in zip(queries, keys, values, strict=True)]
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
@@ -90,7 +86,7 @@ def _seen(x, block_lengths, is_causal):
     if not is_causal:
         return x.split(block_lengths, dim=1)
 
-    # each is cut from the next longer one: cut from x, each would have a gradient as long as x
+    # each is cut from the next longer one: cut from x, its gradient would be as long as x
     prefixes = [x]
     for length in reversed(block_lengths[1:]):
         prefixes.append(prefixes[-1][:, :-length])
@@ -125,11 +121,16 @@ def _attention(query, key, value, scale):
 #     no mask |mask: the tail             |mask: no full step is seen by all
 #
 # With a mask a step is half as wide.
+#
+# No TMA: it copies boxes, and a tile ends with its block. No persistent kernel: longest first keeps
+# the tail short. No warp specialisation: it wants TMA. FlashAttention-3's varlen has all three on
+# Hopper, and groups that take turns at products and exponentials: better on long blocks; a tiny one
+# fills its own tile, and it has no is_causal by blocks.
 
 
 @functools.lru_cache(maxsize=256)
 def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"):
-    """What the kernels walk over, for queries or (transposed) keys: two int32 tensors on device.
+    """What the kernels walk over, for queries or (transposed) keys: two int32 tensors.
 
     Tiles (count, 6), longest walk first: start and stop of the rows; of the columns that all of
     them see, in full steps; of those that need a mask.
@@ -153,7 +154,7 @@ def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"
         while last + 1 < count and edges[last + 2] - edges[first] <= rows:
             last += 1
 
-        # all see low[last] to high[first]; what only some see lies before if transposed, else after
+        # all see low[last] to high[first]; what only some see lies after, before if transposed
         start, stop = low[first], high[last]
         full = max(high[first] - low[last], 0) // columns * columns
         if transposed:
@@ -166,7 +167,7 @@ def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"
             tiles.append((row, min(row + rows, end), *walk))
         first = last + 1
 
-    tiles.sort(key=lambda tile: tile[3] - tile[2] + tile[5] - tile[4], reverse=True)
+    tiles.sort(key=lambda tile: tile[2] - tile[3] + tile[4] - tile[5])
     bounds = torch.tensor([low, high], dtype=torch.int32)
     bounds = bounds.repeat_interleave(torch.tensor(block_lengths), dim=1)
     return torch.tensor(tiles, dtype=torch.int32, device=device), bounds.to(device)
@@ -199,27 +200,29 @@ def _columns(tile, MASKED, COLUMNS):
 
 
 @jit
-def _pointers(tensor, place, start, tokens, HEAD_DIM):
+def _pointers(tensor, place, start, tokens, DIM):
     """Pointers (tokens, features), and which features there are: a power of two is loaded."""
-    base, batch_stride, head_stride, token_stride, feature_stride = tensor
-    base += place[0] * batch_stride + place[1] * head_stride
-    features = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    base, batch_stride, head_stride, token_stride, feature_stride = tensor  # three in bytes
+    SIZE: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+    token_stride //= SIZE
+    base += (place[0] * batch_stride + place[1] * head_stride) // SIZE
+    features = tl.arange(0, triton.next_power_of_2(DIM))
     offsets = tokens.to(tl.int64)[:, None] * token_stride + features.to(tl.int64) * feature_stride
-    return base + offsets + tl.cast(start, tl.int64) * token_stride, (features < HEAD_DIM)[None, :]
+    return base + offsets + tl.cast(start, tl.int64) * token_stride, (features < DIM)[None, :]
 
 
 @jit
-def _load(tensor, place, start, tokens, inside, HEAD_DIM, DOT, MASKED=True):
+def _load(tensor, place, start, tokens, inside, DIM, DOT, MASKED=True):
     """(tokens, features) from start on, zero where there is none."""
-    pointers, features = _pointers(tensor, place, start, tokens, HEAD_DIM)
+    pointers, features = _pointers(tensor, place, start, tokens, DIM)
     if MASKED:
         features = inside[:, None] & features
     return tl.load(pointers, features, 0).to(DOT)
 
 
 @jit
-def _store(tensor, x, place, rows, inside, HEAD_DIM):
-    pointers, features = _pointers(tensor, place, 0, rows, HEAD_DIM)
+def _store(tensor, x, place, rows, inside, DIM):
+    pointers, features = _pointers(tensor, place, 0, rows, DIM)
     tl.store(pointers, x, inside[:, None] & features)
 
 
@@ -229,22 +232,21 @@ def _visible(bounds, column):
     return (low[:, None] <= column[None, :]) & (column[None, :] < high[:, None])  # (rows, columns)
 
 
-# Rows of several blocks share a tile, and 0 * inf is nan: where one block has overflowed the others
-# must not notice. So values are cleaned for all rows (`_finite`), and rows that do see a bad column
-# get its nan back through their probabilities (`_masked`).
+# Blocks share a tile, and 0 * inf is nan: where one overflows the others must not notice. So values
+# are cleaned for all rows, and those that see a bad column get its nan back through p.
 
 
 @jit
 def _finite(x):
-    """Zero in place of inf and nan."""
+    """x, zero in place of inf and nan."""
     return tl.where(x - x == 0, x, 0)
 
 
 @jit
 def _masked(p, visible, x):
-    """p, zero where not visible, nan where the column of x (columns, features) is not finite."""
+    """p, 0 if not visible, nan where x's column is not finite; x, cleaned."""
     is_finite = tl.min((x - x == 0).to(tl.int32), 1) != 0
-    return tl.where(visible, tl.where(is_finite[None, :], p, float("nan")), 0)
+    return tl.where(visible, tl.where(is_finite[None, :], p, float("nan")), 0), _finite(x)
 
 
 @jit
@@ -253,28 +255,17 @@ def _products(a, b, ACC, PRECISION):
 
 
 @jit
-def _add_product(total, p, x, dtype, PRECISION):
-    """total + p @ x, where p is rounded to the dtype of the tensors."""
-    p = p.to(dtype).to(x.dtype)
+def _add_product(total, p, x, tensor, PRECISION):
+    """total + p @ x, where p is rounded as the tensor is."""
+    p = p.to(tensor[0].dtype.element_ty).to(x.dtype)
     return tl.dot(p, x, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @jit
-def _forward_kernel(
-    tensors,
-    statistics,
-    work,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _forward_kernel(tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, ACC, PRECISION):
     query, key, value, output = tensors
     tile, place, rows, inside, bounds = _program(work, ROWS)
-    q = _load(query, place, 0, rows, inside, HEAD_DIM, DOT)
+    q = _load(query, place, 0, rows, inside, DIM, DOT)
 
     scale *= 1.4426950408889634  # 1 / ln 2, for powers of two
     highest = tl.full([ROWS], -1e30, ACC)  # finite: inf - inf is nan
@@ -286,8 +277,8 @@ def _forward_kernel(
         for step in tl.range(start, stop, columns.shape[0]):
             column = step + columns
             there = column < stop
-            k = _load(key, place, step, columns, there, HEAD_DIM, DOT, masked)
-            v = _load(value, place, step, columns, there, HEAD_DIM, DOT, masked)
+            k = _load(key, place, step, columns, there, DIM, DOT, masked)
+            v = _load(value, place, step, columns, there, DIM, DOT, masked)
 
             scores = _products(q, k, ACC, PRECISION)
             if masked:
@@ -295,48 +286,37 @@ def _forward_kernel(
                 scores = tl.where(visible, scores, -1e30)
 
             higher = tl.maximum(highest, tl.max(scores, 1) * scale)
-            p = tl.exp2(scores * scale - higher[:, None])  # (rows, columns)
+            p = tl.exp2(scores * scale - higher[:, None])
             if masked:
-                p = _masked(p, visible, v)
-                v = _finite(v)
+                p, v = _masked(p, visible, v)
 
-            # what was summed shrinks to the new maximum
             shrink = tl.exp2(highest - higher)
             highest = higher
             total = total * shrink + tl.sum(p, 1)
-            out = _add_product(out * shrink[:, None], p, v, value[0].dtype.element_ty, PRECISION)
+            out = _add_product(out * shrink[:, None], p, v, value, PRECISION)
 
     total = tl.where(total == 0, 1, total)  # rows beyond the tile
-    _store(output, out / total[:, None], place, rows, inside, HEAD_DIM)
+    _store(output, out / total[:, None], place, rows, inside, DIM)
     tl.store(statistics[0] + place[2] + rows, highest + tl.log2(total), inside)
 
 
 @jit
 def _score_gradient(q, k, do, v, scale, logsumexp, delta, PRECISION):
-    """Probabilities and score gradients, queries by keys; the other way round with both swapped."""
+    """Probabilities and score gradients, queries by keys; transposed with both swapped."""
     p = tl.exp2(_products(q, k, delta.dtype, PRECISION) * (scale * 1.4426950408889634) - logsumexp)
     return p, p * (_products(do, v, delta.dtype, PRECISION) - delta)
 
 
 @jit
 def _query_gradient_kernel(
-    tensors,
-    statistics,
-    work,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, ACC, PRECISION
 ):
     query, key, value, output, output_gradient, query_gradient = tensors
     logsumexp, delta = statistics
     tile, place, rows, inside, bounds = _program(work, ROWS)
-    q = _load(query, place, 0, rows, inside, HEAD_DIM, DOT)
-    out = _load(output, place, 0, rows, inside, HEAD_DIM, DOT)
-    do = _load(output_gradient, place, 0, rows, inside, HEAD_DIM, DOT)
+    q = _load(query, place, 0, rows, inside, DIM, DOT)
+    out = _load(output, place, 0, rows, inside, DIM, DOT)
+    do = _load(output_gradient, place, 0, rows, inside, DIM, DOT)
 
     # delta is the sum of p dp over a row's columns, for the next kernel too
     row_delta = tl.sum(out.to(ACC) * do.to(ACC), 1)[:, None]
@@ -349,37 +329,28 @@ def _query_gradient_kernel(
         for step in tl.range(start, stop, columns.shape[0]):
             column = step + columns
             there = column < stop
-            k = _load(key, place, step, columns, there, HEAD_DIM, DOT, masked)
-            v = _load(value, place, step, columns, there, HEAD_DIM, DOT, masked)
+            k = _load(key, place, step, columns, there, DIM, DOT, masked)
+            v = _load(value, place, step, columns, there, DIM, DOT, masked)
 
             _, ds = _score_gradient(q, k, do, v, scale, row_logsumexp, row_delta, PRECISION)
             if masked:
                 ds = tl.where(_visible(bounds, column), ds, 0)
                 k = _finite(k)
-            dq = _add_product(dq, ds, k, key[0].dtype.element_ty, PRECISION)
+            dq = _add_product(dq, ds, k, key, PRECISION)
 
-    _store(query_gradient, dq * scale, place, rows, inside, HEAD_DIM)
+    _store(query_gradient, dq * scale, place, rows, inside, DIM)
 
 
 @jit
 def _key_value_gradient_kernel(
-    tensors,
-    statistics,
-    work,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, ACC, PRECISION
 ):
     # rows are keys here and columns are queries
     query, key, value, output_gradient, key_gradient, value_gradient = tensors
     logsumexp, delta = statistics
     tile, place, rows, inside, bounds = _program(work, ROWS)
-    k = _load(key, place, 0, rows, inside, HEAD_DIM, DOT)
-    v = _load(value, place, 0, rows, inside, HEAD_DIM, DOT)
+    k = _load(key, place, 0, rows, inside, DIM, DOT)
+    v = _load(value, place, 0, rows, inside, DIM, DOT)
     dk = tl.zeros(k.shape, ACC)
     dv = tl.zeros(v.shape, ACC)
 
@@ -388,32 +359,31 @@ def _key_value_gradient_kernel(
         for step in tl.range(start, stop, columns.shape[0]):
             column = step + columns
             there = column < stop
-            q = _load(query, place, step, columns, there, HEAD_DIM, DOT, masked)
-            do = _load(output_gradient, place, step, columns, there, HEAD_DIM, DOT, masked)
+            q = _load(query, place, step, columns, there, DIM, DOT, masked)
+            do = _load(output_gradient, place, step, columns, there, DIM, DOT, masked)
             column_logsumexp = tl.load(logsumexp + place[2] + column, there, 0)[None, :]
             column_delta = tl.load(delta + place[2] + column, there, 0)[None, :]
 
             p, ds = _score_gradient(k, q, v, do, scale, column_logsumexp, column_delta, PRECISION)
             if masked:
                 visible = _visible(bounds, column)
-                p = _masked(p, visible, do)
+                p, do = _masked(p, visible, do)
                 ds = tl.where(visible, ds, 0)
                 q = _finite(q)
-                do = _finite(do)
 
-            dtype: tl.constexpr = query[0].dtype.element_ty
-            dv = _add_product(dv, p, do, dtype, PRECISION)
-            dk = _add_product(dk, ds, q, dtype, PRECISION)
+            dv = _add_product(dv, p, do, query, PRECISION)
+            dk = _add_product(dk, ds, q, query, PRECISION)
 
-    _store(key_gradient, dk * scale, place, rows, inside, HEAD_DIM)
-    _store(value_gradient, dv, place, rows, inside, HEAD_DIM)
+    _store(key_gradient, dk * scale, place, rows, inside, DIM)
+    _store(value_gradient, dv, place, rows, inside, DIM)
 
 
 # ---- the launch
 
 # {(major architecture, bytes of an element): {up to this head_dim: (rows of a tile, columns of a
-# full step, warps, stages) of forward, dQ, dK/dV}}. Chosen by what they compile to: no spills in
-# 2 bytes, and shared memory within the 99 KiB of consumer cards for 8, which serves all others.
+# full step, warps, stages) of forward, dQ, dK/dV}}. Chosen by what they compile to, never run
+# (`tests/benchmark.py kernels`): no spills in 2 bytes; for 8, which serves all others, 99 KiB of
+# shared memory (consumer cards).
 TILES = {
     (8, 2): {
         64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
@@ -422,13 +392,13 @@ TILES = {
     },
     (9, 2): {
         64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-        128: ((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 3)),
+        128: ((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)),
         256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     },
     (10, 2): {
-        64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+        64: ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
         128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
-        256: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        256: ((64, 32, 8, 2),) * 3,
     },
     (8, 4): {
         64: ((32, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)),
@@ -436,13 +406,18 @@ TILES = {
         256: ((16, 16, 8, 2),) * 3,
     },
 }
+# From such a block on 8 warps take 128 rows where 4 took 64: half the loads a product, and no fewer
+# warps an SM except to head_dim 64 in forward on 8 and dQ on 9.
+LONG_BLOCK = 512
 
 
-def _constants(which, head_dim, dtype, architecture):
+def _constants(which, head_dim, dtype, architecture, longest):
     """Compile-time arguments of kernel 0, 1 or 2 on a major architecture; None: interpreted."""
     table = TILES.get((architecture, dtype.itemsize), TILES[8, min(dtype.itemsize, 4)])
     limit = min(limit for limit in table if head_dim <= limit)
     rows, columns, warps, stages = table[limit][which]
+    if longest >= LONG_BLOCK and (rows, warps) == (64, 4):
+        rows, warps = 128, 8
 
     accumulator = tl.float64 if dtype == torch.float64 else tl.float32
     operand = accumulator
@@ -450,14 +425,14 @@ def _constants(which, head_dim, dtype, architecture):
         operand = getattr(tl, str(dtype).removeprefix("torch."))
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
-    sizes = dict(HEAD_DIM=head_dim, ROWS=rows, COLUMNS=columns)
+    sizes = dict(DIM=head_dim, ROWS=rows, COLUMNS=columns)
     types = dict(DOT=operand, ACC=accumulator, PRECISION=precision)
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-    return sizes | types | options
+    return {name: tl.constexpr(x) for name, x in (sizes | types).items()} | options
 
 
 def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
-    """Run a kernel for every tile of every head; query comes first."""
+    """Run a kernel for every tile of every head."""
     kernel = (_forward_kernel, _query_gradient_kernel, _key_value_gradient_kernel)[which]
     query = tensors[0]
     batch, heads, tokens, head_dim = query.shape
@@ -465,11 +440,12 @@ def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
         return
 
     architecture = None if INTERPRETED else torch.cuda.get_device_capability(query.device)[0]
-    constants = _constants(which, head_dim, query.dtype, architecture)
-    tile = (constants["ROWS"], constants["COLUMNS"])
+    constants = _constants(which, head_dim, query.dtype, architecture, max(block_lengths))
+    tile = (constants["ROWS"].value, constants["COLUMNS"].value)
     tiles, bounds = tile_table(tuple(block_lengths), is_causal, which == 2, *tile, query.device)
 
-    tensors = tuple((x, *x.stride()) for x in tensors)
+    # in bytes 16 divides strides at head_dim 72 too: Triton loads 16 at once
+    tensors = tuple((x, *(n * x.itemsize for n in x.stride()[:3]), x.stride(3)) for x in tensors)
     work = (tiles, bounds, len(tiles), heads, tokens)
     with torch.cuda.device_of(query):  # Triton launches on the current device
         kernel[(len(tiles) * batch * heads,)](tensors, statistics, work, scale, **constants)
@@ -481,7 +457,6 @@ LIBRARY = __name__.replace(".", "_")  # copies of this file in two packages do n
 
 
 def _empty(query):
-    """Laid out as (batch, tokens, heads, head_dim)."""
     return torch.empty_permuted(query.shape, (0, 2, 1, 3), dtype=query.dtype, device=query.device)
 
 
@@ -550,7 +525,6 @@ def _checked(query, key, value, block_lengths, scale):
         if not torch.is_tensor(x):
             raise ValueError(f"{name} is {type(x).__name__}, expected a tensor")
 
-    # as for a matmul
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -577,10 +551,10 @@ def _checked(query, key, value, block_lengths, scale):
         raise ValueError(f"block_lengths is {block_lengths!r}, expected {expected}")
 
     scale = head_dim**-0.5 if scale is None else scale
-    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+    if not isinstance(scale, (int, float)) or not 0 < scale < torch.inf:
         raise ValueError(f"scale is {scale!r}, expected a positive number")
     return query, key, value, tuple(block_lengths), float(scale)
 
 
 def _cast(x, dtype):
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+    return x.to(dtype) if x.dtype in DTYPES[:3] else x

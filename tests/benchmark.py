@@ -1,4 +1,4 @@
-"""Benchmarks: python tests/benchmark.py [attention | train | sample | gpu | cost].
+"""Benchmarks: python tests/benchmark.py [attention | train | sample | gpu | cost | kernels].
 
 `train` and `sample` time the library against the published way: the dense reference below makes
 the tensors that VAR's code makes, in fp32 and under bf16 autocast, and is checked against ours
@@ -579,6 +579,35 @@ def print_costs(depths, speed):
     print_table(("depth", "GPUs", *parts, "20 epochs, next-scale"), times)
 
 
+# ---- the kernels, compiled
+
+
+def print_kernels(head_dims):
+    """Registers, spills, shared memory and blocks an SM of the kernels; needs no GPU."""
+    import test_attention_kernels as compiled
+
+    # threads and KiB of shared memory of an SM, one of which each block loses
+    limits = {80: (2048, 164), 89: (1536, 100), 90: (2048, 228), 100: (2048, 228), 120: (1536, 100)}
+    names = ("rows", "columns", "warps", "registers", "spills", "shared")
+    rows = []
+    for architecture, head_dim, longest in itertools.product(limits, head_dims, (9, 512)):
+        threads, shared = limits[architecture]
+        for kernel in compiled.compile_kernels(architecture, "bfloat16", head_dim, longest):
+            warps = kernel["warps"]
+            registers = math.ceil(kernel["registers"] / 8) * 8 * 32 * warps
+            bounds = [2**16 // registers, threads // (32 * warps)]
+            bounds.append(shared * 1024 // (kernel["shared"] + 1024))
+            if kernel["tensor_memory"]:
+                bounds.append(512 // kernel["tensor_memory"])
+            numbers = (kernel[name] for name in names)
+            name = kernel["kernel"].strip("_")
+            rows.append((architecture / 10, head_dim, *numbers, min(bounds), name))
+
+    print(f"Triton {attention_kernels.triton.__version__}, bf16\n")
+    header = ("architecture", "head_dim", *names, "blocks an SM", "kernel")
+    print_table(header, dict.fromkeys(rows))
+
+
 # ---- the command
 
 
@@ -588,11 +617,12 @@ def main(argv=None):
     runs["gpu"] = [kernel_tests, attention, training, sampling]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("command", choices=(*runs, "cost"))
+    add("command", choices=(*runs, "cost", "kernels"))
     add("--size", type=int, choices=SIZES, nargs="+", help="pixels")
     add("--device", type=torch.device, default=DEVICE)
     add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's")
     add("--speed", type=float, default=66e12, help="cost's: of a card")
+    add("--head-dim", type=int, nargs="+", default=[32, 64, 96, 128, 256], help="kernels'")
 
     arguments = parser.parse_args(argv)
     DEVICE = arguments.device
@@ -601,6 +631,8 @@ def main(argv=None):
     train.keep_freed_memory()  # as the commands do, and for both ways
     if arguments.command == "cost":
         return print_costs(arguments.depth, arguments.speed)
+    if arguments.command == "kernels":
+        return print_kernels(arguments.head_dim)
     sizes = SIZES if arguments.command == "gpu" else [256]
     return measure(runs[arguments.command], arguments.size or sizes)
 
