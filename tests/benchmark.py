@@ -536,7 +536,7 @@ def hours(stage, gpus, speed):
     return dict(hours=(total + saving) / 3600) | parts | dict(saving=saving / 3600)
 
 
-def print_costs(depths, speed):
+def print_costs(depths):
     units = dict(steps=1e3, tokens=1e9, rate=1e-3, training=1e18, parameters=1e6, flops=1e12)
     units |= dict(muon=1e12, launches=1e3, state=1e9, activations=1e6)
     sizes, times, images = [], [], 1_281_167  # ImageNet's
@@ -562,7 +562,7 @@ def print_costs(depths, speed):
         work = dict(flops=stages[0]["encoding"], batch=images, steps=1)
         encoding = dict.fromkeys(stages[0], 0) | work
         for gpus in (1, 8):
-            each = [hours(stage, gpus, speed) for stage in (*stages, encoding)]
+            each = [hours(stage, gpus, 66e12) for stage in (*stages, encoding)]
             parts = {name: sum(stage[name] for stage in each) for name in each[0]}
             epochs = batch * stages[1]["steps"] / images
             times.append((depth, gpus, *parts.values(), f"{20 * each[1]['hours'] / epochs:,.2f}"))
@@ -570,8 +570,8 @@ def print_costs(depths, speed):
     print(
         "Computed: tokenizer / next-scale / masked stage in bf16 on ImageNet. Thousands, billions, "
         "1e-3, EFLOP, millions, TFLOP an image, TFLOP and thousands a step, GB, MB an image. Hours "
-        f"at {speed:g} FLOP/s (66e12: 40 % of a 24 GB card); 5 us a launch, 11 ms of one of 8 "
-        "cores a GPU to decode, where they outlast the device; 12 bytes a parameter exchanged at "
+        "at 66 TFLOP/s, 40 % of a 24 GB card; 5 us a launch, 11 ms of one of 8 cores a GPU to "
+        "decode, where they outlast the device; 12 bytes a parameter exchanged at "
         "24 GB/s; checkpoints at 1 GB/s; no looks.\n"
     )
     print_table(("depth", "batch", *units, "of"), sizes)
@@ -583,10 +583,10 @@ def print_costs(depths, speed):
 
 
 def print_kernels(head_dims):
-    """Registers, spills, shared memory and blocks an SM of the kernels; needs no GPU."""
+    """What the kernels compile to; needs no GPU."""
     import test_attention_kernels as compiled
 
-    # threads and KiB of shared memory of an SM, one of which each block loses
+    # threads and KiB of an SM, one of which each block loses
     limits = {80: (2048, 164), 89: (1536, 100), 90: (2048, 228), 100: (2048, 228), 120: (1536, 100)}
     names = ("rows", "columns", "warps", "registers", "spills", "shared")
     rows = []
@@ -621,7 +621,6 @@ def main(argv=None):
     add("--size", type=int, choices=SIZES, nargs="+", help="pixels")
     add("--device", type=torch.device, default=DEVICE)
     add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's")
-    add("--speed", type=float, default=66e12, help="cost's: of a card")
     add("--head-dim", type=int, nargs="+", default=[32, 64, 96, 128, 256], help="kernels'")
 
     arguments = parser.parse_args(argv)
@@ -630,7 +629,7 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False  # as the commands have it
     train.keep_freed_memory()  # as the commands do, and for both ways
     if arguments.command == "cost":
-        return print_costs(arguments.depth, arguments.speed)
+        return print_costs(arguments.depth)
     if arguments.command == "kernels":
         return print_kernels(arguments.head_dim)
     sizes = SIZES if arguments.command == "gpu" else [256]
