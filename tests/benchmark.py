@@ -579,7 +579,7 @@ def print_costs(depths):
     print_table(("depth", "GPUs", *parts, "20 epochs, next-scale"), times)
 
 
-# ---- the kernels, compiled
+# ---- the kernels
 
 
 def print_kernels(head_dims):
