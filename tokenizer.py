@@ -152,7 +152,7 @@ def enlarge(x, size):
 
 
 def _bicubic(x, small, large):
-    """(large, small), what enlarges a side: an identity, enlarged."""
+    """(large, small): an identity, enlarged."""
     identity = torch.eye(small, dtype=x.dtype, device=x.device)
     return F.interpolate(identity[None, None], (large, small), mode="bicubic")[0, 0]
 
