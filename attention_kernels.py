@@ -382,8 +382,8 @@ def _key_value_gradient_kernel(
 
 # {(major architecture, bytes of an element): {up to this head_dim: (rows of a tile, columns of a
 # full step, warps, stages) of forward, dQ, dK/dV}}. Chosen by what they compile to, never run
-# (`tests/benchmark.py kernels`): no spills in 2 bytes; for 8, which serves all others, 99 KiB of
-# shared memory (consumer cards).
+# (`tests/benchmark.py kernels`): no spills in 2 bytes (3 at most on 10); for 8, which serves all
+# others, 99 KiB shared.
 TILES = {
     (8, 2): {
         64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
