@@ -142,10 +142,10 @@ def test_kernels_agree_with_dense_attention(data):
 
 @needs_kernels
 @both_patterns
-def test_real_tile_sizes_wide_heads_and_long_blocks(is_causal):
+def test_real_tile_sizes(is_causal):
     block_lengths = (1, 4, 9, 16, 65, 130)
     check(*inputs(block_lengths, 1, 1, 136, torch.float32), block_lengths, is_causal)
-    check(*inputs((5, 513), dtype=torch.float16), (5, 513), is_causal)
+    check(*inputs((5, 513), head_dim=40, dtype=torch.float16), (5, 513), is_causal)
 
 
 @needs_kernels
