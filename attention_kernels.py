@@ -382,8 +382,8 @@ def _key_value_gradient_kernel(
 
 # {(major architecture, bytes of an element): {up to this head_dim: (rows of a tile, columns of a
 # full step, warps, stages) of forward, dQ, dK/dV}}. Chosen by what they compile to, never run
-# (`tests/benchmark.py kernels`): no spills in 2 bytes; for 8, which serves all others, 99 KiB of
-# shared memory (consumer cards).
+# (`tests/benchmark.py kernels`): no spills in 2 bytes (3 at most on 10); for 8, which serves all
+# others, 99 KiB shared.
 TILES = {
     (8, 2): {
         64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
@@ -406,8 +406,8 @@ TILES = {
         256: ((16, 16, 8, 2),) * 3,
     },
 }
-# From such a block on 8 warps take 128 rows where 4 took 64: half the loads a product, and no fewer
-# warps an SM except to head_dim 64 in forward on 8 and dQ on 9.
+# From such a block on 8 warps take 128 rows where 4 took 64: half the loads a product, no fewer
+# warps an SM but in dQ on 9 to 64, forward on 8.0 at 64.
 LONG_BLOCK = 512
 
 
@@ -416,7 +416,7 @@ def _constants(which, head_dim, dtype, architecture, longest):
     table = TILES.get((architecture, dtype.itemsize), TILES[8, min(dtype.itemsize, 4)])
     limit = min(limit for limit in table if head_dim <= limit)
     rows, columns, warps, stages = table[limit][which]
-    if longest >= LONG_BLOCK and (rows, warps) == (64, 4):
+    if longest >= LONG_BLOCK and head_dim > 32 and (rows, warps) == (64, 4):
         rows, warps = 128, 8
 
     accumulator = tl.float64 if dtype == torch.float64 else tl.float32
