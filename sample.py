@@ -393,7 +393,10 @@ def carried_on(error, known, reach):
 def decode_in_parts(codec, f_hat):
     """tokenizer.decode_features, a few images at a time: a decoder's maps outweigh the rest."""
     few = at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
-    return torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
+    images = torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
+    if not images.isfinite().all():
+        raise ValueError("images: got nan, expected a tokenizer's weights that do not overflow")
+    return images
 
 
 def at_once(pixels):
@@ -494,6 +497,8 @@ def digest(tree):
 
 # ---- the command
 
+SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
+
 
 def parser():
     """The flags of `python sample.py`."""
@@ -509,7 +514,7 @@ def parser():
     add("--guidance", type=float, help="at the last scale, 0 at the first (5)")
     add("--mask-guidance", type=float, help="of masked passes (5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
-    add("--temperature", type=float, help="0: arg max (1)")
+    add("--temperature", type=float, help="0 or less: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
     add("--mask-steps", type=int, dest="schedule", metavar="N", help="masked passes a scale (2)")
@@ -542,7 +547,7 @@ def run(args):
     if args.count < 1:
         raise ValueError(f"--count: got {args.count}, expected 1 or more")
 
-    kind = Image.registered_extensions().get(args.out.suffix.lower(), "folder")
+    kind = SHEETS.get(args.out.suffix.lower(), "folder")
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     params, codec, names, options = load_models(args)
@@ -570,12 +575,12 @@ def run(args):
             own = options | dict(labels=labels[some], seed=[args.seed + i for i in some])
             if given:
                 photo, mask = (x.expand(len(some), -1, -1, -1) for x in given)
-                yield some, [edit(*models, photo, mask, **own)]
+                yield some, [edit(*models, photo, mask, **own).cpu()]
             elif kind == "GIF":
                 passes = steps(*models, **own)
-                yield some, [decode_in_parts(models[1], step.f_hat) for step in passes]
+                yield some, [decode_in_parts(models[1], step.f_hat).cpu() for step in passes]
             else:
-                yield some, [generate(*models, **own)[0]]
+                yield some, [generate(*models, **own)[0].cpu()]
 
     if kind == "folder":
         fill_folder(args.out, settings, labels.tolist(), drawn)
@@ -625,10 +630,14 @@ def load_models(args):
         raise ValueError(f"{weights}: trained with another tokenizer than this")
     if origin != "ours":
         options = published_options(params, is_causal=origin == "VAR")
+    elif args.scales:
+        raise ValueError("--scales: got some, but a run has its own")
     else:
         options = dict(is_causal=record.get("flags", {}).get("causal", False))
 
-    names = record.get("class_names", range(len(params["classes"]) - 1))
+    classes = len(params["classes"]) - 1
+    names = record.get("class_names", [])
+    names = names if len(names) == classes else range(classes)
     return params, codec, list(map(str, names)), options
 
 
@@ -659,7 +668,10 @@ def photo_and_mask(args, size):
         mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
 
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return pixels, torch.from_numpy(np.array(mask))[None, None] > 127
+    mask = torch.from_numpy(np.array(mask))[None, None] > 127
+    if not mask.any():
+        raise ValueError("--mask: expected white where the image is to be repainted")
+    return pixels, mask
 
 
 def write_sheets(path, kind, pages):
@@ -730,7 +742,9 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save's, while it handles the disk's
-        reason = error if isinstance(error, OSError) else error.__context__ or error
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
         raise OSError(f"{path}: cannot be written: {reason}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -26,6 +26,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +135,7 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
     optimizer = Optimizer(tree, args.decay)
     state = [*current, *ema, *best, *optimizer.moments, *extra]
     (start, best_step, best_loss), window = load_checkpoint(args, stage, state)
-    call = wrapped(model, args, stage)
+    call = wrapped(model, args)
     progress = Progress(args, stage, start)
     with stop_signals(args.device) as asked_to_stop:
         for step, parts in enumerate(batches(start), start + 1):
@@ -162,7 +163,7 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
             stops = asked_to_stop(step)
             if stops or progress.is_save_due(step):
                 require_finite(stage, step, norm.isfinite())  # nan weights give a nan norm
-                window = averaged(window)  # one saves for all; averaged again it is the same
+                window = averaged(window)  # one saves for all
                 save_checkpoint(args, stage, state, (step, best_step, best_loss), window)
             if stops:
                 raise KeyboardInterrupt(f"{stage}: stopped and saved at step {step}")
@@ -295,15 +296,16 @@ def with_leaves(tree, leaves):
     return pytree.tree_map(replaced, tree)
 
 
-def wrapped(model, args, stage):
+def wrapped(model, args):
     """What is called for the loss: the model itself, compiled, or spread over the processes."""
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # parts of different sizes each compile anew
         model = torch.compile(model)
     if world() == 1:
         return model
-    unused = stage == "tokenizer"  # a phi that serves no scale
-    options = dict(find_unused_parameters=unused, gradient_as_bucket_view=True)
+    # a phi may serve no scale; and buckets are never ordered anew, so that a run that goes on adds
+    # up gradients as before
+    options = dict(find_unused_parameters=True, gradient_as_bucket_view=True)
     return torch.nn.parallel.DistributedDataParallel(model, **options)
 
 
@@ -435,7 +437,8 @@ def train_tokenizer(args, data, held_out, init=None):
         total = total + COARSE_WEIGHT * coarse + passed["loss"]
         numbers = dict(loss=total, coarse=coarse, quantisation=passed["loss"])
 
-        # parts may be unlike: the mean of all, on all processes, is the mean of the batch's images
+        # parts may be unlike: the mean of all, on all processes, is the mean of the batch's images;
+        # but coarse images are every fourth of each part
         share = len(images) * args.parts * world() / args.batch
         numbers = {name: share * number for name, number in numbers.items()}
         return numbers["loss"], numbers, (passed["tokens"], passed["residuals"])
@@ -851,10 +854,14 @@ def data_sets(args):
         return Images(train, SHAPES, args.size), Images(held_out, SHAPES, args.size), None
 
     files, names = list_images(args.data)
-    start, total = len(os.path.join(args.data, "")), hashlib.sha256()
+    start, total, regular = len(os.path.join(args.data, "")), hashlib.sha256(), []
     for path, label in files:
-        total.update(f"{path[start:]!r} {label} {os.path.getsize(path)}\n".encode())
-    train, held_out = split_held_out(files, args.data)
+        with contextlib.suppress(FileNotFoundError):  # no link to nothing, no pipe
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode):
+                regular.append((path, label))
+                total.update(f"{path[start:]!r} {label} {status.st_size}\n".encode())
+    train, held_out = split_held_out(regular, args.data)
     sets = Images(train, names, args.size, args.flip), Images(held_out, names, args.size)
     return *sets, total.hexdigest()[:16]
 
@@ -945,7 +952,10 @@ def token_cache(args, data, codec):
         else:
             write()
         barrier()
-    return np.load(path, mmap_mode="r")
+    tokens, expected = np.load(path, mmap_mode="r"), (len(data), views_of(args, len(data)))
+    if tokens.shape[:2] != expected:
+        raise ValueError(f"{path}: got {tokens.shape[:2]} images and views, expected {expected}")
+    return tokens
 
 
 def write_tokens(args, data, codec, whole=None):
@@ -1132,6 +1142,8 @@ def resolved(args, device, given, images):
         args.codec = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
         cell = tokenizer.downsampling(codec)
     args.scales = fitting_scales(args, cell)
+    if images < world():
+        raise ValueError(f"--data: got {images} images to train on, fewer than processes")
     if args.batch < world():
         raise ValueError(f"--batch: got {args.batch} images, fewer than the {world()} processes")
     return args
@@ -1183,7 +1195,7 @@ def fitting_parts(args, params):
         # bytes an image that a stage keeps for the backward pass (`tests/benchmark.py cost`)
         transformer = 50 * sum(tokenizer.lengths(args.scales)) * 64 * args.depth**2
         codec = 200 * args.size**2 * args.codec.get("channels", 160)
-        taken = 24 * parameters(params)  # weights, gradients (DDP: twice), moments, average
+        taken = 24 * parameters(params)  # weights, gradients (DDP may have two), moments, average
         free, _ = torch.cuda.mem_get_info(args.device)
         most = int(0.8 * (free - taken) / max(transformer, codec))
     parts = min(math.ceil(share / max(1, most)), args.batch // world())  # none is empty

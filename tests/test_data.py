@@ -270,11 +270,16 @@ def test_every_second_time_an_image_is_mirrored_if_asked(folder):
 
 
 def test_a_file_is_looked_at_once(folder):
+    """A link to nothing and a pipe are passed over."""
     args = argparse.Namespace(data=str(folder), size=16, flip=False)
+    _, _, before = train.data_sets(args)
+    (folder / "cat" / "gone.png").symlink_to("nothing")
+    os.mkfifo(folder / "cat" / "pipe.png")
     with mock.patch.object(os, "stat", side_effect=os.stat) as stat:
-        images, held_out, _ = train.data_sets(args)
+        images, held_out, total = train.data_sets(args)
     for path, _ in images.items + held_out.items:
         assert stat.mock_calls.count(mock.call(path)) == 1
+    assert len(images) + len(held_out) == 7 and total == before
 
 
 def test_images_come_in_the_order_of_their_keys_one_list_ahead():

@@ -413,6 +413,7 @@ def run(tmp_path_factory):
     torch.save(print, folder / "code.pt")
     Image.fromarray(sample.to_bytes(picture(1))[0]).save(folder / "photo.png")
     Image.fromarray(masks("half", 1)[0, 0].numpy()).save(folder / "mask.png")
+    Image.new("L", (8, 8)).save(folder / "black.png")
     run_folder(folder / "cut")
     (folder / "cut" / "args.json").write_text("[{}]")
     (folder / "cut" / "settings.json").write_bytes(b"\xff")
@@ -601,6 +602,13 @@ def test_leaves_are_plain_once_loaded(tmp_path, whole):
         assert leaf.dtype == torch.float and leaf.is_contiguous()
 
 
+def test_a_decoder_that_overflows_is_refused():
+    bias = torch.full_like(CODEC["post_quant_conv"]["bias"], math.inf)
+    codec = CODEC | dict(post_quant_conv=CODEC["post_quant_conv"] | dict(bias=bias))
+    with pytest.raises(ValueError, match="images: got nan"):
+        sample.decode_in_parts(codec, torch.zeros(1, len(bias), 4, 4))
+
+
 BAD_INPUT = """
 . --labels 3  --labels: got '3', expected 0 to 2 or such as disc, ring, star
 . --top-p x  argument --top-p: invalid float value: 'x'
@@ -618,6 +626,8 @@ large.pt  logits: got nan or infinity
 . --tokenizer hmar.pt  hmar.pt: no weights
 . --tokenizer other_codec.pt  hmar.pt: trained with another tokenizer
 . --pad 0.2  --edit: expected with --mask, or --pad
+. --edit photo.png --mask black.png  --mask: expected white
+. --scales 1 2 3  --scales: got some, but a run has its own
 . --device cuda  --device: got cuda, but no GPU 0 is here
 """
 

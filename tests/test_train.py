@@ -850,6 +850,12 @@ def test_no_transformer_meets_another_tokenizer(out, run, refused):
     run(out)
 
 
+def test_tokens_of_other_images_are_refused(out, refused):
+    (out / "hmar.pt").unlink()
+    np.save(out / "tokens.npy", np.load(out / "tokens.npy")[1:])
+    assert "tokens.npy: got" in refused(out)
+
+
 def test_a_folder_takes_one_process_at_a_time(base, out, run, refused, monkeypatch):
     with train.lock_folder(out):
         assert refused(out) == f"train.py: {out}: another process works there"
