@@ -473,6 +473,14 @@ def test_two_processes_end_and_go_on_together(start, tmp_path):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_gradients_are_added_up_in_one_order(monkeypatch):
+    """DDP orders its buckets anew after a first step, unless it looks for unused parameters."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with mock.patch.object(torch.nn.parallel, "DistributedDataParallel") as wrap:
+        train.wrapped("model", argparse.Namespace(compile=False))
+    assert wrap.call_args.kwargs["find_unused_parameters"]
+
+
 @pytest.mark.parametrize("stages, counts", [("tokenizer", (2, 3)), ("all", (2, 5))])
 def test_processes_or_parts_are_one(base, start, tmp_path, stages, counts):
     """Two channels share a norm: AdamW steps by rounding where a gradient is 0."""
