@@ -621,7 +621,7 @@ def main(argv=None):
     add("--size", type=int, choices=SIZES, nargs="+", help="pixels")
     add("--device", type=torch.device, default=DEVICE)
     add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's")
-    add("--head-dim", type=int, nargs="+", default=[32, 64, 96, 128, 256], help="kernels'")
+    add("--head-dim", type=int, nargs="+", default=[64, 128], help="kernels'")
 
     arguments = parser.parse_args(argv)
     DEVICE = arguments.device
