@@ -116,14 +116,14 @@ def contribution(codec, tokens, k, scales, hidden=None):
     codes = enlarge(codes, scales[-1])  # (B, code_dim, h, w)
     with torch.autocast(codes.device.type, enabled=False):
         smoothed = convolution(codes, **codec["phi"][phi_index(k, len(scales))])
-    return 0.5 * codes + 0.5 * smoothed
+    return codes.lerp(smoothed, 0.5)
 
 
 def phi_index(k, scale_count):
     """Which of the four phi serves scale k: the nearest of the ticks 1/12, 13/36, 23/36, 11/12.
 
-    Of ten scales, numbers 2 and 7 lie midway between two ticks, and the rounding of these float64
-    operations decides as it did in the published model: for the second of the two.
+    Of ten scales, numbers 2 and 7 lie midway between two ticks: the rounding of float64 decides, as
+    in the published model, for the second.
     """
     place = k / max(scale_count - 1, 1)
     step = (1 - 1 / 12 - 1 / 12) / 3
@@ -146,9 +146,11 @@ def enlarge(x, size):
     """Bicubic (B, C, h_k, w_k) -> (B, C, h, w), by products: deterministic, and fast backward."""
     if x.shape[2:] == size:
         return x
+    height, width = pairs = [*zip(x.shape[2:], size)]
+    matrices = {pair: _bicubic(x, *pair) for pair in {*pairs}}
     with torch.autocast(x.device.type, enabled=False):
-        down, across = (_bicubic(x, *sides) for sides in zip(x.shape[2:], size))
-        return torch.einsum("hi,bcij,wj->bchw", down, x, across)
+        x = (x.mT @ matrices[height].mT).mT  # (B, C, h, w_k)
+        return x @ matrices[width].mT
 
 
 def _bicubic(x, small, large):

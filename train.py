@@ -437,8 +437,7 @@ def train_tokenizer(args, data, held_out, init=None):
         total = total + COARSE_WEIGHT * coarse + passed["loss"]
         numbers = dict(loss=total, coarse=coarse, quantisation=passed["loss"])
 
-        # parts may be unlike: the mean of all, on all processes, is the mean of the batch's images;
-        # but coarse images are every fourth of each part
+        # parts may be unlike, their mean is the batch's; coarse images are every fourth of each
         share = len(images) * args.parts * world() / args.batch
         numbers = {name: share * number for name, number in numbers.items()}
         return numbers["loss"], numbers, (passed["tokens"], passed["residuals"])
@@ -1142,10 +1141,10 @@ def resolved(args, device, given, images):
         args.codec = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
         cell = tokenizer.downsampling(codec)
     args.scales = fitting_scales(args, cell)
-    if images < world():
-        raise ValueError(f"--data: got {images} images to train on, fewer than processes")
     if args.batch < world():
         raise ValueError(f"--batch: got {args.batch} images, fewer than the {world()} processes")
+    if images < world():
+        raise ValueError(f"--data: got {images} images to train on, fewer than processes")
     return args
 
 

@@ -190,7 +190,8 @@ def test_hours(capsys):
     stage = dict(steps=3600, batch=8, flops=1e12, muon=4e12, launches=1e5, checkpoint=1e9)
     stage |= dict(trained=24e8, encoding=1)
     hours = [*benchmark.hours(stage, 2, 1e12).values()]
-    assert hours == pytest.approx([6.5 + 86 / 3600, 4, 2, 0.5, 0.5, 0.0055, 86 / 3600])
+    saving = (8 + 6.6 * 3600 / 300) / 3600  # of 1 GB a second
+    assert hours == pytest.approx([6.6 + saving, 4, 2, 0.6, 0.5, 0.0055, saving])
     assert benchmark.hours(stage, 1, 1e15)["hours"] == pytest.approx(0.5 + 14 / 3600)
     benchmark.main(["cost", "--depth", "2"])
     assert "| decoding | saving |" in capsys.readouterr().out
