@@ -143,7 +143,7 @@ def resize_to_scale(f_hat, size):
 
 
 def enlarge(x, size):
-    """Bicubic (B, C, h_k, w_k) -> (B, C, h, w), by products: deterministic, and fast backward."""
+    """Bicubic (B, C, h_k, w_k) -> (B, C, h, w), as products: deterministic, fast backward."""
     if x.shape[2:] == size:
         return x
     height, width = pairs = [*zip(x.shape[2:], size)]
@@ -288,7 +288,7 @@ def revive_codes(codebook, counts, residuals, generator):
     the first step this is what initialises the codebook from data.
     """
     dead = counts == 0
-    vectors = torch.cat([residual.flatten(0, 1) for residual in residuals])
+    vectors = torch.cat([rows.flatten(0, 1) for rows in residuals])
     drawn = torch.randint(len(vectors), (len(codebook),), generator=generator)
     fresh = vectors[drawn.to(vectors.device)].to(codebook.dtype)
     return torch.where(dead[:, None], fresh, codebook), dead
@@ -406,7 +406,7 @@ def check_images(codec, images, scales):
     check_scales(scales)
     height, width = (downsampling(codec) * side for side in scales[-1])
     fits = images.is_floating_point() and images.shape[1:] == (3, height, width)
-    # on an accelerator a look at the values would stall its queue
+    # a look at values would stall an accelerator
     if fits and images.is_cpu and not torch.compiler.is_compiling():
         fits = (images.abs() <= 1.001).all()
     if not fits:
