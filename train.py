@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import stat
 import sys
@@ -62,6 +63,7 @@ REVIVE_EVERY = 20  # steps; then codes that nobody chose are replaced,
 REVIVE_UNTIL = 0.8  # of the stage: the last ones get time to settle
 COARSE_WEIGHT = 0.5  # of the squared error of coarse images (RESULTS, "The pyramid")
 EDGE_WEIGHT = 0.25  # of the error of edges, beside .5 of the absolute error
+TEXTURE_WEIGHT = 0.5  # of the error of texture (RESULTS, "Texture")
 HUE_WEIGHT = 0.28  # of the share of the hues' variance that is lost (RESULTS, "Hues, tried")
 LOG_EVERY = 50  # steps
 JUDGED = 128  # held-out images at most that are looked at
@@ -169,6 +171,7 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
                 raise KeyboardInterrupt(f"{stage}: stopped and saved at step {step}")
 
     say(f"{stage}: best at step {best_step}, loss {best_loss:.4g} held out")
+    args.losses[stage] = best_loss
     return with_leaves(tree, best)
 
 
@@ -472,22 +475,35 @@ def train_tokenizer(args, data, held_out, init=None):
 
 
 def reconstruction_loss(decoded, images, variance):
-    """Squared, absolute, edge and hue errors of reconstructions (B, 3, H, W).
+    """Squared, absolute, edge, texture and hue errors of reconstructions (B, 3, H, W).
 
-    The last is the share that is lost of the variance of the data's hues: in photographs green
-    varies so little beside brightness that no code was spent on it otherwise.
+    The first three are least where an image is blurred; texture asks for its grain, wherever that
+    lies. Of hues it is the share that is lost of the data's variance: in photographs green varies
+    so little beside brightness that no code was spent on it otherwise.
     """
     error = decoded - images
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
     plain = error.square().mean() + 0.5 * error.abs().mean() + EDGE_WEIGHT * edges
-    return plain + HUE_WEIGHT * hues(error).square().mean() / (variance + 0.01)  # .01: grey images
+    grain = (texture(decoded) - texture(images)).abs().mean()
+    hue = hues(error).square().mean() / (variance + 0.01)  # .01: grey images
+    return plain + TEXTURE_WEIGHT * grain + HUE_WEIGHT * hue
+
+
+def texture(images):
+    """(B, 1, H / 4, W / 4): root mean square of what a blur takes from images, over 4 x 4."""
+    blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    return (cell_means((images - blurred).square().sum(1, True)) + 1e-4).sqrt()
 
 
 def hues(images):
     """(2, B, H / 4, W / 4): red - blue and 2 green - red - blue of images, means over 4 x 4."""
-    cells = [max(1, side // 4) for side in images.shape[2:]]
-    red, green, blue = F.adaptive_avg_pool2d(images, cells).unbind(1)
+    red, green, blue = cell_means(images).unbind(1)
     return torch.stack([red - blue, 2 * green - red - blue])
+
+
+def cell_means(images):
+    """Means over cells of 4 x 4 pixels."""
+    return F.adaptive_avg_pool2d(images, [max(1, side // 4) for side in images.shape[2:]])
 
 
 # ---- the next-scale and the masked stage
@@ -1066,6 +1082,12 @@ def train(args):
     say(f"finished; next: python sample.py {args.out}")
     del lock  # held until here
 
+    # for programs: what was trained, and this process's cost
+    cost = resource.getrusage(resource.RUSAGE_SELF)
+    numbers = dict(seconds=time.process_time(), peak_mb=cost.ru_maxrss / 1024)
+    for name, number in (args.losses | numbers).items():
+        say(f"{name} {number:.6g}")
+
 
 def record_of(args, given, data, images):
     """What args.json holds of a run: all that decides its results."""
@@ -1121,7 +1143,7 @@ def resolved(args, device, given, images):
         if getattr(args, name) is not None:
             settings[name] = dict.fromkeys(STAGES, getattr(args, name))
     settings["batch"] = args.batch or settings["batch"]
-    args = argparse.Namespace(**vars(args) | settings | dict(device=device))
+    args = argparse.Namespace(**vars(args) | settings | dict(device=device, losses={}))
     args.dtype = sample.find_dtype(args.dtype, device)
     if args.workers is None:
         args.workers = min(8, os.cpu_count())

@@ -5,23 +5,25 @@ python tests/judge.py letters RUN             Pillow's own font; a mirrored lett
 python tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
 python tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
 python tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
+python tests/judge.py claims --data DIR       trains and judges what the paper claims, three seeds
 python tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 python tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png, of a run on drawings
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
-Prints the share of samples that are of the class asked for, the Frechet distance (Heusel et al.
-2017, section 2) of samples, of reconstructions and of held-out images to the reference images, the
-samples' recall (Kynkaanniemi et al. 2019, section 3), and of 1,000 held-out images the PSNR after
-each scale and the perplexity of its codes. Then a name and a number a line, for programs: seconds
-are those of judging the run, peak_mb is the process's (Linux).
+Prints, a name and numbers a line: held-out loss, the share of real images and of samples taken for
+their class, the Frechet distance (Heusel et al. 2017, section 2) of samples, reconstructions and
+held-out images to reference images, recall (Kynkaanniemi et al. 2019, section 3; k = 3), a core's
+seconds and peak memory to draw 500 (Linux), PSNR after each scale and its codes' perplexity.
 """
 
 import argparse
 import itertools
-import resource
+import json
+import math
+import os
+import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from pathlib import Path
 
@@ -91,9 +93,9 @@ def read_folder(folder):
 
 
 def images_of(kind, data=None):
-    """((images, labels) to train the judge on, the same to compare with), none seen by a model.
+    """((images, labels) to train the judge on, the same to compare with).
 
-    But for photographs, where the judge is trained on the model's own training images.
+    No model saw them, but for photographs, where the judge trains on its training images.
     """
     if kind in PHOTOGRAPHS:
         return read_folder(Path(data, "train")), read_folder(Path(data, "test"))
@@ -139,22 +141,20 @@ def moved(images, generator):
     return images.flip(-1) if mirror % 2 else images
 
 
-def train_judge(kind, images, labels, epochs, cache=None, seed=0, batch=64):
-    """The trained network in eval mode; of letters it has ten more classes, their mirror images."""
-    mirrored = kind == "letters"
+def train_judge(kind, images, labels, batch=64):
+    """The network, trained once, in eval mode; of letters mirrored ones are ten more classes."""
+    mirrored, epochs = kind == "letters", EPOCHS[kind]
     classes = (int(labels.max()) + 1) * (1 + mirrored)
-    some = images[::20] if kind == "photos64" else images[:20]  # two sets of photos may begin alike
-    same = [zlib.crc32(some.numpy().tobytes()), len(images), epochs, seed]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         judge = network(classes, images.shape[-1])
-    if cache is not None and Path(cache).exists():
-        kept = torch.load(cache, weights_only=True)
-        if kept["same"] == same:
-            judge.load_state_dict(kept["state"])
-            return judge.eval()
+    name = f"judge-{kind}-{epochs}-{zlib.crc32(images.numpy().tobytes()):x}.pt"
+    cache = Path(tempfile.gettempdir(), name)
+    if cache.exists():
+        judge.load_state_dict(torch.load(cache, weights_only=True))
+        return judge.eval()
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
     total = epochs * (len(images) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)
@@ -173,8 +173,7 @@ def train_judge(kind, images, labels, epochs, cache=None, seed=0, batch=64):
             loss.backward()
             optimizer.step()
             schedule.step()
-    if cache is not None:
-        torch.save({"same": same, "state": judge.state_dict()}, cache)
+    torch.save(judge.state_dict(), cache)
     return judge.eval()
 
 
@@ -215,37 +214,25 @@ def models_of(run):
     return params, codec, options
 
 
-@torch.no_grad()
-def after_each_scale(codec, images, scales):
-    """(S, B, 3, H, W): images (B, 3, H, W) in [-1, 1], decoded after each scale."""
-    made = []
-    for part in images.split(64):
-        pyramid = tokenizer.quantise(codec, tokenizer.encode_features(codec, part), scales)
-        decoded = [tokenizer.decode_features(codec, f_hat) for _, _, f_hat in pyramid]
-        made.append(torch.stack(decoded))
-    return torch.cat(made, 1)
-
-
-def perplexity(codes):
-    """e to the entropy of codes (N,)."""
-    share = codes.bincount() / len(codes)
-    return torch.special.entr(share).sum().exp().item()
-
-
 def draw_samples(run, flags):
-    """(images, labels asked for): 50 of each class, by `sample.py RUN` and the flags."""
+    """(images, labels asked for, seconds of a core for 500, peak MB): 50 a class, by sample.py."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/samples.npz"
         wanted = ["--labels", "all", "--count", "50", "--seed", "7000", "--out", path]
-        if sample.main([str(run), *wanted, *flags]):
+        command = [sys.executable, sample.__file__, run, *wanted, *flags]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
             raise SystemExit(2)
         with np.load(path) as file:
-            return as_tensors(file["arr_0"], file["labels"])
+            pixels, asked = as_tensors(file["arr_0"], file["labels"])
+    seconds = (usage.ru_utime + usage.ru_stime) * 500 / len(asked)
+    return pixels, asked, seconds, usage.ru_maxrss / 1024
 
 
-def report(kind, judge, held_out, run, flags=()):
-    """Prints numbers of a run folder, and returns them as a dict."""
-    start = time.perf_counter()
+@torch.no_grad()
+def report(judge, held_out, run, flags=()):
+    """{name: number or numbers} of a run folder."""
     images, labels = held_out
     reference = features(judge, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -253,47 +240,73 @@ def report(kind, judge, held_out, run, flags=()):
 
     # what the tokenizer keeps
     params, codec, _ = models_of(run)
-    scales = hmar.scales(params)
-    few = images[:1000]
-    if kind in PHOTOGRAPHS:  # sorted by class
-        few = images[torch.arange(len(few)) * len(images) // len(few)]
-    decoded = after_each_scale(codec, few, scales)
-    psnr = 10 * torch.log10(4 / (decoded - few).square().mean((2, 3, 4)))  # (S, B)
-    tokens = torch.cat([tokenizer.encode(codec, part, scales) for part in few.split(64)])
-    codes = tokens.split([height * width for height, width in scales], dim=1)
+    scales, size, few = hmar.scales(params), images.shape[-1], images[order[:1000]]
+    parts = [tokenizer.encode(codec, part, scales) for part in few.split(64)]
+    decoded = torch.cat([tokenizer.decode(codec, tokens, scales) for tokens in parts])
+    with tempfile.TemporaryDirectory() as out:
+        args = argparse.Namespace(dtype=torch.float32, size=size, scales=scales, out=out)
+        kept = train.judge_tokenizer(args, few, codec)
+
+    log = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    losses = [x.get("held_out_loss", math.inf) for x in log if x["stage"] == "next-scale"]
 
     # what is drawn
-    pixels, asked = draw_samples(run, flags)
+    pixels, asked, seconds, peak_mb = draw_samples(run, flags)
     drawn_features = features(judge, pixels)
-
-    numbers = dict(
-        judge=accuracy(judge, images, labels),
+    return dict(
+        loss=min(losses),
+        real=accuracy(judge, images, labels),
         right=accuracy(judge, pixels, asked),
-        samples=frechet(drawn_features, reference),
-        reconstructions=frechet(features(judge, decoded[-1]), reference),
+        frechet=frechet(drawn_features, reference),
+        reconstructions=frechet(features(judge, decoded), reference),
         held_out=frechet(*halves),
         recall=recall(drawn_features, reference),
+        seconds=seconds,
+        peak_mb=peak_mb,
+        psnr=kept["psnr"],
+        perplexity=kept["perplexity"],
     )
-    shown = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-    shown += f" (k = 3, {len(pixels)} samples, {len(images)} images)  PSNR after each scale "
-    shown += " ".join(f"{value:.1f}" for value in psnr.mean(1).tolist()) + "  perplexity "
-    shown += " ".join(f"{perplexity(part.flatten()):.0f}" for part in codes)
-    print(f"{kind} {run} {' '.join(flags)}  {shown}")
 
-    # for programs
-    numbers |= dict(frechet=numbers["samples"], seconds=time.perf_counter() - start)
-    numbers["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    for name in ("right", "frechet", "recall", "reconstructions", "seconds", "peak_mb"):
-        print(f"{name} {numbers[name]:.6g}", flush=True)
-    return numbers
+
+def show(numbers):
+    """Prints a name and its number or numbers a line, for programs."""
+    for name, value in numbers.items():
+        print(name, *(f"{x:.4g}" for x in np.atleast_1d(value)), flush=True)
+
+
+def claims(judge, held_out, data, out="runs/claims"):
+    """Prints each way's numbers, means of three seeds and deviations, on the same tokenizer."""
+    rows, dial = {}, train.dial
+    flags = ["--data", f"{data}/train", "--size", str(held_out[0].shape[-1])]
+
+    def judged(name, run, *options):
+        rows.setdefault(name, []).append(report(judge, held_out, run, options))
+
+    for seed in "012":
+        run = f"{out}/{seed}"
+        train.main([*flags, "--seed", seed, "--out", run])
+        for passes in "0124":
+            judged(f"masked passes: {passes}", run, "--mask-steps", passes)
+
+        same = ["next-scale", *flags, "--seed", seed, "--tokenizer", f"{run}/tokenizer.pt", "--out"]
+        train.main([*same, f"{run}-var", "--causal"])
+        judged("VAR, all coarser scales seen", f"{run}-var")
+        for kind in ("scale", "lognormal"):
+            train.dial = lambda *sizes, kind=kind: dial(*sizes) | dict(loss_weights=kind)
+            train.main([*same, f"{run}-{kind}"])
+            judged(f"loss weights: {kind}, no masked pass", f"{run}-{kind}")
+        train.dial = dial
+
+    for name, seeds in rows.items():
+        print(f"\n{name}")
+        for number in ("loss", "right", "frechet", "recall", "seconds", "peak_mb"):
+            values = np.array([row[number] for row in seeds])
+            show({number: (values.mean(), values.std(ddof=1))})
 
 
 @torch.no_grad()
-def report_edits(kind, judge, held_out, run, count=200):
-    """Prints, of held-out images with a half repainted, the share right and the seam:
-
-    the mean jump across it over that of the originals.
-    """
+def report_edits(judge, held_out, run, count=200):
+    """Prints, with a half repainted, the share right and the jump across the seam to originals'."""
     images, labels = (rows[:count] for rows in held_out)
     params, codec, options = models_of(run)
     middle = images.shape[3] // 2
@@ -306,48 +319,41 @@ def report_edits(kind, judge, held_out, run, count=200):
         upright = torch.stack([made, images]).rot90(-turn, (3, 4))
         jumps = (upright[..., middle] - upright[..., middle - 1]).abs().mean((1, 2, 3))
         right, seam = accuracy(judge, made, labels), jumps[0] / jumps[1]
-        print(f"{kind} {run}  {name}  right {right:.3g}  seam {seam:.3g}", flush=True)
+        print(f"{name}  right {right:.3g}  seam {seam:.3g}", flush=True)
 
 
 def write_letters(folder):
-    """The letters as a data set, one sub-folder a class."""
     for index in range(4000):
         picture, label = draw_letter(index)
-        place = Path(folder, LETTERS[label])
-        place.mkdir(parents=True, exist_ok=True)
-        picture.save(place / f"{index:05d}.png")
+        path = Path(folder, LETTERS[label], f"{index:05d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
 
 
+@torch.no_grad()
 def write_pictures(run, folder):
     """growth.png, samples after each scale; edit.png, drawings whose right half is repainted."""
     params, codec, _ = models_of(run)
-    params, codec = hmar.cast(params, torch.bfloat16), tokenizer.cast(codec, torch.bfloat16)
-
-    names = ["star", "cross", "crescent", "arrow", "heart"]
-    labels = torch.tensor([train.SHAPES.index(name) for name in names])
+    labels, names = torch.arange(0, 10, 2), train.SHAPES[::2]
     last = {step.scale: step.f_hat for step in sample.steps(params, codec, labels, seed=100)}
-    grown = torch.stack([sample.decode_in_parts(codec, f_hat) for f_hat in last.values()], 1)
+    grown = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in last.values()], 1)
     sample.sheet(list(grown), names).save(Path(folder, "growth.png"))
 
-    names, rows = ["disc", "triangle", "cross", "arrow", "heart"], []
-    for label in map(train.SHAPES.index, names):
-        image = drawn(train.draw_shape, 20_000 + label, 1)[0]  # held out; (1, 3, 32, 32)
-        mask = torch.zeros(3, 1, 32, 32, dtype=torch.bool)
-        mask[..., 16:] = True
-        labels = torch.full((3,), label)
-        made = sample.edit(params, codec, image.expand(3, -1, -1, -1), mask, labels, seed=5)
-        rows.append(torch.cat([image, image.masked_fill(mask[:1], 0), made]))
-    sample.sheet(rows, names).save(Path(folder, "edit.png"))
+    images = drawn(train.draw_shape, 20_000, 10)[0][::2]  # held out
+    mask = torch.zeros(5, 1, 32, 32, dtype=torch.bool)
+    mask[..., 16:] = True
+    made = [sample.edit(params, codec, images, mask, labels, seed=seed) for seed in (5, 15, 25)]
+    columns = [images, images.masked_fill(mask, 0), *made]
+    sample.sheet(list(torch.stack(columns, 1)), names).save(Path(folder, "edit.png"))
 
 
 def main(argv=None):
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("kind", choices=EPOCHS)
-    parser.add_argument("run", nargs="*", help="run folders")
-    parser.add_argument("--data", help="of photographs")
-    parser.add_argument("--edit", action="store_true", help="judge edits, not samples")
-    parser.add_argument("--write", metavar="DIR", help="write letters, or pictures, there instead")
+    parser = argparse.ArgumentParser("judge.py", description=__doc__)
+    parser.add_argument("kind", choices=(*EPOCHS, "claims"))
+    parser.add_argument("run", nargs="*")
+    parser.add_argument("--data")
+    parser.add_argument("--edit", action="store_true")
+    parser.add_argument("--write")
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_intermixed_args(argv[:end]), argv[end + 1 :]
@@ -356,14 +362,18 @@ def main(argv=None):
         return write_letters(args.write)
     if args.write:
         return write_pictures(args.run[0], args.write)
-    training, held_out = images_of(args.kind, args.data)
-    cache = Path(tempfile.gettempdir(), f"judge-{args.kind}.pt")
-    judge = train_judge(args.kind, *training, epochs=EPOCHS[args.kind], cache=cache)
+
+    kind = "cifar10" if args.kind == "claims" else args.kind
+    training, held_out = images_of(kind, args.data)
+    judge = train_judge(kind, *training)
+    if args.kind == "claims":
+        claims(judge, held_out, args.data)
     for run in args.run:
+        print(f"\n{kind} {run}", *flags)
         if args.edit:
-            report_edits(args.kind, judge, held_out, run)
+            report_edits(judge, held_out, run)
         else:
-            report(args.kind, judge, held_out, run, flags)
+            show(report(judge, held_out, run, flags))
 
 
 if __name__ == "__main__":

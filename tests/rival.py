@@ -10,7 +10,6 @@ classifier-free guidance (Ho & Salimans 2022), Muon.
 """
 
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -136,8 +135,7 @@ def run(args):
     judged, (images, _) = judge.images_of(args.kind, args.data)
     if args.size != images.shape[-1]:
         raise ValueError(f"--size: expected {images.shape[-1]}")
-    cache = f"{tempfile.gettempdir()}/judge-{args.kind}.pt"
-    network = judge.train_judge(args.kind, *judged, epochs=judge.EPOCHS[args.kind], cache=cache)
+    network = judge.train_judge(args.kind, *judged)
     reference = judge.features(network, images)
 
     # training, with --flip on mirrored images too

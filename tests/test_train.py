@@ -159,7 +159,7 @@ def folder(tmp_path_factory):
 def base(tmp_path_factory, often, start):
     """A run folder of all three stages that nobody interrupted."""
     out = tmp_path_factory.mktemp("runs") / "base"
-    ended(start(out))
+    out.with_name("said").write_text(ended(start(out)))
     return out
 
 
@@ -183,10 +183,15 @@ def difference(ours, theirs):
 
 
 def test_a_run_learns_and_leaves_a_folder(base, folder):
+    last = base.with_name("said").read_text().splitlines()[-5:]
+    numbers = {name: float(number) for name, number in map(str.split, last)}
+    assert list(numbers) == [*train.STAGES, "seconds", "peak_mb"]
+    assert 1 < numbers["seconds"] < numbers["peak_mb"]
     for stage, file in train.STAGES.items():
         losses = [line["loss"] for line in lines_of(base, stage, "loss")]
         held_out = [line["held_out_loss"] for line in lines_of(base, stage, "held_out_loss")]
         assert np.mean(losses[-3:]) < np.mean(losses[:3])
+        assert numbers[stage] == pytest.approx(min(held_out), rel=1e-4)
         assert len(held_out) == len(losses) // 2 and held_out[-1] < held_out[0]
         leaves = pytree.tree_leaves(torch.load(base / file))
         assert all(type(leaf) is torch.Tensor for leaf in leaves)
@@ -272,7 +277,7 @@ def toy_args(out, **changes):
     out.mkdir(exist_ok=True)
     flags = dict(out=out, steps=dict(tokenizer=12), lr=dict(tokenizer=0.1), looks=99, decay=0.05)
     flags |= dict(compile=False, device=torch.device("cpu"), work=dict(tokenizer=1))
-    flags |= dict(stages=["tokenizer"])
+    flags |= dict(stages=["tokenizer"], losses={})
     return argparse.Namespace(**flags | changes)
 
 
@@ -631,6 +636,13 @@ def plain_hues(images):
     return red - blue, 2 * green - red - blue
 
 
+def plain_texture(images):
+    ones = torch.ones(3, 1, 3, 3)
+    sums, counts = (F.conv2d(x, ones, padding=1, groups=3) for x in (images, images * 0 + 1))
+    squares = (images - sums / counts).square().sum(1)
+    return (squares.unflatten(2, (4, 4)).unflatten(1, (4, 4)).mean((2, 4)) + 1e-4).sqrt()
+
+
 def test_the_tokenizer_learns_from_all_errors(run, folder, tmp_path, monkeypatch):
     calls = watched(monkeypatch, tokenizer, "training_pass")
     run(tmp_path, "tokenizer", "--steps", 5, "--batch", 8)
@@ -642,6 +654,8 @@ def test_the_tokenizer_learns_from_all_errors(run, folder, tmp_path, monkeypatch
         expected = rest.square().mean() + 0.5 * rest.abs().mean() + passed["loss"]
         for dim in (2, 3):
             expected += 0.25 * rest.diff(dim=dim).abs().mean()
+        grain = plain_texture(passed["images"]) - plain_texture(images)
+        expected += 0.5 * grain.abs().mean()
         lost = sum(hue.square().mean() for hue in plain_hues(rest))
         expected += 0.28 * lost / (variance + 0.02)
         coarse = F.mse_loss(passed["coarse"], images[::4])
