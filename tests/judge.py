@@ -5,9 +5,9 @@ python tests/judge.py letters RUN             Pillow's own font; a mirrored lett
 python tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
 python tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
 python tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
-python tests/judge.py claims --data DIR       trains and judges what the paper claims, three seeds
+python tests/judge.py claims --data DIR       trains and judges what the paper claims
 python tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
-python tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png, of a run on drawings
+python tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
 Prints, a name and numbers a line: held-out loss, the share of real images and of samples taken for
@@ -42,13 +42,13 @@ import train
 LETTERS = "2345GJKQRS"  # none is like its mirror image
 FEATURES = 64
 PHOTOGRAPHS = ("cifar10", "photos64")  # read from a folder, which is sorted by class
-EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # a few minutes of one core
+EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # minutes of one core
 
 
 def draw_letter(index, size=32):
     """(RGB image, label) of a letter, a pure function of the index: ink on paper, grey.
 
-    Stroke, slant, size, proportion, place, rotation and both greys vary; label = index % 10.
+    All but the letter varies; label = index % 10.
     """
     label = index % len(LETTERS)
     numbers = np.random.default_rng((7, index)).random(9)
@@ -104,7 +104,7 @@ def images_of(kind, data=None):
 
 
 def network(classes, size=32):
-    """Images (B, 3, H, W) -> logits; all but the last layer give features of unit variance."""
+    """Images (B, 3, H, W) -> logits; the last layer reads features of unit variance."""
     widths = (32, 64, 96, 96)
     while size > 32:  # thinner levels come first: twice the size, half the width
         widths = (widths[0] // 2, *widths)
@@ -185,7 +185,7 @@ def features(judge, images):
 
 @torch.no_grad()
 def accuracy(judge, images, labels):
-    """The share of images that the judge takes for the class in labels (B,)."""
+    """The share of images taken for the class in labels (B,)."""
     taken = torch.cat([judge(part).argmax(1) for part in images.float().split(500)])
     return (taken == labels).double().mean().item()
 
@@ -209,7 +209,7 @@ def recall(samples, reference, k=3):
 
 
 def models_of(run):
-    """(params, codec, options of `sample.steps`) of a run folder, as sample.py reads it."""
+    """(params, codec, options of `sample.steps`), as sample.py reads them."""
     params, codec, _, options = sample.load_models(sample.parser().parse_args([str(run)]))
     return params, codec, options
 
@@ -275,26 +275,33 @@ def show(numbers):
 
 
 def claims(judge, held_out, data, out="runs/claims"):
-    """Prints each way's numbers, means of three seeds and deviations, on the same tokenizer."""
+    """Prints each way's numbers; then means of three seeds and deviations."""
     rows, dial = {}, train.dial
-    flags = ["--data", f"{data}/train", "--size", str(held_out[0].shape[-1])]
+    flags = ["--data", f"{data}/train", "--size", str(held_out[0].shape[-1]), "--seed"]
+
+    def trained(*flags):
+        if train.main(flags):
+            raise SystemExit(2)
 
     def judged(name, run, *options):
-        rows.setdefault(name, []).append(report(judge, held_out, run, options))
+        numbers = report(judge, held_out, run, options)
+        print(f"\n{name}, seed {seed}")
+        show(numbers)
+        rows.setdefault(name, []).append(numbers)
 
     for seed in "012":
         run = f"{out}/{seed}"
-        train.main([*flags, "--seed", seed, "--out", run])
+        trained(*flags, seed, "--out", run)
         for passes in "0124":
             judged(f"masked passes: {passes}", run, "--mask-steps", passes)
 
-        same = ["next-scale", *flags, "--seed", seed, "--tokenizer", f"{run}/tokenizer.pt", "--out"]
-        train.main([*same, f"{run}-var", "--causal"])
-        judged("VAR, all coarser scales seen", f"{run}-var")
+        same = ["next-scale", *flags, seed, "--tokenizer", f"{run}/tokenizer.pt", "--out"]
+        trained(*same, f"{run}-var", "--causal")
+        judged("VAR", f"{run}-var")
         for kind in ("scale", "lognormal"):
             train.dial = lambda *sizes, kind=kind: dial(*sizes) | dict(loss_weights=kind)
-            train.main([*same, f"{run}-{kind}"])
-            judged(f"loss weights: {kind}, no masked pass", f"{run}-{kind}")
+            trained(*same, f"{run}-{kind}")
+            judged(f"loss weights: {kind}", f"{run}-{kind}")
         train.dial = dial
 
     for name, seeds in rows.items():

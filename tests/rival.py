@@ -161,9 +161,11 @@ def run(args):
         seconds = (time.process_time() - start) * 500 / len(drawn)
         seen, _ = judge.as_tensors(drawn, [])
         right = judge.accuracy(network, seen, labels)
-        distance = judge.frechet(judge.features(network, seen), reference)
+        drawn_features = judge.features(network, seen)
+        distance = judge.frechet(drawn_features, reference)
+        recall = judge.recall(drawn_features, reference)
         line = f"guidance {guidance:g}  steps {steps}  parameters {count}  right {right:.3f}  "
-        line += f"Frechet {distance:.3g}  trained {args.seconds:g} s  500 drawn {seconds:.0f} s"
+        line += f"Frechet {distance:.3g}  recall {recall:.3f}  trained {args.seconds:g} s  500 drawn {seconds:.0f} s"
         results[-distance] = line, drawn
 
     for _, (line, drawn) in sorted(results.items()):
