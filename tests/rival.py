@@ -165,7 +165,8 @@ def run(args):
         distance = judge.frechet(drawn_features, reference)
         recall = judge.recall(drawn_features, reference)
         line = f"guidance {guidance:g}  steps {steps}  parameters {count}  right {right:.3f}  "
-        line += f"Frechet {distance:.3g}  recall {recall:.3f}  trained {args.seconds:g} s  500 drawn {seconds:.0f} s"
+        line += f"Frechet {distance:.3g}  recall {recall:.3f}  "
+        line += f"trained {args.seconds:g} s  500 drawn {seconds:.0f} s"
         results[-distance] = line, drawn
 
     for _, (line, drawn) in sorted(results.items()):
