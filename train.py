@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import stat
 import sys
@@ -477,9 +476,9 @@ def train_tokenizer(args, data, held_out, init=None):
 def reconstruction_loss(decoded, images, variance):
     """Squared, absolute, edge, texture and hue errors of reconstructions (B, 3, H, W).
 
-    The first three are least where an image is blurred; texture asks for its grain, wherever that
-    lies. Of hues it is the share that is lost of the data's variance: in photographs green varies
-    so little beside brightness that no code was spent on it otherwise.
+    Where detail cannot be told, the first three are least for a blur; texture asks for as much
+    grain as there was. Of hues it is the share that is lost of the data's variance: in photographs
+    green varies so little beside brightness that no code was spent on it otherwise.
     """
     error = decoded - images
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
@@ -490,7 +489,7 @@ def reconstruction_loss(decoded, images, variance):
 
 
 def texture(images):
-    """(B, 1, H / 4, W / 4): root mean square of what a blur takes from images, over 4 x 4."""
+    """(B, 1, H / 4, W / 4): how much a blur takes from cells of 4 x 4, the root of mean squares."""
     blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     return (cell_means((images - blurred).square().sum(1, True)) + 1e-4).sqrt()
 
@@ -1082,10 +1081,9 @@ def train(args):
     say(f"finished; next: python sample.py {args.out}")
     del lock  # held until here
 
-    # for programs: what was trained, and this process's cost
-    cost = resource.getrusage(resource.RUSAGE_SELF)
-    numbers = dict(seconds=time.process_time(), peak_mb=cost.ru_maxrss / 1024)
-    for name, number in (args.losses | numbers).items():
+    # for programs: the best losses of what was trained, and this process's cost
+    numbers = args.losses | dict(seconds=time.process_time(), peak_mb=peak_mb())
+    for name, number in numbers.items():
         say(f"{name} {number:.6g}")
 
 
@@ -1468,6 +1466,13 @@ def keep_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # others than glibc go without
     if mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25):  # M_MMAP_THRESHOLD, older ones take 32 MiB
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def peak_mb():
+    """The most memory that this process had, in MB; nan where no Linux tells."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "")
+    return int(found[1]) / 1024 if found else math.nan
 
 
 def say(line, renewed=False):

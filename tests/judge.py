@@ -1,29 +1,29 @@
 """Four yardsticks: classifiers that never see the model, and Frechet distances in their features.
 
-python tests/judge.py shapes RUN              drawings of train.py
-python tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a wrong one
-python tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
-python tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
-python tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
-python tests/judge.py claims --data DIR       trains and judges what the paper claims
-python tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
-python tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png
+tests/judge.py shapes RUN              drawings of train.py
+tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a wrong one
+tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
+tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
+tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
+tests/judge.py claims --data DIR       trains and judges what the paper claims, in hours
+tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
+tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
 Prints, a name and numbers a line: held-out loss, the share of real images and of samples taken for
-their class, the Frechet distance (Heusel et al. 2017, section 2) of samples, reconstructions and
-held-out images to reference images, recall (Kynkaanniemi et al. 2019, section 3; k = 3), a core's
-seconds and peak memory to draw 500 (Linux), PSNR after each scale and its codes' perplexity.
+their class, the Frechet distance to held-out images (Heusel et al. 2017, section 2) of samples and
+reconstructions, recall (Kynkaanniemi et al. 2019, section 3), seconds of a core to draw 500,
+memory (Linux), and of 1,000 held-out images the PSNR after each scale and its codes' perplexity.
 """
 
 import argparse
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -33,7 +33,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, ROOT)
 import hmar
 import sample
 import tokenizer
@@ -48,7 +49,7 @@ EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # minutes of one co
 def draw_letter(index, size=32):
     """(RGB image, label) of a letter, a pure function of the index: ink on paper, grey.
 
-    All but the letter varies; label = index % 10.
+    Size, shape, place, turn and both greys vary; label = index % 10.
     """
     label = index % len(LETTERS)
     numbers = np.random.default_rng((7, index)).random(9)
@@ -95,7 +96,7 @@ def read_folder(folder):
 def images_of(kind, data=None):
     """((images, labels) to train the judge on, the same to compare with).
 
-    No model saw them, but for photographs, where the judge trains on its training images.
+    Models may see the judge's own photographs, but none to compare with.
     """
     if kind in PHOTOGRAPHS:
         return read_folder(Path(data, "train")), read_folder(Path(data, "test"))
@@ -122,7 +123,7 @@ def network(classes, size=32):
 
 
 def roughen(images, generator):
-    """Blur and noise of random strength, so that slightly soft images are judged fairly."""
+    """Blur and noise of random strength: slightly soft images are judged fairly."""
     kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
     blurred = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
@@ -186,7 +187,7 @@ def features(judge, images):
 @torch.no_grad()
 def accuracy(judge, images, labels):
     """The share of images taken for the class in labels (B,)."""
-    taken = torch.cat([judge(part).argmax(1) for part in images.float().split(500)])
+    taken = judge[-1](features(judge, images).float()).argmax(1)
     return (taken == labels).double().mean().item()
 
 
@@ -214,20 +215,24 @@ def models_of(run):
     return params, codec, options
 
 
+DRAW = """import sys, time, train
+start = time.process_time()
+status = train.sample.main(sys.argv[1:])
+print(time.process_time() - start, train.peak_mb())
+sys.exit(status)"""
+
+
 def draw_samples(run, flags):
     """(images, labels asked for, seconds of a core for 500, peak MB): 50 a class, by sample.py."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/samples.npz"
         wanted = ["--labels", "all", "--count", "50", "--seed", "7000", "--out", path]
-        command = [sys.executable, sample.__file__, run, *wanted, *flags]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(2)
+        command = [sys.executable, "-c", DRAW, run, *wanted, *flags]
+        said = subprocess.check_output(command, env=os.environ | dict(PYTHONPATH=ROOT))
         with np.load(path) as file:
             pixels, asked = as_tensors(file["arr_0"], file["labels"])
-    seconds = (usage.ru_utime + usage.ru_stime) * 500 / len(asked)
-    return pixels, asked, seconds, usage.ru_maxrss / 1024
+    seconds, peak_mb = map(float, said.split()[-2:])
+    return pixels, asked, seconds * 500 / len(asked), peak_mb
 
 
 @torch.no_grad()
@@ -236,7 +241,6 @@ def report(judge, held_out, run, flags=()):
     images, labels = held_out
     reference = features(judge, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    halves = reference[order].chunk(2)
 
     # what the tokenizer keeps
     params, codec, _ = models_of(run)
@@ -247,8 +251,8 @@ def report(judge, held_out, run, flags=()):
         args = argparse.Namespace(dtype=torch.float32, size=size, scales=scales, out=out)
         kept = train.judge_tokenizer(args, few, codec)
 
-    log = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    losses = [x.get("held_out_loss", math.inf) for x in log if x["stage"] == "next-scale"]
+    log = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
+    losses = [x.get("held_out_loss", 9) for x in log if x["stage"] == "next-scale"]
 
     # what is drawn
     pixels, asked, seconds, peak_mb = draw_samples(run, flags)
@@ -259,7 +263,6 @@ def report(judge, held_out, run, flags=()):
         right=accuracy(judge, pixels, asked),
         frechet=frechet(drawn_features, reference),
         reconstructions=frechet(features(judge, decoded), reference),
-        held_out=frechet(*halves),
         recall=recall(drawn_features, reference),
         seconds=seconds,
         peak_mb=peak_mb,
@@ -269,51 +272,53 @@ def report(judge, held_out, run, flags=()):
 
 
 def show(numbers):
-    """Prints a name and its number or numbers a line, for programs."""
     for name, value in numbers.items():
         print(name, *(f"{x:.4g}" for x in np.atleast_1d(value)), flush=True)
 
 
 def claims(judge, held_out, data, out="runs/claims"):
-    """Prints each way's numbers; then means of three seeds and deviations."""
+    """Prints each way's numbers; then means of three seeds and deviations.
+
+    Without masked passes it is beside VAR and other weights of the loss.
+    """
     rows, dial = {}, train.dial
     flags = ["--data", f"{data}/train", "--size", str(held_out[0].shape[-1]), "--seed"]
 
     def trained(*flags):
+        start = time.process_time()
         if train.main(flags):
             raise SystemExit(2)
+        return (time.process_time() - start) / 60
 
-    def judged(name, run, *options):
-        numbers = report(judge, held_out, run, options)
+    def judged(name, minutes, run, *options):
+        numbers = dict(minutes=minutes) | report(judge, held_out, run, options)
         print(f"\n{name}, seed {seed}")
         show(numbers)
         rows.setdefault(name, []).append(numbers)
 
     for seed in "012":
         run = f"{out}/{seed}"
-        trained(*flags, seed, "--out", run)
+        minutes = trained(*flags, seed, "--out", run)
         for passes in "0124":
-            judged(f"masked passes: {passes}", run, "--mask-steps", passes)
+            judged(f"masked passes: {passes}", minutes, run, "--mask-steps", passes)
 
         same = ["next-scale", *flags, seed, "--tokenizer", f"{run}/tokenizer.pt", "--out"]
-        trained(*same, f"{run}-var", "--causal")
-        judged("VAR", f"{run}-var")
+        judged("VAR", trained(*same, f"{run}-var", "--causal"), f"{run}-var")
         for kind in ("scale", "lognormal"):
             train.dial = lambda *sizes, kind=kind: dial(*sizes) | dict(loss_weights=kind)
-            trained(*same, f"{run}-{kind}")
-            judged(f"loss weights: {kind}", f"{run}-{kind}")
+            judged(f"loss weights: {kind}", trained(*same, f"{run}-{kind}"), f"{run}-{kind}")
         train.dial = dial
 
     for name, seeds in rows.items():
         print(f"\n{name}")
-        for number in ("loss", "right", "frechet", "recall", "seconds", "peak_mb"):
+        for number in ("minutes", "loss", "right", "frechet", "recall", "seconds", "peak_mb"):
             values = np.array([row[number] for row in seeds])
             show({number: (values.mean(), values.std(ddof=1))})
 
 
 @torch.no_grad()
 def report_edits(judge, held_out, run, count=200):
-    """Prints, with a half repainted, the share right and the jump across the seam to originals'."""
+    """Prints, with halves repainted, the share right and jumps across the seam to originals'."""
     images, labels = (rows[:count] for rows in held_out)
     params, codec, options = models_of(run)
     middle = images.shape[3] // 2
@@ -339,7 +344,7 @@ def write_letters(folder):
 
 @torch.no_grad()
 def write_pictures(run, folder):
-    """growth.png, samples after each scale; edit.png, drawings whose right half is repainted."""
+    """growth.png, samples after each scale; edit.png, right halves repainted."""
     params, codec, _ = models_of(run)
     labels, names = torch.arange(0, 10, 2), train.SHAPES[::2]
     last = {step.scale: step.f_hat for step in sample.steps(params, codec, labels, seed=100)}
@@ -355,7 +360,7 @@ def write_pictures(run, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("judge.py", description=__doc__)
+    parser = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1])
     parser.add_argument("kind", choices=(*EPOCHS, "claims"))
     parser.add_argument("run", nargs="*")
     parser.add_argument("--data")

@@ -186,7 +186,7 @@ def test_a_run_learns_and_leaves_a_folder(base, folder):
     last = base.with_name("said").read_text().splitlines()[-5:]
     numbers = {name: float(number) for name, number in map(str.split, last)}
     assert list(numbers) == [*train.STAGES, "seconds", "peak_mb"]
-    assert 1 < numbers["seconds"] < numbers["peak_mb"]
+    assert numbers["seconds"] > 1 and numbers["peak_mb"] > 100
     for stage, file in train.STAGES.items():
         losses = [line["loss"] for line in lines_of(base, stage, "loss")]
         held_out = [line["held_out_loss"] for line in lines_of(base, stage, "held_out_loss")]
