@@ -5,7 +5,7 @@ tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a
 tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
 tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
 tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
-tests/judge.py claims --data DIR       trains and judges what the paper claims, in hours
+tests/judge.py claims --data DIR       trains and judges the paper's claims
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png
 
