@@ -43,7 +43,7 @@ import train
 LETTERS = "2345GJKQRS"  # none is like its mirror image
 FEATURES = 64
 PHOTOGRAPHS = ("cifar10", "photos64")  # read from a folder, which is sorted by class
-EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # minutes of one core
+EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # minutes of a core
 
 
 def draw_letter(index, size=32):
