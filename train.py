@@ -170,7 +170,6 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
                 raise KeyboardInterrupt(f"{stage}: stopped and saved at step {step}")
 
     say(f"{stage}: best at step {best_step}, loss {best_loss:.4g} held out")
-    args.losses[stage] = best_loss
     return with_leaves(tree, best)
 
 
@@ -1081,10 +1080,8 @@ def train(args):
     say(f"finished; next: python sample.py {args.out}")
     del lock  # held until here
 
-    # for programs: the best losses of what was trained, and this process's cost
-    numbers = args.losses | dict(seconds=time.process_time(), peak_mb=peak_mb())
-    for name, number in numbers.items():
-        say(f"{name} {number:.6g}")
+    # for programs: what this process cost
+    say(f"seconds {time.process_time():.6g}\npeak_mb {peak_mb():.6g}")
 
 
 def record_of(args, given, data, images):
@@ -1141,7 +1138,7 @@ def resolved(args, device, given, images):
         if getattr(args, name) is not None:
             settings[name] = dict.fromkeys(STAGES, getattr(args, name))
     settings["batch"] = args.batch or settings["batch"]
-    args = argparse.Namespace(**vars(args) | settings | dict(device=device, losses={}))
+    args = argparse.Namespace(**vars(args) | settings | dict(device=device))
     args.dtype = sample.find_dtype(args.dtype, device)
     if args.workers is None:
         args.workers = min(8, os.cpu_count())

@@ -183,15 +183,13 @@ def difference(ours, theirs):
 
 
 def test_a_run_learns_and_leaves_a_folder(base, folder):
-    last = base.with_name("said").read_text().splitlines()[-5:]
-    numbers = {name: float(number) for name, number in map(str.split, last)}
-    assert list(numbers) == [*train.STAGES, "seconds", "peak_mb"]
-    assert numbers["seconds"] > 1 and numbers["peak_mb"] > 100
+    *_, seconds, peak = base.with_name("said").read_text().splitlines()
+    assert 1 < float(seconds.removeprefix("seconds ")) < 600
+    assert 100 < float(peak.removeprefix("peak_mb ")) < 9000
     for stage, file in train.STAGES.items():
         losses = [line["loss"] for line in lines_of(base, stage, "loss")]
         held_out = [line["held_out_loss"] for line in lines_of(base, stage, "held_out_loss")]
         assert np.mean(losses[-3:]) < np.mean(losses[:3])
-        assert numbers[stage] == pytest.approx(min(held_out), rel=1e-4)
         assert len(held_out) == len(losses) // 2 and held_out[-1] < held_out[0]
         leaves = pytree.tree_leaves(torch.load(base / file))
         assert all(type(leaf) is torch.Tensor for leaf in leaves)
@@ -277,7 +275,7 @@ def toy_args(out, **changes):
     out.mkdir(exist_ok=True)
     flags = dict(out=out, steps=dict(tokenizer=12), lr=dict(tokenizer=0.1), looks=99, decay=0.05)
     flags |= dict(compile=False, device=torch.device("cpu"), work=dict(tokenizer=1))
-    flags |= dict(stages=["tokenizer"], losses={})
+    flags |= dict(stages=["tokenizer"])
     return argparse.Namespace(**flags | changes)
 
 
