@@ -42,8 +42,8 @@ import train
 
 LETTERS = "2345GJKQRS"  # none is like its mirror image
 FEATURES = 64
-PHOTOGRAPHS = ("cifar10", "photos64")  # read from a folder, which is sorted by class
-EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # minutes of a core
+PHOTOGRAPHS = ("cifar10", "photos64")  # read from a folder
+EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # minutes
 
 
 def draw_letter(index, size=32):
@@ -123,7 +123,7 @@ def network(classes, size=32):
 
 
 def roughen(images, generator):
-    """Blur and noise of random strength: slightly soft images are judged fairly."""
+    """Blur and noise of random strength: soft images are judged fairly."""
     kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
     blurred = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
@@ -191,9 +191,8 @@ def accuracy(judge, images, labels):
     return (taken == labels).double().mean().item()
 
 
-def frechet(features_a, features_b):
+def frechet(a, b):
     """|m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2) of Gaussians fitted to (N, D) and (M, D)."""
-    a, b = features_a.double(), features_b.double()
     covariance_a, covariance_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -252,13 +251,13 @@ def report(judge, held_out, run, flags=()):
         kept = train.judge_tokenizer(args, few, codec)
 
     log = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
-    losses = [x.get("held_out_loss", 9) for x in log if x["stage"] == "next-scale"]
+    looks = [x for x in log if x["stage"] == "next-scale" and "held_out_loss" in x]
 
     # what is drawn
     pixels, asked, seconds, peak_mb = draw_samples(run, flags)
     drawn_features = features(judge, pixels)
     return dict(
-        loss=min(losses),
+        loss=min(x["held_out_loss"] for x in looks),
         real=accuracy(judge, images, labels),
         right=accuracy(judge, pixels, asked),
         frechet=frechet(drawn_features, reference),
@@ -376,6 +375,8 @@ def main(argv=None):
         return write_pictures(args.run[0], args.write)
 
     kind = "cifar10" if args.kind == "claims" else args.kind
+    if kind in PHOTOGRAPHS and not args.data:
+        parser.error("--data: expected")
     training, held_out = images_of(kind, args.data)
     judge = train_judge(kind, *training)
     if args.kind == "claims":
