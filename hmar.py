@@ -6,7 +6,8 @@ A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and
 one of `inputs`, the map accumulated over those before it. Attention stays inside a scale, so
 sampling needs no cache: the Markov property. With is_causal=True all this is VAR, where a scale
 attends to coarser ones too. The masked branch shares the first blocks, the trunk, and sees visible
-tokens of its own scale besides: `apply_mask` is where the mask goes.
+tokens of its own scale besides: `apply_mask` is where the mask goes. Small models have convolutions
+too, each scale's map by itself (`by_scale`); published trees have matrices there, or nothing.
 
 A model is a tree of tensors: keys are argument names of functions, shapes are the configuration.
 
@@ -66,16 +67,21 @@ def masked_logits(params, labels, inputs, own_inputs, mask):
     return logits(features, **params["masked"]["head"])
 
 
-def apply_mask(params, inputs, own_inputs, mask):
-    """(B, n, C): the coarser scales plus the own tokens or, where hidden, the mask embedding."""
+def apply_mask(params, inputs, own_inputs, mask, sizes):
+    """(B, n, C): the coarser scales plus the own tokens; where hidden, plus the mask embedding.
+
+    sizes: (h, w) of each scale of these inputs.
+    """
     _expect("own_inputs", own_inputs, inputs.shape)
     _expect("mask", mask, inputs.shape[:2])
 
     branch = params["masked"]
     weight = branch["own_input"] if is_ours(params) else params["input"]["weight"]
-    visible = linear(own_inputs, weight, bias=None)
-    visible = torch.where(mask[..., None], branch["mask_embedding"], visible)
-    return linear(inputs, **params["input"]) + visible
+    visible = by_scale(own_inputs, sizes, weight, bias=None)
+    if weight.ndim == 2:  # a convolution tells of hidden tokens by their visible neighbours
+        visible = visible.masked_fill(mask[..., None], 0)
+    visible = visible + mask[..., None] * branch["mask_embedding"]
+    return by_scale(inputs, sizes, **params["input"]) + visible
 
 
 def is_ours(params):
@@ -112,7 +118,9 @@ def branch_features(
 
     # the temperature is already in q, so attention scales nothing
     blocks = params["trunk"] + params[branch]["blocks"]
-    lengths = [h * w for h, w in scales(params)]
+    sizes = scales(params)
+    lengths = [h * w for h, w in sizes]
+    look_around = partial(by_scale, sizes=[sizes[i] for i in places])
     if cache is None:
         pattern = dict(block_lengths=[lengths[i] for i in places], is_causal=is_causal, scale=1.0)
         attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
@@ -123,7 +131,7 @@ def branch_features(
     gates = [None] * len(blocks) if gates is None else gates.unbind(1)
     run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
     for weights, attend, gate in zip(blocks, attends, gates, strict=True):
-        x = run(x, condition, attend, gate, **weights)
+        x = run(x, condition, attend, look_around, gate, **weights)
 
     two = linear(F.silu(condition), **params[branch]["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
     return modulate(x, *two.chunk(2, -1))
@@ -133,22 +141,27 @@ def embedded(params, branch, condition, inputs, own_inputs, mask, places):
     """What the blocks read, (B, n, C), of the scales in places; condition (B, C) is the class."""
     tokens = [condition[:, None] + params["start"]] if 0 in places else []  # (B, len_0, C)
     if places[-1] > 0:
-        count = sum(params["positions"][i].shape[:2].numel() for i in places if i > 0)
+        sizes = [scales(params)[i] for i in places if i > 0]
+        count = sum(h * w for h, w in sizes)
         _expect("inputs", inputs, (len(condition), count, params["input"]["weight"].shape[1]))
         if branch == "masked":
-            tokens.append(apply_mask(params, inputs, own_inputs, mask))
+            tokens.append(apply_mask(params, inputs, own_inputs, mask, sizes))
         else:
-            tokens.append(linear(inputs, **params["input"]))
+            tokens.append(by_scale(inputs, sizes, **params["input"]))
 
     rows = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in places]
     return torch.cat(tokens, 1) + torch.cat(rows)
 
 
-def block(x, condition, attend, gates, modulation, attention, mlp):
+def block(x, condition, attend, look_around, gates, modulation, attention, mlp, depthwise=None):
     """x (B, n, C) after attention and MLP, each modulated by condition (B, C).
 
-    attend(query, key, value), each (B, heads, n, head_dim). gates (B, 2) scale the two updates.
+    attend(query, key, value), each (B, heads, n, head_dim); look_around(x, **depthwise), which
+    published blocks lack. gates (B, 2) scale the two updates.
     """
+    if depthwise is not None:  # what is near matters most (UniFormer, Li et al. 2022)
+        x = x + look_around(x, **depthwise)
+
     six = linear(F.silu(condition), **modulation).unflatten(1, (6, 1, -1))  # (B, 6, 1, C)
     gammas, rest = six.split([2, 4], 1)  # the published order
     if gates is not None:
@@ -200,6 +213,23 @@ def modulate(x, scale, shift):
     """Layer norm without weights of its own, scaled and shifted by the class, in their dtype."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype)
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def by_scale(x, sizes, weight, bias):
+    """(B, n, C) of x (B, n, C'): each scale's map by itself through a convolution.
+
+    weight (C, C' / groups, 3, 3), or, as published, (C, C'), which sees no neighbours.
+    """
+    if weight.ndim == 2:
+        return linear(x, weight, bias)
+    groups = x.shape[-1] // weight.shape[1]
+    rows = []
+    for part, size in zip(x.to(weight.dtype).split([h * w for h, w in sizes], 1), sizes):
+        maps = part.unflatten(1, size).permute(0, 3, 1, 2)  # (B, C', h, w)
+        maps = maps.contiguous(memory_format=torch.channels_last)
+        maps = F.conv2d(maps, weight, bias, padding="same", groups=groups)
+        rows.append(maps.permute(0, 2, 3, 1).flatten(1, 2))  # (B, h w, C)
+    return torch.cat(rows, 1)
 
 
 def linear(x, weight, bias):
@@ -317,12 +347,14 @@ def init(
     width=None,
     heads=None,
     gamma=None,
+    convolutions=False,
     seed=0,
 ):
     """A new tree for next-scale prediction, fp32, as published; sizes follow from depth.
 
-    gamma scales the gates: 1e-3, 1e-4 from depth 24 on, 1e-5 from 30 on. On torch.device("meta")
-    nothing is allocated.
+    gamma scales the gates: 1e-3, 1e-4 from depth 24 on, 1e-5 from 30 on. convolutions: 3 x 3, of
+    the inputs and in each block, which published trees lack. On torch.device("meta") nothing is
+    allocated.
     """
     width = width or 64 * depth
     heads = heads or max(1, width // 64)
@@ -331,7 +363,7 @@ def init(
     normal = partial(_normal, width, torch.Generator().manual_seed(seed))
     affine = partial(_affine, normal)
 
-    return dict(
+    params = dict(
         classes=normal(classes + 1, width),
         start=normal(scales[0][0] * scales[0][1], width),
         levels=normal(len(scales), width),
@@ -342,6 +374,11 @@ def init(
             blocks=[], modulation=affine(width, 2 * width, 0.5), head=affine(width, codes, 0.02)
         ),
     )
+    if convolutions:
+        params["input"]["weight"] = normal(width, code_dim, 3, 3)
+        for tree in params["trunk"]:
+            tree["depthwise"] = dict(weight=normal(width, 1, 3, 3), bias=torch.zeros(width))
+    return params
 
 
 def _normal(width, generator, *shape):

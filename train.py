@@ -54,7 +54,7 @@ CLIP = 1.0  # largest gradient norm
 BETAS = (0.9, 0.95)  # AdamW's
 MOMENTUM = 0.95  # Muon's
 NOT_FOR_MUON = (  # what faces other than features, and modulation
-    "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
+    "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation|depthwise"
 )
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
@@ -90,7 +90,7 @@ def dial(depth, size, images):
 
     # images as the parameters, which grow by depth^3 (Hoffmann et al. 2022), fewer of larger ones,
     # since each has more tokens; no folder is worth more than so many epochs
-    seen = min(36_800 * larger**3 * math.sqrt(32 / size), 200 * images)
+    seen = min(30_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
     seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "The dial"
 
@@ -110,7 +110,8 @@ def dial(depth, size, images):
     )
     return dict(
         codec=codec,
-        transformer=dict(depth=depth, gamma=None if is_large else 0.1),  # the width is 64 depth
+        # the width is 64 depth; convolutions: RESULTS, "Neighbours"
+        transformer=dict(depth=depth, gamma=None if is_large else 0.1, convolutions=not is_large),
         masked_blocks=(depth + 1) // 2,
         loss_weights="lognormal" if is_large else "token",
         batch=batch,

@@ -459,7 +459,7 @@ def cost(params, checkpointing=False):
     branch = "masked" if "masked" in params else "next_scale"
     lengths = tokenizer.lengths(hmar.scales(params))
     later = sum(lengths[1:])
-    width, code_dim = params["input"]["weight"].shape
+    width, code_dim = params["input"]["weight"].shape[:2]
     kernels = mock.patch.object(attention_kernels, "INTERPRETED", True)  # not the CPU's path
     with FakeTensorMode(), kernels:
         params, trained = staged(pytree.tree_map(lambda leaf: torch.empty(leaf.shape), params))

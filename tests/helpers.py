@@ -118,6 +118,7 @@ def tree(
     depth=2,
     masked=1,
     own_input=True,
+    convolutions=False,
     heads=2,
     classes=3,
     codes=5,
@@ -130,7 +131,8 @@ def tree(
     random: float64, leaves far from their initial values, temperatures around their limit.
     """
     sizes = dict(depth=depth, classes=classes, codes=codes, code_dim=code_dim, heads=heads)
-    params = hmar.init(**sizes, width=16 * heads, scales=scales, seed=seed)
+    sizes |= dict(width=16 * heads, scales=scales, convolutions=convolutions)
+    params = hmar.init(**sizes, seed=seed)
     if masked:
         params = hmar.add_masked_branch(params, masked, own_input)
     if not random:

@@ -36,6 +36,7 @@ import hmar
 
 seeds = st.integers(0, 999)
 SCALES = ((1, 1), (2, 2), (2, 3))
+KINDS = dict(own_input=False), {}, dict(convolutions=True)  # as published, ours, those we train
 
 
 # ---- densely, one image and one head at a time; x (L, C) has a row a token
@@ -63,7 +64,24 @@ def slow_attention(x, visible, qkv, q_bias, v_bias, log_temperature, project):
     return slow_linear(torch.cat(out, 1), **project)
 
 
-def slow_block(x, condition, visible, modulation, attention, mlp):
+def slow_convolution(x, scales, weight, bias=0):
+    """x (n, C'): of each position, the nine around it in its scale, zeros beyond the edge."""
+    if weight.ndim == 2:
+        return slow_linear(x, weight, bias)
+    if weight.shape[1] < x.shape[1]:  # depthwise: no channel sees another
+        weight = weight * torch.eye(len(weight))[:, :, None, None]
+    rows = []
+    for own, size in zip(x.split(lengths(scales)), scales):
+        padded = F.pad(own.view(*size, -1), (0, 0, 1, 1, 1, 1))
+        for y, z in np.ndindex(size):
+            around = padded[y : y + 3, z : z + 3]  # (3, 3, C')
+            rows.append(torch.einsum("oiyz,yzi->o", weight, around) + bias)
+    return torch.stack(rows) if rows else x.new_zeros(0, len(weight))
+
+
+def slow_block(x, scales, condition, visible, modulation, attention, mlp, depthwise=None):
+    if depthwise:
+        x = x + slow_convolution(x, scales, **depthwise)
     six = slow_linear(F.silu(condition), **modulation)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.chunk(6)
     x = x + gamma1 * slow_attention(slow_norm(x, scale1, shift1), visible, **attention)
@@ -74,19 +92,23 @@ def slow_block(x, condition, visible, modulation, attention, mlp):
 def slow_logits(params, label, inputs, is_causal=False, own_inputs=None, hidden=None):
     """Logits (L, codes) of one image; with own_inputs those of the masked branch."""
     branch = params["next_scale" if own_inputs is None else "masked"]
-    later = slow_linear(inputs, **params["input"])
+    scales = hmar.scales(params)
+    later = slow_convolution(inputs, scales[1:], **params["input"])
     if own_inputs is not None:
-        own = own_inputs @ branch.get("own_input", params["input"]["weight"]).T
-        own[hidden] = branch["mask_embedding"]
+        weight = branch.get("own_input", params["input"]["weight"])
+        own = slow_convolution(own_inputs, scales[1:], weight)
+        if weight.ndim == 2:
+            own[hidden] = 0
+        own[hidden] += branch["mask_embedding"]
         later = later + own
     condition = params["classes"][label]
     x = torch.cat([condition + params["start"], later])
     x = x + torch.cat([grid.flatten(0, 1) for grid in params["positions"]])
-    x = x + params["levels"][scale_of_tokens(hmar.scales(params))]
+    x = x + params["levels"][scale_of_tokens(scales)]
 
-    visible = visibility(hmar.scales(params), is_causal)
+    visible = visibility(scales, is_causal)
     for block in params["trunk"] + branch["blocks"]:
-        x = slow_block(x, condition, visible, **block)
+        x = slow_block(x, scales, condition, visible, **block)
     scale, shift = slow_linear(F.silu(condition), **branch["modulation"]).chunk(2)
     return slow_linear(slow_norm(x, scale, shift), **branch["head"])
 
@@ -96,13 +118,12 @@ def slow_logits(params, label, inputs, is_causal=False, own_inputs=None, hidden=
     st.integers(1, 3),
     st.integers(0, 3),
     st.integers(1, 2),
-    st.booleans(),
+    st.sampled_from(KINDS),
     st.booleans(),
     seeds,
 )
-def test_logits_equal_plain_matrices(scales, depth, masked, heads, own_input, is_causal, seed):
-    options = dict(depth=depth, masked=min(masked, depth), own_input=own_input, heads=heads)
-    params = tree(scales, **options, seed=seed)
+def test_logits_equal_plain_matrices(scales, depth, masked, heads, kind, is_causal, seed):
+    params = tree(scales, depth=depth, masked=min(masked, depth), heads=heads, **kind, seed=seed)
     labels, inputs, own, mask = arguments(params, 2, seed)
     ours = hmar.next_scale_logits(params, labels, inputs, is_causal)
     one = seed % 2  # of two images
@@ -116,9 +137,9 @@ def test_logits_equal_plain_matrices(scales, depth, masked, heads, own_input, is
 # ---- properties
 
 
-@given(pyramids(), st.booleans(), st.integers(1, 3), seeds)
-def test_one_scale_alone_is_a_part_of_the_whole(scales, own_input, batch, seed):
-    params = tree(scales, own_input=own_input, seed=seed)
+@given(pyramids(), st.sampled_from(KINDS), st.integers(1, 3), seeds)
+def test_one_scale_alone_is_a_part_of_the_whole(scales, kind, batch, seed):
+    params = tree(scales, **kind, seed=seed)
     labels, *given = arguments(params, batch, seed)
 
     def logits(branch, *given, **options):
@@ -142,9 +163,9 @@ def test_one_scale_alone_is_a_part_of_the_whole(scales, own_input, batch, seed):
         close(logits("masked", *part, k=k), masked[:, own])
 
 
-@given(pyramids(), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 40), seeds)
-def test_losses_are_cross_entropies(scales, is_causal, checkpointing, own_input, rows, seed):
-    params = tree(scales, own_input=own_input, seed=seed)
+@given(pyramids(), st.booleans(), st.booleans(), st.sampled_from(KINDS), st.integers(1, 40), seeds)
+def test_losses_are_cross_entropies(scales, is_causal, checkpointing, kind, rows, seed):
+    params = tree(scales, **kind, seed=seed)
     leaves = [leaf.requires_grad_() for leaf in pytree.tree_leaves(params)]
     labels, inputs, own, mask = arguments(params, 2, seed)
     tokens = random_tokens(2, scales, 5, seed)

@@ -48,7 +48,7 @@ def tiny_dial(depth, size, images, steps=12, **changes):
     steps, lr = (dict.fromkeys(train.STAGES, value) for value in (steps, 4e-3))
     return dict(
         codec=TINY | changes,
-        transformer=dict(depth=1, gamma=0.1),
+        transformer=dict(depth=1, gamma=0.1, convolutions=True),
         masked_blocks=1,
         loss_weights="token",
         batch=4,
@@ -579,6 +579,7 @@ def test_the_dial_grows_by_its_laws():
             assert small["lr"][stage] > large["lr"][stage]
             assert small["steps"][stage] * small["batch"] < large["steps"][stage] * large["batch"]
     assert [dials[15]["codec"][name] for name in ("codes", "code_dim")] == [4096, 32]
+    assert [dial["transformer"]["convolutions"] for dial in dials] == 7 * [True] + 23 * [False]
     few = DIAL(8, 32, 190)
     assert few["steps"]["next-scale"] * few["batch"] < 201 * 190  # epochs
     for size, cell in ((16, 4), (64, 4), (96, 8), (128, 8), (256, 16), (1024, 16)):
