@@ -18,6 +18,7 @@ Sources: VAR (Tian et al. 2024); HMAR (Kumbong et al. 2025); VQGAN's convnet (Es
 """
 
 import itertools
+import math
 from functools import partial
 
 import torch
@@ -189,6 +190,7 @@ def unclamped(codec, f_hat):
 
 def encoder(x, conv_in, down, middle, norm_out, conv_out):
     """Images (B, 3, H, W) -> (B, code_dim, h, w): levels that halve the sides, then the middle."""
+    x = F.pixel_unshuffle(x, folded(conv_in["weight"].shape[1]))  # squares of pixels as channels
     x = convolution(x, **conv_in)
     for weights in [*down, middle]:
         x = level(x, **weights)
@@ -200,7 +202,13 @@ def decoder(x, conv_in, middle, up, norm_out, conv_out):
     x = convolution(x, **conv_in)
     for weights in [middle, *up]:
         x = level(x, **weights)
-    return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
+    x = convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
+    return F.pixel_shuffle(x, folded(x.shape[1]))
+
+
+def folded(channels):
+    """The side of the squares of pixels that so many channels hold, of three colours each."""
+    return math.isqrt(channels // 3)
 
 
 def level(x, blocks, attentions=(), downsample=None, upsample=None):
@@ -302,13 +310,14 @@ def init(
     multipliers=(1, 1, 2, 2, 4),
     residual_blocks=2,
     attention=True,
+    fold=1,
     seed=0,
 ):
     """A new codec, fp32; the defaults are the published sizes, with 108,948,355 parameters.
 
     A level has channels (a multiple of 32) * multiplier channels and halves the sides, but for the
     last. The decoder has one residual block a level more than the encoder; with attention, one
-    follows each of the deepest level.
+    follows each of the deepest level. fold: the side of the squares of pixels that are channels.
     """
     generator = torch.Generator().manual_seed(seed)
     conv = partial(_new_convolution, generator)
@@ -319,7 +328,7 @@ def init(
 
     return dict(
         encoder=dict(
-            conv_in=conv(3, channels),
+            conv_in=conv(3 * fold**2, channels),
             down=_new_levels(conv, channels, levels, residual_blocks, "downsample"),
             middle=_new_level(conv, deepest, deepest, 2, int(attention)),
             norm_out=_new_norm(deepest),
@@ -335,7 +344,7 @@ def init(
             middle=_new_level(conv, deepest, deepest, 2, int(attention)),
             up=_new_levels(conv, deepest, levels[::-1], residual_blocks + 1, "upsample"),
             norm_out=_new_norm(widths[0]),
-            conv_out=conv(widths[0], 3),
+            conv_out=conv(widths[0], 3 * fold**2),
         ),
     )
 
@@ -386,8 +395,9 @@ def cast(codec, dtype):
 
 
 def downsampling(codec):
-    """Image pixels per side of a latent position, 2 ** (levels - 1)."""
-    return 2 ** (len(codec["encoder"]["down"]) - 1)
+    """Image pixels per side of a latent position, fold * 2 ** (levels - 1)."""
+    down, weight = codec["encoder"]["down"], codec["encoder"]["conv_in"]["weight"]
+    return folded(weight.shape[1]) * 2 ** (len(down) - 1)
 
 
 # ---- checks

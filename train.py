@@ -92,7 +92,8 @@ def dial(depth, size, images):
     # since each has more tokens; no folder is worth more than so many epochs
     seen = min(30_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
-    seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "The dial"
+    fold = 2 if size >= 48 and not is_large else 1  # full resolution costs most; RESULTS, "Folding"
+    seen_by = {"tokenizer": 0.75 if fold > 1 else 0.4375, "next-scale": 1, "masked": 1 / 11}
 
     # deeper wants less, a larger batch more (HyperP 2603.28743)
     rate = 4e-3 * larger**-0.7
@@ -100,11 +101,15 @@ def dial(depth, size, images):
 
     # pixels a side of a cell: 4, or more where that left over 16 cells
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))
+    multipliers = {4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[cell]
+    if fold > 1:  # no finest level, the others as wide as they were or wider
+        multipliers = tuple(max(1, width // fold) for width in multipliers[1:])
     codec = dict(
         codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(larger))),  # 256 to the published ones
         code_dim=32 if is_large else 16,
-        channels=max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
-        multipliers={4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[cell],
+        channels=fold * max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
+        multipliers=multipliers,
+        fold=fold,
         residual_blocks=2 if is_large else 1,
         attention=is_large,
     )
@@ -1153,7 +1158,7 @@ def resolved(args, device, given, images):
     if args.causal:
         args.stages = [stage for stage in args.stages if stage != "masked"]
 
-    cell = 2 ** (len(args.codec["multipliers"]) - 1)
+    cell = args.codec.get("fold", 1) * 2 ** (len(args.codec["multipliers"]) - 1)
     codec = given.get("codec", given.get("tokenizer"))
     if codec is not None:  # it has sizes of its own
         args.codec = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
