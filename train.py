@@ -94,14 +94,12 @@ def dial(depth, size, images):
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
     seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "The dial"
 
-    # full resolution costs most: folded, the tokenizer sees more in less time (RESULTS, "Folding")
-    fold = 2 if size >= 48 and not is_large else 1
-    if fold > 1:
-        seen_by = {"tokenizer": 0.6115, "next-scale": 0.815, "masked": 0.0743}
-
     # deeper wants less, a larger batch more (HyperP 2603.28743)
     rate = 4e-3 * larger**-0.7
     rates = {"tokenizer": rate, "next-scale": rate, "masked": rate / 4}
+
+    # squares of pixels become channels, since full resolution costs most (RESULTS, "Folding")
+    fold = 2 if size >= 48 and not is_large else 1
 
     # pixels a side of a cell: 4, or more where that left over 16 cells
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))
