@@ -116,6 +116,7 @@ def dial(depth, size, images):
         attention=is_large,
     )
     return dict(
+        cell=cell,
         codec=codec,
         # the width is 64 depth; convolutions: RESULTS, "Neighbours"
         transformer=dict(depth=depth, gamma=None if is_large else 0.1, convolutions=not is_large),
@@ -1160,12 +1161,11 @@ def resolved(args, device, given, images):
     if args.causal:
         args.stages = [stage for stage in args.stages if stage != "masked"]
 
-    cell = args.codec.get("fold", 1) * 2 ** (len(args.codec["multipliers"]) - 1)
     codec = given.get("codec", given.get("tokenizer"))
     if codec is not None:  # it has sizes of its own
         args.codec = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
-        cell = tokenizer.downsampling(codec)
-    args.scales = fitting_scales(args, cell)
+        args.cell = tokenizer.downsampling(codec)
+    args.scales = fitting_scales(args)
     if args.batch < world():
         raise ValueError(f"--batch: got {args.batch} images, fewer than the {world()} processes")
     if images < world():
@@ -1242,15 +1242,15 @@ def check_flags(args):
         raise ValueError("--flip: drawings are not mirrored; expected with --data")
 
 
-def fitting_scales(args, cell):
+def fitting_scales(args):
     """--scales, or default ones, for a tokenizer whose cells have so many pixels a side."""
-    side = args.size // cell
-    if args.size % cell:
-        raise ValueError(f"--size: got {args.size}, expected a multiple of {cell}")
+    side = args.size // args.cell
+    if args.size % args.cell:
+        raise ValueError(f"--size: got {args.size}, expected a multiple of {args.cell}")
     scales = tuple(args.scales or default_scales(args.size, side))
     tokenizer.check_scales(scales)
     if scales[-1] != (side, side) or len(scales) == 1:
-        expected = f"two or more, the last {side}, {args.size} pixels / {cell}"
+        expected = f"two or more, the last {side}, {args.size} pixels / {args.cell}"
         raise ValueError(f"--scales: got {scales}, expected {expected}")
     return scales
 

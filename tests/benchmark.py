@@ -544,10 +544,10 @@ def print_costs(depths):
         size = 64 if depth < 8 else 256
         dial = train.dial(depth, size, images)
         codec, batch = dial["codec"], dial["batch"]
-        scales = train.default_scales(size, size // 2 ** (len(codec["multipliers"]) - 1))
+        scales = train.default_scales(size, size // dial["cell"])
         shapes = dict(codes=codec["codes"], code_dim=codec["code_dim"], scales=scales)
         with torch.device("meta"):
-            params = hmar.init(depth=depth, **shapes)
+            params = hmar.init(**dial["transformer"], **shapes)
             masked = hmar.add_masked_branch(params, dial["masked_blocks"])
         stages = [tokenizer_cost(size, scales, **codec), cost(params), cost(masked)]
         for stage, (name, steps) in zip(stages, dial["steps"].items()):

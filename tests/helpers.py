@@ -164,7 +164,7 @@ def asked_of_fit(
 ):
     """(tree, loss(tree, **batch), batches) that a stage of the trainer hands to its loop."""
     settings = train.dial(2, 32, 100) | dict(codec=CODEC_SIZES, batch=4, masked_blocks=2)
-    settings |= dict(loss_weights="scale", steps=1) | flags
+    settings |= dict(loss_weights="scale", steps=1, cell=2) | flags
     settings["steps"] = dict.fromkeys(train.STAGES, settings["steps"])
     args = train.parser().parse_args([])
     vars(args).update(scales=scales, size=2 * scales[-1][0])

@@ -47,6 +47,7 @@ def tiny_dial(depth, size, images, steps=12, **changes):
     """train.dial of a tiny model."""
     steps, lr = (dict.fromkeys(train.STAGES, value) for value in (steps, 4e-3))
     return dict(
+        cell=2,
         codec=TINY | changes,
         transformer=dict(depth=1, gamma=0.1, convolutions=True),
         masked_blocks=1,
