@@ -94,17 +94,19 @@ def dial(depth, size, images):
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
     seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "The dial"
 
+    # squares of pixels become channels, since full resolution costs most: the tokenizer sees more
+    fold = 2 if size >= 48 and not is_large else 1  # RESULTS, "Folding"
+    if fold > 1:
+        seen_by = {"tokenizer": 0.6115, "next-scale": 0.815, "masked": 0.0743}
+
     # deeper wants less, a larger batch more (HyperP 2603.28743)
     rate = 4e-3 * larger**-0.7
     rates = {"tokenizer": rate, "next-scale": rate, "masked": rate / 4}
 
-    # squares of pixels become channels, since full resolution costs most (RESULTS, "Folding")
-    fold = 2 if size >= 48 and not is_large else 1
-
     # pixels a side of a cell: 4, or more where that left over 16 cells
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))
     multipliers = {4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[cell]
-    if fold > 1:  # no finest level, the others as wide as they were or wider
+    if fold > 1:  # the finest level leaves
         multipliers = tuple(max(1, width // fold) for width in multipliers[1:])
     codec = dict(
         codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(larger))),  # 256 to the published ones
@@ -118,7 +120,7 @@ def dial(depth, size, images):
     return dict(
         cell=cell,
         codec=codec,
-        # the width is 64 depth; convolutions: RESULTS, "Neighbours"
+        # the width is 64 depth; RESULTS, "Neighbours"
         transformer=dict(depth=depth, gamma=None if is_large else 0.1, convolutions=not is_large),
         masked_blocks=(depth + 1) // 2,
         loss_weights="lognormal" if is_large else "token",
