@@ -65,10 +65,10 @@ def slow_attention(x, visible, qkv, q_bias, v_bias, log_temperature, project):
 
 
 def slow_convolution(x, scales, weight, bias=0):
-    """x (n, C'): of each position, the nine around it in its scale, zeros beyond the edge."""
+    """x (n, C'): of the nine around each in its scale."""
     if weight.ndim == 2:
         return slow_linear(x, weight, bias)
-    if weight.shape[1] < x.shape[1]:  # depthwise: no channel sees another
+    if weight.shape[1] < x.shape[1]:  # depthwise
         weight = weight * torch.eye(len(weight))[:, :, None, None]
     rows = []
     for own, size in zip(x.split(lengths(scales)), scales):

@@ -584,8 +584,10 @@ def test_the_dial_grows_by_its_laws():
     few = DIAL(8, 32, 190)
     assert few["steps"]["next-scale"] * few["batch"] < 201 * 190  # epochs
     for size, cell in ((16, 4), (64, 4), (96, 8), (128, 8), (256, 16), (1024, 16)):
-        codec = tokenizer.init(**DIAL(2, size, 100)["codec"])
+        sizes = DIAL(2, size, 100)["codec"]
+        codec = tokenizer.init(**sizes)
         assert tokenizer.downsampling(codec) == cell
+        assert sizes["fold"] == 1 + (size > 32)
         tokenizer.check(codec)
 
 
