@@ -82,8 +82,7 @@ FLAGS = ("size", "depth", "flip", "seed", "dtype", "compile", "causal", "scales"
 def dial(depth, size, images):
     """{setting: value} that --depth and --size decide, for so many images to train on.
 
-    Measured at depth 2, run once at 3 (RESULTS, "The dial"); beyond it the laws are extrapolated,
-    to meet the published transformer at depth 16.
+    Measured at depth 2 (RESULTS, "The dial"); extrapolated to meet the published one at 16.
     """
     larger = depth / DEPTH
     is_large = depth >= 8  # from here on the published sizes
