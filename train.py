@@ -54,7 +54,8 @@ CLIP = 1.0  # largest gradient norm
 BETAS = (0.9, 0.95)  # AdamW's
 MOMENTUM = 0.95  # Muon's
 NOT_FOR_MUON = (  # what faces other than features, and modulation
-    "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation|depthwise"
+    "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
+    "|depthwise"
 )
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
@@ -85,7 +86,7 @@ def dial(depth, size, images):
     Measured at depth 2 (RESULTS, "The dial"); extrapolated to meet the published one at 16.
     """
     larger = depth / DEPTH
-    is_large = depth >= 8  # from here on the published sizes
+    is_large = depth >= 8  # the published sizes, no convolutions (RESULTS, "Neighbours")
 
     # images as the parameters, which grow by depth^3 (Hoffmann et al. 2022), fewer of larger ones,
     # since each has more tokens; no folder is worth more than so many epochs
@@ -93,10 +94,11 @@ def dial(depth, size, images):
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
     seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "The dial"
 
-    # squares of pixels become channels, since full resolution costs most: the tokenizer sees more
-    fold = 2 if size >= 48 and not is_large else 1  # RESULTS, "Folding"
-    if fold > 1:
-        seen_by = {"tokenizer": 0.6115, "next-scale": 0.815, "masked": 0.0743}
+    # squares of pixels become channels: full resolution costs most (RESULTS, "Folding")
+    fold = 2 if size >= 48 and not is_large else 1
+    if fold > 1:  # with the seconds that this saves the tokenizer sees more
+        seen *= 0.815
+        seen_by["tokenizer"] = 0.75
 
     # deeper wants less, a larger batch more (HyperP 2603.28743)
     rate = 4e-3 * larger**-0.7
@@ -119,7 +121,6 @@ def dial(depth, size, images):
     return dict(
         cell=cell,
         codec=codec,
-        # the width is 64 depth; RESULTS, "Neighbours"
         transformer=dict(depth=depth, gamma=None if is_large else 0.1, convolutions=not is_large),
         masked_blocks=(depth + 1) // 2,
         loss_weights="lognormal" if is_large else "token",
