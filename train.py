@@ -53,8 +53,10 @@ MEMORY = 0.25  # share of the steps over which the moving average of the weights
 CLIP = 1.0  # largest gradient norm
 BETAS = (0.9, 0.95)  # AdamW's
 MOMENTUM = 0.95  # Muon's
-# embeddings, codes, heads, inputs (2: as a matrix), modulation; depthwise ones are no matrices
-NOT_FOR_MUON = "classes|start|levels|positions|codebook|head|input.*2$|modulation|depthwise"
+NOT_FOR_MUON = (  # what faces other than features, and modulation
+    "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
+    "|depthwise"
+)
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps; then codes that nobody chose are replaced,
@@ -88,8 +90,8 @@ def dial(depth, size, images):
 
     # images as the parameters, which grow by depth^3 (Hoffmann et al. 2022), fewer of larger ones,
     # since each has more tokens; no folder is worth more than so many epochs
-    seen = min(32_000 * larger**3 * math.sqrt(32 / size), 200 * images)
-    batch = 8 * max(1, round(larger ** (5 / 3)))  # some seen^.5 (McCandlish 2018); "The batch"
+    seen = min(36_800 * larger**3 * math.sqrt(32 / size), 200 * images)
+    batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
     seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "The dial"
 
     # squares of pixels become channels: full resolution costs most (RESULTS, "Folding")
@@ -225,7 +227,7 @@ class Optimizer:
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
             if not isinstance(leaf, torch.nn.Parameter):
                 continue
-            if leaf.ndim < 2 or re.search(NOT_FOR_MUON, f"{pytree.keystr(path)} {leaf.ndim}"):
+            if leaf.ndim < 2 or re.search(NOT_FOR_MUON, pytree.keystr(path)):
                 others.append(leaf)
             else:
                 self.groups.setdefault(leaf.shape, []).append(leaf)
