@@ -78,7 +78,7 @@ def apply_mask(params, inputs, own_inputs, mask, sizes):
     branch = params["masked"]
     weight = branch["own_input"] if is_ours(params) else params["input"]["weight"]
     visible = by_scale(own_inputs, sizes, weight, bias=None)
-    if weight.ndim == 2:  # of a hidden token it says nothing, a convolution what is visible nearby
+    if weight.ndim == 2:  # a matrix says nothing of hidden tokens, a convolution what is near
         visible = visible.masked_fill(mask[..., None], 0)
     visible = visible + mask[..., None] * branch["mask_embedding"]
     return by_scale(inputs, sizes, **params["input"]) + visible
