@@ -89,14 +89,14 @@ def steps(
 
     The defaults measured best for models of our own; `published_options` has those of others.
     labels: (B,) int64. schedule: for each scale the tokens kept at each pass, or how many masked
-    passes a scale has; None: two. guidance, mask_guidance: of next-scale and masked passes, at the
+    passes a scale has; None: one. guidance, mask_guidance: of next-scale and masked passes, at the
     last scale; 0: off, and without is_causal at half the cost. soften: nats a token at which
     guidance is halved, 0: never. temperature divides the logits, 0 or less: arg max; then top_k
     codes stay, 0 or less: all; then top_p of the probability. Image i draws the numbers of seed + i
     or of seed[i]. is_causal: the tree is VAR's, which keeps keys and values. known: of `edit`.
     """
     if schedule is None:
-        schedule = 2 if "masked" in params else 0
+        schedule = 1 if "masked" in params else 0
     if isinstance(schedule, int):
         schedule = masked_schedule(hmar.scales(params), schedule)
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
@@ -517,7 +517,7 @@ def parser():
     add("--temperature", type=float, help="0 or less: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
-    add("--mask-steps", type=int, dest="schedule", metavar="N", help="masked passes a scale (2)")
+    add("--mask-steps", type=int, dest="schedule", metavar="N", help="masked passes a scale (1)")
     add("--edit", type=Path, help="image to repaint, cropped to the model's shape")
     either = top.add_mutually_exclusive_group().add_argument
     either("--mask", type=Path, help="image, white: repaint; any size")
