@@ -169,8 +169,8 @@ def classifier_free_guidance(params, labels, strengths, soften, cache, branch, k
     """Logits (B, n_k, codes) of scale k from a branch of hmar and what it is fed, guided by t.
 
     (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6), t rising from 0 at the
-    first scale to strengths[branch]. With soften, t shrinks by 1 + D / soften, D the divergence of
-    the two in nats a token: what a class says is amplified where it says little, not exaggerated
+    first scale to strengths[branch]. With soften, t shrinks by 1 + (D / soften)^2, D the divergence
+    of the two in nats a token: what a class says is amplified where it says little, not exaggerated
     where it says all.
     """
     predict = partial(hmar.branch_features, params, branch, k=k, cache=cache)
@@ -191,7 +191,7 @@ def classifier_free_guidance(params, labels, strengths, soften, cache, branch, k
     conditional, unconditional = head(features).chunk(2)
     log_p, log_q = conditional.log_softmax(-1), unconditional.log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)  # (B,)
-    t = t / (1 + divergence.clamp(min=0)[:, None, None] / soften)
+    t = t / (1 + (divergence[:, None, None] / soften) ** 2)
     return (1 + t) * conditional - t * unconditional
 
 

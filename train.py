@@ -53,10 +53,8 @@ MEMORY = 0.25  # share of the steps over which the moving average of the weights
 CLIP = 1.0  # largest gradient norm
 BETAS = (0.9, 0.95)  # AdamW's
 MOMENTUM = 0.95  # Muon's
-NOT_FOR_MUON = (  # what faces other than features, and modulation
-    "classes|start|levels|positions|codebook|phi|quant_conv|conv_in|conv_out|head|input|modulation"
-    "|depthwise"
-)
+# embeddings, codes, what faces them, modulation
+NOT_FOR_MUON = "classes|start|levels|positions|codebook|head|modulation|depthwise"
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps; then codes that nobody chose are replaced,
@@ -97,15 +95,15 @@ def dial(depth, size, images):
     # squares of pixels become channels: full resolution costs most (RESULTS, "Folding")
     fold = 2 if size >= 48 and not is_large else 1
     if fold > 1:  # with the seconds that this saves the tokenizer sees more
-        seen *= 0.815
+        seen *= 0.71
         seen_by["tokenizer"] = 0.75
+        batch //= 2  # of twice the tokens each
 
     # deeper wants less, a larger batch more (HyperP 2603.28743)
     rate = 4e-3 * larger**-0.7
     rates = {"tokenizer": rate, "next-scale": rate, "masked": rate / 4}
 
-    # pixels a side of a cell: 4, or more where that left over 16 cells
-    cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))
+    cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # pixels a side: to 256, at most 16 cells
     multipliers = {4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[cell]
     if fold > 1:  # the finest level leaves
         multipliers = tuple(max(1, width // fold) for width in multipliers[1:])
@@ -203,6 +201,7 @@ def optimise(call, parts, leaves, optimizer, rate):
 
     norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
     optimizer.step(rate)
+    call.zero_grad()
     numbers, needs = zip(*reports)
     return numbers, needs, norm
 
@@ -227,7 +226,9 @@ class Optimizer:
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
             if not isinstance(leaf, torch.nn.Parameter):
                 continue
-            if leaf.ndim < 2 or re.search(NOT_FOR_MUON, pytree.keystr(path)):
+            name = pytree.keystr(path)
+            embeds_codes = leaf.ndim == 2 and "input" in name  # as published
+            if leaf.ndim < 2 or embeds_codes or re.search(NOT_FOR_MUON, name):
                 others.append(leaf)
             else:
                 self.groups.setdefault(leaf.shape, []).append(leaf)
@@ -242,25 +243,25 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, rate):
-        """Muon: momentum, Nesterov's step, orthogonal; scaled to AdamW's root mean square of .2."""
+        """Muon's, with Nesterov's momentum; then AdamW's."""
         for (shape, leaves), momentum in zip(self.groups.items(), self.momenta):
+            for leaf in leaves:
+                if leaf.grad is None:  # a phi that serves no scale
+                    leaf.grad = torch.zeros_like(leaf)
             gradients = [leaf.grad.flatten(1) for leaf in leaves]  # (rows, columns) each
             torch._foreach_lerp_(momentum.unbind(), gradients, 1 - MOMENTUM)
-            torch._foreach_lerp_(gradients, momentum.unbind(), MOMENTUM)  # Nesterov's look ahead
+            torch._foreach_lerp_(gradients, momentum.unbind(), MOMENTUM)
 
-            # each process takes its share of them
             updates = orthogonal(own_share(torch.stack(gradients)))
             updates = gathered(updates, len(leaves)).float().view(-1, *shape)
 
-            size = 0.2 * math.sqrt(max(momentum.shape[1:]))  # orthogonal ones have 1 / sqrt(max)
+            # AdamW's have a root mean square of some .2, orthogonal ones 1 / sqrt(max)
+            size = 0.2 * math.sqrt(max(momentum.shape[1:]))
             torch._foreach_mul_(leaves, 1 - rate * self.decay)
             torch._foreach_sub_(leaves, updates.unbind(), alpha=rate * size)
-            for leaf in leaves:
-                leaf.grad = None
 
         self.adamw.param_groups[0]["lr"] = rate
         self.adamw.step()
-        self.adamw.zero_grad()
 
     def forget(self, leaf, rows):
         """Sets the moments of some rows of a leaf to zero."""
@@ -724,8 +725,8 @@ def judge_transformer(args, stage, names, codec, labels, tokens, params):
 
     images = []
     classes = torch.arange(len(names), device=args.device).repeat_interleave(8)
-    for start in range(0, len(classes), sample.at_once(args.size**2)):
-        part = classes[start:][: sample.at_once(args.size**2)]
+    for start in range(0, len(classes), few):
+        part = classes[start:][:few]
         images.append(sample.generate(params, codec, part, seed=start, is_causal=args.causal)[0])
     write_sheet(args, stage, torch.cat(images).split(8), names)
 
@@ -1151,8 +1152,7 @@ def resolved(args, device, given, images):
     settings["batch"] = args.batch or settings["batch"]
     args = argparse.Namespace(**vars(args) | settings | dict(device=device))
     args.dtype = sample.find_dtype(args.dtype, device)
-    if args.workers is None:
-        args.workers = min(8, os.cpu_count())
+    args.workers = args.workers or min(8, os.cpu_count())
     if args.out is None:
         args.out = os.path.join("runs", os.path.basename(os.path.abspath(args.data or "shapes")))
     if args.data and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):

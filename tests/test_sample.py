@@ -129,7 +129,7 @@ def slow_steps(predict, params, codec, label, seed, options, known=None):
             if options["soften"]:
                 p, q = (logits.softmax(-1) for logits in both)
                 divergence = (p * (p / q).log()).sum() / (h * w)
-                t = t / (1 + divergence / options["soften"])
+                t = t / (1 + (divergence / options["soften"]) ** 2)
             heat = options["temperature"]
             logits = ((1 + t) * both[0] - t * both[1] + seen) / (heat or 1)
 
