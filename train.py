@@ -103,7 +103,7 @@ def dial(depth, size, images):
     rate = 4e-3 * larger**-0.7
     rates = {"tokenizer": rate, "next-scale": rate, "masked": rate / 4}
 
-    cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # 4 pixels, above 64 a 16th
+    cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
     multipliers = {4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[cell]
     if fold > 1:  # the finest level leaves
         multipliers = tuple(max(1, width // fold) for width in multipliers[1:])

@@ -97,7 +97,7 @@ def fit(model, pixels, labels, seconds):
     average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(EMA))
     batches, step, left, start = [], 0, 1.0, time.process_time()
     while left > 0:
-        if not batches:  # an epoch begins
+        if not batches:
             batches += torch.randperm(len(pixels)).split(BATCH)
         rows = batches.pop()
         images = pixels[rows] / 127.5 - 1
@@ -111,6 +111,7 @@ def fit(model, pixels, labels, seconds):
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP)
         step += 1
         optimizer.step(RATE * min(1, step / WARMUP, left / COOL_DOWN))
+        model.zero_grad()
         if left < COOL_DOWN:
             average.update_parameters(model)
         left = 1 - (time.process_time() - start) / seconds
