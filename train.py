@@ -53,7 +53,7 @@ MEMORY = 0.25  # share of the steps over which the moving average of the weights
 CLIP = 1.0  # largest gradient norm
 BETAS = (0.9, 0.95)  # AdamW's
 MOMENTUM = 0.95  # Muon's
-# embeddings, codes, what faces them, modulation
+# embeddings, codes, what faces them, modulation, single channels
 NOT_FOR_MUON = "classes|start|levels|positions|codebook|head|modulation|depthwise"
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
 DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
@@ -97,7 +97,7 @@ def dial(depth, size, images):
     if fold > 1:  # with the seconds that this saves the tokenizer sees more
         seen *= 0.71
         seen_by["tokenizer"] = 0.75
-        batch //= 2  # of twice the tokens each
+        batch //= 2  # measured at 64, where an image has twice the tokens
 
     # deeper wants less, a larger batch more (HyperP 2603.28743)
     rate = 4e-3 * larger**-0.7
@@ -213,7 +213,7 @@ def learning_rate(step, steps, peak):
 
 
 class Optimizer:
-    """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for everything else.
+    """Muon for matrices and convolutions (Jordan et al. 2024), AdamW for vectors and NOT_FOR_MUON.
 
     A convolution's weight is a matrix of its outputs. Those of one shape are stepped together,
     shared among the processes. Muon's steps are scaled to AdamW's size: one rate for both (Liu et
@@ -243,7 +243,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, rate):
-        """Muon's, with Nesterov's momentum; then AdamW's."""
+        """Muon's, which writes over gradients; then AdamW's."""
         for (shape, leaves), momentum in zip(self.groups.items(), self.momenta):
             for leaf in leaves:
                 if leaf.grad is None:  # a phi that serves no scale
