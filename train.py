@@ -243,7 +243,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, rate):
-        """Muon's, which writes over gradients; then AdamW's."""
+        """Muon's with Nesterov's momentum, in the gradients; AdamW's."""
         for (shape, leaves), momentum in zip(self.groups.items(), self.momenta):
             for leaf in leaves:
                 if leaf.grad is None:  # a phi that serves no scale
@@ -255,7 +255,7 @@ class Optimizer:
             updates = orthogonal(own_share(torch.stack(gradients)))
             updates = gathered(updates, len(leaves)).float().view(-1, *shape)
 
-            # AdamW's have a root mean square of some .2, orthogonal ones 1 / sqrt(max)
+            # AdamW's have a root mean square of .2, orthogonal ones 1 / sqrt(max)
             size = 0.2 * math.sqrt(max(momentum.shape[1:]))
             torch._foreach_mul_(leaves, 1 - rate * self.decay)
             torch._foreach_sub_(leaves, updates.unbind(), alpha=rate * size)
