@@ -55,6 +55,11 @@ def scales(params):
     return tuple(tuple(position.shape[:2]) for position in params["positions"])
 
 
+def depth(params):
+    """How many blocks a token passes through."""
+    return len(params["trunk"]) + len(params["next_scale"]["blocks"])
+
+
 def next_scale_logits(params, labels, inputs, is_causal=False):
     """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR)."""
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)

@@ -2,10 +2,8 @@
 
     images -> tokenizer stage -> tokens (N, views, L) -> next-scale stage -> masked stage
 
-The settings, then `fit`, the loop of all stages; then each stage, how it is judged, data, the
-command; run folders and processes come last. All randomness and the order of the data are functions
-of seed and step, so a killed run continues bit for bit though none of them is saved. No perceptual
-and no adversarial loss is trained.
+All randomness and the order of the data are functions of seed and step, so a killed run continues
+bit for bit though none of them is saved. No perceptual and no adversarial loss is trained.
 """
 
 import signal
@@ -646,7 +644,7 @@ def transformer_batch(args, stage, done, params, labels, all_tokens):
     labels = torch.tensor([labels[row] for row in rows]).masked_fill(is_dropped, null)
 
     frozen = len(params["trunk"]) if stage == "masked" else 0  # these blocks are never dropped
-    depth = len(params["trunk"]) + len(params["next_scale"]["blocks"])
+    depth = hmar.depth(params)
     uniform = torch.rand(args.batch, depth - frozen, 2, generator=generator)
     gates = hmar.stochastic_depth(uniform, min(0.5, DEPTH_DROP * depth / 24))
     gates = F.pad(gates, (0, 0, frozen, 0), value=1)
@@ -724,10 +722,11 @@ def judge_transformer(args, stage, names, codec, labels, tokens, params):
         sums += torch.stack([losses * counts, hits * counts, counts]).sum((1, 2))
 
     images = []
+    options = sample.own_options(params, args.causal)
     classes = torch.arange(len(names), device=args.device).repeat_interleave(8)
     for start in range(0, len(classes), few):
         part = classes[start:][:few]
-        images.append(sample.generate(params, codec, part, seed=start, is_causal=args.causal)[0])
+        images.append(sample.generate(params, codec, part, seed=start, **options)[0])
     write_sheet(args, stage, torch.cat(images).split(8), names)
 
     loss, hits, count = sums.tolist()
@@ -1142,8 +1141,7 @@ def load_given(args):
 def resolved(args, device, given, images):
     """The flags and what `dial` says beside them as one namespace."""
     if "next-scale" in given:
-        branch = given["next-scale"]["next_scale"]
-        args.depth = len(given["next-scale"]["trunk"] + branch["blocks"])
+        args.depth = hmar.depth(given["next-scale"])
     args.depth = args.depth or DEPTH
     settings = dial(args.depth, args.size, images)
     for name in ("steps", "lr"):  # one number for all stages

@@ -280,6 +280,16 @@ def test_published_trees_are_sampled_as_published(depth, guidance, top_k):
     assert sample.published_options(PLAIN | trunk, is_causal=True) == expected
 
 
+@pytest.mark.parametrize("depth, strength", [(1, 5), (2, 5), (3, 20 / 9), (9, 1.5)])
+def test_own_options_follow_depth_and_spare_coarse_scales(depth, strength):
+    positions = [torch.zeros(side, side, 1) for side in (1, 3, 4, 16)]
+    trunk = PARAMS["trunk"] * (depth - 1)  # a block is the branch's
+    options = sample.own_options(PARAMS | dict(trunk=trunk, positions=positions))
+    assert options["guidance"] == options["mask_guidance"] == strength
+    refined = [[2, 6, 8], [34, 94, 128]] if depth > 2 else [[5, 11], [75, 181]]
+    assert options["schedule"] == [[1], [9], *refined]
+
+
 # Editing
 
 
@@ -571,7 +581,8 @@ def test_flags_reach_the_sampler(run, tmp_path):
     assert_same(archived(tmp_path, run, *flags.split()), drawn([1, 1], **options))
 
     run = run_folder(tmp_path / "run", PLAIN, "next-scale.pt", flags=dict(causal=True))
-    images, _ = sample.generate(PLAIN, CODEC, torch.arange(3), is_causal=True)
+    options = sample.own_options(PLAIN, is_causal=True)
+    images, _ = sample.generate(PLAIN, CODEC, torch.arange(3), **options)
     assert_same(archived(tmp_path, run, "--count", 1), images)
 
 
@@ -600,13 +611,6 @@ def test_leaves_are_plain_once_loaded(tmp_path, whole):
     assert leaves_equal(loaded, whole) and origin == "ours"
     for leaf in pytree.tree_leaves(loaded):
         assert leaf.dtype == torch.float and leaf.is_contiguous()
-
-
-def test_a_decoder_that_overflows_is_refused():
-    bias = torch.full_like(CODEC["post_quant_conv"]["bias"], math.inf)
-    codec = CODEC | dict(post_quant_conv=CODEC["post_quant_conv"] | dict(bias=bias))
-    with pytest.raises(ValueError, match="images: got nan"):
-        sample.decode_in_parts(codec, torch.zeros(1, len(bias), 4, 4))
 
 
 BAD_INPUT = """

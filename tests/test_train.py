@@ -537,13 +537,6 @@ def test_processes_share_muon_to_the_last_bit(start, tmp_path):
     assert len({path.read_bytes() for path in tmp_path.glob("*/*.pt")}) == 1
 
 
-def test_processes_wait_two_hours(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with mock.patch.object(torch.distributed, "init_process_group") as init:
-        train.start_processes("cpu")
-    assert init.call_args.kwargs["timeout"].total_seconds() == 7200
-
-
 def watched(monkeypatch, module, name):
     """[(result, arguments, options), ...] of the calls of a function."""
     function, calls = getattr(module, name), []
@@ -781,8 +774,8 @@ def test_a_wrong_init_leaves_nothing(run, tmp_path, monkeypatch, refused):
     out, init, flags = tmp_path / "run", tmp_path / "a.pt", ["--steps", 1, "--lr", 1e-9, "--init"]
     save_params(init, codes=32)
     for wrong, said in (
-        (tmp_path / "missing.pt", "missing or no regular file"),
-        (tmp_path, "missing or no regular file"),
+        (tmp_path / "missing.pt", "FileNotFoundError"),
+        (tmp_path, "IsADirectoryError"),
         (init, "got (codes, code_dim) (32, 8), expected the tokenizer's (16, 8)"),
     ):
         assert said in refused(out, *flags, wrong)
