@@ -3,7 +3,8 @@
     images -> tokenizer stage -> tokens (N, views, L) -> next-scale stage -> masked stage
 
 All randomness and the order of the data are functions of seed and step, so a killed run continues
-bit for bit though none of them is saved. No perceptual and no adversarial loss is trained.
+bit for bit though none of them is saved. There is no adversarial loss, and no weights of others
+in the perceptual one (`learned_levels`).
 """
 
 import signal
@@ -60,6 +61,8 @@ REVIVE_UNTIL = 0.8  # of the stage: the last ones get time to settle
 COARSE_WEIGHT = 0.5  # of the squared error of coarse images (RESULTS, "The pyramid")
 EDGE_WEIGHT = 0.25  # of the error of edges, beside .5 of the absolute error
 TEXTURE_WEIGHT = 0.5  # of the error of texture (RESULTS, "Texture")
+PERCEPTUAL_WEIGHT = 0.08  # of the perceptual error (RESULTS, "Perceptual"), whose network
+LEVELS_STEPS = 400  # is learned in so many steps
 HUE_WEIGHT = 0.28  # of the share of the hues' variance that is lost (RESULTS, "Hues, tried")
 LOG_EVERY = 50  # steps
 JUDGED = 128  # held-out images at most that are looked at
@@ -92,14 +95,13 @@ def dial(depth, size, images):
 
     # squares of pixels become channels: full resolution costs most (RESULTS, "Folding")
     fold = 2 if size >= 48 and not is_large else 1
-    if fold > 1:  # with the seconds that this saves the tokenizer sees more
-        seen *= 0.71
-        seen_by["tokenizer"] = 0.75
+    if fold > 1:  # a quarter of an hour at depth 2 (RESULTS, "Perceptual")
+        seen *= 0.8
+        seen_by["tokenizer"] = 0.5
         batch //= 2  # measured at 64, where an image has twice the tokens
 
     # deeper wants less, a larger batch more (HyperP 2603.28743)
     rate = 4e-3 * larger**-0.7
-    rates = {"tokenizer": rate, "next-scale": rate, "masked": rate / 4}
 
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
     multipliers = {4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[cell]
@@ -122,7 +124,8 @@ def dial(depth, size, images):
         loss_weights="lognormal" if is_large else "token",
         batch=batch,
         steps={stage: math.ceil(share * seen / batch) for stage, share in seen_by.items()},
-        lr=rates,
+        lr={"tokenizer": rate, "next-scale": rate, "masked": rate / 4},
+        perceptual=fold > 1,  # at 32 pixels it does nothing
         decay=0.05 * larger**-0.8,  # shrinks alike over a run (Wang and Aitchison 2024)
         looks=3 * depth,  # at held-out images in a stage
     )
@@ -438,13 +441,14 @@ def train_tokenizer(args, data, held_out, init=None):
     counts_since = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)
     judged = to_unit(read_held_out(held_out)[0], args.device)
     variance = hues(judged).var((1, 2, 3), correction=0).mean()
+    levels = learned_levels(args, data)
 
     def loss(codec, images, stops):
         fast = tokenizer.cast(codec, args.dtype)
         some = slice(None, None, tokenizer.COARSE_EVERY)
         passed = tokenizer.training_pass(fast, images, args.scales, stops[some])
         coarse = F.mse_loss(passed["coarse"], images[some])
-        total = reconstruction_loss(passed["images"], images, variance)
+        total = reconstruction_loss(passed["images"], images, variance, levels)
         total = total + COARSE_WEIGHT * coarse + passed["loss"]
         numbers = dict(loss=total, coarse=coarse, quantisation=passed["loss"])
 
@@ -471,9 +475,8 @@ def train_tokenizer(args, data, held_out, init=None):
         if step == 1 or (step % REVIVE_EVERY == 0 and not is_late):
             generator = generator_of(args.seed, "revive", step)
             residuals = [gathered(torch.cat(parts), args.batch) for parts in zip(*residuals)]
-            new, dead = tokenizer.revive_codes(
-                codebook.detach(), counts_since, residuals, generator
-            )
+            state = codebook.detach(), counts_since, residuals, generator
+            new, dead = tokenizer.revive_codes(*state)
             codebook.data.copy_(new)
             optimizer.forget(codebook, dead)
             counts_since.zero_()
@@ -482,8 +485,8 @@ def train_tokenizer(args, data, held_out, init=None):
     return fit(args, "tokenizer", codec, loss, batches, judge, after_step, extra=[counts_since])
 
 
-def reconstruction_loss(decoded, images, variance):
-    """Squared, absolute, edge, texture and hue errors of reconstructions (B, 3, H, W).
+def reconstruction_loss(decoded, images, variance, levels=()):
+    """Squared, absolute, edge, texture, hue and perceptual errors of reconstructions (B, 3, H, W).
 
     Where detail cannot be told, the first three are least for a blur; texture asks for as much
     grain as there was. Of hues it is the share that is lost of the data's variance: in photographs
@@ -494,7 +497,64 @@ def reconstruction_loss(decoded, images, variance):
     plain = error.square().mean() + 0.5 * error.abs().mean() + EDGE_WEIGHT * edges
     grain = (texture(decoded) - texture(images)).abs().mean()
     hue = hues(error).square().mean() / (variance + 0.01)  # .01: grey images
-    return plain + TEXTURE_WEIGHT * grain + HUE_WEIGHT * hue
+    seen = perceptual_error(levels, decoded, images)
+    return plain + TEXTURE_WEIGHT * grain + HUE_WEIGHT * hue + PERCEPTUAL_WEIGHT * seen
+
+
+def learned_levels(args, data):
+    """Levels of a small classifier of the data, learned in seconds, for `perceptual_error`, or [].
+
+    A run that goes on learns them again.
+    """
+    if not args.perceptual or len(data.class_names) == 1:
+        return []
+    levels = torch.nn.ModuleList()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        for inputs, outputs in itertools.pairwise((3, 32, 64, 96, 128)):
+            convolution = torch.nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            norm = torch.nn.BatchNorm2d(outputs)
+            levels.append(torch.nn.Sequential(convolution, norm, torch.nn.ReLU()))
+        head = torch.nn.Linear(outputs, len(data.class_names))
+    net = torch.nn.ModuleList([levels, head]).to(args.device)
+
+    steps = min(LEVELS_STEPS, args.steps["tokenizer"])
+    count = min(32, 4 + 2**21 // args.size**2)  # images, fewer above 256 pixels
+    say(f"tokenizer: learns to see, {steps} steps of {count} images")
+    rows = torch.randint(len(data), (steps, count), generator=generator_of(args.seed, "levels"))
+    keys = ([(row, (args.seed, row), 0) for row in some] for some in rows.tolist())
+    labels = torch.tensor(data.labels)[rows].to(args.device)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    for step, images in enumerate(loaded(args, data, keys)):
+        with torch.autocast(args.device.type, args.dtype, enabled=args.dtype == torch.bfloat16):
+            *_, last = maps(levels, to_unit(images, args.device))
+            loss = F.cross_entropy(head(last.mean((2, 3))), labels[step])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = learning_rate(step + 1, steps, 3e-3)
+        optimizer.step()
+    return levels.eval().requires_grad_(False).to(args.dtype)
+
+
+def perceptual_error(levels, decoded, images):
+    """Squared difference of what the levels see, in unit vectors (LPIPS, Zhang et al. 2018)."""
+    with torch.no_grad():
+        wanted = maps(levels, images)
+    total = 0
+    for pair in zip(maps(levels, decoded), wanted):
+        seen, real = (F.normalize(x.float(), dim=1) for x in pair)
+        total = total + (seen - real).square().sum(1).mean()
+    return total
+
+
+def maps(levels, images):
+    """What each level sees, [(B, channels, h, w), ...], the next at half of the sides."""
+    x, seen = images, []
+    for level in levels:
+        x = level(x.to(level[0].weight.dtype))
+        seen.append(x)
+        x = F.avg_pool2d(x, 2, ceil_mode=True)
+    return seen
 
 
 def texture(images):

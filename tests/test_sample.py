@@ -269,7 +269,6 @@ def test_images_depend_on_arguments_alone(params, options):
     "depth, guidance, top_k", [(2, 1.7, 1000), (20, 1.9, 950), (24, 2.1, 900), (30, 1.6, 650)]
 )
 def test_published_trees_are_sampled_as_published(depth, guidance, top_k):
-    """One of a depth that was not published as the smallest."""
     trunk = dict(trunk=PARAMS["trunk"] * (depth - 1))  # a block is the branch's
     expected = dict(mask_guidance=0, soften=0, is_causal=False, top_p=0.99)
     expected |= dict(guidance=guidance, top_k=top_k)
@@ -283,8 +282,8 @@ def test_published_trees_are_sampled_as_published(depth, guidance, top_k):
 @pytest.mark.parametrize("depth, strength", [(1, 5), (2, 5), (3, 20 / 9), (9, 1.5)])
 def test_own_options_follow_depth_and_spare_coarse_scales(depth, strength):
     positions = [torch.zeros(side, side, 1) for side in (1, 3, 4, 16)]
-    trunk = PARAMS["trunk"] * (depth - 1)  # a block is the branch's
-    options = sample.own_options(PARAMS | dict(trunk=trunk, positions=positions))
+    trunk = dict(trunk=PARAMS["trunk"] * (depth - 1), positions=positions)
+    options = sample.own_options(PARAMS | trunk)
     assert options["guidance"] == options["mask_guidance"] == strength
     refined = [[2, 6, 8], [34, 94, 128]] if depth > 2 else [[5, 11], [75, 181]]
     assert options["schedule"] == [[1], [9], *refined]
@@ -526,7 +525,6 @@ def full_disk(room=20):
 
 
 def test_a_folder_is_of_one_setting(run, tmp_path, capsys):
-    """Which are small."""
     flags = (run, "--count", 5000, "--out", tmp_path)
     with mock.patch.object(sample, "generate", side_effect=KeyboardInterrupt):
         assert call(*flags) == 130
@@ -573,7 +571,6 @@ def test_the_command_edits(run, tmp_path):
 
 
 def test_flags_reach_the_sampler(run, tmp_path):
-    """Those of sampling and, with our defaults, --causal of training."""
     flags = "--labels ring --count 2 --guidance 2.5 --soften 3 --mask-guidance 0.5 --top-k 3"
     flags += " --top-p 0.7 --temperature 0.7 --seed 9 --mask-steps 2"
     options = dict(guidance=2.5, soften=3, mask_guidance=0.5, top_k=3, top_p=0.7, temperature=0.7)

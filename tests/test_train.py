@@ -55,6 +55,7 @@ def tiny_dial(depth, size, images, steps=12, **changes):
         batch=4,
         steps=steps,
         lr=lr,
+        perceptual=True,
         decay=0.05,
         looks=6,
     )
@@ -580,7 +581,7 @@ def test_the_dial_grows_by_its_laws():
         sizes = DIAL(2, size, 100)["codec"]
         codec = tokenizer.init(**sizes)
         assert tokenizer.downsampling(codec) == cell
-        assert sizes["fold"] == 1 + (size > 32)
+        assert sizes["fold"] == 1 + DIAL(2, size, 100)["perceptual"] == 1 + (size > 32)
         tokenizer.check(codec)
 
 
@@ -638,7 +639,16 @@ def plain_texture(images):
     return (squares.unflatten(2, (4, 4)).unflatten(1, (4, 4)).mean((2, 4)) + 1e-4).sqrt()
 
 
+def plain_perceptual(levels, *pair):
+    for level in levels:
+        pair = [level(x) for x in pair]
+        one, other = (F.normalize(x) for x in pair)
+        yield (one - other).square().sum(1).mean()
+        pair = [F.avg_pool2d(x, 2) for x in pair]
+
+
 def test_the_tokenizer_learns_from_all_errors(run, folder, tmp_path, monkeypatch):
+    learned = watched(monkeypatch, train, "learned_levels")
     calls = watched(monkeypatch, tokenizer, "training_pass")
     run(tmp_path, "tokenizer", "--steps", 5, "--batch", 8)
     variance = sum(hue.var(correction=0) for hue in plain_hues(parts_of(folder)[1]))
@@ -651,6 +661,7 @@ def test_the_tokenizer_learns_from_all_errors(run, folder, tmp_path, monkeypatch
             expected += 0.25 * rest.diff(dim=dim).abs().mean()
         grain = plain_texture(passed["images"]) - plain_texture(images)
         expected += 0.5 * grain.abs().mean()
+        expected += 0.08 * sum(plain_perceptual(learned[0][0], passed["images"], images))
         lost = sum(hue.square().mean() for hue in plain_hues(rest))
         expected += 0.28 * lost / (variance + 0.02)
         coarse = F.mse_loss(passed["coarse"], images[::4])
