@@ -95,7 +95,7 @@ def dial(depth, size, images):
 
     # squares of pixels become channels: full resolution costs most (RESULTS, "Folding")
     fold = 2 if size >= 48 and not is_large else 1
-    if fold > 1:  # a quarter of an hour at depth 2 (RESULTS, "Perceptual")
+    if fold > 1:  # how it is shared: RESULTS, "Perceptual"
         seen *= 0.8
         seen_by["tokenizer"] = 0.5
         batch //= 2  # measured at 64, where an image has twice the tokens
@@ -519,7 +519,7 @@ def learned_levels(args, data):
     net = torch.nn.ModuleList([levels, head]).to(args.device)
 
     steps = min(LEVELS_STEPS, args.steps["tokenizer"])
-    count = min(32, 4 + 2**21 // args.size**2)  # images, fewer above 256 pixels
+    count = min(32, max(4, 2**17 // args.size**2))  # fewer images above 64 pixels
     say(f"tokenizer: learns to see, {steps} steps of {count} images")
     rows = torch.randint(len(data), (steps, count), generator=generator_of(args.seed, "levels"))
     keys = ([(row, (args.seed, row), 0) for row in some] for some in rows.tolist())
