@@ -285,7 +285,7 @@ def published_options(params, is_causal=False):
 
 
 def own_options(params, is_causal=False):
-    """What measured best for models of our own, so too (RESULTS, "By depth and size")."""
+    """The same of our own trees: what measured best (RESULTS, "By depth and size")."""
     depth = hmar.depth(params)
     strength = min(5.0, max(1.5, 20 / depth**2))  # published ones take 1.5 to 2.1
     passes = 2 if depth > 2 else 1
@@ -398,7 +398,10 @@ def carried_on(error, known, reach):
 def decode_in_parts(codec, f_hat):
     """tokenizer.decode_features, a few images at a time: a decoder's maps outweigh the rest."""
     few = at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
-    return torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
+    images = torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
+    if not images.isfinite().all():
+        raise ValueError("images: got nan, expected a tokenizer's weights that do not overflow")
+    return images
 
 
 def at_once(pixels):
@@ -469,6 +472,8 @@ def load(path, module=None, **options):
     layout, "HMAR" or "VAR"; options: of from_published.
     """
     try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("missing or no regular file")
         tree, origin = torch.load(path, map_location="cpu", weights_only=True), "ours"
         if module is None:
             is_codec = any(name.startswith("encoder") for name in tree)
@@ -517,13 +522,7 @@ def parser():
     add("--temperature", type=float, help="0 or less: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
-    add(
-        "--mask-steps",
-        type=int,
-        dest="schedule",
-        metavar="N",
-        help="masked passes a scale (1, deeper 2)",
-    )
+    add("--mask-steps", type=int, dest="schedule", metavar="N", help="masked passes a scale")
     add("--edit", type=Path, help="image to repaint, cropped to the model's shape")
     either = top.add_mutually_exclusive_group().add_argument
     either("--mask", type=Path, help="image, white: repaint; any size")

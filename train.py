@@ -475,8 +475,7 @@ def train_tokenizer(args, data, held_out, init=None):
         if step == 1 or (step % REVIVE_EVERY == 0 and not is_late):
             generator = generator_of(args.seed, "revive", step)
             residuals = [gathered(torch.cat(parts), args.batch) for parts in zip(*residuals)]
-            state = codebook.detach(), counts_since, residuals, generator
-            new, dead = tokenizer.revive_codes(*state)
+            new, dead = tokenizer.revive_codes(codebook.data, counts_since, residuals, generator)
             codebook.data.copy_(new)
             optimizer.forget(codebook, dead)
             counts_since.zero_()

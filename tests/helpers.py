@@ -16,7 +16,6 @@ import train
 
 
 def contents(folder):
-    """{path: bytes} of all files in a folder."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -42,7 +41,6 @@ dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 @st.composite
 def pyramids(draw, largest=4, most=4):
-    """Scales, coarse to fine."""
     side = st.integers(1, largest)
     sizes = draw(st.lists(st.tuples(side, side), min_size=1, max_size=most))
     heights, widths = map(sorted, zip(*sizes))
@@ -54,12 +52,10 @@ def close(ours, truth, tolerance=1e-10):
 
 
 def named_leaves(tree):
-    """{path: leaf}."""
     return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
 
 
 def leaves_equal(tree, other):
-    """Names, dtypes and values are."""
     leaves, others = named_leaves(tree), named_leaves(other)
     if leaves.keys() != others.keys():
         return False

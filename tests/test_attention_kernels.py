@@ -70,7 +70,6 @@ dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, EXACT])
 
 
 def inputs(block_lengths, batch=1, heads=1, head_dim=16, dtype=EXACT, layout="qkv", seed=0):
-    """query, key, value and the output's gradient."""
     tokens = sum(block_lengths)
     generator = torch.Generator().manual_seed(seed)
 
@@ -89,7 +88,6 @@ def inputs(block_lengths, batch=1, heads=1, head_dim=16, dtype=EXACT, layout="qk
 
 
 def run(attention, query, key, value, output_gradient, *args):
-    """The output and the three gradients, detached."""
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     output = attention(*leaves, *args)
     return output.detach(), *torch.autograd.grad(output, leaves, output_gradient)

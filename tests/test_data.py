@@ -35,7 +35,6 @@ def flat(colour, size=(20, 16), mode="RGB"):
 
 
 def difference(image, other):
-    """The largest, in grey levels."""
     return int(np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).max())
 
 

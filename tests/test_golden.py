@@ -127,7 +127,6 @@ def test_filters(golden):
 
 
 def layout(kind):
-    """A state dict of a published layout."""
     layouts = json.loads((GOLDEN / "published_layouts.json").read_text())
     state, device = {}, "cpu" if kind == "vqvae" else "meta"  # which has no arg min
     for name, (dtype, _, *shape) in layouts[kind].items():

@@ -170,7 +170,6 @@ def schedules(draw, scales):
 @quick
 @given(pyramids(3, 3), st.data(), st.integers(0, 3), st.booleans(), st.integers(0, 99))
 def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, seed):
-    """Of a batch, or of an edited image."""
     options = dict(
         schedule=data.draw(schedules(scales)),
         guidance=data.draw(st.sampled_from([0, 1.5, 4])),
@@ -251,7 +250,6 @@ REFINED = dict(schedule=sample.masked_schedule(SCALES, 3), mask_guidance=1.0, to
     + [(PARAMS, dict(temperature=0, top_k=3, guidance=2.0))],
 )
 def test_images_depend_on_arguments_alone(params, options):
-    """Not on what else is in the batch."""
     labels, seeds = torch.tensor([2, 0, 3, 1, 2]), [7, 3, 11, 4, 2**40]
     before, state = copy.deepcopy([params, CODEC, labels]), torch.get_rng_state()
     images, tokens = sample.generate(params, CODEC, labels, seed=seeds, **options)
@@ -401,7 +399,6 @@ def test_bad_options_are_told():
 
 
 def run_folder(folder, params=PARAMS, name="hmar.pt", **record):
-    """As train.py leaves it."""
     folder.mkdir(exist_ok=True)
     torch.save(params, folder / name)
     torch.save(CODEC, folder / "tokenizer.pt")
@@ -411,7 +408,6 @@ def run_folder(folder, params=PARAMS, name="hmar.pt", **record):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Pictures too, and other folders."""
     folder = tmp_path_factory.mktemp("run")
     names = ["disc", "ring", "star"]
     run_folder(folder, class_names=names, tokenizer=sample.digest(CODEC))
@@ -434,7 +430,6 @@ def call(*flags):
 
 
 def archived(tmp_path, *flags):
-    """The pixels of what the command draws."""
     path = tmp_path / f"{len(contents(tmp_path))}.npz"
     assert call(*flags, "--out", path) == 0
     return np.load(path)["arr_0"]
@@ -515,7 +510,6 @@ def test_an_interrupted_folder_goes_on(run, tmp_path, capsys, monkeypatch):
 
 @contextlib.contextmanager
 def full_disk(room=20):
-    """No file may grow beyond so many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
@@ -608,6 +602,13 @@ def test_leaves_are_plain_once_loaded(tmp_path, whole):
     assert leaves_equal(loaded, whole) and origin == "ours"
     for leaf in pytree.tree_leaves(loaded):
         assert leaf.dtype == torch.float and leaf.is_contiguous()
+
+
+def test_a_decoder_that_overflows_is_refused():
+    bias = torch.full_like(CODEC["post_quant_conv"]["bias"], math.inf)
+    codec = CODEC | dict(post_quant_conv=CODEC["post_quant_conv"] | dict(bias=bias))
+    with pytest.raises(ValueError, match="images: got nan"):
+        sample.decode_in_parts(codec, torch.zeros(1, len(bias), 4, 4))
 
 
 BAD_INPUT = """

@@ -124,6 +124,13 @@ def test_the_dtype_is_a_rule_about_the_device(device, has, fast):
     assert chosen == (torch.bfloat16 if fast else torch.float32)
 
 
+def test_enlarging_goes_back_through_products():
+    """Bicubic's own backward pass on CUDA is slow, and adds up in any order."""
+    operators = {operator for operator, _ in step("tokenizer")}
+    assert "aten.bmm.default" in operators
+    assert not any("bicubic2d_backward" in operator for operator in operators)
+
+
 # ---- waiting
 
 

@@ -204,7 +204,6 @@ def test_dead_codes_are_replaced_by_residuals(chosen, seed):
 
 
 def published(codec):
-    """Our tree under the published names."""
     names = {
         "codebook": "quantize.embedding.weight",
         "phi.": "quantize.quant_resi.qresi_ls.",
@@ -283,7 +282,6 @@ MASK = torch.ones(2, 16, dtype=torch.bool)
 
 
 def others(tensor, *values):
-    """Other shapes and values than fit."""
     shapes = [tensor[0], tensor[None], tensor[:, 1:], tensor[..., 1:], tensor[..., None]]
     return shapes + [tensor.index_fill(1, torch.tensor([2]), value) for value in values]
 

@@ -44,7 +44,6 @@ FORKS.set_forkserver_preload(["test_train", "torch._dynamo"])
 
 
 def tiny_dial(depth, size, images, steps=12, **changes):
-    """train.dial of a tiny model."""
     steps, lr = (dict.fromkeys(train.STAGES, value) for value in (steps, 4e-3))
     return dict(
         cell=2,
@@ -95,7 +94,6 @@ def start(tmp_path_factory, folder):
     logs, processes = tmp_path_factory.mktemp("logs"), []
 
     def start(out, *flags, hooks=(), environment=(), **constants):
-        """A process in which hooks are called first."""
         flags = [str(flag) for flag in (*FLAGS, "--data", folder, "--out", out, *flags)]
         log = str(logs / str(random.getrandbits(60)))
         arguments = (flags, hooks, environment, constants, log)
@@ -111,7 +109,6 @@ def start(tmp_path_factory, folder):
 
 
 def ended(process, status=0, within=None):
-    """What it said."""
     process.join(within)
     process.kill()
     process.join()
@@ -148,7 +145,6 @@ def refused(run, capsys):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of drawn shapes, one sub-folder a class."""
     folder = tmp_path_factory.mktemp("images")
     for index in range(30):
         path = folder / train.SHAPES[index % 3] / f"{index:03d}.png"
@@ -167,18 +163,15 @@ def base(tmp_path_factory, often, start):
 
 @pytest.fixture
 def out(base, tmp_path):
-    """A copy of `base`."""
     return shutil.copytree(base, tmp_path / "run")
 
 
 def lines_of(out, stage=None, name="stage"):
-    """The lines of metrics.jsonl that have a name."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if stage in (None, line["stage"]) and name in line]
 
 
 def difference(ours, theirs):
-    """The largest between two trees of one structure."""
     (ours, structure), (theirs, other) = pytree.tree_flatten(ours), pytree.tree_flatten(theirs)
     assert structure == other
     return max((a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs))
@@ -240,7 +233,6 @@ def at(stage, step, act, ranks="0"):
 
 
 def ask(number):
-    """As a terminal and torchrun do."""
     os.killpg(os.getpgrp(), number)
 
 
@@ -520,7 +512,6 @@ def test_processes_or_parts_are_one(base, start, tmp_path, stages, counts):
 
 
 def share(out):
-    """Steps its part of three matrices, and of one."""
     train.start_processes("cpu")
     train.wrapped = lambda model, *_: model
     train.orthogonal = mock.Mock(wraps=train.orthogonal)
@@ -536,6 +527,13 @@ def test_processes_share_muon_to_the_last_bit(start, tmp_path):
         for process in start_many(start, count, "", hooks=[hook]):
             ended(process)
     assert len({path.read_bytes() for path in tmp_path.glob("*/*.pt")}) == 1
+
+
+def test_processes_wait_two_hours(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with mock.patch.object(torch.distributed, "init_process_group") as init:
+        train.start_processes("cpu")
+    assert init.call_args.kwargs["timeout"].total_seconds() == 7200
 
 
 def watched(monkeypatch, module, name):
@@ -785,8 +783,8 @@ def test_a_wrong_init_leaves_nothing(run, tmp_path, monkeypatch, refused):
     out, init, flags = tmp_path / "run", tmp_path / "a.pt", ["--steps", 1, "--lr", 1e-9, "--init"]
     save_params(init, codes=32)
     for wrong, said in (
-        (tmp_path / "missing.pt", "FileNotFoundError"),
-        (tmp_path, "IsADirectoryError"),
+        (tmp_path / "missing.pt", "missing or no regular file"),
+        (tmp_path, "missing or no regular file"),
         (init, "got (codes, code_dim) (32, 8), expected the tokenizer's (16, 8)"),
     ):
         assert said in refused(out, *flags, wrong)
