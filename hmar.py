@@ -114,7 +114,7 @@ def branch_features(
     """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
 
     own_inputs and mask: of the masked branch. Training: gates, of stochastic_depth, checkpointing.
-    Sampling: k; of VAR also cache, of new_cache, in which it looks back.
+    Sampling: k; of VAR also cache, a list a block, empty before scale 0, in which it looks back.
     """
     places = range(len(params["positions"])) if k is None else [k]
     _expect("labels", labels, (labels.numel(),))
@@ -123,15 +123,14 @@ def branch_features(
 
     # the temperature is already in q, so attention scales nothing
     blocks = params["trunk"] + params[branch]["blocks"]
-    sizes = scales(params)
-    lengths = [h * w for h, w in sizes]
-    look_around = partial(by_scale, sizes=[sizes[i] for i in places])
+    sizes = [scales(params)[i] for i in places]
+    look_around = partial(by_scale, sizes=sizes)
     if cache is None:
-        pattern = dict(block_lengths=[lengths[i] for i in places], is_causal=is_causal, scale=1.0)
+        lengths = [h * w for h, w in sizes]
+        pattern = dict(block_lengths=lengths, is_causal=is_causal, scale=1.0)
         attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
     else:
-        end = sum(lengths[: k + 1])
-        attends = [partial(cached_attention, past=layer[..., :end, :]) for layer in cache]
+        attends = [partial(cached_attention, past=layer) for layer in cache]
 
     gates = [None] * len(blocks) if gates is None else gates.unbind(1)
     run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
@@ -189,21 +188,18 @@ def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
 
     temperature = log_temperature.clamp(max=math.log(100)).exp().view(1, -1, 1, 1)
     length = torch.stack([temperature, torch.ones_like(temperature)])
-    out = attend(*of_length(length, qk), *v)
+    wide = torch.promote_types(qk.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=wide)
+    q, k = qk * (length / norm.clamp(min=1e-12)).to(qk.dtype)
+    out = attend(q, k, *v)
     return linear(out.transpose(1, 2).flatten(2), **project)
 
 
-def of_length(length, x):
-    """x, scaled to length along its last dimension; norms in fp32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return x * (length / norm.clamp(min=1e-12)).to(x.dtype)
-
-
 def cached_attention(query, key, value, past):
-    """Attention to all scales so far: past (2, B, heads, tokens, head_dim), its end filled in."""
-    past[..., -key.shape[2] :, :] = torch.stack([key, value])
-    return F.scaled_dot_product_attention(query, *past, scale=1.0)
+    """Attention to all scales so far, whose (key, value) past lists; these join it."""
+    past.append((key, value))
+    keys, values = (torch.cat(parts, 2) for parts in zip(*past))
+    return F.scaled_dot_product_attention(query, keys, values, scale=1.0)
 
 
 def feed_forward(x, expand, contract):
@@ -260,15 +256,6 @@ def cast(params, dtype):
     return pytree.tree_map_with_path(move, params)
 
 
-def new_cache(params, batch):
-    """Room for keys and values, (2, batch, heads, L, head_dim) a block, to sample VAR."""
-    blocks = params["trunk"] + params["next_scale"]["blocks"]
-    heads = len(blocks[0]["attention"]["log_temperature"])
-    total = sum(h * w for h, w in scales(params))
-    shape = (2, batch, heads, total, params["classes"].shape[1] // heads)
-    return [block["attention"]["qkv"].new_empty(shape) for block in blocks]
-
-
 # ---- losses
 
 
@@ -285,7 +272,7 @@ def next_scale_losses(params, labels, tokens, inputs, is_causal=False, **options
 def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=None, **options):
     """Cross entropy (M,), fp32, nats, of the M hidden tokens under masked_logits, in mask's order.
 
-    places (M,): mask.flatten().nonzero(), where known: finding it stalls a GPU.
+    places (M,): mask.flatten().nonzero()[:, 0], where known: finding it stalls a GPU.
     """
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask, **options)
     head = params["masked"]["head"]
@@ -532,7 +519,7 @@ def from_published(state_dict, scales=None):
         branches = [(params[name], "blocks") for name in ("next_scale", "masked") if name in params]
         for tree, stack in [(params, "trunk"), *branches]:
             blocks = tree.get(stack, {})
-            tree[stack] = [blocks[number] for number in sorted(blocks, key=int)]
+            tree[stack] = [blocks[str(i)] for i in range(len(blocks))]
 
         # the positions of all scales stand in one row
         rows = params["positions"]

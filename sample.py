@@ -102,7 +102,7 @@ def steps(
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
     check_fit(params, codec, labels, schedule, seeds)
 
-    cache = hmar.new_cache(params, 2 * len(labels)) if is_causal else None
+    cache = [[] for _ in range(hmar.depth(params))] if is_causal else None
     strengths = dict(next_scale=guidance, masked=mask_guidance)
     guided = partial(classifier_free_guidance, params, labels, strengths, soften, cache)
     choose = partial(choose_tokens, seeds, temperature, top_k, top_p)

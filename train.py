@@ -12,11 +12,11 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import colorsys
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -156,7 +156,6 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
             torch._foreach_lerp_(ema, current, 1 - kept)
             after_step(step, needs, optimizer)
             progress.tick(step)
-
             window += [{"gradient": norm} | part for part in numbers]
             if step % LOG_EVERY == 0 or step == steps:
                 progress.log(step, rate=rate, **means(averaged(window)))
@@ -175,7 +174,8 @@ def fit(args, stage, tree, loss, batches, evaluate, after_step=lambda *_: None, 
             if stops or progress.is_save_due(step):
                 require_finite(stage, step, norm.isfinite())  # nan weights give a nan norm
                 window = averaged(window)  # one saves for all
-                save_checkpoint(args, stage, state, (step, best_step, best_loss), window)
+                saved = dict(state=state, progress=(step, best_step, best_loss), window=window)
+                save(stage_paths(args, stage)[1], saved)
             if stops:
                 raise KeyboardInterrupt(f"{stage}: stopped and saved at step {step}")
 
@@ -303,11 +303,7 @@ def trainable(tree):
 def with_leaves(tree, leaves):
     """The tree with its parameters replaced, in order."""
     leaves = iter(leaves)
-
-    def replaced(leaf):
-        return next(leaves) if isinstance(leaf, torch.nn.Parameter) else leaf
-
-    return pytree.tree_map(replaced, tree)
+    return pytree.tree_map_only(torch.nn.Parameter, lambda _: next(leaves), tree)
 
 
 def wrapped(model, args):
@@ -643,7 +639,7 @@ def train_masked(args, data, held_out, init=None):
     """
     codec, all_tokens, evaluate = on_tokens(args, "masked", data, held_out)
     params = load_stage(args, "next-scale")
-    params = with_masked_branch(args, params)
+    params = hmar.add_masked_branch(params, args.masked_blocks, seed=args.seed)
     params |= trainable(dict(masked=params["masked"]))
     first = tokenizer.lengths(args.scales)[0]
 
@@ -672,12 +668,6 @@ def train_masked(args, data, held_out, init=None):
             yield to_device(parts, args.device)
 
     return fit(args, "masked", params, loss, batches, evaluate)
-
-
-def with_masked_branch(args, params):
-    """The tree with a masked branch."""
-    blocks = min(args.masked_blocks, len(params["trunk"]))
-    return hmar.add_masked_branch(params, blocks, seed=args.seed)
 
 
 def on_tokens(args, stage, data, held_out):
@@ -783,9 +773,8 @@ def judge_transformer(args, stage, names, codec, labels, tokens, params):
     images = []
     options = sample.own_options(params, args.causal)
     classes = torch.arange(len(names), device=args.device).repeat_interleave(8)
-    for start in range(0, len(classes), few):
-        part = classes[start:][:few]
-        images.append(sample.generate(params, codec, part, seed=start, **options)[0])
+    for number, part in enumerate(classes.split(few)):
+        images.append(sample.generate(params, codec, part, seed=few * number, **options)[0])
     write_sheet(args, stage, torch.cat(images).split(8), names)
 
     loss, hits, count = sums.tolist()
@@ -954,9 +943,12 @@ def list_images(folder):
 
     Sorted by name, searched to any depth, but for hidden folders and links to folders.
     """
-    warn = functools.partial(print, "passed over:", file=sys.stderr)
+
+    def refuse(error):  # rather than learn without a class
+        raise ValueError(f"--data: {error}") from error
+
     groups = {}  # class -> its paths; "." for images that lie in no sub-folder
-    for place, folders, names in os.walk(folder, onerror=warn):
+    for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         group = os.path.relpath(place, folder).split(os.sep)[0]
         for name in sorted(names):
@@ -1129,7 +1121,11 @@ def train(args):
     if "next-scale" in given:
         init = fitted(args, given["next-scale"], len(data.class_names))
 
-    record = record_of(args, given, data, images)
+    settings = (*FLAGS, *dial(args.depth, args.size, len(data)))
+    flags = {name: getattr(args, name) for name in settings} | dict(images=images)
+    for name, tree in given.items():
+        flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
+    record = dict(flags=flags, class_names=data.class_names)
     lock = claim_folder(args, record) if rank() == 0 else None
     barrier()
     prepare(args, given, init, data, held_out)
@@ -1139,29 +1135,17 @@ def train(args):
         weights, checkpoint = stage_paths(args, stage)
         if agreed(weights.exists):
             say(f"{stage}: finished before, {weights}")
-            continue
-        if stage == "tokenizer" and "codec" in given:
-            tree = given["codec"]
+        elif stage == "tokenizer" and "codec" in given:
+            save(weights, given["codec"])
         else:
-            tree = work[stage](args, data, held_out, init if stage in given else None)
-        save(weights, tree)  # with which the stage is finished
-        if rank() == 0:
+            save(weights, work[stage](args, data, held_out, init if stage in given else None))
+        if rank() == 0:  # a kill may have left it
             checkpoint.unlink(missing_ok=True)
     say(f"finished; next: python sample.py {args.out}")
     del lock  # held until here
 
     # for programs: what this process cost
     say(f"seconds {time.process_time():.6g}\npeak_mb {peak_mb():.6g}")
-
-
-def record_of(args, given, data, images):
-    """What args.json holds of a run: all that decides its results."""
-    flags = {
-        name: getattr(args, name) for name in (*FLAGS, *dial(args.depth, args.size, len(data)))
-    }
-    for name, tree in given.items():
-        flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
-    return dict(flags=flags | dict(images=images), class_names=data.class_names)
 
 
 def prepare(args, given, init, data, held_out):
@@ -1179,7 +1163,7 @@ def prepare(args, given, init, data, held_out):
         params = init if "next-scale" in given else new_transformer(args, len(names))
         codec, params = pytree.tree_map(lambda leaf: leaf.to("meta"), (codec, params))
         if not args.causal:
-            params = with_masked_branch(args, params)
+            params = hmar.add_masked_branch(params, args.masked_blocks)
     args.work = planned(args, codec, params, len(data))
     args.parts, args.checkpointing = agreed(lambda: fitting_parts(args, params))
 
@@ -1207,7 +1191,7 @@ def resolved(args, device, given, images):
         if getattr(args, name) is not None:
             settings[name] = dict.fromkeys(STAGES, getattr(args, name))
     settings["batch"] = args.batch or settings["batch"]
-    args = argparse.Namespace(**vars(args) | settings | dict(device=device))
+    vars(args).update(settings, device=device)
     args.dtype = sample.find_dtype(args.dtype, device)
     args.workers = args.workers or min(8, os.cpu_count())
     if args.out is None:
@@ -1236,14 +1220,14 @@ def planned(args, codec, params, images):
     """{stage: FLOPs of all its steps}, counted on trees without values; says what will be done."""
     for name, tree in dict(tokenizer=codec, transformer=params).items():
         say(f"{name}: {parameters(tree) / 1e6:.3g} M parameters")
-    for stage in args.stages:
+    for stage in args.stages[bool(args.tokenizer) :]:  # that one is finished
         say(f"{stage}: {args.steps[stage]} steps of {args.batch} images")
 
     with torch.device("meta"):
         pixels = torch.empty(1, 3, args.size, args.size)
         features = torch.empty(1, args.codec["code_dim"], *args.scales[-1])
         inputs = torch.empty(1, sum(tokenizer.lengths(args.scales)[1:]), args.codec["code_dim"])
-        labels, mask = torch.zeros(1, dtype=torch.int64), torch.zeros(inputs.shape[:2]).bool()
+        labels = torch.zeros(1, dtype=torch.int64)
 
     def flops(function, *arguments):
         with FlopCounterMode(display=False) as counter:
@@ -1253,12 +1237,9 @@ def planned(args, codec, params, images):
     # a training step is three forward passes; the masked stage trains half of its blocks
     encoder = flops(tokenizer.encode_features, codec, pixels)
     decoder = flops(tokenizer.unclamped, codec, features)
-    per_image = {
-        "tokenizer": 3 * (encoder + (1 + 1 / tokenizer.COARSE_EVERY) * decoder),
-        "next-scale": 3 * flops(hmar.next_scale_logits, params, labels, inputs, args.causal),
-    }
-    if "masked" in params:
-        per_image["masked"] = 2 * flops(hmar.masked_logits, params, labels, inputs, inputs, mask)
+    forward = flops(hmar.next_scale_logits, params, labels, inputs, args.causal)
+    codec_forward = encoder + (1 + 1 / tokenizer.COARSE_EVERY) * decoder
+    per_image = {"tokenizer": 3 * codec_forward, "next-scale": 3 * forward, "masked": 2 * forward}
     work = {stage: args.steps[stage] * args.batch * per_image[stage] for stage in args.stages}
     if "next-scale" in work:  # first of all every image is encoded
         work["next-scale"] += images * views_of(args, images) * encoder
@@ -1293,6 +1274,8 @@ def check_flags(args):
         number = getattr(args, name)
         if number is not None and not 1 <= number <= most:
             raise ValueError(f"--{name}: got {number}, expected 1 to {most}")
+    if args.lr is not None and args.lr <= 0:
+        raise ValueError(f"--lr: got {args.lr}, expected above 0")
     if args.causal and args.stage == "masked":
         raise ValueError("masked: there is no such stage with --causal")
     if args.out == "":
@@ -1360,8 +1343,6 @@ def claim_folder(args, record):
 
 def lock_folder(folder):
     """The open file folder/lock, which keeps others out. ValueError where another one has it."""
-    import fcntl  # Windows has none
-
     file = open(Path(folder, "lock"), "a")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1403,12 +1384,6 @@ def load_stage(args, stage):
     weights, _ = stage_paths(args, stage)
     tree, _ = sample.load(weights, tokenizer if stage == "tokenizer" else hmar)
     return to_device(tree, args.device)
-
-
-def save_checkpoint(args, stage, state, progress, window):
-    """Saves what a stage goes on from: its tensors, (step, best step, best loss), and reports."""
-    _, checkpoint = stage_paths(args, stage)
-    save(checkpoint, dict(state=state, progress=progress, window=window))
 
 
 def load_checkpoint(args, stage, state):

@@ -1,4 +1,4 @@
-"""What several test files use: random trees and arguments, comparisons, plain re-derivations."""
+"""What several test files use: random trees, comparisons, plain re-derivations."""
 
 import math
 import re
@@ -158,7 +158,7 @@ CODEC_SIZES |= dict(residual_blocks=1, attention=False)
 def asked_of_fit(
     name, scales=((1, 1), (2, 2), (4, 4)), dtype=torch.bfloat16, device="cpu", **flags
 ):
-    """(tree, loss(tree, **batch), batches) that a stage of the trainer hands to its loop."""
+    """(tree, loss(tree, **batch), batches) that a training stage hands to its loop."""
     settings = train.dial(2, 32, 100) | dict(codec=CODEC_SIZES, batch=4, masked_blocks=2)
     settings |= dict(loss_weights="scale", steps=1, cell=2) | flags
     settings["steps"] = dict.fromkeys(train.STAGES, settings["steps"])

@@ -252,7 +252,7 @@ def test_the_table_covers_every_pair_once(data):
 def test_written_everywhere_repeatable_and_independent_of_the_batch(is_causal):
     pattern = ((1, 3, 20, 41), is_causal)
     tensors = inputs(pattern[0], 2, 1, 24, torch.float32)
-    torch.use_deterministic_algorithms(True)  # torch.empty then starts as nan
+    torch.use_deterministic_algorithms(True)  # torch.empty starts as nan
     try:
         assert torch.empty(3).isnan().all()
         with tiles(*SMALL):

@@ -73,7 +73,7 @@ def test_logits_and_losses(golden, models):
     near(by_scale * len(SCALES), train["nsp_loss_equal"], 1e-3)  # a sum over scales there
 
     mask = torch.zeros(2, 29, dtype=torch.bool)
-    mask[:, train["mp_idx_to_mask"]] = True  # the published training shares a mask over the batch
+    mask[:, train["mp_idx_to_mask"]] = True  # published training shares a mask over the batch
     masked = (vq["ns_input"], vq["mask_input"], mask)
     near(hmar.masked_logits(models["hmar"], labels, *masked), train["mp_logits"])
     losses = hmar.masked_losses(models["hmar"], labels, tokens, *masked)

@@ -148,7 +148,6 @@ def slow_steps(predict, params, codec, label, seed, options, known=None):
 
 
 def some_known(scales, seed):
-    """What an edit knows of one image, at random."""
     counts = tokenizer.lengths(scales)
     tokens, draws = (random_tokens(1, scales, 5, seed + i) for i in range(2))
     given = (draws < 3).split(counts, 1)
