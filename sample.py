@@ -285,14 +285,16 @@ def published_options(params, is_causal=False):
 
 
 def own_options(params, is_causal=False):
-    """The same of our own trees: what measured best (RESULTS, "By depth and size")."""
+    """The same of our own trees: what measured best (RESULTS, "Scales")."""
     depth = hmar.depth(params)
-    strength = min(5.0, max(1.5, 20 / depth**2))  # published ones take 1.5 to 2.1
+    guidance = min(3.0, max(1.5, 12 / depth**2))  # published ones take 1.5 to 2.1
+    mask_guidance = min(5.0, max(1.5, 20 / depth**2))
     passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), passes if "masked" in params else 0)
-    least = sum(schedule[-1]) / 16  # a pass at the coarsest scales makes large images plain
-    schedule = [keeps if sum(keeps) >= least else [sum(keeps)] for keeps in schedule]
-    return dict(guidance=strength, mask_guidance=strength, schedule=schedule, is_causal=is_causal)
+    few = sum(schedule[-1]) / 16  # a pass at the coarsest scales makes images plain
+    schedule = [keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule]
+    strengths = dict(guidance=guidance, mask_guidance=mask_guidance)
+    return strengths | dict(schedule=schedule, is_causal=is_causal)
 
 
 # ---- editing
@@ -516,8 +518,8 @@ def parser():
     add("--count", type=int, default=8, help="images a label (8)")
     add("--seed", type=int, default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
-    add("--guidance", type=float, help="at the last scale, 0 at the first (20 / depth^2, 1.5 to 5)")
-    add("--mask-guidance", type=float, help="of masked passes (the same)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (12 / depth^2, 1.5 to 3)")
+    add("--mask-guidance", type=float, help="of masked passes (20 / depth^2, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, help="0 or less: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")

@@ -89,15 +89,15 @@ def dial(depth, size, images):
 
     # images as the parameters, which grow by depth^3 (Hoffmann et al. 2022), fewer of larger ones,
     # since each has more tokens; no folder is worth more than so many epochs
-    seen = min(36_800 * larger**3 * math.sqrt(32 / size), 200 * images)
+    seen = min(46_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
-    seen_by = {"tokenizer": 0.4375, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "The dial"
+    seen_by = {"tokenizer": 0.35, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "Scales"
 
     # squares of pixels become channels: full resolution costs most (RESULTS, "Folding")
     fold = 2 if size >= 48 and not is_large else 1
     if fold > 1:  # how it is shared: RESULTS, "Perceptual"
-        seen *= 0.8
-        seen_by["tokenizer"] = 0.5
+        seen *= 0.65
+        seen_by["tokenizer"] = 0.4
         batch //= 2  # measured at 64, where an image has twice the tokens
 
     # deeper wants less, a larger batch more (HyperP 2603.28743)
@@ -1298,13 +1298,12 @@ def fitting_scales(args):
 
 
 def default_scales(size, latent):
-    """Published scales, else doubling sides, up to 8 by 1.4, and such last ones twice."""
+    """Published scales, else doubling sides; last ones up to 8 stand twice (RESULTS, "Scales")."""
     if size in hmar.SCALES and hmar.SCALES[size][-1][0] == latent:
         return hmar.SCALES[size]
     sides = [latent, latent] if latent <= 8 else [latent]
     while sides[0] > 1:
-        smaller = min(sides[0] - 1, round(sides[0] / 1.4)) if sides[0] <= 8 else sides[0] / 2
-        sides.insert(0, math.ceil(smaller))
+        sides.insert(0, math.ceil(sides[0] / 2))
     return tuple((side, side) for side in sides)
 
 

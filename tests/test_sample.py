@@ -46,6 +46,7 @@ quick = settings(max_examples=25, deadline=None)
 CODEC = small_codec()
 PARAMS = scrambled(tree(SCALES, codes=16, code_dim=8, random=False), scale=0.15)
 PARAMS = pytree.tree_map(torch.Tensor.float, PARAMS)
+OWN = sample.own_options(PARAMS)
 PLAIN = {name: branch for name, branch in PARAMS.items() if name != "masked"}
 LABELS = torch.tensor([2, 0, 3])
 
@@ -276,14 +277,14 @@ def test_published_trees_are_sampled_as_published(depth, guidance, top_k):
     assert sample.published_options(PLAIN | trunk, is_causal=True) == expected
 
 
-@pytest.mark.parametrize("depth, strength", [(1, 5), (2, 5), (3, 20 / 9), (9, 1.5)])
-def test_own_options_follow_depth_and_spare_coarse_scales(depth, strength):
-    positions = [torch.zeros(side, side, 1) for side in (1, 3, 4, 16)]
+@pytest.mark.parametrize("depth, t, masked_t", [(2, 3, 5), (3, 1.5, 20 / 9), (9, 1.5, 1.5)])
+def test_own_options_follow_depth_and_scales(depth, t, masked_t):
+    positions = [torch.zeros(side, side, 1) for side in (1, 4, 5, 16)]
     trunk = dict(trunk=PARAMS["trunk"] * (depth - 1), positions=positions)
     options = sample.own_options(PARAMS | trunk)
-    assert options["guidance"] == options["mask_guidance"] == strength
-    refined = [[2, 6, 8], [34, 94, 128]] if depth > 2 else [[5, 11], [75, 181]]
-    assert options["schedule"] == [[1], [9], *refined]
+    assert [options["guidance"], options["mask_guidance"]] == [t, masked_t]
+    refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
+    assert options["schedule"] == [[1], [16], *refined]
 
 
 # Editing
@@ -435,7 +436,7 @@ def archived(tmp_path, *flags):
 
 
 def drawn(labels, **options):
-    return sample.generate(PARAMS, CODEC, torch.tensor(labels), **options)[0]
+    return sample.generate(PARAMS, CODEC, torch.tensor(labels), **OWN | options)[0]
 
 
 def assert_same(pixels, images):
@@ -461,7 +462,8 @@ def test_the_command_draws_the_same_images_in_every_form(run, tmp_path):
     rows = np.asarray(page).reshape(2, 50, -1, 3)
     assert_same(rows[:, :48:8, left : left + 64 : 8], expected[::3])
     assert gif.n_frames == 5 and gif.size == page.size  # a page a pass
-    for number, step in enumerate(sample.steps(PARAMS, CODEC, torch.tensor(labels), seed=5)):
+    passes = sample.steps(PARAMS, CODEC, torch.tensor(labels), **OWN, seed=5)
+    for number, step in enumerate(passes):
         gif.seek(number)
         shown = np.asarray(gif.convert("RGB"), int)[:48:8, left : left + 64 : 8]
         truth = sample.to_bytes(sample.decode_in_parts(CODEC, step.f_hat))[0]

@@ -581,6 +581,7 @@ def test_the_dial_grows_by_its_laws():
         assert tokenizer.downsampling(codec) == cell
         assert sizes["fold"] == 1 + DIAL(2, size, 100)["perceptual"] == 1 + (size > 32)
         tokenizer.check(codec)
+    assert [h for h, _ in train.default_scales(48, 12)] == [1, 2, 3, 6, 12]
 
 
 def test_parts_and_checkpointing_follow_from_the_memory(monkeypatch):
