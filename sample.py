@@ -161,6 +161,8 @@ def check_fit(params, codec, labels, schedule, seeds):
     ):
         if got != expected:
             raise ValueError(f"{name}: got {got}, expected {expected}")
+    if min(seeds, default=0) < 0:
+        raise ValueError(f"seed: got {min(seeds)}, expected 0 or more")
     if "masked" not in params and max(map(len, schedule)) > 1:
         raise ValueError("schedule: got several passes a scale, but no masked branch")
 
@@ -244,7 +246,7 @@ def draw(logits, uniform=None):
     tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond it for nan
     confidence = probability.gather(-1, tokens)[..., 0]
     if not confidence.isfinite().all():
-        raise ValueError("logits: got nan or infinity, from weights that overflow")
+        raise ValueError("logits: got nan or infinity, from weights, guidance or temperature")
     return tokens[..., 0], confidence
 
 
@@ -551,10 +553,10 @@ def run(args):
     """What the command does once its flags are read."""
     if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
         raise ValueError(f"--out: got {args.out}, which is also to be read")
-    if args.count < 1:
-        raise ValueError(f"--count: got {args.count}, expected 1 or more")
-
     kind = SHEETS.get(args.out.suffix.lower(), "folder")
+    most = 10**6 if kind == "folder" else 50  # in a row of a sheet
+    if not 1 <= args.count <= most:
+        raise ValueError(f"--count: got {args.count}, expected 1 to {most}")
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     params, codec, names, options = load_models(args)
@@ -635,6 +637,8 @@ def load_models(args):
     record = read_json(weights.with_name("args.json")) if origin == "ours" else {}
     if record.get("tokenizer", digest(codec)) != digest(codec):
         raise ValueError(f"{weights}: trained with another tokenizer than this")
+    if origin == "ours" and not record and "masked" not in params:
+        raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
     if origin != "ours":
         options = published_options(params, is_causal=origin == "VAR")
     elif args.scales:
@@ -766,7 +770,7 @@ def command(name, work, parser, argv):
         return 0
     except KeyboardInterrupt as interrupt:
         text, status = str(interrupt) or "stopped", 130
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text, status = str(error) or type(error).__name__, 2
     print(f"{name}: {text}", file=sys.stderr)
     return status

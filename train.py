@@ -637,8 +637,8 @@ def train_masked(args, data, held_out, init=None):
 
     The trunk and the next-scale branch stay as they are (HMAR, stage two).
     """
-    codec, all_tokens, evaluate = on_tokens(args, "masked", data, held_out)
     params = load_stage(args, "next-scale")
+    codec, all_tokens, evaluate = on_tokens(args, "masked", data, held_out)
     params = hmar.add_masked_branch(params, args.masked_blocks, seed=args.seed)
     params |= trainable(dict(masked=params["masked"]))
     first = tokenizer.lengths(args.scales)[0]
@@ -941,15 +941,18 @@ def data_sets(args):
 def list_images(folder):
     """([(path, label), ...], class names) of a folder: one sub-folder a class, or images alone.
 
-    Sorted by name, searched to any depth, but for hidden folders and links to folders.
+    Sorted by name, searched to any depth, but for hidden folders. ValueError for links to folders.
     """
 
-    def refuse(error):  # rather than learn without a class
-        raise ValueError(f"--data: {error}") from error
+    def refuse(reason):  # rather than learn without a class
+        raise ValueError(f"--data: {reason}")
 
     groups = {}  # class -> its paths; "." for images that lie in no sub-folder
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (os.path.join(place, name) for name in folders):
+            if os.path.islink(path):
+                refuse(f"{path} is a link to a folder, which is not followed")
         group = os.path.relpath(place, folder).split(os.sep)[0]
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
@@ -1323,7 +1326,7 @@ def claim_folder(args, record):
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out)
     before, there = sample.read_json(args_json), results(args, STAGES)
-    if "flags" not in before and (before or there):
+    if "flags" not in before and (before or there or Path(out, "metrics.jsonl").exists()):
         raise ValueError(f"{args.out}: holds files of another program; give another --out")
 
     record = json.loads(json.dumps(record, default=str))  # as it comes back from a file

@@ -109,8 +109,8 @@ def network(classes, size=32):
     widths = (32, 64, 96, 96)
     while size > 32:  # thinner levels come first: twice the size, half the width
         widths = (widths[0] // 2, *widths)
-        size //= 2
-    cells = (size // 8) ** 2  # after three more halvings
+        size = -(-size // 2)
+    cells = (-(-size // 8)) ** 2  # after three halvings
 
     layers = []
     for level, (before, after) in enumerate(itertools.pairwise((3, *widths))):
@@ -322,7 +322,7 @@ def report_edits(judge, held_out, run, count=200):
     params, codec, options = models_of(run)
     middle = images.shape[3] // 2
     for turn, name in enumerate(("left", "lower", "right", "upper")):
-        mask = torch.zeros(count, 1, *images.shape[2:], dtype=torch.bool)
+        mask = torch.zeros_like(images[:, :1], dtype=torch.bool)
         mask[..., :middle] = True
         mask = mask.rot90(turn, (2, 3))
         made = sample.edit(params, codec, images, mask, labels, seed=8000, **options)

@@ -76,8 +76,11 @@ def test_a_sub_folder_is_a_class(tmp_path):
 def test_folders_without_a_meaning_are_refused(tmp_path):
     save_all(tmp_path, "both/1.png", "both/cat/2.png")
     (tmp_path / "empty" / "cat").mkdir(parents=True)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "cat").symlink_to(tmp_path)
     for name, message in (
         ("nowhere", "^--data: .*No such"),
+        ("link", "^--data: .*cat is a link"),
         ("empty", "expected a folder with .png, .jpg"),
         ("both", "with images beside sub-folders of images"),
     ):

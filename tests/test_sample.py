@@ -576,6 +576,8 @@ def test_flags_reach_the_sampler(run, tmp_path):
     options = sample.own_options(PLAIN, is_causal=True)
     images, _ = sample.generate(PLAIN, CODEC, torch.arange(3), **options)
     assert_same(archived(tmp_path, run, "--count", 1), images)
+    (run / "args.json").unlink()
+    assert call(run) == 2  # not as HMAR
 
 
 @pytest.mark.skipif(not GOLDEN.is_file(), reason="the golden files are not here")
@@ -614,24 +616,26 @@ def test_a_decoder_that_overflows_is_refused():
 
 BAD_INPUT = """
 . --labels 3  --labels: got '3', expected 0 to 2 or such as disc, ring, star
-. --top-p x  argument --top-p: invalid float value: 'x'
+. --top-p x  argument --top-p: invalid float
 . --top-p 95  top_p: got 95
-. --count 0  --count: got 0, expected 1
+. --count 0  --count: got 0, expected 1 to 1000000
+. --out a.gif --count 51  --count: got 51
+. --seed -1  seed: got -1
 . --out hmar.pt/x.png  File exists: 'hmar.pt'
 . --out .  --out: . holds something else: count None -> 8
 . --out cut.npz  cut/settings.json: expected a JSON object
 cut  cut/args.json: expected a JSON object
 . --out photo.png --edit photo.png --pad 0.2  is also to be read
-none  none: no weights that can be read: FileNotFoundError
-code.pt  code.pt: no weights that can be read
+none  none: no weights
+code.pt  code.pt: no weights
 nan.pt  nan.pt: no weights
 large.pt  logits: got nan or infinity
 . --tokenizer hmar.pt  hmar.pt: no weights
 . --tokenizer other_codec.pt  hmar.pt: trained with another tokenizer
 . --pad 0.2  --edit: expected with --mask, or --pad
 . --edit photo.png --mask black.png  --mask: expected white
-. --scales 1 2 3  --scales: got some, but a run has its own
-. --device cuda  --device: got cuda, but no GPU 0 is here
+. --scales 1 2 3  --scales: got some
+. --device cuda  --device: got cuda
 """
 
 
