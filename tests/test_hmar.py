@@ -284,7 +284,7 @@ def test_init_and_the_masked_branch_are_pure_functions(scales, blocks, own_input
     masked = combined["masked"]
     assert len(masked["blocks"]) == blocks and ("own_input" in masked) == own_input
     assert leaves_equal(masked["blocks"], combined["next_scale"]["blocks"])
-    pytree.tree_map(lambda leaf: leaf.add_(1), masked)  # the branch is its own
+    pytree.tree_map(lambda leaf: leaf.add_(1), masked)
     assert leaves_equal(params, kept)
     labels, inputs, _, _ = arguments(params, 2)
     before = hmar.next_scale_logits(params, labels, inputs)
@@ -329,7 +329,7 @@ def test_something_else_than_a_transformer_is_refused():
     misspelt = copy.deepcopy(PLAIN)
     attention = misspelt["trunk"][1]["attention"]
     attention["qvk"] = attention.pop("qkv")
-    refused("TypeError.*qvk", hmar.check, misspelt)  # a wrong key is named
+    refused("TypeError.*qvk", hmar.check, misspelt)
 
 
 # ---- published weights

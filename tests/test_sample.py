@@ -461,13 +461,13 @@ def test_the_command_draws_the_same_images_in_every_form(run, tmp_path):
     assert page.height == 2 * (48 + 2) and left > 12
     rows = np.asarray(page).reshape(2, 50, -1, 3)
     assert_same(rows[:, :48:8, left : left + 64 : 8], expected[::3])
-    assert gif.n_frames == 5 and gif.size == page.size  # a page a pass
+    assert gif.n_frames == 5 and gif.size == page.size
     passes = sample.steps(PARAMS, CODEC, torch.tensor(labels), **OWN, seed=5)
     for number, step in enumerate(passes):
         gif.seek(number)
         shown = np.asarray(gif.convert("RGB"), int)[:48:8, left : left + 64 : 8]
         truth = sample.to_bytes(sample.decode_in_parts(CODEC, step.f_hat))[0]
-        assert np.abs(shown - truth).mean() < 3  # of a palette
+        assert np.abs(shown - truth).mean() < 3
 
 
 def test_an_interrupted_folder_goes_on(run, tmp_path, capsys, monkeypatch):
@@ -616,7 +616,7 @@ def test_a_decoder_that_overflows_is_refused():
 
 BAD_INPUT = """
 . --labels 3  --labels: got '3', expected 0 to 2 or such as disc, ring, star
-. --top-p x  argument --top-p: invalid float
+. --top-p x  argument --top-p: invalid float value: 'x'
 . --top-p 95  top_p: got 95
 . --count 0  --count: got 0, expected 1 to 1000000
 . --out a.gif --count 51  --count: got 51
@@ -626,16 +626,16 @@ BAD_INPUT = """
 . --out cut.npz  cut/settings.json: expected a JSON object
 cut  cut/args.json: expected a JSON object
 . --out photo.png --edit photo.png --pad 0.2  is also to be read
-none  none: no weights
-code.pt  code.pt: no weights
+none  none: no weights that can be read: FileNotFoundError
+code.pt  code.pt: no weights that can be read
 nan.pt  nan.pt: no weights
 large.pt  logits: got nan or infinity
 . --tokenizer hmar.pt  hmar.pt: no weights
 . --tokenizer other_codec.pt  hmar.pt: trained with another tokenizer
 . --pad 0.2  --edit: expected with --mask, or --pad
 . --edit photo.png --mask black.png  --mask: expected white
-. --scales 1 2 3  --scales: got some
-. --device cuda  --device: got cuda
+. --scales 1 2 3  --scales: got some, but a run has its own
+. --device cuda  --device: got cuda, but no GPU 0 is here
 """
 
 
@@ -647,7 +647,7 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys, monkeypatch, 
     before = contents(run)
     try:
         status = call("--out", tmp_path / "folder", *flags.split())
-    except SystemExit as stop:  # argparse's own
+    except SystemExit as stop:
         status = stop.code
     printed = capsys.readouterr().err
     assert status == 2 and message in printed and printed.count("\n") == 1

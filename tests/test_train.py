@@ -119,11 +119,11 @@ def ended(process, status=0, within=None):
 @pytest.fixture
 def run(folder):
     def run(out, *flags, status=0):
-        gc.collect()  # a folder that a run before held
+        gc.collect()
         flags = (*FLAGS, "--data", folder, "--out", out, *flags)
         try:
             assert train.main([str(flag) for flag in flags]) == status
-        except SystemExit as error:  # its own
+        except SystemExit as error:
             assert error.code == status
 
     return run
@@ -367,7 +367,7 @@ def test_a_second_signal_and_one_at_the_end_are_heeded(tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.raises(KeyboardInterrupt) as stopped:
             toy_fit(toy_args(tmp_path), after_step=partial(stop_at, step, partial(stop, count)))
-        assert not str(stopped.value)  # nothing was saved
+        assert not str(stopped.value)
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
@@ -375,7 +375,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(train, "SAVES", 12)
     monkeypatch.setattr(train, "look", lambda *_: 1.0)
     monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e6 if step == 2 else 1e-4)
-    for every in (1, 50):  # the same command says so again
+    for every in (1, 50):
         monkeypatch.setattr(train, "LOG_EVERY", every)
         line = refused(tmp_path, "tokenizer")
         assert re.search(r"tokenizer: loss or gradient is not finite at step [34]; a lower", line)
@@ -905,17 +905,17 @@ def test_damaged_files_are_told_or_mended(base, out, run, refused):
 
 
 BAD = [
-    ("--step-s=3", "unrecognized arguments"),
+    ("--step-s=3", "unrecognized arguments: --step-s=3"),
     ("--data broken --workers 2", "--data: no held-out image can be read"),
-    ("--size 15", "--size: got 15"),
-    ("--batch 0", "--batch: got 0"),
+    ("--size 15", "--size: got 15, expected a multiple of 2"),
+    ("--batch 0", "--batch: got 0, expected 1 to"),
     ("--lr 0", "--lr: got 0.0, expected above 0"),
     ("--lr nan", "loss or gradient is not finite at step 1"),
-    ("--tokenizer codec.pt --init codec.pt", "got a tokenizer"),
-    ("--depth 2 --init params.pt", "--depth: got 2"),
-    ("masked", "next-scale.pt: no weights"),
+    ("--tokenizer codec.pt --init codec.pt", "got a tokenizer beside --tokenizer"),
+    ("--depth 2 --init params.pt", "--depth: got 2, but --init decides it"),
+    ("masked", "next-scale.pt: no weights that can be read: FileNotFoundError"),
     ("--out file.txt", "file.txt"),
-    ("--out=", "--out: got ''"),
+    ("--out=", "--out: got '', expected a folder"),
 ]
 
 
