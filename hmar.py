@@ -47,7 +47,6 @@ SCALES = {  # published, by an image's side in pixels, for a tokenizer that down
         (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
     )
 }
-LOSS_SLICE = 1 << 25  # logits that the loss holds at once: 128 MiB of fp32
 
 
 def scales(params):
@@ -108,12 +107,11 @@ def branch_features(
     k=None,
     is_causal=False,
     cache=None,
-    gates=None,
     checkpointing=False,
 ):
     """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
 
-    own_inputs and mask: of the masked branch. Training: gates, of stochastic_depth, checkpointing.
+    own_inputs and mask: of the masked branch. checkpointing: activations are computed twice.
     Sampling: k; of VAR also cache, a list a block, empty before scale 0, in which it looks back.
     """
     places = range(len(params["positions"])) if k is None else [k]
@@ -132,10 +130,9 @@ def branch_features(
     else:
         attends = [partial(cached_attention, past=layer) for layer in cache]
 
-    gates = [None] * len(blocks) if gates is None else gates.unbind(1)
     run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
-    for weights, attend, gate in zip(blocks, attends, gates, strict=True):
-        x = run(x, condition, attend, look_around, gate, **weights)
+    for weights, attend in zip(blocks, attends, strict=True):
+        x = run(x, condition, attend, look_around, **weights)
 
     two = linear(F.silu(condition), **params[branch]["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
     return modulate(x, *two.chunk(2, -1))
@@ -157,21 +154,17 @@ def embedded(params, branch, condition, inputs, own_inputs, mask, places):
     return torch.cat(tokens, 1) + torch.cat(rows)
 
 
-def block(x, condition, attend, look_around, gates, modulation, attention, mlp, depthwise=None):
+def block(x, condition, attend, look_around, modulation, attention, mlp, depthwise=None):
     """x (B, n, C) after attention and MLP, each modulated by condition (B, C).
 
     attend(query, key, value), each (B, heads, n, head_dim); look_around(x, **depthwise), which
-    published blocks lack. gates (B, 2) scale the two updates.
+    published blocks lack.
     """
     if depthwise is not None:  # what is near matters most (UniFormer, Li et al. 2022)
         x = x + look_around(x, **depthwise)
 
     six = linear(F.silu(condition), **modulation).unflatten(1, (6, 1, -1))  # (B, 6, 1, C)
-    gammas, rest = six.split([2, 4], 1)  # the published order
-    if gates is not None:
-        gammas = (gammas * gates[..., None, None]).to(six.dtype)
-    gamma1, gamma2 = gammas.unbind(1)
-    scale1, scale2, shift1, shift2 = rest.unbind(1)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(1)  # the published order
 
     x = x + gamma1 * self_attention(modulate(x, scale1, shift1), attend, **attention)
     return x + gamma2 * feed_forward(modulate(x, scale2, shift2), **mlp)
@@ -259,12 +252,10 @@ def cast(params, dtype):
 # ---- losses
 
 
-def next_scale_losses(params, labels, tokens, inputs, is_causal=False, **options):
-    """Cross entropy (B, L), fp32, nats, of tokens under next_scale_logits.
-
-    options: gates and checkpointing, as of branch_features.
-    """
-    features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal, **options)
+def next_scale_losses(params, labels, tokens, inputs, is_causal=False, checkpointing=False):
+    """Cross entropy (B, L), fp32, nats, of tokens under next_scale_logits."""
+    options = dict(is_causal=is_causal, checkpointing=checkpointing)
+    features = branch_features(params, "next_scale", labels, inputs, **options)
     head = params["next_scale"]["head"]
     return token_losses(features.flatten(0, 1), tokens.flatten(), **head).view(tokens.shape)
 
@@ -287,19 +278,8 @@ def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=No
 
 
 def token_losses(features, targets, weight, bias):
-    """Cross entropy (N,) of targets (N,) under the head's logits of features (N, C).
-
-    Logits beyond LOSS_SLICE come in slices, which the backward pass computes again.
-    """
-
-    def loss(features, targets):
-        return F.cross_entropy(logits(features, weight, bias), targets, reduction="none")
-
-    rows = max(1, LOSS_SLICE // len(weight))
-    if len(features) <= rows:
-        return loss(features, targets)
-    slices = zip(features.split(rows), targets.split(rows))
-    return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in slices])
+    """Cross entropy (N,) of targets (N,) under the head's logits of features (N, C)."""
+    return F.cross_entropy(logits(features, weight, bias), targets, reduction="none")
 
 
 def scale_weights(scales, kind):
@@ -315,15 +295,6 @@ def scale_weights(scales, kind):
     density = torch.exp(-0.5 * standardised.square())
     mass = dict(token=counts, scale=torch.ones_like(counts), lognormal=density)[kind]
     return (mass / mass.sum() / counts).repeat_interleave(counts.long()).float()
-
-
-def stochastic_depth(uniform, rate):
-    """Gates (B, depth, 2) of the blocks' two updates: 0 where dropped, else 1 / the share kept.
-
-    uniform (B, depth, 2) in [0, 1). rate in [0, 1): the last block's; it rises linearly from 0.
-    """
-    kept = 1 - torch.linspace(0, rate, uniform.shape[1], device=uniform.device)[:, None]
-    return (uniform < kept) / kept
 
 
 # ---- initialisation and surgery
@@ -444,18 +415,15 @@ def resize_positions(params, scales):
 
 @torch.no_grad()
 def check(params):
-    """ValueError unless the branches take this tree: they do, in scale 0, and embed the others."""
+    """ValueError unless both branches take this tree, which costs nothing without values."""
     try:
-        condition = params["classes"][:1]
-        labels = torch.zeros(1, dtype=torch.int64, device=condition.device)
+        params = pytree.tree_map(lambda leaf: leaf.to("meta"), params)
         count = sum(h * w for h, w in scales(params)[1:])
-        inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
-        mask = inputs[..., 0] > 0
-        places = range(len(params["positions"]))
-        branches = ["next_scale", "masked"] if "masked" in params else ["next_scale"]
-        for branch in branches:
-            logits(branch_features(params, branch, labels, None, k=0), **params[branch]["head"])
-            embedded(params, branch, condition, inputs, inputs, mask, places)
+        inputs = params["classes"].new_zeros(1, count, params["input"]["weight"].shape[1])
+        labels = torch.zeros(1, dtype=torch.int64, device="meta")
+        next_scale_logits(params, labels, inputs)
+        if "masked" in params:
+            masked_logits(params, labels, inputs, inputs, mask=inputs[..., 0] > 0)
     except Exception as error:
         raise _misfit("params", error) from error
 

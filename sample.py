@@ -11,11 +11,6 @@ Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et a
 classifier-free guidance (Ho and Salimans 2021).
 """
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import hashlib
 import io
@@ -59,7 +54,7 @@ def generate(params, codec, labels, **options):
 class Step(NamedTuple):
     """What `steps` yields after each pass.
 
-    A caller may write into f_hat: the next scale is drawn from it.
+    A caller may write into the f_hat of a scale's last pass: the next scale is drawn from it.
     """
 
     scale: int
@@ -96,11 +91,13 @@ def steps(
     or of seed[i]. is_causal: the tree is VAR's, which keeps keys and values. known: of `edit`.
     """
     if schedule is None:
-        schedule = 1 if "masked" in params else 0
+        schedule = 1 if "masked" in params and not is_causal else 0
     if isinstance(schedule, int):
         schedule = masked_schedule(hmar.scales(params), schedule)
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
     check_fit(params, codec, labels, schedule, seeds)
+    if is_causal and max(map(len, schedule)) > 1:
+        raise ValueError("schedule: got several passes a scale, but VAR has one")
 
     cache = [[] for _ in range(hmar.depth(params))] if is_causal else None
     strengths = dict(next_scale=guidance, masked=mask_guidance)
@@ -289,14 +286,15 @@ def published_options(params, is_causal=False):
 def own_options(params, is_causal=False):
     """The same of our own trees: what measured best (RESULTS, "Scales")."""
     depth = hmar.depth(params)
-    guidance = min(3.0, max(1.5, 12 / depth**2))  # published ones take 1.5 to 2.1
-    mask_guidance = min(5.0, max(1.5, 20 / depth**2))
     passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), passes if "masked" in params else 0)
     few = sum(schedule[-1]) / 16  # a pass at the coarsest scales makes images plain
-    schedule = [keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule]
-    strengths = dict(guidance=guidance, mask_guidance=mask_guidance)
-    return strengths | dict(schedule=schedule, is_causal=is_causal)
+    return dict(
+        schedule=[keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule],
+        guidance=min(3.0, max(1.5, 12 / depth**2)),  # published ones take 1.5 to 2.1
+        mask_guidance=min(5.0, max(1.5, 20 / depth**2)),
+        is_causal=is_causal,
+    )
 
 
 # ---- editing
@@ -569,7 +567,8 @@ def run(args):
     flags = {name: vars(args).get(name) for name in steps.__kwdefaults__}
     options |= {name: value for name, value in flags.items() if value is not None}
     settings = options | dict(labels=classes, count=args.count, dtype=str(dtype))
-    settings["weights"] = digest([params, codec, *given])
+    if kind == "folder":  # where images of before may lie
+        settings["weights"] = digest([params, codec, *given])
 
     # one pass refuses what does not fit before any file is written
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
@@ -635,7 +634,7 @@ def load_models(args):
     codec, _ = load(args.tokenizer or weights.with_name("tokenizer.pt"), tokenizer)
 
     record = read_json(weights.with_name("args.json")) if origin == "ours" else {}
-    if record.get("tokenizer", digest(codec)) != digest(codec):
+    if "tokenizer" in record and record["tokenizer"] != digest(codec):
         raise ValueError(f"{weights}: trained with another tokenizer than this")
     if origin == "ours" and not record and "masked" not in params:
         raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
@@ -782,5 +781,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -43,7 +43,8 @@ def decode(codec, tokens, scales):
 
 def accumulate(codec, tokens, scales):
     """f_hat (B, code_dim, h, w), the sum of all scales' contributions (VAR, algorithm 2)."""
-    return f_hat_by_scale(codec, tokens, scales)[-1]
+    *_, f_hat = f_hat_by_scale(codec, tokens, scales)
+    return f_hat
 
 
 def next_scale_inputs(codec, tokens, scales):
@@ -51,8 +52,8 @@ def next_scale_inputs(codec, tokens, scales):
 
     Each sees f_hat of all coarser scales, area-resized to its size: HMAR's Markov property.
     """
-    f_hats = f_hat_by_scale(codec, tokens, scales)
-    inputs = [resize_to_scale(f_hat, size) for f_hat, size in zip(f_hats, scales[1:])]
+    pairs = zip(scales[1:], f_hat_by_scale(codec, tokens, scales))  # the last f_hat is not made
+    inputs = [resize_to_scale(f_hat, size) for size, f_hat in pairs]
     return torch.cat(inputs, 1)
 
 
@@ -132,10 +133,10 @@ def phi_index(k, scale_count):
 
 
 def f_hat_by_scale(codec, tokens, scales):
-    """f_hat after each scale, [(B, code_dim, h, w), ...], of tokens (B, L)."""
+    """Yields f_hat (B, code_dim, h, w) after each scale, of tokens (B, L)."""
     check_scales(scales)
     maps = enumerate(tokens.split(lengths(scales), 1))
-    return list(itertools.accumulate(contribution(codec, part, k, scales) for k, part in maps))
+    return itertools.accumulate(contribution(codec, part, k, scales) for k, part in maps)
 
 
 def resize_to_scale(f_hat, size):

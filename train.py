@@ -7,11 +7,6 @@ bit for bit though none of them is saved. There is no adversarial loss, and no w
 in the perceptual one (`learned_levels`).
 """
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import colorsys
 import contextlib
 import ctypes
@@ -25,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import stat
 import sys
 import time
@@ -55,7 +51,6 @@ MOMENTUM = 0.95  # Muon's
 # embeddings, codes, what faces them, modulation, single channels
 NOT_FOR_MUON = "classes|start|levels|positions|codebook|head|modulation|depthwise"
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
-DEPTH_DROP = 0.1  # stochastic depth of the last block at depth 24, in proportion at others
 REVIVE_EVERY = 20  # steps; then codes that nobody chose are replaced,
 REVIVE_UNTIL = 0.8  # of the stage: the last ones get time to settle
 COARSE_WEIGHT = 0.5  # of the squared error of coarse images (RESULTS, "The pyramid")
@@ -89,24 +84,24 @@ def dial(depth, size, images):
 
     # images as the parameters, which grow by depth^3 (Hoffmann et al. 2022), fewer of larger ones,
     # since each has more tokens; no folder is worth more than so many epochs
-    seen = min(46_000 * larger**3 * math.sqrt(32 / size), 200 * images)
+    seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
-    seen_by = {"tokenizer": 0.35, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "Scales"
-
-    # squares of pixels become channels: full resolution costs most (RESULTS, "Folding")
-    fold = 2 if size >= 48 and not is_large else 1
-    if fold > 1:  # a quarter of an hour at 64: RESULTS, "Scales"
-        seen *= 0.75
-        seen_by["tokenizer"] = 0.43
-        batch //= 2  # measured at 64, where an image has twice the tokens
+    seen_by = {"tokenizer": 0.43, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "Scales"
+    perceptual = size >= 48 and not is_large  # at 32 it is not worth its time
+    if perceptual:  # a quarter of an hour at 64, where an image has twice the tokens
+        seen *= 0.69
+        batch //= 2
 
     # deeper wants less, a larger batch more (HyperP 2603.28743)
     rate = 4e-3 * larger**-0.7
 
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
-    multipliers = {4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[cell]
-    if fold > 1:  # the finest level leaves
-        multipliers = tuple(max(1, width // fold) for width in multipliers[1:])
+    halvings = cell.bit_length() - 1
+    # small ones have squares of pixels as channels (RESULTS, "Folding") in place of the finest
+    # level, which costs most
+    fold, multipliers = 2, halvings * (1,)
+    if is_large:
+        fold, multipliers = 1, (1, 1, 2, 2, 4)[: halvings + 1]
     codec = dict(
         codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(larger))),  # 256 to the published ones
         code_dim=32 if is_large else 16,
@@ -125,7 +120,7 @@ def dial(depth, size, images):
         batch=batch,
         steps={stage: math.ceil(share * seen / batch) for stage, share in seen_by.items()},
         lr={"tokenizer": rate, "next-scale": rate, "masked": rate / 4},
-        perceptual=fold > 1,  # at 32 pixels it does nothing
+        perceptual=perceptual,
         decay=0.05 * larger**-0.8,  # shrinks alike over a run (Wang and Aitchison 2024)
         looks=3 * depth,  # at held-out images in a stage
     )
@@ -431,8 +426,8 @@ def require_finite(stage, step, fits):
 
 def train_tokenizer(args, data, held_out, init=None):
     """Images -> a codec each of whose scales is an image; dead codes are replaced on the way."""
-    init = init or tokenizer.init(**args.codec, seed=args.seed)
-    codec = trainable(to_device(init, args.device))
+    initial = init or tokenizer.init(**args.codec, seed=args.seed)
+    codec = trainable(to_device(initial, args.device))
     codebook = codec["codebook"]
     counts_since = torch.zeros(len(codebook), dtype=torch.int64, device=args.device)
     judged = to_unit(read_held_out(held_out)[0], args.device)
@@ -468,7 +463,8 @@ def train_tokenizer(args, data, held_out, init=None):
         counts = torch.zeros_like(counts_since).index_add_(0, tokens, torch.ones_like(tokens))
         counts_since.add_(summed(counts))
         is_late = step > REVIVE_UNTIL * args.steps["tokenizer"]
-        if step == 1 or (step % REVIVE_EVERY == 0 and not is_late):
+        is_first = step == 1 and init is None  # a new codebook begins as what is to be quantised
+        if is_first or (step % REVIVE_EVERY == 0 and not is_late):
             generator = generator_of(args.seed, "revive", step)
             residuals = [gathered(torch.cat(parts), args.batch) for parts in zip(*residuals)]
             new, dead = tokenizer.revive_codes(codebook.data, counts_since, residuals, generator)
@@ -580,11 +576,11 @@ def train_next_scale(args, data, held_out, init=None):
     weights = hmar.scale_weights(args.scales, args.loss_weights).to(args.device)  # (L,)
     lengths = tokenizer.lengths(args.scales)
 
-    def loss(params, labels, tokens, gates):
+    def loss(params, labels, tokens):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
         fast = hmar.cast(params, args.dtype)
-        options = dict(gates=gates, checkpointing=args.checkpointing)
-        losses = hmar.next_scale_losses(fast, labels, tokens, inputs, args.causal, **options)
+        options = dict(is_causal=args.causal, checkpointing=args.checkpointing)
+        losses = hmar.next_scale_losses(fast, labels, tokens, inputs, **options)
         losses = losses * (args.parts * world() / args.batch)  # as in the tokenizer's
         total = (losses * weights).sum()
         by_scale = [scale.mean() for scale in losses.sum(0).split(lengths)]
@@ -618,6 +614,8 @@ def fitted(args, params, classes):
             f"--init: got (codes, code_dim) {got}, expected the tokenizer's {expected}"
         )
 
+    if "tokenizer" in args.stages and args.tokenizer is None:
+        say("--init: without --tokenizer its codes get new meanings")
     trunk = params["trunk"] + branch["blocks"]
     params = params | dict(trunk=trunk, next_scale=branch | dict(blocks=[]))
     params.pop("masked", None)
@@ -643,11 +641,11 @@ def train_masked(args, data, held_out, init=None):
     params |= trainable(dict(masked=params["masked"]))
     first = tokenizer.lengths(args.scales)[0]
 
-    def loss(params, labels, tokens, gates, mask, places, share):
+    def loss(params, labels, tokens, mask, places, share):
         inputs = tokenizer.next_scale_inputs(codec, tokens, args.scales)
         own_inputs = tokenizer.masked_inputs(codec, tokens, args.scales, mask)
         fast = hmar.cast(params, args.dtype)
-        options = dict(places=places, gates=gates, checkpointing=args.checkpointing)
+        options = dict(places=places, checkpointing=args.checkpointing)
         losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask, **options)
         total = (losses * share).sum()
         return total, dict(loss=total), ()
@@ -682,7 +680,7 @@ def on_tokens(args, stage, data, held_out):
 
 
 def transformer_batch(args, stage, done, params, labels, all_tokens):
-    """dict(labels (B,), tokens (B, L), gates (B, depth, 2)) of a whole batch after `done` steps."""
+    """dict(labels (B,), tokens (B, L)) of a whole batch after `done` steps."""
     generator = generator_of(args.seed, stage, done)
     rows = [index for index, _ in step_items(args, done, len(labels))]
     views = torch.randint(all_tokens.shape[1], (args.batch,), generator=generator).numpy()
@@ -691,13 +689,7 @@ def transformer_batch(args, stage, done, params, labels, all_tokens):
     null = len(params["classes"]) - 1
     is_dropped = torch.rand(args.batch, generator=generator) < LABEL_DROP
     labels = torch.tensor([labels[row] for row in rows]).masked_fill(is_dropped, null)
-
-    frozen = len(params["trunk"]) if stage == "masked" else 0  # these blocks are never dropped
-    depth = hmar.depth(params)
-    uniform = torch.rand(args.batch, depth - frozen, 2, generator=generator)
-    gates = hmar.stochastic_depth(uniform, min(0.5, DEPTH_DROP * depth / 24))
-    gates = F.pad(gates, (0, 0, frozen, 0), value=1)
-    return dict(labels=labels, tokens=tokens, gates=gates)
+    return dict(labels=labels, tokens=tokens)
 
 
 def in_parts(args, batch):
@@ -1144,7 +1136,8 @@ def train(args):
             save(weights, work[stage](args, data, held_out, init if stage in given else None))
         if rank() == 0:  # a kill may have left it
             checkpoint.unlink(missing_ok=True)
-    say(f"finished; next: python sample.py {args.out}")
+    is_drawable = args.stages[-1] != "tokenizer"
+    say("finished" + is_drawable * f"; next: python sample.py {args.out}")
     del lock  # held until here
 
     # for programs: what this process cost
@@ -1540,5 +1533,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -173,7 +173,7 @@ def asked_of_fit(
     cache = random_tokens(3, scales, 11)[:, None].numpy()
     data = train.Images(range(3), train.SHAPES, args.size)
     given = dict(on_tokens=lambda *_: (codec, cache, None), load_stage=lambda *_: params)
-    given |= dict(fit=lambda *given, **_: given, DEPTH_DROP=4)
+    given |= dict(fit=lambda *given, **_: given)
     with mock.patch.multiple(train, **given):
         init = codec if name == "tokenizer" else params
         _, _, asked, loss, batches, *_ = getattr(train, f"train_{name}")(args, data, data, init)

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -146,12 +145,3 @@ def test_functions_fit_a_screen_and_only_the_agreed_packages_are_imported(name):
         limit = 90 if node.name.endswith("_kernel") or node.name in ("init", "parser") else 50
         assert node.end_lineno - node.lineno < limit, node.name
     assert ast.get_docstring(tree)
-
-
-@pytest.mark.parametrize("name", ["train", "sample"])
-def test_ctrl_c_during_the_imports_is_silent(tmp_path, name):
-    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
-    command = [sys.executable, f"{ROOT}/{name}.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGINT and done.stderr == b""

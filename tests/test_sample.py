@@ -352,7 +352,7 @@ def test_an_edit_knows_what_lies_outside_the_mask():
     assert torch.equal(tokens, tokenizer.encode(CODEC, images, SCALES))
     assert torch.equal(known.outside.flatten(1), known.given[-1])
     close(known.features, tokenizer.encode_features(CODEC, images))
-    maps = tokenizer.f_hat_by_scale(CODEC, tokens, SCALES)
+    maps = [*tokenizer.f_hat_by_scale(CODEC, tokens, SCALES)]
     close(torch.stack(known.f_hats), torch.stack([0 * maps[0], *maps]).detach(), 1e-5)
     for (h, w), is_given in zip(SCALES, known.given):
         touched = mask.unflatten(3, (w, -1)).unflatten(2, (h, -1)).any(5).any(3)
@@ -380,6 +380,7 @@ def test_bad_options_are_told():
         r"codec: .*got \(32, 8\), expected \(16, 8\)": dict(codec=small_codec(codes=32)),
         "seed: .*got 2, expected 3": dict(seed=[1, 2]),
         "schedule: got .* no masked branch": dict(params=PLAIN, schedule=1),
+        "schedule: got .* but VAR has one": dict(is_causal=True, schedule=1),
         "masked passes: got -1": dict(schedule=-1),
         "top_p: got nan": dict(top_p=math.nan),
     }.items():

@@ -169,7 +169,7 @@ def test_training_pass(scales, batch, data, commitment, seed):
     loss_gradient, codes_gradient = grads(made["loss"], features, codebook)
     error = features.detach() - maps
     close(loss_gradient, 2 * commitment * error.mean(0) / features.numel())
-    moved = torch.stack(tokenizer.f_hat_by_scale(codec, tokens, scales))
+    moved = torch.stack([*tokenizer.f_hat_by_scale(codec, tokens, scales)])
     close(codes_gradient, grads((moved - features.detach()).square().mean(), codebook)[0])
 
     # the whole image: as decoded, and straight through

@@ -577,7 +577,7 @@ def test_the_dial_grows_by_its_laws():
         sizes = DIAL(2, size, 100)["codec"]
         codec = tokenizer.init(**sizes)
         assert tokenizer.downsampling(codec) == cell
-        assert sizes["fold"] == 1 + DIAL(2, size, 100)["perceptual"] == 1 + (size > 32)
+        assert sizes["fold"] == 2 and DIAL(2, size, 100)["perceptual"] == (size > 32)
         tokenizer.check(codec)
     assert [h for h, _ in train.default_scales(48, 12)] == [1, 2, 3, 6, 12]
 
@@ -717,16 +717,15 @@ def test_labels_masks_and_losses_of_the_stages():
     for name in ("next_scale", "masked"):
         params, loss, batches = asked_of_fit(name, SCALES, torch.float32, batch=50, steps=10)
         params = pytree.tree_map(torch.Tensor.float, scrambled(params))
-        labels, tokens, gates, *masked = batches[0].values()
+        labels, tokens, *masked = batches[0].values()
         given = [params, labels, tokens, tokenizer.next_scale_inputs(codec, tokens, SCALES)]
         if name == "masked":
             given += [tokenizer.masked_inputs(codec, tokens, SCALES, masked[0]), masked[0]]
-            expected = hmar.masked_losses(*given, gates=gates).mean()
+            expected = hmar.masked_losses(*given).mean()
         else:
-            by_scale = hmar.next_scale_losses(*given, gates=gates).split([1, 16, 64], 1)
+            by_scale = hmar.next_scale_losses(*given).split([1, 16, 64], 1)
             expected = sum(losses.mean() for losses in by_scale) / 3
         torch.testing.assert_close(loss(params, **batches[0])[0], expected)
-        assert (gates == 0).any()
 
     ratios = torch.cat([batch["mask"].float().mean(1) for batch in batches])
     assert np.histogram(ratios, 4, (0, 1))[0].min() > 90
@@ -758,8 +757,8 @@ def save_params(path, codes=16):
 
 
 def test_init_fits_classes_scales_and_branches(tmp_path, capsys):
-    def started(*flags, classes=5):
-        flags = [*FLAGS, "--init", str(tmp_path / "init.pt"), *flags]
+    def started(*flags, classes=5, stage="next-scale"):
+        flags = [stage, *FLAGS, "--init", str(tmp_path / "init.pt"), *flags]
         args = train.parser().parse_args(flags)
         given = train.load_given(args)
         args = train.resolved(args, torch.device("cpu"), given, 30)
@@ -775,6 +774,7 @@ def test_init_fits_classes_scales_and_branches(tmp_path, capsys):
     other, said = started("--size", "4", "--scales", "1", "2")
     assert said == "--init: positions resampled for the scales ((1, 1), (2, 2))\n"
     assert hmar.scales(other) == ((1, 1), (2, 2))
+    assert started(stage="all")[1] == "--init: without --tokenizer its codes get new meanings\n"
 
 
 def test_a_wrong_init_leaves_nothing(run, tmp_path, monkeypatch, refused):
@@ -813,6 +813,7 @@ def test_a_given_tokenizer_is_taken_or_trained_on(run, tmp_path, monkeypatch, re
     run(tmp_path / "other", "tokenizer", "--steps", 1, "--lr", 1e-6, "--init", given)
     trained = torch.load(tmp_path / "other" / "tokenizer.pt")
     assert 0 < difference(trained["encoder"], CODEC["encoder"]) < 1e-4
+    assert difference(trained["codebook"], CODEC["codebook"]) < 1e-4
 
 
 # Run folders that are not what they were
