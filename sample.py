@@ -291,7 +291,7 @@ def own_options(params, is_causal=False):
     few = sum(schedule[-1]) / 16  # a pass at the coarsest scales makes images plain
     return dict(
         schedule=[keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule],
-        guidance=min(3.0, max(1.5, 12 / depth**2)),  # published ones take 1.5 to 2.1
+        guidance=min(4.0, max(1.5, 16 / depth**2)),  # published ones take 1.5 to 2.1
         mask_guidance=min(5.0, max(1.5, 20 / depth**2)),
         is_causal=is_causal,
     )
@@ -518,7 +518,7 @@ def parser():
     add("--count", type=int, default=8, help="images a label (8)")
     add("--seed", type=int, default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
-    add("--guidance", type=float, help="at the last scale, 0 at the first (12 / depth^2, 1.5 to 3)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (16 / depth^2, 1.5 to 4)")
     add("--mask-guidance", type=float, help="of masked passes (20 / depth^2, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, help="0 or less: arg max (1)")
