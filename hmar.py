@@ -72,9 +72,9 @@ def masked_logits(params, labels, inputs, own_inputs, mask):
 
 
 def apply_mask(params, inputs, own_inputs, mask, sizes):
-    """(B, n, C): the coarser scales plus the own tokens; where hidden, plus the mask embedding.
+    """(B, n, C): the coarser scales plus the own tokens, or the mask embedding where hidden.
 
-    sizes: (h, w) of each scale of these inputs.
+    A convolution tells hidden tokens what is near besides. sizes: (h, w) of each scale of these.
     """
     _expect("own_inputs", own_inputs, inputs.shape)
     _expect("mask", mask, inputs.shape[:2])
@@ -82,7 +82,7 @@ def apply_mask(params, inputs, own_inputs, mask, sizes):
     branch = params["masked"]
     weight = branch["own_input"] if is_ours(params) else params["input"]["weight"]
     visible = by_scale(own_inputs, sizes, weight, bias=None)
-    if weight.ndim == 2:  # a matrix says nothing of hidden tokens, a convolution what is near
+    if weight.ndim == 2:  # a matrix would tell the code that is hidden, or that it is zeroed
         visible = visible.masked_fill(mask[..., None], 0)
     visible = visible + mask[..., None] * branch["mask_embedding"]
     return by_scale(inputs, sizes, **params["input"]) + visible

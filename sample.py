@@ -101,8 +101,10 @@ def steps(
 
     cache = [[] for _ in range(hmar.depth(params))] if is_causal else None
     strengths = dict(next_scale=guidance, masked=mask_guidance)
-    guided = partial(classifier_free_guidance, params, labels, strengths, soften, cache)
-    choose = partial(choose_tokens, seeds, temperature, top_k, top_p)
+    how = dict(strengths=strengths, soften=soften, cache=cache)
+    guided = partial(classifier_free_guidance, params, labels, **how)
+    limits = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    choose = partial(choose_tokens, seeds=seeds, **limits)
     return passes(params, codec, len(labels), schedule, guided, choose, known)
 
 
@@ -164,7 +166,7 @@ def check_fit(params, codec, labels, schedule, seeds):
         raise ValueError("schedule: got several passes a scale, but no masked branch")
 
 
-def classifier_free_guidance(params, labels, strengths, soften, cache, branch, k, *inputs):
+def classifier_free_guidance(params, labels, branch, k, *inputs, strengths, soften, cache):
     """Logits (B, n_k, codes) of scale k from a branch of hmar and what it is fed, guided by t.
 
     (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6), t rising from 0 at the
@@ -190,7 +192,7 @@ def classifier_free_guidance(params, labels, strengths, soften, cache, branch, k
     return (1 + t) * conditional - t * unconditional
 
 
-def choose_tokens(seeds, temperature, top_k, top_p, k, number, logits):
+def choose_tokens(k, number, logits, *, seeds, temperature, top_k, top_p):
     """(tokens, confidence), (B, n_k) each, of logits (B, n_k, codes) at a pass of scale k."""
     if temperature < 0.001:  # arg max, before the division overflows
         return draw(filtered(logits, top_k, top_p))

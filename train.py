@@ -51,26 +51,26 @@ MOMENTUM = 0.95  # Muon's
 # embeddings, codes, what faces them, modulation, single channels
 NOT_FOR_MUON = "classes|start|levels|positions|codebook|head|modulation|depthwise"
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
-REVIVE_EVERY = 20  # steps; then codes that nobody chose are replaced,
-REVIVE_UNTIL = 0.8  # of the stage: the last ones get time to settle
+REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced
+REVIVE_UNTIL = 0.8  # share of the steps: the last codes to be replaced get time to settle
 COARSE_WEIGHT = 0.5  # of the squared error of coarse images (RESULTS, "The pyramid")
 EDGE_WEIGHT = 0.25  # of the error of edges, beside .5 of the absolute error
 TEXTURE_WEIGHT = 0.5  # of the error of texture (RESULTS, "Texture")
-PERCEPTUAL_WEIGHT = 0.08  # of the perceptual error (RESULTS, "Perceptual"), whose network
-LEVELS_STEPS = 400  # is learned in so many steps
+PERCEPTUAL_WEIGHT = 0.08  # of the perceptual error (RESULTS, "Perceptual")
+LEVELS_STEPS = 400  # in which its network is learned
 HUE_WEIGHT = 0.28  # of the share of the hues' variance that is lost (RESULTS, "Hues, tried")
 LOG_EVERY = 50  # steps
 JUDGED = 128  # held-out images at most that are looked at
-SAVES = 8  # checkpoints a stage, and more where
-SAVE_SECONDS = 300  # have passed since the last
+SAVES = 8  # checkpoints a stage, at least
+SAVE_SECONDS = 300  # between two checkpoints, at most
 TIMED = 20  # steps of a stage that tell how long it takes
 PATIENCE = 1 / 3  # of the steps without a better loss end a stage
-HELD_OUT = 0.05  # share of the images,
-MOST_HELD_OUT = 2000  # but no more
-VIEWS_IN_ALL = 20_000  # a small folder's images are encoded in several random crops each,
-MOST_VIEWS = 16  # but in no more than these
+HELD_OUT = 0.05  # share of the images
+MOST_HELD_OUT = 2000  # images
+VIEWS_IN_ALL = 20_000  # random crops: a small folder's images are encoded in several each
+MOST_VIEWS = 16  # crops of an image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-# change a result
+# those that change a result
 FLAGS = ("size", "depth", "flip", "seed", "dtype", "compile", "causal", "scales")
 
 
