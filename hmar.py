@@ -82,7 +82,7 @@ def apply_mask(params, inputs, own_inputs, mask, sizes):
     branch = params["masked"]
     weight = branch["own_input"] if is_ours(params) else params["input"]["weight"]
     visible = by_scale(own_inputs, sizes, weight, bias=None)
-    if weight.ndim == 2:  # a matrix would tell the code that is hidden, or that it is zeroed
+    if weight.ndim == 2:  # of what is hidden nothing is told, not even by its neighbours
         visible = visible.masked_fill(mask[..., None], 0)
     visible = visible + mask[..., None] * branch["mask_embedding"]
     return by_scale(inputs, sizes, **params["input"]) + visible
