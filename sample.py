@@ -568,9 +568,6 @@ def run(args):
 
     flags = {name: vars(args).get(name) for name in steps.__kwdefaults__}
     options |= {name: value for name, value in flags.items() if value is not None}
-    settings = options | dict(labels=classes, count=args.count, dtype=str(dtype))
-    if kind == "folder":  # where images of before may lie
-        settings["weights"] = digest([params, codec, *given])
 
     # one pass refuses what does not fit before any file is written
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
@@ -592,7 +589,9 @@ def run(args):
             else:
                 yield some, [generate(*models, **own)[0].cpu()]
 
-    if kind == "folder":
+    if kind == "folder":  # where images of before may lie
+        settings = options | dict(labels=classes, count=args.count, dtype=str(dtype))
+        settings["weights"] = digest([params, codec, *given])
         fill_folder(args.out, settings, labels.tolist(), drawn)
     else:
         batches = [images for _, images in drawn(range(len(labels)))]

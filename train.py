@@ -86,8 +86,12 @@ def dial(depth, size, images):
     # since each has more tokens; no folder is worth more than so many epochs
     seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
-    seen_by = {"tokenizer": 0.43, "next-scale": 1, "masked": 1 / 11}  # RESULTS, "Scales"
-    perceptual = size >= 48 and not is_large  # at 32 it is not worth its time
+
+    # squares of pixels become channels in place of the finest level, which costs most; at 32 pixels
+    # it helps depth 2, not 3 (RESULTS, "Folding", "Today")
+    fold = 2 if not is_large and (size >= 48 or depth <= DEPTH) else 1
+    seen_by = {"tokenizer": 0.43 if fold > 1 else 0.35, "next-scale": 1, "masked": 1 / 11}
+    perceptual = size >= 48 and fold > 1  # at 32 it is not worth its time
     if perceptual:  # a quarter of an hour at 64, where an image has twice the tokens
         seen *= 0.69
         batch //= 2
@@ -97,11 +101,7 @@ def dial(depth, size, images):
 
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
     halvings = cell.bit_length() - 1
-    # small ones have squares of pixels as channels (RESULTS, "Folding") in place of the finest
-    # level, which costs most
-    fold, multipliers = 2, halvings * (1,)
-    if is_large:
-        fold, multipliers = 1, (1, 1, 2, 2, 4)[: halvings + 1]
+    multipliers = halvings * (1,) if fold > 1 else (1, 1, 2, 2, 4)[: halvings + 1]
     codec = dict(
         codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(larger))),  # 256 to the published ones
         code_dim=32 if is_large else 16,

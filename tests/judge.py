@@ -276,10 +276,7 @@ def show(numbers):
 
 
 def claims(judge, held_out, data, out="runs/claims"):
-    """Prints each way's numbers; then means of three seeds and deviations.
-
-    Without masked passes it is beside VAR and other weights of the loss.
-    """
+    """Prints each way's numbers; then means of three seeds and deviations."""
     rows, dial = {}, train.dial
     flags = ["--data", f"{data}/train", "--size", str(held_out[0].shape[-1]), "--seed"]
 
@@ -344,16 +341,18 @@ def write_letters(folder):
 @torch.no_grad()
 def write_pictures(run, folder):
     """growth.png, samples after each scale; edit.png, right halves repainted."""
-    params, codec, _ = models_of(run)
+    params, codec, options = models_of(run)
     labels, names = torch.arange(0, 10, 2), train.SHAPES[::2]
-    last = {step.scale: step.f_hat for step in sample.steps(params, codec, labels, seed=100)}
+    drawing = sample.steps(params, codec, labels, seed=100, **options)
+    last = {step.scale: step.f_hat for step in drawing}
     grown = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in last.values()], 1)
     sample.sheet(list(grown), names).save(Path(folder, "growth.png"))
 
     images = drawn(train.draw_shape, 20_000, 10)[0][::2]  # held out
     mask = torch.zeros(5, 1, 32, 32, dtype=torch.bool)
     mask[..., 16:] = True
-    made = [sample.edit(params, codec, images, mask, labels, seed=seed) for seed in (5, 15, 25)]
+    given = params, codec, images, mask, labels
+    made = [sample.edit(*given, seed=seed, **options) for seed in (5, 15, 25)]
     columns = [images, images.masked_fill(mask, 0), *made]
     sample.sheet(list(torch.stack(columns, 1)), names).save(Path(folder, "edit.png"))
 

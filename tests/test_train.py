@@ -578,6 +578,7 @@ def test_the_dial_grows_by_its_laws():
         codec = tokenizer.init(**sizes)
         assert tokenizer.downsampling(codec) == cell
         assert sizes["fold"] == 2 and DIAL(2, size, 100)["perceptual"] == (size > 32)
+        assert DIAL(3, size, 100)["codec"]["fold"] == 1 + (size > 32)
         tokenizer.check(codec)
     assert [h for h, _ in train.default_scales(48, 12)] == [1, 2, 3, 6, 12]
 
