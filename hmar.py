@@ -415,15 +415,18 @@ def resize_positions(params, scales):
 
 @torch.no_grad()
 def check(params):
-    """ValueError unless both branches take this tree, which costs nothing without values."""
+    """ValueError unless the branches take this tree: they do, in scale 0, and embed the others."""
     try:
-        params = pytree.tree_map(lambda leaf: leaf.to("meta"), params)
+        condition = params["classes"][:1]
+        labels = torch.zeros(1, dtype=torch.int64, device=condition.device)
         count = sum(h * w for h, w in scales(params)[1:])
-        inputs = params["classes"].new_zeros(1, count, params["input"]["weight"].shape[1])
-        labels = torch.zeros(1, dtype=torch.int64, device="meta")
-        next_scale_logits(params, labels, inputs)
-        if "masked" in params:
-            masked_logits(params, labels, inputs, inputs, mask=inputs[..., 0] > 0)
+        inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
+        mask = inputs[..., 0] > 0
+        places = range(len(params["positions"]))
+        branches = ["next_scale", "masked"] if "masked" in params else ["next_scale"]
+        for branch in branches:
+            logits(branch_features(params, branch, labels, None, k=0), **params[branch]["head"])
+            embedded(params, branch, condition, inputs, inputs, mask, places)
     except Exception as error:
         raise _misfit("params", error) from error
 
