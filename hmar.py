@@ -47,6 +47,7 @@ SCALES = {  # published, by an image's side in pixels, for a tokenizer that down
         (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
     )
 }
+LOSS_SLICE = 1 << 25  # logits that the loss holds at once: 128 MiB of fp32
 
 
 def scales(params):
@@ -74,7 +75,7 @@ def masked_logits(params, labels, inputs, own_inputs, mask):
 def apply_mask(params, inputs, own_inputs, mask, sizes):
     """(B, n, C): the coarser scales plus the own tokens, or the mask embedding where hidden.
 
-    A convolution tells hidden tokens what is near besides. sizes: (h, w) of each scale of these.
+    sizes: (h, w) of each scale of these inputs.
     """
     _expect("own_inputs", own_inputs, inputs.shape)
     _expect("mask", mask, inputs.shape[:2])
@@ -82,7 +83,7 @@ def apply_mask(params, inputs, own_inputs, mask, sizes):
     branch = params["masked"]
     weight = branch["own_input"] if is_ours(params) else params["input"]["weight"]
     visible = by_scale(own_inputs, sizes, weight, bias=None)
-    if weight.ndim == 2:  # of what is hidden nothing is told, not even by its neighbours
+    if weight.ndim == 2:  # a matrix tells hidden tokens nothing, a convolution what is near
         visible = visible.masked_fill(mask[..., None], 0)
     visible = visible + mask[..., None] * branch["mask_embedding"]
     return by_scale(inputs, sizes, **params["input"]) + visible
@@ -278,8 +279,19 @@ def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=No
 
 
 def token_losses(features, targets, weight, bias):
-    """Cross entropy (N,) of targets (N,) under the head's logits of features (N, C)."""
-    return F.cross_entropy(logits(features, weight, bias), targets, reduction="none")
+    """Cross entropy (N,) of targets (N,) under the head's logits of features (N, C).
+
+    Logits beyond LOSS_SLICE come in slices, which the backward pass computes again.
+    """
+
+    def loss(features, targets):
+        return F.cross_entropy(logits(features, weight, bias), targets, reduction="none")
+
+    rows = max(1, LOSS_SLICE // len(weight))
+    if len(features) <= rows:
+        return loss(features, targets)
+    slices = zip(features.split(rows), targets.split(rows))
+    return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in slices])
 
 
 def scale_weights(scales, kind):

@@ -286,7 +286,7 @@ def published_options(params, is_causal=False):
 
 
 def own_options(params, is_causal=False):
-    """The same of our own trees: what measured best (RESULTS, "Scales")."""
+    """The same of our own trees: what measured best (RESULTS, "Today", "Scales")."""
     depth = hmar.depth(params)
     passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), passes if "masked" in params else 0)

@@ -1136,8 +1136,8 @@ def train(args):
             save(weights, work[stage](args, data, held_out, init if stage in given else None))
         if rank() == 0:  # a kill may have left it
             checkpoint.unlink(missing_ok=True)
-    is_drawable = args.stages[-1] != "tokenizer"
-    say("finished" + is_drawable * f"; next: python sample.py {args.out}")
+    then = "" if args.stages[-1] == "tokenizer" else f"; next: python sample.py {args.out}"
+    say(f"finished{then}")
     del lock  # held until here
 
     # for programs: what this process cost

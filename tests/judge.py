@@ -276,7 +276,7 @@ def show(numbers):
 
 
 def claims(judge, held_out, data, out="runs/claims"):
-    """Prints each way's numbers; then means of three seeds and deviations."""
+    """Prints each way's numbers, VAR's too; then means of three seeds, deviations."""
     rows, dial = {}, train.dial
     flags = ["--data", f"{data}/train", "--size", str(held_out[0].shape[-1]), "--seed"]
 

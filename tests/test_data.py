@@ -69,7 +69,7 @@ def test_a_sub_folder_is_a_class(tmp_path):
     files, classes = train.list_images(tmp_path)
     assert classes == ["cat", "dog"]
     assert files == [(str(tmp_path / name), int(name[0] == "d")) for name in kept]
-    files, classes = train.list_images(f"{tmp_path}/dog/")
+    files, classes = train.list_images(f"{tmp_path}/dog/")  # images alone are one class
     assert classes == ["dog"] and [path[-5:] for path, _ in files] == ["1.JPG", "2.png"]
 
 
@@ -223,9 +223,9 @@ def test_a_random_crop_moves_and_zooms():
     seen = [np.asarray(train.crop(image, 64, seed), dtype=float) for seed in range(300)]
     seen = np.stack(seen)  # (300, 64, 64, 3)
     zoom = 128 / 64 * 48 / (seen[:, 32, 56, 0] - seen[:, 32, 8, 0])  # the shorter side / the size
-    assert 0.97 < zoom.min() < 1.02 and 1.10 < zoom.max() < 1.16
-    assert seen[..., 0].min() < 5 and seen[..., 0].max() > 194
-    assert seen[:, 0, :, 1].std() > 1
+    assert 0.97 < zoom.min() < 1.02 and 1.10 < zoom.max() < 1.16  # none is mirrored
+    assert seen[..., 0].min() < 5 and seen[..., 0].max() > 194  # both ends are reached
+    assert seen[:, 0, :, 1].std() > 1  # and the shorter side moves too
     for size, seed in (((60_000, 1), 0), ((1, 1), 2**63), ((90, 3), None)):
         cropped = train.crop(flat("red", size), 256, seed)
         assert cropped.size == (256, 256) and difference(cropped, flat("red", (256, 256))) == 0

@@ -462,13 +462,13 @@ def test_the_command_draws_the_same_images_in_every_form(run, tmp_path):
     assert page.height == 2 * (48 + 2) and left > 12
     rows = np.asarray(page).reshape(2, 50, -1, 3)
     assert_same(rows[:, :48:8, left : left + 64 : 8], expected[::3])
-    assert gif.n_frames == 5 and gif.size == page.size
+    assert gif.n_frames == 5 and gif.size == page.size  # a page a pass
     passes = sample.steps(PARAMS, CODEC, torch.tensor(labels), **OWN, seed=5)
     for number, step in enumerate(passes):
         gif.seek(number)
         shown = np.asarray(gif.convert("RGB"), int)[:48:8, left : left + 64 : 8]
         truth = sample.to_bytes(sample.decode_in_parts(CODEC, step.f_hat))[0]
-        assert np.abs(shown - truth).mean() < 3
+        assert np.abs(shown - truth).mean() < 3  # of a palette
 
 
 def test_an_interrupted_folder_goes_on(run, tmp_path, capsys, monkeypatch):
@@ -648,7 +648,7 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys, monkeypatch, 
     before = contents(run)
     try:
         status = call("--out", tmp_path / "folder", *flags.split())
-    except SystemExit as stop:
+    except SystemExit as stop:  # argparse's own
         status = stop.code
     printed = capsys.readouterr().err
     assert status == 2 and message in printed and printed.count("\n") == 1

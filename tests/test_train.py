@@ -119,11 +119,11 @@ def ended(process, status=0, within=None):
 @pytest.fixture
 def run(folder):
     def run(out, *flags, status=0):
-        gc.collect()
+        gc.collect()  # a folder that a run before held
         flags = (*FLAGS, "--data", folder, "--out", out, *flags)
         try:
             assert train.main([str(flag) for flag in flags]) == status
-        except SystemExit as error:
+        except SystemExit as error:  # its own
             assert error.code == status
 
     return run
@@ -367,7 +367,7 @@ def test_a_second_signal_and_one_at_the_end_are_heeded(tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.raises(KeyboardInterrupt) as stopped:
             toy_fit(toy_args(tmp_path), after_step=partial(stop_at, step, partial(stop, count)))
-        assert not str(stopped.value)
+        assert not str(stopped.value)  # nothing was saved
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
@@ -375,7 +375,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(train, "SAVES", 12)
     monkeypatch.setattr(train, "look", lambda *_: 1.0)
     monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e6 if step == 2 else 1e-4)
-    for every in (1, 50):
+    for every in (1, 50):  # the same command says so again
         monkeypatch.setattr(train, "LOG_EVERY", every)
         line = refused(tmp_path, "tokenizer")
         assert re.search(r"tokenizer: loss or gradient is not finite at step [34]; a lower", line)
@@ -796,7 +796,7 @@ def test_a_wrong_init_leaves_nothing(run, tmp_path, monkeypatch, refused):
     assert "other flags or images: --init " in refused(out, *flags[:-1])
 
 
-def test_a_given_tokenizer_is_taken_or_trained_on(run, tmp_path, monkeypatch, refused):
+def test_a_given_tokenizer_is_taken_or_trained_on(run, tmp_path, monkeypatch, refused, capsys):
     out, given = tmp_path / "run", tmp_path / "given.pt"
     torch.save(CODEC, given)
     run(out, "--steps", 1, "--tokenizer", given)
@@ -815,6 +815,7 @@ def test_a_given_tokenizer_is_taken_or_trained_on(run, tmp_path, monkeypatch, re
     trained = torch.load(tmp_path / "other" / "tokenizer.pt")
     assert 0 < difference(trained["encoder"], CODEC["encoder"]) < 1e-4
     assert difference(trained["codebook"], CODEC["codebook"]) < 1e-4
+    assert "sample.py" not in capsys.readouterr().out.rpartition("finished")[2]
 
 
 # Run folders that are not what they were
