@@ -287,13 +287,14 @@ def published_options(params, is_causal=False):
 
 def own_options(params, is_causal=False):
     """The same of our own trees: what measured best (RESULTS, "Today", "Scales")."""
-    depth = hmar.depth(params)
+    depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
     passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), passes if "masked" in params else 0)
     few = sum(schedule[-1]) / 16  # a pass at the coarsest scales makes images plain
     return dict(
         schedule=[keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule],
-        guidance=min(4.0, max(1.5, 16 / depth**2)),  # published ones take 1.5 to 2.1
+        # 4.5 at depth 2 and 32 pixels, 3 at 64, as tokens add up; published ones take 1.5 to 2.1
+        guidance=min(4.5, max(1.5, 220 / depth**2 / math.sqrt(count))),
         mask_guidance=min(5.0, max(1.5, 20 / depth**2)),
         is_causal=is_causal,
     )
@@ -520,7 +521,7 @@ def parser():
     add("--count", type=int, default=8, help="images a label (8)")
     add("--seed", type=int, default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
-    add("--guidance", type=float, help="at the last scale, 0 at the first (16 / depth^2, 1.5 to 4)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 4.5)")
     add("--mask-guidance", type=float, help="of masked passes (20 / depth^2, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, help="0 or less: arg max (1)")
