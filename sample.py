@@ -164,6 +164,8 @@ def check_fit(params, codec, labels, schedule, seeds):
         raise ValueError(f"seed: got {min(seeds)}, expected 0 or more")
     if "masked" not in params and max(map(len, schedule)) > 1:
         raise ValueError("schedule: got several passes a scale, but no masked branch")
+    if len(schedule[0]) > 1:
+        raise ValueError("schedule: got several passes at the first scale, which is never masked")
 
 
 def classifier_free_guidance(params, labels, branch, k, *inputs, strengths, soften, cache):
@@ -185,7 +187,7 @@ def classifier_free_guidance(params, labels, branch, k, *inputs, strengths, soft
     null = torch.full_like(labels, len(params["classes"]) - 1)
     twice = [torch.cat([x, x]) for x in inputs]
     conditional, unconditional = head(predict(torch.cat([labels, null]), *twice)).chunk(2)
-    if soften > 0:
+    if soften:
         log_p, log_q = conditional.log_softmax(-1), unconditional.log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)  # (B,)
         t = t / (1 + (divergence[:, None, None] / soften) ** 2)
@@ -332,8 +334,8 @@ def edit(params, codec, images, mask, labels, **options):
     parts = images.split(at_once(images.shape[2:].numel()))
     features = torch.cat([tokenizer.encode_features(codec, part) for part in parts]).float()
     _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
-    given = [F.adaptive_max_pool2d(mask.float(), size).flatten(1) == 0 for size in scales]
-    outside = given[-1].unflatten(1, scales[-1]).unsqueeze(1)  # (B, 1, h, w)
+    outside = F.adaptive_max_pool2d(mask.float(), scales[-1]) == 0  # (B, 1, h, w)
+    given = [F.adaptive_max_pool2d((~outside).float(), size).flatten(1) == 0 for size in scales]
     f_hats = [torch.zeros_like(f_hats[0]), *f_hats]
     known = Known(tokens, given, f_hats, features, outside)
 
@@ -351,8 +353,8 @@ def shares_of_hidden(keeps, hidden, has_masked_branch):
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
-    # a single pass sees no given tokens: images that have some keep nothing of it, and all of a
-    # masked pass that is added
+    # the only pass sees no given tokens: an image that has some draws, keeps nothing, and draws
+    # again in a masked pass, which sees them
     is_partly = (count > 0) & (count < total)
     if len(keeps) == 1 and has_masked_branch and is_partly.any():
         return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]

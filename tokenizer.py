@@ -148,11 +148,9 @@ def enlarge(x, size):
     """Bicubic (B, C, h_k, w_k) -> (B, C, h, w), as products: deterministic, fast backward."""
     if x.shape[2:] == size:
         return x
-    height, width = pairs = [*zip(x.shape[2:], size)]
-    matrices = {pair: _bicubic(x, *pair) for pair in {*pairs}}
+    rows, columns = (_bicubic(x, *pair) for pair in zip(x.shape[2:], size))
     with torch.autocast(x.device.type, enabled=False):
-        x = (x.mT @ matrices[height].mT).mT  # (B, C, h, w_k)
-        return x @ matrices[width].mT
+        return (x.mT @ rows.mT).mT @ columns.mT
 
 
 def _bicubic(x, small, large):

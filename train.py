@@ -103,7 +103,7 @@ def dial(depth, size, images):
     halvings = cell.bit_length() - 1
     multipliers = halvings * (1,) if fold > 1 else (1, 1, 2, 2, 4)[: halvings + 1]
     codec = dict(
-        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(larger))),  # 256 to the published ones
+        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(larger))),  # 128 to the published ones
         code_dim=32 if is_large else 16,
         channels=fold * max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
         multipliers=multipliers,
@@ -223,7 +223,7 @@ class Optimizer:
             if not isinstance(leaf, torch.nn.Parameter):
                 continue
             name = pytree.keystr(path)
-            embeds_codes = leaf.ndim == 2 and "input" in name  # as published
+            embeds_codes = leaf.ndim == 2 and "input" in name  # the published one
             if leaf.ndim < 2 or embeds_codes or re.search(NOT_FOR_MUON, name):
                 others.append(leaf)
             else:
@@ -393,9 +393,9 @@ class Progress:
         stage = pace * (args.steps[self.stage] - step)
 
         # other stages are as fast as this one, by their FLOPs
-        later = args.stages[args.stages.index(self.stage) + 1 :]
+        later = [*args.work.values()][[*args.work].index(self.stage) + 1 :]
         per_step = args.work[self.stage] / args.steps[self.stage]
-        run = stage + pace * sum(args.work[name] for name in later) / per_step
+        run = stage + pace * sum(later) / per_step
         stage, run = (datetime.timedelta(seconds=round(left)) for left in (stage, run))
         return f"{stage} left, {run} of the run  "
 
@@ -608,11 +608,9 @@ def fitted(args, params, classes):
     """
     branch = params["next_scale"]
     got = len(branch["head"]["bias"]), params["input"]["weight"].shape[1]
-    expected = args.codec["codes"], args.codec["code_dim"]
-    if got != expected:
-        raise ValueError(
-            f"--init: got (codes, code_dim) {got}, expected the tokenizer's {expected}"
-        )
+    sizes = args.codec["codes"], args.codec["code_dim"]
+    if got != sizes:
+        raise ValueError(f"--init: got (codes, code_dim) {got}, expected the tokenizer's {sizes}")
 
     if "tokenizer" in args.stages and args.tokenizer is None:
         say("--init: without --tokenizer its codes get new meanings")
@@ -951,9 +949,9 @@ def list_images(folder):
                 groups.setdefault(group, []).append(os.path.join(place, name))
 
     if not groups:
-        raise ValueError(f"--data: got {folder!r}, expected a folder with {', '.join(SUFFIXES)}")
+        refuse(f"got {folder!r}, expected a folder with {', '.join(SUFFIXES)}")
     if "." in groups and len(groups) > 1:
-        raise ValueError(f"--data: got {folder!r}, with images beside sub-folders of images")
+        refuse(f"got {folder!r}, with images beside sub-folders of images")
     files = [(path, label) for label, paths in enumerate(groups.values()) for path in paths]
     return files, [Path(folder).resolve().name] if "." in groups else [*groups]
 
@@ -1112,18 +1110,17 @@ def train(args):
     args.size = args.size or (64 if args.data else 32)
     data, held_out, images = agreed(lambda: data_sets(args))
     args = resolved(args, device, given, len(data))
-    init = given.get("tokenizer")
-    if "next-scale" in given:
-        init = fitted(args, given["next-scale"], len(data.class_names))
 
     settings = (*FLAGS, *dial(args.depth, args.size, len(data)))
     flags = {name: getattr(args, name) for name in settings} | dict(images=images)
     for name, tree in given.items():
         flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
+    if "next-scale" in given:  # as a start for these scales and classes
+        given["next-scale"] = fitted(args, given["next-scale"], len(data.class_names))
     record = dict(flags=flags, class_names=data.class_names)
     lock = claim_folder(args, record) if rank() == 0 else None
     barrier()
-    prepare(args, given, init, data, held_out)
+    prepare(args, given, data, held_out)
 
     work = {"tokenizer": train_tokenizer, "next-scale": train_next_scale, "masked": train_masked}
     for stage in args.stages:
@@ -1133,7 +1130,7 @@ def train(args):
         elif stage == "tokenizer" and "codec" in given:
             save(weights, given["codec"])
         else:
-            save(weights, work[stage](args, data, held_out, init if stage in given else None))
+            save(weights, work[stage](args, data, held_out, given.get(stage)))
         if rank() == 0:  # a kill may have left it
             checkpoint.unlink(missing_ok=True)
     then = "" if args.stages[-1] == "tokenizer" else f"; next: python sample.py {args.out}"
@@ -1144,7 +1141,7 @@ def train(args):
     say(f"seconds {time.process_time():.6g}\npeak_mb {peak_mb():.6g}")
 
 
-def prepare(args, given, init, data, held_out):
+def prepare(args, given, data, held_out):
     """Says what will be done; gives args the work of each stage and the parts of a batch."""
     names = data.class_names
     for label in set(range(len(names))).difference(data.labels):
@@ -1156,7 +1153,7 @@ def prepare(args, given, init, data, held_out):
     )
     with torch.device("meta"):  # where tensors have no values
         codec = given.get("codec", given.get("tokenizer")) or tokenizer.init(**args.codec)
-        params = init if "next-scale" in given else new_transformer(args, len(names))
+        params = given.get("next-scale") or new_transformer(args, len(names))
         codec, params = pytree.tree_map(lambda leaf: leaf.to("meta"), (codec, params))
         if not args.causal:
             params = hmar.add_masked_branch(params, args.masked_blocks)
@@ -1236,9 +1233,11 @@ def planned(args, codec, params, images):
     forward = flops(hmar.next_scale_logits, params, labels, inputs, args.causal)
     codec_forward = encoder + (1 + 1 / tokenizer.COARSE_EVERY) * decoder
     per_image = {"tokenizer": 3 * codec_forward, "next-scale": 3 * forward, "masked": 2 * forward}
-    work = {stage: args.steps[stage] * args.batch * per_image[stage] for stage in args.stages}
-    if "next-scale" in work:  # first of all every image is encoded
-        work["next-scale"] += images * views_of(args, images) * encoder
+    work = {}
+    for stage in args.stages:
+        if stage == "next-scale":  # before it every image is encoded
+            work["encoding"] = images * views_of(args, images) * encoder
+        work[stage] = args.steps[stage] * args.batch * per_image[stage]
     return work
 
 

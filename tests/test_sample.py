@@ -347,6 +347,7 @@ def test_evidence_is_the_density_of_a_cell_seen_in_part():
 
 def test_an_edit_knows_what_lies_outside_the_mask():
     mask, images = masks("random", 2), picture(2)
+    mask[1] = torch.arange(6)[:, None] == 3  # beyond the upper cells' pixels, in their latents
     with mock.patch.object(sample, "steps", wraps=sample.steps) as steps:
         sample.edit(PARAMS, CODEC, images, mask, LABELS[:2])
     known = steps.call_args.kwargs["known"]
@@ -356,9 +357,12 @@ def test_an_edit_knows_what_lies_outside_the_mask():
     close(known.features, tokenizer.encode_features(CODEC, images))
     maps = [*tokenizer.f_hat_by_scale(CODEC, tokens, SCALES)]
     close(torch.stack(known.f_hats), torch.stack([0 * maps[0], *maps]).detach(), 1e-5)
-    for (h, w), is_given in zip(SCALES, known.given):
-        touched = mask.unflatten(3, (w, -1)).unflatten(2, (h, -1)).any(5).any(3)
-        assert torch.equal(is_given, ~touched.flatten(1))
+    hidden = mask.unflatten(3, (4, -1)).unflatten(2, (3, -1)).any(5).any(3)[:, 0]  # latent cells
+    for (h, w), is_given in zip(SCALES, known.given):  # of 2 x 2 in 3 x 4 they overlap
+        for y, x in itertools.product(range(h), range(w)):
+            rows = hidden[:, y * 3 // h : -(-(y + 1) * 3 // h)]
+            cell = rows[:, :, x * 4 // w : (x + 1) * 4 // w]
+            assert torch.equal(is_given[:, y * w + x], ~cell.flatten(1).any(1))
 
 
 def test_what_decoding_does_at_the_edge_is_taken_back():
@@ -382,6 +386,8 @@ def test_bad_options_are_told():
         r"codec: .*got \(32, 8\), expected \(16, 8\)": dict(codec=small_codec(codes=32)),
         "seed: .*got 2, expected 3": dict(seed=[1, 2]),
         "schedule: got .* no masked branch": dict(params=PLAIN, schedule=1),
+        "schedule: got .* at the first scale": dict(schedule=[[1, 0], [4], [12]]),
+        "logits: got nan": dict(soften=math.nan),
         "schedule: got .* but VAR has one": dict(is_causal=True, schedule=1),
         "masked passes: got -1": dict(schedule=-1),
         "top_p: got nan": dict(top_p=math.nan),

@@ -554,7 +554,9 @@ def test_no_network_sees_more_images_than_fit(run, tmp_path, monkeypatch):
         calls.append(watched(monkeypatch, tokenizer, name))
     for name in ("next_scale_logits", "masked_logits", "next_scale_losses", "masked_losses"):
         calls.append(watched(monkeypatch, hmar, name))
+    plans = watched(monkeypatch, train, "planned")
     run(tmp_path, "--steps", 1)
+    assert [*plans[0][0]] == ["tokenizer", "encoding", "next-scale", "masked"]  # in time's order
     for own in calls:
         assert {len(x) for _, given, _ in own for x in given[1:] if torch.is_tensor(x)} == {1}
 
@@ -599,7 +601,7 @@ def test_parts_and_checkpointing_follow_from_the_memory(monkeypatch):
 def test_the_time_left_is_told(tmp_path, monkeypatch, capsys):
     """Of a stage by its steps, of the run by FLOPs; on a terminal in one line."""
     args = toy_args(tmp_path, steps=dict(tokenizer=100), stages=["tokenizer", "masked"])
-    args.work = dict(tokenizer=500, masked=1000)
+    args.work = dict(tokenizer=500, encoding=400, masked=600)
     monkeypatch.setattr(train.time, "monotonic", lambda: 10.0)
     progress = train.Progress(args, "tokenizer", 20)
     monkeypatch.setattr(train.time, "monotonic", lambda: 50.0)
