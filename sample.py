@@ -165,7 +165,7 @@ def check_fit(params, codec, labels, schedule, seeds):
     if "masked" not in params and max(map(len, schedule)) > 1:
         raise ValueError("schedule: got several passes a scale, but no masked branch")
     if len(schedule[0]) > 1:
-        raise ValueError("schedule: got several passes at the first scale, which is never masked")
+        raise ValueError("schedule: got several passes at the first scale")
 
 
 def classifier_free_guidance(params, labels, branch, k, *inputs, strengths, soften, cache):
@@ -292,12 +292,13 @@ def own_options(params, is_causal=False):
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
     passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), passes if "masked" in params else 0)
+    weaker = min(1, (2 / depth) ** 1.5)
     few = sum(schedule[-1]) / 16  # a pass at the coarsest scales makes images plain
     return dict(
         schedule=[keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule],
-        # 4.5 at depth 2 and 32 pixels, 3 at 64, as tokens add up; published ones take 1.5 to 2.1
-        guidance=min(4.5, max(1.5, 220 / depth**2 / math.sqrt(count))),
-        mask_guidance=min(5.0, max(1.5, 20 / depth**2)),
+        # 4.5 at depth 2 and 32 pixels, 3 at 64, as tokens add up; published ones have 1.5 to 2.1
+        guidance=max(1.5, weaker * min(4.5, 55 / math.sqrt(count))),
+        mask_guidance=max(1.5, weaker * 5),
         is_causal=is_causal,
     )
 
@@ -524,7 +525,7 @@ def parser():
     add("--seed", type=int, default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
     add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 4.5)")
-    add("--mask-guidance", type=float, help="of masked passes (20 / depth^2, 1.5 to 5)")
+    add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, help="0 or less: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")

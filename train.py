@@ -87,8 +87,7 @@ def dial(depth, size, images):
     seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
 
-    # squares of pixels become channels in place of the finest level, which costs most; at 32 pixels
-    # it helps depth 2, not 3 (RESULTS, "Folding", "Today")
+    # squares of pixels become channels, where that helps, for the dear finest level ("Folding")
     fold = 2 if not is_large and (size >= 48 or depth <= DEPTH) else 1
     seen_by = {"tokenizer": 0.43 if fold > 1 else 0.35, "next-scale": 1, "masked": 1 / 11}
     perceptual = size >= 48 and fold > 1  # at 32 it is not worth its time
@@ -113,6 +112,7 @@ def dial(depth, size, images):
     )
     return dict(
         cell=cell,
+        growth=2 if depth <= DEPTH else math.sqrt(2),  # of scales' sides (RESULTS, "Today")
         codec=codec,
         transformer=dict(depth=depth, gamma=None if is_large else 0.1, convolutions=not is_large),
         masked_blocks=(depth + 1) // 2,
@@ -275,7 +275,7 @@ def orthogonal(matrices):
         gram = x @ x.mT
         quintic = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, quintic, x, beta=3.4445)
-    return x.mT.contiguous() if is_tall else x
+    return x.mT if is_tall else x
 
 
 class Trained(torch.nn.Module):
@@ -623,7 +623,7 @@ def fitted(args, params, classes):
     if len(params["classes"]) != classes + 1:
         say(f"--init: a new class embedding for {classes} classes")
         width = params["classes"].shape[1]
-        new = hmar.init(depth=1, width=width, heads=1, classes=classes, seed=args.seed)
+        new = hmar.init(depth=1, width=width, classes=classes, seed=args.seed)
         params["classes"] = new["classes"]
     return params
 
@@ -1284,7 +1284,7 @@ def fitting_scales(args):
     side = args.size // args.cell
     if args.size % args.cell:
         raise ValueError(f"--size: got {args.size}, expected a multiple of {args.cell}")
-    scales = tuple(args.scales or default_scales(args.size, side))
+    scales = tuple(args.scales or default_scales(args.size, side, args.growth))
     tokenizer.check_scales(scales)
     if scales[-1] != (side, side) or len(scales) == 1:
         expected = f"two or more, the last {side}, {args.size} pixels / {args.cell}"
@@ -1292,13 +1292,13 @@ def fitting_scales(args):
     return scales
 
 
-def default_scales(size, latent):
-    """Published scales, else doubling sides; last ones up to 8 stand twice (RESULTS, "Scales")."""
+def default_scales(size, latent, growth):
+    """Published scales, else sides that grow so; last ones up to 8 stand twice ("Scales" there)."""
     if size in hmar.SCALES and hmar.SCALES[size][-1][0] == latent:
         return hmar.SCALES[size]
     sides = [latent, latent] if latent <= 8 else [latent]
     while sides[0] > 1:
-        sides.insert(0, math.ceil(sides[0] / 2))
+        sides.insert(0, round(sides[0] / growth))
     return tuple((side, side) for side in sides)
 
 

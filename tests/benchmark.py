@@ -544,7 +544,7 @@ def print_costs(depths):
         size = 64 if depth < 8 else 256
         dial = train.dial(depth, size, images)
         codec, batch = dial["codec"], dial["batch"]
-        scales = train.default_scales(size, size // dial["cell"])
+        scales = train.default_scales(size, size // dial["cell"], dial["growth"])
         shapes = dict(codes=codec["codes"], code_dim=codec["code_dim"], scales=scales)
         with torch.device("meta"):
             params = hmar.init(**dial["transformer"], **shapes)

@@ -278,13 +278,16 @@ def test_published_trees_are_sampled_as_published(depth, guidance, top_k):
 
 
 @pytest.mark.parametrize(
-    "depth, t, masked_t", [(1, 4.5, 5), (2, 55 / 298**0.5, 5), (3, 1.5, 20 / 9), (9, 1.5, 1.5)]
+    "depth, t, masked_t",
+    [(1, 55 / 298**0.5, 5), (2, 55 / 298**0.5, 5), (4, 1.5, 5 / 8**0.5), (9, 1.5, 1.5)],
 )
 def test_own_options_follow_depth_and_scales(depth, t, masked_t):
     positions = [torch.zeros(side, side, 1) for side in (1, 4, 5, 16)]
     trunk = dict(trunk=PARAMS["trunk"] * (depth - 1), positions=positions)
     options = sample.own_options(PARAMS | trunk)
     assert [options["guidance"], options["mask_guidance"]] == pytest.approx([t, masked_t])
+    few = sample.own_options(PARAMS | dict(trunk=trunk["trunk"]))
+    assert few["guidance"] == pytest.approx(max(1.5, 0.9 * masked_t))
     refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
     assert options["schedule"] == [[1], [16], *refined]
 

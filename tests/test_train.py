@@ -582,7 +582,8 @@ def test_the_dial_grows_by_its_laws():
         assert sizes["fold"] == 2 and DIAL(2, size, 100)["perceptual"] == (size > 32)
         assert DIAL(3, size, 100)["codec"]["fold"] == 1 + (size > 32)
         tokenizer.check(codec)
-    assert [h for h, _ in train.default_scales(48, 12)] == [1, 2, 3, 6, 12]
+    for dial, sides in zip(dials[1:], ([1, 2, 3, 6, 12], [1, 2, 3, 4, 6, 8, 12])):
+        assert [h for h, _ in train.default_scales(48, 12, dial["growth"])] == sides
 
 
 def test_parts_and_checkpointing_follow_from_the_memory(monkeypatch):
