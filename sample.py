@@ -292,8 +292,8 @@ def own_options(params, is_causal=False):
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
     passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), passes if "masked" in params else 0)
-    weaker = min(1, (2 / depth) ** 1.5)
     few = sum(schedule[-1]) / 16  # a pass at the coarsest scales makes images plain
+    weaker = min(1, (2 / depth) ** 1.5)  # what is trained longer needs less
     return dict(
         schedule=[keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule],
         # 4.5 at depth 2 and 32 pixels, 3 at 64, as tokens add up; published ones have 1.5 to 2.1

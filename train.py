@@ -87,7 +87,7 @@ def dial(depth, size, images):
     seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
 
-    # squares of pixels become channels, where that helps, for the dear finest level ("Folding")
+    # squares of pixels as channels, where it helps: the finest level is dear (RESULTS, "Folding")
     fold = 2 if not is_large and (size >= 48 or depth <= DEPTH) else 1
     seen_by = {"tokenizer": 0.43 if fold > 1 else 0.35, "next-scale": 1, "masked": 1 / 11}
     perceptual = size >= 48 and fold > 1  # at 32 it is not worth its time
@@ -1293,7 +1293,7 @@ def fitting_scales(args):
 
 
 def default_scales(size, latent, growth):
-    """Published scales, else sides that grow so; last ones up to 8 stand twice ("Scales" there)."""
+    """Published scales, else sides that grow so; last ones up to 8 stand twice (RESULTS)."""
     if size in hmar.SCALES and hmar.SCALES[size][-1][0] == latent:
         return hmar.SCALES[size]
     sides = [latent, latent] if latent <= 8 else [latent]
