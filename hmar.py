@@ -108,12 +108,11 @@ def branch_features(
     k=None,
     is_causal=False,
     cache=None,
-    checkpointing=False,
 ):
     """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
 
-    own_inputs and mask: of the masked branch. checkpointing: activations are computed twice.
-    Sampling: k; of VAR also cache, a list a block, empty before scale 0, in which it looks back.
+    own_inputs and mask: of the masked branch. Sampling: k; of VAR also cache, a list a block, empty
+    before scale 0, in which it looks back.
     """
     places = range(len(params["positions"])) if k is None else [k]
     _expect("labels", labels, (labels.numel(),))
@@ -131,9 +130,8 @@ def branch_features(
     else:
         attends = [partial(cached_attention, past=layer) for layer in cache]
 
-    run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
     for weights, attend in zip(blocks, attends, strict=True):
-        x = run(x, condition, attend, look_around, **weights)
+        x = block(x, condition, attend, look_around, **weights)
 
     two = linear(F.silu(condition), **params[branch]["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
     return modulate(x, *two.chunk(2, -1))
@@ -253,29 +251,23 @@ def cast(params, dtype):
 # ---- losses
 
 
-def next_scale_losses(params, labels, tokens, inputs, is_causal=False, checkpointing=False):
+def next_scale_losses(params, labels, tokens, inputs, is_causal=False):
     """Cross entropy (B, L), fp32, nats, of tokens under next_scale_logits."""
-    options = dict(is_causal=is_causal, checkpointing=checkpointing)
-    features = branch_features(params, "next_scale", labels, inputs, **options)
+    features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
     head = params["next_scale"]["head"]
     return token_losses(features.flatten(0, 1), tokens.flatten(), **head).view(tokens.shape)
 
 
-def masked_losses(params, labels, tokens, inputs, own_inputs, mask, *, places=None, **options):
-    """Cross entropy (M,), fp32, nats, of the M hidden tokens under masked_logits, in mask's order.
-
-    places (M,): mask.flatten().nonzero()[:, 0], where known: finding it stalls a GPU.
-    """
-    features = branch_features(params, "masked", labels, inputs, own_inputs, mask, **options)
-    head = params["masked"]["head"]
+def masked_losses(params, labels, tokens, inputs, own_inputs, mask):
+    """Cross entropy (M,), fp32, nats, of the hidden tokens in mask's order under masked_logits."""
+    features = branch_features(params, "masked", labels, inputs, own_inputs, mask)
+    first = len(params["start"])
 
     # the head runs on the hidden tokens alone
-    if places is None:
-        places = mask.flatten().nonzero()[:, 0]
-    first = len(params["start"])
-    hidden = features[:, first:].flatten(0, 1).index_select(0, places)  # (M, C)
-    targets = tokens[:, first:].flatten().index_select(0, places)  # (M,)
-    return token_losses(hidden, targets, **head)
+    hidden = mask.flatten().nonzero()[:, 0]
+    features = features[:, first:].flatten(0, 1).index_select(0, hidden)  # (M, C)
+    targets = tokens[:, first:].flatten().index_select(0, hidden)  # (M,)
+    return token_losses(features, targets, **params["masked"]["head"])
 
 
 def token_losses(features, targets, weight, bias):

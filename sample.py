@@ -12,6 +12,7 @@ classifier-free guidance (Ho and Salimans 2021).
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -479,10 +480,8 @@ def load(path, module=None, **options):
     module: `tokenizer` or `hmar`, None for what the file holds. origin: "ours" or, of a published
     layout, "HMAR" or "VAR"; options: of from_published.
     """
+    tree, origin = load_file(path), "ours"
     try:
-        if not os.path.isfile(path):
-            raise FileNotFoundError("missing or no regular file")
-        tree, origin = torch.load(path, map_location="cpu", weights_only=True), "ours"
         if module is None:
             is_codec = any(name.startswith("encoder") for name in tree)
             module = tokenizer if is_codec else hmar
@@ -497,6 +496,17 @@ def load(path, module=None, **options):
         return tree, origin
     except Exception as error:
         reason = f"no weights that can be read: {type(error).__name__}: {error}"
+        raise ValueError(f"{path}: {reason.splitlines()[0]}") from error
+
+
+def load_file(path):
+    """What torch.save wrote, on the CPU. ValueError where it cannot be read."""
+    try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("missing or no regular file")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = f"cannot be read: {type(error).__name__}: {error}"
         raise ValueError(f"{path}: {reason.splitlines()[0]}") from error
 
 
@@ -545,6 +555,26 @@ def command_parser(description):
     shape = partial(argparse.HelpFormatter, max_help_position=42, width=100)
     options = dict(formatter_class=shape, usage=argparse.SUPPRESS, allow_abbrev=False)
     return argparse.ArgumentParser(description=description, **options)
+
+
+def whole_number(least):
+    """Of a parser: the type of whole numbers from `least` on."""
+
+    def whole(text):
+        number = int(text)
+        if not least <= number < 2**62:
+            raise argparse.ArgumentTypeError(f"got {text}, expected {least} or more")
+        return number
+
+    return whole
+
+
+def positive(text):
+    """Of a parser: a number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}, expected above 0")
+    return number
 
 
 def scale_pair(text):
@@ -765,25 +795,28 @@ def write_whole(path, write):
         Path(temporary).unlink(missing_ok=True)
 
 
-def command(name, work, parser, argv):
-    """Exit status of work(flags): 0; 2, one line, for bad input or a system that refuses; 130."""
+@contextlib.contextmanager
+def report_errors(name):
+    """Ends the process with a line: status 2 for bad input or a system that refuses, else 130."""
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are told all the same
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        work(parser.parse_args(argv))
-        return 0
+        yield
+        return
     except KeyboardInterrupt as interrupt:
         text, status = str(interrupt) or "stopped", 130
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text, status = str(error) or type(error).__name__, 2
     print(f"{name}: {text}", file=sys.stderr)
-    return status
+    sys.exit(status)
 
 
 def main(argv=None):
-    """The exit status of `python sample.py`."""
-    return command("sample.py", run, parser(), argv)
+    """The command; SystemExit with status 2 and a line for bad input."""
+    args = parser().parse_args(argv)
+    with report_errors("sample.py"):
+        run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,8 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-COARSE_EVERY = 4  # in training every fourth image is decoded from its coarse scales too
-
 
 @torch.no_grad()
 def encode(codec, images, scales):
@@ -252,12 +250,13 @@ def group_norm(x, weight, bias):
 # ---- training
 
 
-def training_pass(codec, images, scales, stops, commitment=0.1):
+def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
     """One differentiable pass over images (B, 3, H, W), as a dict.
 
-    images: reconstructions (B, 3, H, W), not clamped. coarse: (n, 3, H, W), every fourth image,
-    images[::COARSE_EVERY], decoded from its scales 0 to stops (n,) int64 alone, lest coarse scales
-    say nothing. loss: VAR, equation 5, averaged over scales. residuals, tokens: of each scale.
+    images: reconstructions (B, 3, H, W), not clamped. coarse: (n, 3, H, W), the images whose
+    indices are coarse (n,) int64, decoded from scales 0 to stops (n,) int64 alone, lest coarse
+    scales say nothing. loss: VAR, equation 5, averaged over scales. residuals, tokens: of each
+    scale.
     """
     features = _wide(encode_features(codec, images))  # (B, code_dim, h, w)
     residuals, tokens, maps = zip(*quantise(codec, features, scales))
@@ -270,17 +269,15 @@ def training_pass(codec, images, scales, stops, commitment=0.1):
 
     # of a coarse image, gradients go to what its last scale can tell: the means of that scale's
     # cells, enlarged as codes are. Sent to every position they cost the finest scale 4 dB (RESULTS)
-    some = features[::COARSE_EVERY]  # (n, code_dim, h, w)
-    cells = [F.interpolate(some, size, mode="area") for size in scales]
-    means = torch.stack([enlarge(cell, scales[-1]) for cell in cells])
-    rows = torch.arange(len(some), device=some.device)
-    coarse_maps = f_hats[:, ::COARSE_EVERY][stops, rows]  # (n, code_dim, h, w)
-    coarse_maps = straight_through(coarse_maps, means[stops, rows])
+    cells = [F.interpolate(features[coarse], size, mode="area") for size in scales]
+    means = torch.stack([enlarge(cell, scales[-1]) for cell in cells])  # (S, n, code_dim, h, w)
+    rows = torch.arange(len(coarse), device=coarse.device)
+    coarse_maps = straight_through(f_hats[stops, coarse], means[stops, rows])
     whole_maps = straight_through(f_hats[-1], features)
 
     decoded = unclamped(codec, torch.cat([whole_maps, coarse_maps])).to(features.dtype)
-    whole, coarse = decoded.split([len(whole_maps), len(coarse_maps)])
-    return dict(images=whole, coarse=coarse, loss=loss, residuals=residuals, tokens=tokens)
+    whole, coarse_images = decoded.split([len(images), len(coarse)])
+    return dict(images=whole, coarse=coarse_images, loss=loss, residuals=residuals, tokens=tokens)
 
 
 def straight_through(value, gradient_to):

@@ -324,7 +324,7 @@ def dense_filtered(logits):
 
 def training(size, batch, **sizes):
     """Rows of a step of stage one, forward and backward."""
-    params = train.trainable(begin(size, **sizes))
+    params = trainable(begin(size, **sizes))
     lengths = tokenizer.lengths(hmar.scales(params))
     total = sum(lengths)
     labels = torch.randint(1000, (batch,), device=DEVICE)
@@ -369,7 +369,7 @@ def sampling(size, batch, **sizes):
     both = torch.cat([labels, torch.full_like(labels, len(params["classes"]) - 1)])
     refuse("ours", [hmar.next_scale_logits(params, both, inputs, True)], [published], 1e-4)
 
-    weights = train.trainable(params)  # autocast keeps their casts: faster
+    weights = trainable(params)  # autocast keeps their casts: faster
     fast = hmar.cast(params, sample.find_dtype(None, DEVICE))
     several = sample.published_schedule(scales)
     once = [[length] for length in tokenizer.lengths(scales)]
@@ -447,14 +447,19 @@ def measure(runs, sizes):
 # ---- what training takes, computed
 
 
+def trainable(tree):
+    """The tree with copies of its leaves as parameters."""
+    return pytree.tree_map(lambda leaf: torch.nn.Parameter(leaf.clone()), tree)
+
+
 def staged(params):
     """(the tree as its last branch's stage has it, the parameters that are trained)."""
     branch = dict(masked=params["masked"]) if "masked" in params else params
-    params = params | train.trainable(branch)
+    params = params | trainable(branch)
     return params, [leaf for leaf in pytree.tree_leaves(params) if leaf.requires_grad]
 
 
-def cost(params, checkpointing=False):
+def cost(params):
     """`step_cost` of a tree's last branch, one image, half of whose tokens are hidden by a mask."""
     branch = "masked" if "masked" in params else "next_scale"
     lengths = tokenizer.lengths(hmar.scales(params))
@@ -467,8 +472,7 @@ def cost(params, checkpointing=False):
         own = (inputs, torch.ones(1, later, dtype=torch.bool)) if branch == "masked" else ()
 
         def logits(fast):  # the loss has no products, and keeps but a slice of them
-            options = dict(checkpointing=checkpointing)
-            x = hmar.branch_features(fast, branch, labels, inputs, *own, **options)[0]
+            x = hmar.branch_features(fast, branch, labels, inputs, *own)[0]
             if own:
                 x = x.index_select(0, torch.arange(later // 2))
             return hmar.logits(x, **fast[branch]["head"]).sum()
@@ -482,12 +486,12 @@ def cost(params, checkpointing=False):
 def tokenizer_cost(size, scales, **sizes):
     """`step_cost` of the tokenizer; encoding: FLOPs of an image."""
     with FakeTensorMode():
-        codec = train.trainable(tokenizer.init(**sizes))
-        count = tokenizer.COARSE_EVERY  # images, one of them coarse
+        codec = trainable(tokenizer.init(**sizes))
+        count = train.COARSE_EVERY  # images, one of them coarse
         images = torch.empty(count, 3, size, size)
 
         def loss(fast):
-            made = tokenizer.training_pass(fast, images, scales, torch.tensor([0]))
+            made = tokenizer.training_pass(fast, images, scales, *torch.tensor([[0], [0]]))
             return made["images"].sum() + made["coarse"].sum() + made["loss"]
 
         numbers = step_cost(codec, pytree.tree_leaves(codec), tokenizer.cast, loss)
@@ -505,18 +509,28 @@ def step_cost(tree, trained, cast, loss):
     fast = cast(tree, torch.bfloat16)
     activations = saved_bytes(lambda: loss(fast), pytree.tree_leaves((tree, fast)))
     flops, launches = counted(lambda: loss(cast(tree, torch.bfloat16)).backward())
-    optimizer = train.Optimizer(tree)
+    learning = dict(masked=tree["masked"]) if "masked" in tree else tree
+    leaves = [train.new_parameter(leaf) for leaf in trained]
+    optimizers = train.new_optimizers(learning, leaves, 0)
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)
 
     def step():
-        torch.nn.utils.clip_grad_norm_(trained, train.CLIP)
-        optimizer.step(0.1)
+        torch.nn.utils.clip_grad_norm_(leaves, train.CLIP)
+        train.take_step(optimizers, 0.1)
 
     muon, more = counted(step)
-    parameters, moving, moments = map(train.parameters, (tree, trained, optimizer.moments))
+    matrices, others = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
+    parameters, moving = count_numbers(tree), count_numbers(trained)
+    moments = count_numbers(matrices) + 2 * count_numbers(others)
     checkpoint = 4 * (3 * moving + moments)
     state = checkpoint + 4 * (parameters - moving)
     numbers = dict(parameters=parameters, trained=moving, state=state, checkpoint=checkpoint)
     return numbers | dict(flops=flops, muon=muon, launches=launches + more, activations=activations)
+
+
+def count_numbers(tree):
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
 
 
 def hours(stage, gpus, speed):
@@ -524,14 +538,13 @@ def hours(stage, gpus, speed):
     share = stage["batch"] / gpus
     seconds = {
         "products": share * stage["flops"] / speed,
-        "optimizer": stage["muon"] / gpus / speed,
+        "optimizer": stage["muon"] / speed,  # every process steps alike
         "all-reduce": 12 * stage["trained"] * (gpus - 1) / gpus / 24e9,
         "launches": 5e-6 * stage["launches"],
-        "decoding": 11e-3 / 8 * share * ("encoding" in stage),  # the tokenizer's stage alone
     }
-    *device, launches, decoding = seconds.values()
-    total = stage["steps"] * max(sum(device), launches, decoding)
-    saving = stage["checkpoint"] / 1e9 * (train.SAVES + total / train.SAVE_SECONDS)
+    *device, launches = seconds.values()
+    total = stage["steps"] * max(sum(device), launches)
+    saving = stage["checkpoint"] / 1e9 * (stage["looks"] + total / train.SAVE_SECONDS)
     parts = {name: stage["steps"] * number / 3600 for name, number in seconds.items()}
     return dict(hours=(total + saving) / 3600) | parts | dict(saving=saving / 3600)
 
@@ -544,14 +557,14 @@ def print_costs(depths):
         size = 64 if depth < 8 else 256
         dial = train.dial(depth, size, images)
         codec, batch = dial["codec"], dial["batch"]
-        scales = train.default_scales(size, size // dial["cell"], dial["growth"])
+        scales = train.default_scales(size, dial["cell"], dial["growth"])
         shapes = dict(codes=codec["codes"], code_dim=codec["code_dim"], scales=scales)
         with torch.device("meta"):
             params = hmar.init(**dial["transformer"], **shapes)
             masked = hmar.add_masked_branch(params, dial["masked_blocks"])
         stages = [tokenizer_cost(size, scales, **codec), cost(params), cost(masked)]
         for stage, (name, steps) in zip(stages, dial["steps"].items()):
-            stage |= dict(steps=steps, batch=batch, rate=dial["lr"][name])
+            stage |= dict(steps=steps, batch=batch, rate=dial["lr"][name], looks=dial["looks"])
             stage["tokens"] = steps * batch * sum(tokenizer.lengths(scales))
             stage["training"] = steps * (batch * stage["flops"] + stage["muon"])
         cells = []
@@ -570,8 +583,8 @@ def print_costs(depths):
     print(
         "Computed: tokenizer / next-scale / masked stage in bf16 on ImageNet. Thousands, billions, "
         "1e-3, EFLOP, millions, TFLOP an image, TFLOP and thousands a step, GB, MB an image. Hours "
-        "at 66 TFLOP/s, 40 % of a 24 GB card; 5 us a launch, 11 ms of one of 8 cores a GPU to "
-        "decode, where they outlast the device; 12 bytes a parameter exchanged at "
+        "at 66 TFLOP/s, 40 % of a 24 GB card; 5 us a launch, where "
+        "they outlast the device; 12 bytes a parameter exchanged at "
         "24 GB/s; checkpoints at 1 GB/s; no looks.\n"
     )
     print_table(("depth", "batch", *units, "of"), sizes)

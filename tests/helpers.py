@@ -155,29 +155,17 @@ CODEC_SIZES = dict(codes=11, code_dim=4, channels=32, multipliers=(1, 2))
 CODEC_SIZES |= dict(residual_blocks=1, attention=False)
 
 
-def asked_of_fit(
-    name, scales=((1, 1), (2, 2), (4, 4)), dtype=torch.bfloat16, device="cpu", **flags
-):
-    """(tree, loss(tree, **batch), batches) that a training stage hands to its loop."""
-    settings = train.dial(2, 32, 100) | dict(codec=CODEC_SIZES, batch=4, masked_blocks=2)
-    settings |= dict(loss_weights="scale", steps=1, cell=2) | flags
-    settings["steps"] = dict.fromkeys(train.STAGES, settings["steps"])
-    args = train.parser().parse_args([])
-    vars(args).update(scales=scales, size=2 * scales[-1][0])
-    with mock.patch.object(train, "dial", lambda *_: settings):
-        args = train.resolved(args, torch.device(device), {}, 3)
-    vars(args).update(dtype=dtype, parts=1, checkpointing=False)
+def captured(out, stage, *flags):
+    """{argument: value} that a stage of `python train.py` hands to its loop, which does not run."""
+    made = {}
 
-    models = tokenizer.init(**CODEC_SIZES), tree(scales, depth=3, masked=0, codes=11, random=False)
-    codec, params = train.to_device(models, args.device)
-    cache = random_tokens(3, scales, 11)[:, None].numpy()
-    data = train.Images(range(3), train.SHAPES, args.size)
-    given = dict(on_tokens=lambda *_: (codec, cache, None), load_stage=lambda *_: params)
-    given |= dict(fit=lambda *given, **_: given)
-    with mock.patch.multiple(train, **given):
-        init = codec if name == "tokenizer" else params
-        _, _, asked, loss, batches, *_ = getattr(train, f"train_{name}")(args, data, data, init)
-        return asked, loss, [part for (part,) in batches(0)]
+    def fit(stage, tree, loss, batch, look, after_step=None, extra=()):
+        made.update(tree=tree, loss=loss, batch=batch, after_step=after_step, extra=extra)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(train, "fit", fit), pytest.raises(SystemExit):
+        train.main(["--out", *map(str, (out, *flags))])
+    return made
 
 
 def state_dict(tree, names):

@@ -88,7 +88,7 @@ def as_tensors(pictures, labels):
 
 
 def read_folder(folder):
-    files, _ = train.list_images(str(folder))
+    files, _, _ = train.list_images(str(folder))
     pictures = [sample.read_image(path) for path, _ in files]  # all of one size
     return as_tensors(pictures, [label for _, label in files])
 
@@ -214,11 +214,11 @@ def models_of(run):
     return params, codec, options
 
 
-DRAW = """import sys, time, train
+DRAW = """import resource, sys, time, sample
 start = time.process_time()
-status = train.sample.main(sys.argv[1:])
-print(time.process_time() - start, train.peak_mb())
-sys.exit(status)"""
+sample.main(sys.argv[1:])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(time.process_time() - start, peak)"""
 
 
 def draw_samples(run, flags):
@@ -243,12 +243,10 @@ def report(judge, held_out, run, flags=()):
 
     # what the tokenizer keeps
     params, codec, _ = models_of(run)
-    scales, size, few = hmar.scales(params), images.shape[-1], images[order[:1000]]
+    scales, few = hmar.scales(params), images[order[:1000]]
     parts = [tokenizer.encode(codec, part, scales) for part in few.split(64)]
     decoded = torch.cat([tokenizer.decode(codec, tokens, scales) for tokens in parts])
-    with tempfile.TemporaryDirectory() as out:
-        args = argparse.Namespace(dtype=torch.float32, size=size, scales=scales, out=out)
-        kept = train.judge_tokenizer(args, few, codec)
+    kept, _ = train.measure_tokenizer(codec, few, scales)
 
     log = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
     looks = [x for x in log if x["stage"] == "next-scale" and "held_out_loss" in x]
@@ -282,8 +280,7 @@ def claims(judge, held_out, data, out="runs/claims"):
 
     def trained(*flags):
         start = time.process_time()
-        if train.main(flags):
-            raise SystemExit(2)
+        train.main(flags)
         return (time.process_time() - start) / 60
 
     def judged(name, minutes, run, *options):
@@ -298,7 +295,7 @@ def claims(judge, held_out, data, out="runs/claims"):
         for passes in "0124":
             judged(f"masked passes: {passes}", minutes, run, "--mask-steps", passes)
 
-        same = ["next-scale", *flags, seed, "--tokenizer", f"{run}/tokenizer.pt", "--out"]
+        same = [*flags, seed, "--tokenizer", f"{run}/tokenizer.pt", "--out"]
         judged("VAR", trained(*same, f"{run}-var", "--causal"), f"{run}-var")
         for kind in ("scale", "lognormal"):
             train.dial = lambda *sizes, kind=kind: dial(*sizes) | dict(loss_weights=kind)
@@ -348,7 +345,7 @@ def write_pictures(run, folder):
     grown = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in last.values()], 1)
     sample.sheet(list(grown), names).save(Path(folder, "growth.png"))
 
-    images = drawn(train.draw_shape, 20_000, 10)[0][::2]  # held out
+    images = drawn(train.draw_shape, 500_000, 10)[0][::2]  # no run sees these
     mask = torch.zeros(5, 1, 32, 32, dtype=torch.bool)
     mask[..., 16:] = True
     given = params, codec, images, mask, labels

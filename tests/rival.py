@@ -17,7 +17,6 @@ import numpy
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim import swa_utils
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import judge
@@ -93,29 +92,33 @@ class UNet(nn.Module):
 
 def fit(model, pixels, labels, seconds):
     """(model with averaged weights, steps)."""
-    optimizer = train.Optimizer(dict(model.named_parameters()))
-    average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(EMA))
-    batches, step, left, start = [], 0, 1.0, time.process_time()
+    tree = dict(model.named_parameters())
+    leaves = [train.new_parameter(leaf) for leaf in tree.values()]
+    optimizers = train.new_optimizers(tree, leaves, decay=0)
+    average, batches, step, left, start = None, [], 0, 1.0, time.process_time()
     while left > 0:
         if not batches:
             batches += torch.randperm(len(pixels)).split(BATCH)
         rows = batches.pop()
-        images = pixels[rows] / 127.5 - 1
+        images = pixels[rows]
 
         # from noise, time 0, to images; some without a label
         noise, times = torch.randn_like(images), torch.randn(len(rows)).sigmoid()
         mixed = noise.lerp(images, times[:, None, None, None])
         known = labels[rows].masked_fill(torch.rand(len(rows)) < train.LABEL_DROP, -1)
-        F.mse_loss(model(mixed, times, known), images - noise).backward()
+        now = train.like(tree, leaves)
+        velocity = torch.func.functional_call(model, now, (mixed, times, known))
+        F.mse_loss(velocity, images - noise).backward()
 
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP)
+        torch.nn.utils.clip_grad_norm_(leaves, train.CLIP)
         step += 1
-        optimizer.step(RATE * min(1, step / WARMUP, left / COOL_DOWN))
-        model.zero_grad()
+        train.take_step(optimizers, RATE * min(1, step / WARMUP, left / COOL_DOWN))
         if left < COOL_DOWN:
-            average.update_parameters(model)
+            average = average or [leaf.detach().clone() for leaf in leaves]
+            torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - EMA)
         left = 1 - (time.process_time() - start) / seconds
-    return average.module, step
+    model.load_state_dict(train.like(tree, average))
+    return model, step
 
 
 @torch.no_grad()
@@ -142,17 +145,20 @@ def run(args):
     # training, with --flip on mirrored images too
     if args.kind in judge.PHOTOGRAPHS:
         args.data += "/train"
-    data, _, _ = train.data_sets(args)
-    turns, classes = range(1 + args.flip), len(data.class_names)
-    pixels = torch.stack([data[i, None, turn] for turn in turns for i in range(len(data))])
+    drawn = args.data is None
+    pixels, classes = (
+        judge.drawn(train.draw_shape, 0, 20_000) if drawn else judge.read_folder(args.data)
+    )
+    if args.flip:
+        pixels, classes = torch.cat([pixels, pixels.flip(3)]), classes.repeat(2)
     torch.manual_seed(args.seed)
-    train.keep_freed_memory()
-    model = UNet(args.size, classes, args.channels).to(memory_format=torch.channels_last)
-    model, steps = fit(model, pixels, torch.tensor(data.labels * 2), args.seconds)
-    count = sum(map(torch.numel, model.parameters()))
+    count = int(classes.max()) + 1
+    model = UNet(args.size, count, args.channels).to(memory_format=torch.channels_last)
+    model, steps = fit(model, pixels, classes, args.seconds)
+    parameters = sum(map(torch.numel, model.parameters()))
 
     # drawing, from the same noise at each guidance
-    labels = torch.arange(classes).repeat_interleave(50)
+    labels = torch.arange(count).repeat_interleave(50)
     noise = torch.randn(len(labels), *pixels.shape[1:])
     results = {}
     for guidance in args.guidance:
@@ -165,7 +171,7 @@ def run(args):
         drawn_features = judge.features(network, seen)
         distance = judge.frechet(drawn_features, reference)
         recall = judge.recall(drawn_features, reference)
-        line = f"guidance {guidance:g}  steps {steps}  parameters {count}  right {right:.3f}  "
+        line = f"guidance {guidance:g}  steps {steps}  parameters {parameters}  right {right:.3f}  "
         line += f"Frechet {distance:.3g}  recall {recall:.3f}  "
         line += f"trained {args.seconds:g} s  500 drawn {seconds:.0f} s"
         results[-distance] = line, drawn
@@ -185,4 +191,6 @@ if __name__ == "__main__":
     top.add_argument("--flip", action="store_true")
     top.add_argument("--data")
     top.add_argument("--out")
-    sys.exit(sample.command("rival.py", run, top, None))
+    args = top.parse_args()
+    with sample.report_errors("rival.py"):
+        run(args)

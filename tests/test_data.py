@@ -1,11 +1,10 @@
 """Data: drawings, folders of images, what is read, cropped, held out; Frechet distances."""
 
-import argparse
 import errno
+import gc
 import io
-import itertools
 import os
-import time
+from types import SimpleNamespace
 from unittest import mock
 
 import judge  # puts the repository on the path
@@ -66,10 +65,10 @@ def test_a_sub_folder_is_a_class(tmp_path):
     for name in (".DS_Store", "notes.txt", "cat/notes.txt"):
         (tmp_path / name).write_text("no image")
     (tmp_path / "empty").mkdir()
-    files, classes = train.list_images(tmp_path)
+    files, classes, _ = train.list_images(tmp_path)
     assert classes == ["cat", "dog"]
     assert files == [(str(tmp_path / name), int(name[0] == "d")) for name in kept]
-    files, classes = train.list_images(f"{tmp_path}/dog/")  # images alone are one class
+    files, classes, _ = train.list_images(f"{tmp_path}/dog/")  # images alone are one class
     assert classes == ["dog"] and [path[-5:] for path, _ in files] == ["1.JPG", "2.png"]
 
 
@@ -90,26 +89,17 @@ def test_folders_without_a_meaning_are_refused(tmp_path):
         assert str(tmp_path / name) in str(caught.value)
 
 
-@quick
-@given(st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=2, unique=True))
-def test_the_held_out_part_is_stable(names):
-    files = [(f"/data/cat/{name}.png", 0) for name in names]
-    training, held_out = train.split_held_out(files, "/data")
-    assert training and held_out and sorted(training + held_out) == sorted(files)
-    moved = [(f"/elsewhere{path}", label) for path, label in files]
-    expected = [(f"/elsewhere{path}", label) for path, label in held_out]
-    assert train.split_held_out(moved, "/elsewhere/data")[1] == expected
-    if len(files) > 2:  # when a file goes the others stay, but for one that keeps the share
-        fewer = train.split_held_out(files[:-1], "/data")[1]
-        assert len(set(fewer) - set(held_out)) <= 1
+def test_a_link_to_nothing_and_a_pipe_are_passed_over(tmp_path):
+    save_all(tmp_path, "cat/1.png", "dog/2.png")
+    before = train.list_images(tmp_path)
+    (tmp_path / "cat/gone.png").symlink_to("nothing")
+    os.mkfifo(tmp_path / "cat/pipe.png")
+    assert train.list_images(tmp_path) == before
 
 
-def test_the_held_out_part_is_the_same_everywhere():
-    files = [(f"data/{number % 10}/{number:05}.jpg", number % 10) for number in range(20_000)]
-    held_out = train.split_held_out(files, "data")[1]
-    assert len(held_out) == 1000 and len({label for _, label in held_out[:40]}) == 10
-    assert held_out[0][0] == "data/4/18984.jpg"
-    assert len(train.split_held_out(files * 3, "data")[1]) == 2000
+def test_a_twentieth_is_held_out_but_never_most():
+    counts = [train.count_held_out(count) for count in (2, 80, 1000, 4000, 9000, 10**6)]
+    assert counts == [1, 10, 125, 200, 450, 500]
 
 
 # Reading
@@ -239,98 +229,80 @@ def folder(tmp_path):
     return tmp_path
 
 
-def images_of(folder, size=16):
-    return train.Images(*train.list_images(folder), size, flip=True)
+def prepared(folder, out, *flags):
+    """(images, labels) in the order of the run, prepared by the command's first step."""
+    flags = ["--data", folder, "--out", out, "--size", 16, *flags]
+    args = train.parser().parse_args([str(flag) for flag in flags])
+    run = train.make_run(args, torch.device("cpu"))
+    train.claim_folder(run).close()
+    return np.array(train.load_images(run)), torch.cat(train.load_labels(run)).tolist()
 
 
-def test_items_are_decided_by_their_keys(folder):
-    for images in (images_of(folder), train.Images(range(30, 37), train.SHAPES, 16)):
-        keys = [(index, seed, 1) for index in range(7) for seed in (None, 0, 2**40, (5, 6))]
-        for key, pixels in reversed([(key, images[key]) for key in keys]):
-            assert pixels.dtype == torch.uint8 and pixels.shape == (3, 16, 16)
-            assert torch.equal(pixels, images[key])
-    drawing = torch.from_numpy(np.array(train.draw_shape(33, 16)[0])).permute(2, 0, 1)
-    assert torch.equal(images[3, 1, 1], drawing) and images.labels[3] == 3  # these stay whole
-    photos = images_of(folder, 32)
-    assert not torch.equal(photos[6, 0, 0], photos[6, 1, 0]) and photos.labels == [0] * 3 + [1] * 4
+def test_images_are_prepared_in_crops_in_an_order_by_the_seed(folder, tmp_path_factory):
+    outs = [tmp_path_factory.mktemp("runs") / name for name in "abc"]
+    images, labels = prepared(folder, outs[0])
+    assert images.shape == (7, 16, 3, 16, 16) and sorted(labels) == [0] * 3 + [1] * 4
+    again, _ = prepared(folder, outs[1])
+    assert (images == again).all()
+    _, others = prepared(folder, outs[2], "--seed", 8)
+    assert others != labels
+
+    # crop 0 is the centre, the others are unlike each other
+    files, _, _ = train.list_images(folder)
+    centres = [np.asarray(train.crop(sample.read_image(path), 16)) for path, _ in files]
+    (photo,) = [row for row in images if len(np.unique(row[0])) > 20]
+    assert (photo[0].transpose(1, 2, 0) == centres[-1]).all()
+    assert len({crop.tobytes() for crop in photo}) == 16
 
 
-def test_every_second_time_an_image_is_mirrored_if_asked(folder):
+def test_a_large_folder_has_two_crops_an_image(folder, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(train, "CROPS", 7)
+    images, _ = prepared(folder, tmp_path_factory.mktemp("run"))
+    assert images.shape[1] == 2
+
+
+def test_every_second_crop_is_mirrored_if_asked(folder, tmp_path_factory):
     for path in folder.rglob("*.*"):
         gradient(40, 30).save(path)
-    for flip in (False, True):
-        args = argparse.Namespace(data=folder, size=16, flip=flip)
-        images, held_out, _ = train.data_sets(args)
-        plain = images[1, 5, 0]
-        for turn, mirrored in enumerate((plain, plain.flip(-1) if flip else plain) * 2):
-            assert torch.equal(images[1, 5, turn], mirrored)
-        assert not held_out.flip
-
-    args = argparse.Namespace(seed=3, batch=6, steps=dict(tokenizer=8))
-    keys = itertools.chain(*train.step_keys(args, images, 0))
-    turns = sorted((i, turn % 2) for i, _, turn in keys)
-    assert turns == sorted(itertools.product(range(6), (0, 1) * 4))
+    pairs = [["--flip"], []]
+    images = [prepared(folder, tmp_path_factory.mktemp("run"), *flip)[0] for flip in pairs]
+    grows = [rows[:, :, 0, 8, 15].astype(int) - rows[:, :, 0, 8, 0] for rows in images]
+    assert (grows[0][:, ::2] > 0).all() and (grows[0][:, 1::2] < 0).all() and (grows[1] > 0).all()
 
 
-def test_a_file_is_looked_at_once(folder):
-    """A link to nothing and a pipe are passed over."""
-    args = argparse.Namespace(data=str(folder), size=16, flip=False)
-    _, _, before = train.data_sets(args)
-    (folder / "cat" / "gone.png").symlink_to("nothing")
-    os.mkfifo(folder / "cat" / "pipe.png")
-    with mock.patch.object(os, "stat", side_effect=os.stat) as stat:
-        images, held_out, total = train.data_sets(args)
-    for path, _ in images.items + held_out.items:
-        assert stat.mock_calls.count(mock.call(path)) == 1
-    assert len(images) + len(held_out) == 7 and total == before
-
-
-def test_images_come_in_the_order_of_their_keys_one_list_ahead():
-    begun, lists = [], [range(7), range(7, 9), range(9, 15)]
-
-    def image(key):
-        begun.append(key)
-        time.sleep(0.01 * (-key % 3))
-        return torch.full((1,), key)
-
-    slow = mock.MagicMock()
-    slow.__getitem__.side_effect = image
-    batches = train.loaded(argparse.Namespace(workers=3), slow, iter(lists))
-    for number, images in enumerate(batches):
-        assert images[:, 0].tolist() == list(lists[number])
-        assert len(begun) <= sum(map(len, lists[: number + 2]))
-    assert sorted(begun) == list(range(15))
-
-
-def test_a_broken_file_is_named_once_and_replaced(folder, capsys):
+def test_a_broken_file_is_named_and_left_out(folder, tmp_path_factory, capsys):
     broken = [folder / "cat" / "0.png", folder / "dog" / "3.jpg"]
     for path in broken:
         path.write_text("text")
-    images = images_of(folder)
-    for _ in range(2):
-        for index, other in ((0, 1), (6, 3)):  # the last one's next is the first of its class
-            assert torch.equal(images[index, None, 0], images[other, None, 0])
-    lines = [f"skipped: {path}: no image of these formats\n" for path in broken]
-    assert capsys.readouterr().err == "".join(lines)
-
-    for path in (folder / "cat").iterdir():
+    _, labels = prepared(folder, tmp_path_factory.mktemp("run"))
+    lines = [f"left out: {path}: no image of these formats" for path in broken]
+    assert sorted(capsys.readouterr().err.splitlines()) == lines
+    assert sorted(labels) == [0, 0, 1, 1, 1]
+    for path in folder.rglob("*.*"):
         path.write_text("text")
-    images = images_of(folder)
-    with pytest.raises(ValueError, match="--data: .*cat/1.png cannot be read, nor another of cat"):
-        images[1, None, 0]
-    pixels, labels = train.read_held_out(images)
-    assert labels.tolist() == [1] * 4 and torch.equal(pixels[0], images[3, None, 0])
+    with pytest.raises(ValueError, match="--data: 0 images can be read"):
+        prepared(folder, tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, None])
-def test_what_the_system_refuses_breaks_no_image(folder, code):
-    images, refused = images_of(folder), mock.Mock(side_effect=OSError(code, ""))
-    refusal = mock.patch.object(sample.Path, "read_bytes", refused)
-    if code is None:
-        refusal = mock.patch.object(sample, "as_rgb", side_effect=MemoryError)
-    with refusal, pytest.raises(OSError if code else MemoryError):
-        images[0, None, 0]
-    assert not images.broken and images[0, None, 0].shape == (3, 16, 16)
+def test_what_the_system_refuses_ends_the_run(folder, tmp_path_factory, code):
+    error = OSError(code, "") if code else MemoryError
+    refusal = mock.patch.object(sample, "read_image", side_effect=error)
+    out = tmp_path_factory.mktemp("run")
+    with refusal, pytest.raises(ValueError if code else MemoryError, match="--data: " * bool(code)):
+        prepared(folder, out)
+    gc.collect()  # the lock
+    assert [path.name for path in out.iterdir() if path.is_file()] == ["lock"]
+    assert len(prepared(folder, out)[0]) == 7
+
+
+def test_an_epoch_has_every_row_once(tmp_path):
+    run = SimpleNamespace(seed=3, batch=4, crops=5)
+    drawn = [train.draw_rows(run, "tokenizer", step, 10)[:2] for step in range(1, 21)]
+    rows, crops = (np.concatenate(parts) for parts in zip(*drawn))
+    epochs = rows.reshape(8, 10)
+    assert (np.sort(epochs) == range(10)).all() and len(np.unique(epochs, axis=0)) == 8
+    assert np.bincount(crops, minlength=5).min() > 4
 
 
 @quick

@@ -438,7 +438,12 @@ def run(tmp_path_factory):
 
 
 def call(*flags):
-    return sample.main(["--dtype", "fp32", "--device", "cpu", *map(str, flags)])
+    """The exit status of the command."""
+    try:
+        sample.main(["--dtype", "fp32", "--device", "cpu", *map(str, flags)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def archived(tmp_path, *flags):
@@ -638,8 +643,8 @@ BAD_INPUT = """
 . --out cut.npz  cut/settings.json: expected a JSON object
 cut  cut/args.json: expected a JSON object
 . --out photo.png --edit photo.png --pad 0.2  is also to be read
-none  none: no weights that can be read: FileNotFoundError
-code.pt  code.pt: no weights that can be read
+none  none: cannot be read: FileNotFoundError
+code.pt  code.pt: cannot be read
 nan.pt  nan.pt: no weights
 large.pt  logits: got nan or infinity
 . --tokenizer hmar.pt  hmar.pt: no weights
@@ -657,10 +662,7 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys, monkeypatch, 
     monkeypatch.chdir(run)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     before = contents(run)
-    try:
-        status = call("--out", tmp_path / "folder", *flags.split())
-    except SystemExit as stop:  # argparse's own
-        status = stop.code
+    status = call("--out", tmp_path / "folder", *flags.split())
     printed = capsys.readouterr().err
     assert status == 2 and message in printed and printed.count("\n") == 1
     assert not list(tmp_path.iterdir()) and contents(run) == before
