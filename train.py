@@ -202,23 +202,22 @@ def add_gradients(loss, batch, step, tree, leaves, positions, at_once):
 
     Returns (means to log, [what after_step needs, ...], at_once, halved where memory is too small).
     """
-    while True:
-        try:
-            numbers, needs = {}, []
-            for part in np.array_split(positions, math.ceil(len(positions) / at_once)):
-                share = len(part) / len(positions)
-                value, report, need = loss(like(tree, leaves), **batch(step, part))
-                (share * value).backward()
-                for name, number in report.items():
-                    numbers[name] = numbers.get(name, 0) + share * number.detach()
-                needs.append(need)
-            return numbers, needs, at_once
-        except torch.OutOfMemoryError:
-            if at_once == 1:
-                raise
-        at_once = (at_once + 1) // 2
-        for leaf in leaves:
-            leaf.grad = None
+    numbers, needs = {}, []
+    try:
+        for part in np.array_split(positions, math.ceil(len(positions) / at_once)):
+            share = len(part) / len(positions)
+            value, report, need = loss(like(tree, leaves), **batch(step, part))
+            (share * value).backward()
+            for name, number in report.items():
+                numbers[name] = numbers.get(name, 0) + share * number.detach()
+            needs.append(need)
+        return numbers, needs, at_once
+    except torch.OutOfMemoryError:
+        if at_once == 1:
+            raise
+    for leaf in leaves:
+        leaf.grad = None
+    return add_gradients(loss, batch, step, tree, leaves, positions, (at_once + 1) // 2)
 
 
 def new_parameter(leaf):
@@ -258,7 +257,7 @@ def take_step(optimizers, rate):
 
 
 def learning_rate(step, steps, peak):
-    """Of step 1, 2, ...: warm-up, constant, then linear to zero (Hägele et al. 2024)."""
+    """Warm-up, constant, then linear to zero (Hägele et al. 2024)."""
     left = 1 - (step - 1) / steps
     return peak * min(1, step / (WARM_UP * steps), left / COOL_DOWN)
 
@@ -699,14 +698,13 @@ def list_images(folder):
 
     groups, digest = {}, hashlib.sha256()  # class -> its paths; "." where there are no sub-folders
     for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in folders:
-            if os.path.islink(os.path.join(place, name)):
-                refuse(f"{os.path.join(place, name)} is a link to a folder, which is not followed")
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         inside = os.path.relpath(place, folder)
-        for name in sorted(names):
+        for name in sorted(folders + names):
             path = os.path.join(place, name)
-            is_image = name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            if name in folders and os.path.islink(path):
+                refuse(f"{path} is a link to a folder, which is not followed")
+            is_image = name.lower().endswith(SUFFIXES) and name[0] != "."
             if is_image and os.path.isfile(path):  # no link to nothing, no pipe
                 groups.setdefault(inside.split(os.sep)[0], []).append(path)
                 digest.update(f"{inside!r} {name!r} {os.path.getsize(path)}\n".encode())
@@ -868,9 +866,8 @@ def say_progress(blocks, total, done):
 
 def draw_rows(run, stage, step, count):
     """(rows, crops, generator) of a step's batch: each of `count` rows once an epoch, any crop."""
-    epochs, places = np.divmod(np.arange((step - 1) * run.batch, step * run.batch), count)
-    orders = [epoch_order(run.seed, epoch, count) for epoch in epochs.tolist()]
-    rows = np.array([order[place] for order, place in zip(orders, places)])
+    draws = range((step - 1) * run.batch, step * run.batch)
+    rows = np.array([epoch_order(run.seed, draw // count, count)[draw % count] for draw in draws])
     generator = generator_of(run.seed, stage, step)
     return rows, torch.randint(run.crops, (run.batch,), generator=generator).numpy(), generator
 
@@ -1129,20 +1126,19 @@ def make_run(args, device):
 
 
 def check_fit(settings, given):
-    """ValueError where size, batch and --init do not fit the tokenizer and the processes."""
+    """ValueError where size, batch or --init do not fit the tokenizer or the processes."""
     size, cell, batch = (settings[name] for name in ("size", "cell", "batch"))
     if size % cell or size < 2 * cell:
-        raise ValueError(f"--size: got {size}, expected a multiple of {cell}, twice at least")
+        raise ValueError(f"--size: got {size}, expected a multiple of {cell}, two at least")
     if batch % world():
         fits = math.ceil(batch / world()) * world()
         raise ValueError(f"--batch: got {batch} for {world()} processes, expected say {fits}")
     if "next-scale" in given:
-        params = given["next-scale"]
+        params, codec = given["next-scale"], settings["codec"]
         got = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
-        sizes = settings["codec"]["codes"], settings["codec"]["code_dim"]
-        if got != sizes:
-            text = f"got (codes, code_dim) {got}, expected the tokenizer's {sizes}"
-            raise ValueError(f"--init: {text}")
+        wanted = codec["codes"], codec["code_dim"]
+        if got != wanted:
+            raise ValueError(f"--init: got (codes, code_dim) {got}, the tokenizer has {wanted}")
 
 
 def train(args):
@@ -1172,16 +1168,16 @@ def train(args):
 
 @contextlib.contextmanager
 def report_stop(out):
-    """A context in which KeyboardInterrupt says what the run goes on from."""
+    """A context in which KeyboardInterrupt says from where the run goes on."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        path, place = out / "checkpoint.pt", "its start"
-        if path.exists():
-            saved = sample.load_file(path)
-            place = f"{saved['stage']}, step {saved['at']['step']}"
-        text = f"stopped; the same command goes on from {place}"
-        raise KeyboardInterrupt(text) from stop
+        path = out / "checkpoint.pt"
+        saved = (
+            sample.load_file(path) if path.exists() else dict(stage="its start", at=dict(step=0))
+        )
+        place = f"{saved['stage']}, step {saved['at']['step']}"
+        raise KeyboardInterrupt(f"stopped; the same command goes on from {place}") from stop
 
 
 def say_run(run):
@@ -1191,11 +1187,10 @@ def say_run(run):
         say(f"class {run.class_names[label]}: none of its images is left to train on")
     if "next-scale" in run.given and "codec" not in run.given:
         say("--init: without --tokenizer its codes get new meanings")
-    say(
-        f"{run.out}: {len(labels)} images to train on, {len(held_out)} held out, "
-        f"{len(run.class_names)} classes; {run.device}, {str(run.dtype)[6:]}, "
-        f"{torch.get_num_threads()} threads, processes: {world()}"
-    )
+    images = f"{len(labels)} images to train on, {len(held_out)} held out, "
+    images += f"{len(run.class_names)} classes"
+    machine = f"{run.device}, {str(run.dtype)[6:]}, {torch.get_num_threads()} threads"
+    say(f"{run.out}: {images}; {machine}, processes: {world()}")
 
 
 def main(argv=None):
