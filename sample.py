@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -71,8 +72,8 @@ def steps(
     labels,
     *,
     schedule=None,
-    guidance=5.0,
-    mask_guidance=5.0,
+    guidance=None,
+    mask_guidance=None,
     soften=0.1,
     temperature=1.0,
     top_k=0,
@@ -83,18 +84,24 @@ def steps(
 ):
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
-    The defaults are for small models of our own; `own_options` and `published_options` for others.
-    labels: (B,) int64. schedule: for each scale the tokens kept at each pass, or how many masked
-    passes a scale has; None: one. guidance, mask_guidance: of next-scale and masked passes, at the
-    last scale; 0: off, and without is_causal at half the cost. soften: nats a token at which
-    guidance is halved, 0: never. temperature divides the logits, 0 or less: arg max; then top_k
-    codes stay, 0 or less: all; then top_p of the probability. Image i draws the numbers of seed + i
-    or of seed[i]. is_causal: the tree is VAR's, which keeps keys and values. known: of `edit`.
+    labels (B,) int64. None: the tree's own, `own_options`; published trees have other options.
+
+    schedule: for each scale the tokens kept at each pass, or how many masked passes a scale has.
+    guidance, mask_guidance: of next-scale and masked passes, at the last scale; 0: off, and without
+        is_causal at half the cost.
+    soften: nats a token at which guidance is halved, 0: never.
+    temperature: divides the logits; 0 or less: arg max.
+    top_k, top_p: then so many codes stay, 0 or less: all; then so much of the probability.
+    seed: image i draws the numbers of seed + i, or of seed[i].
+    is_causal: the tree is VAR's, which keeps keys and values.
+    known: of `edit`.
     """
-    if schedule is None:
-        schedule = 1 if "masked" in params and not is_causal else 0
+    own = own_options(params, is_causal)
+    schedule = own["schedule"] if schedule is None else schedule
     if isinstance(schedule, int):
         schedule = masked_schedule(hmar.scales(params), schedule)
+    guidance = own["guidance"] if guidance is None else guidance
+    mask_guidance = own["mask_guidance"] if mask_guidance is None else mask_guidance
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
     check_fit(params, codec, labels, schedule, seeds)
     if is_causal and max(map(len, schedule)) > 1:
@@ -291,8 +298,10 @@ def published_options(params, is_causal=False):
 def own_options(params, is_causal=False):
     """The same of our own trees: what measured best (RESULTS, "Today", "Scales")."""
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
-    passes = 2 if depth > 2 else 1
-    schedule = masked_schedule(hmar.scales(params), passes if "masked" in params else 0)
+    masked_passes = 0
+    if "masked" in params and not is_causal:
+        masked_passes = 2 if depth > 2 else 1
+    schedule = masked_schedule(hmar.scales(params), masked_passes)
     few = sum(schedule[-1]) / 16  # a pass at the coarsest scales makes images plain
     weaker = min(1, (2 / depth) ** 1.5)  # what is trained longer needs less
     return dict(
@@ -531,8 +540,8 @@ def parser():
     add("--tokenizer", help="ours or published (tokenizer.pt beside the weights)")
     add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
     add("--labels", nargs="+", default=["all"], help="names, else numbers (all; on a sheet ten)")
-    add("--count", type=int, default=8, help="images a label (8)")
-    add("--seed", type=int, default=0, help="of image 0; image i has i more (0)")
+    add("--count", type=whole_number(1), default=8, help="images a label (8)")
+    add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
     add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 4.5)")
     add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 5)")
@@ -585,54 +594,135 @@ def scale_pair(text):
 
 def run(args):
     """What the command does once its flags are read."""
+    job = read_job(args)
+    if job.kind == "folder":
+        write_folder(args.out, job)
+    else:
+        write_sheet(args.out, job)
+    print(f"wrote {args.out}")
+
+
+def read_job(args):
+    """What is to be drawn, as attributes: all that flags and files say.
+
+    kind: "folder", which an .npz is too, or a format of Pillow's; models: (params, codec), cast, on
+    the device; labels (N,), count images each; names: of these classes; seed; options: of `steps`;
+    given: (photo, mask) or (); batch; settings: what decides the images, for a folder.
+    """
     if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
         raise ValueError(f"--out: got {args.out}, which is also to be read")
-    kind = SHEETS.get(args.out.suffix.lower(), "folder")
-    most = 10**6 if kind == "folder" else 50  # in a row of a sheet
-    if not 1 <= args.count <= most:
-        raise ValueError(f"--count: got {args.count}, expected 1 to {most}")
+    suffix = args.out.suffix.lower()
+    kind = "folder" if suffix in ("", ".npz") or args.out.is_dir() else SHEETS.get(suffix)
+    if kind is None:
+        expected = f"{', '.join(SHEETS)}, .npz or a folder without a suffix"
+        raise ValueError(f"--out: got {args.out}, expected {expected}")
+    if kind != "folder" and args.count > 50:
+        raise ValueError(f"--count: got {args.count}, expected at most 50 in a row of a sheet")
+
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
-    params, codec, names, options = load_models(args)
+    params, codec, names, options, files = load_models(args)
     classes = class_numbers(args.labels, names, most=None if kind == "folder" else 10)
     labels = torch.tensor(classes).repeat_interleave(args.count)
     height, width = (tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1])
-    batch = min(50, at_once(height * width))
     given = photo_and_mask(args, (width, height)) if args.edit or args.mask or args.pad else ()
-
     flags = {name: vars(args).get(name) for name in steps.__kwdefaults__}
     options |= {name: value for name, value in flags.items() if value is not None}
 
-    # one pass refuses what does not fit before any file is written
+    files = [path for path in (*files, args.edit, args.mask) if path]
+    files = [
+        (os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime) for path in files
+    ]
+    settings = options | dict(labels=classes, count=args.count, dtype=str(dtype), files=files)
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models, labels, given = pytree.tree_map(lambda x: x.to(device), (models, labels, given))
-    next(steps(*models, labels[:1], **options))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return SimpleNamespace(
+        kind=kind,
+        models=models,
+        labels=labels,
+        count=args.count,
+        names=[names[label] for label in classes],
+        seed=args.seed,
+        options=options,
+        given=given,
+        batch=min(50, at_once(height * width)),
+        settings=settings | dict(seed=args.seed, pad=args.pad),
+    )
 
-    def drawn(numbers):
-        """Yields (numbers, [images (n, 3, H, W), ...]), a batch at a time; of a .gif each pass."""
-        for first in range(0, len(numbers), batch):
-            some = numbers[first : first + batch]
-            own = options | dict(labels=labels[some], seed=[args.seed + i for i in some])
-            if given:
-                photo, mask = (x.expand(len(some), -1, -1, -1) for x in given)
-                yield some, [edit(*models, photo, mask, **own).cpu()]
-            elif kind == "GIF":
-                passes = steps(*models, **own)
-                yield some, [decode_in_parts(models[1], step.f_hat).cpu() for step in passes]
-            else:
-                yield some, [generate(*models, **own)[0].cpu()]
 
-    if kind == "folder":  # where images of before may lie
-        settings = options | dict(labels=classes, count=args.count, dtype=str(dtype))
-        settings["weights"] = digest([params, codec, *given])
-        fill_folder(args.out, settings, labels.tolist(), drawn)
-    else:
-        batches = [images for _, images in drawn(range(len(labels)))]
-        rows = [torch.cat(parts).split(args.count) for parts in zip(*batches)]  # of each pass
-        shown = [names[label] for label in classes]
-        write_sheets(args.out, kind, [sheet(row, shown) for row in rows])
-    print(f"wrote {args.out}")
+def draw_images(job, numbers):
+    """Yields (numbers, [images (n, 3, H, W), ...]), a batch at a time; of a .gif each pass."""
+    for first in range(0, len(numbers), job.batch):
+        some = numbers[first : first + job.batch]
+        options = job.options | dict(labels=job.labels[some], seed=[job.seed + i for i in some])
+        if job.given:
+            photo, mask = (x.expand(len(some), -1, -1, -1) for x in job.given)
+            yield some, [edit(*job.models, photo, mask, **options).cpu()]
+        elif job.kind == "GIF":
+            passes = steps(*job.models, **options)
+            yield some, [decode_in_parts(job.models[1], step.f_hat).cpu() for step in passes]
+        else:
+            yield some, [generate(*job.models, **options)[0].cpu()]
+
+
+def write_sheet(out, job):
+    """Draws all images into one, a row a label, or a GIF of that after each pass."""
+    batches = [images for _, images in draw_images(job, range(len(job.labels)))]
+    pages = [torch.cat(parts).split(job.count) for parts in zip(*batches)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_sheets(out, job.kind, [sheet(rows, job.names) for rows in pages])
+
+
+def write_folder(out, job):
+    """Draws what is missing of number-label.png in a folder; packs them if out is an .npz.
+
+    Under torchrun each process draws its share; whoever then finds all of them packs.
+    """
+    is_archive = out.suffix.lower() == ".npz"
+    folder = out.with_suffix("") if is_archive else out
+    labels = job.labels.tolist()
+    paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
+    check_settings(folder, job.settings)
+    first, every = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [i for i in range(first, len(paths), every) if not paths[i].exists()]
+
+    def write(i, pixels):
+        write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        for numbers, (images,) in draw_images(job, missing):
+            claim_folder(folder, job.settings)
+            list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
+            print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
+
+    if is_archive and all(path.exists() for path in paths):
+        first = np.asarray(read_image(paths[0]))
+        pixels = np.empty((len(paths), *first.shape), np.uint8)
+        for row, path in zip(pixels, paths):
+            row[:] = read_image(path)
+        write_whole(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
+
+
+def check_settings(folder, settings):
+    """ValueError where a folder holds images of other settings, or other files."""
+    before = read_json(folder / "settings.json")
+    settings = json.loads(json.dumps(settings))
+    is_empty = not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir())
+    if before != settings and not (is_empty and not before):
+        raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
+
+
+def claim_folder(folder, settings):
+    """Writes settings.json unless it is there, whole at once. ValueError where it is another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if not path.exists():
+        temporary = folder / f"settings.json.{secrets.token_hex(8)}.tmp"
+        write_json(temporary, settings)
+        with contextlib.suppress(FileExistsError):  # of another process, at the same moment
+            os.link(temporary, path)
+        temporary.unlink()
+    check_settings(folder, settings)
 
 
 def find_device(name):
@@ -659,14 +749,15 @@ def find_dtype(name, device):
 
 
 def load_models(args):
-    """(params, codec, class names, options of `steps`), by args.json beside the weights."""
+    """(params, codec, class names, options of `steps`, files), by args.json beside the weights."""
     weights = args.run
     if weights.is_dir():
         weights = args.run / "hmar.pt"
         if not weights.exists():  # the last file of a --causal run
             weights = args.run / "next-scale.pt"
     params, origin = load(weights, hmar, scales=args.scales)
-    codec, _ = load(args.tokenizer or weights.with_name("tokenizer.pt"), tokenizer)
+    files = weights, Path(args.tokenizer or weights.with_name("tokenizer.pt"))
+    codec, _ = load(files[1], tokenizer)
 
     record = read_json(weights.with_name("args.json")) if origin == "ours" else {}
     if "tokenizer" in record and record["tokenizer"] != digest(codec):
@@ -678,12 +769,12 @@ def load_models(args):
     elif args.scales:
         raise ValueError("--scales: got some, but a run has its own")
     else:
-        options = own_options(params, is_causal=record.get("flags", {}).get("causal", False))
+        options = dict(is_causal=record.get("flags", {}).get("causal", False))
 
     classes = len(params["classes"]) - 1
     names = record.get("class_names", [])
     names = names if len(names) == classes else range(classes)
-    return params, codec, list(map(str, names)), options
+    return params, codec, list(map(str, names)), options, files
 
 
 def class_numbers(texts, names, most):
@@ -719,38 +810,11 @@ def photo_and_mask(args, size):
     return pixels, mask
 
 
-def write_sheets(path, kind, pages):
+def save_sheets(path, kind, pages):
     """The first page in a format of Pillow's, or a GIF of all pages, the last one longest."""
     times = [400] * (len(pages) - 1) + [2000]  # milliseconds
     options = dict(save_all=kind == "GIF", append_images=pages[1:], duration=times, loop=0)
     write_whole(path, lambda file: pages[0].save(file, kind, **options))
-
-
-def fill_folder(out, settings, labels, drawn):
-    """Draws what is missing of number-label.png in a folder; then packs them, if out is an .npz."""
-    is_archive = out.suffix.lower() == ".npz"
-    folder = out.with_suffix("") if is_archive else out
-    folder.mkdir(exist_ok=True)
-    if all(path.suffix == ".tmp" for path in folder.iterdir()):  # which a kill may leave
-        write_json(folder / "settings.json", settings)
-    before = read_json(folder / "settings.json")
-    if before != settings:
-        raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
-
-    paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-
-    def write(i, pixels):
-        write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
-
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        for numbers, (images,) in drawn(missing):
-            list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
-            print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
-
-    if is_archive:
-        pixels = np.stack([np.asarray(read_image(path)) for path in paths])
-        write_whole(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
 
 # ---- files, of both commands

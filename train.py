@@ -362,7 +362,7 @@ def train_tokenizer(run, stage):
     def look(codec):
         numbers, rows = measure_tokenizer(tokenizer.cast(codec, run.dtype), judged, run.scales)
         names = ["original", *(f"after {h}x{w}" for h, w in run.scales)]
-        sample.write_sheets(
+        sample.save_sheets(
             run.out / "samples/reconstructions.png", "PNG", [sample.sheet(rows, names)]
         )
         return numbers
@@ -613,12 +613,13 @@ def draw_samples(run, name, params, codec):
     """Writes samples/<name>.png: eight samples of each class, of the first ten."""
     names, fast = run.class_names[:10], tokenizer.cast(codec, run.dtype)
     labels = torch.arange(len(names), device=run.device).repeat_interleave(8)
-    options = sample.own_options(params, run.causal)
     images, few = [], sample.at_once(run.size**2)
     for number, part in enumerate(labels.split(few)):
-        images.append(sample.generate(params, fast, part, seed=few * number, **options)[0])
+        images.append(
+            sample.generate(params, fast, part, seed=few * number, is_causal=run.causal)[0]
+        )
     page = sample.sheet(torch.cat(images).split(8), names)
-    sample.write_sheets(run.out / f"samples/{name}.png", "PNG", [page])
+    sample.save_sheets(run.out / f"samples/{name}.png", "PNG", [page])
 
 
 # ---- here the method ends; data: drawings, images prepared once, tokens

@@ -210,7 +210,7 @@ def recall(samples, reference, k=3):
 
 def models_of(run):
     """(params, codec, options of `sample.steps`), as sample.py reads them."""
-    params, codec, _, options = sample.load_models(sample.parser().parse_args([str(run)]))
+    params, codec, _, options, _ = sample.load_models(sample.parser().parse_args([str(run)]))
     return params, codec, options
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import sys
 import threading
@@ -502,21 +503,22 @@ def test_an_interrupted_folder_goes_on(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample, "write_whole", write_together)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     some = drawn([0, 0]), None
-    effects = [KeyboardInterrupt, some, some, MemoryError, KeyError]
+    effects = [some, KeyboardInterrupt, some, MemoryError, some, KeyError]
     with mock.patch.object(sample, "generate", side_effect=effects):
         with full_disk():
             assert call(*flags) == 2
-        assert "settings.json: cannot be written: " in capsys.readouterr().err
+        assert re.search(r"settings.json\S*: cannot be written: ", capsys.readouterr().err)
         assert contents(tmp_path) == {}
         assert call(*flags) == 130
         assert capsys.readouterr().err == "sample.py: stopped\n"
-        with full_disk():
-            assert call(*flags) == 2
-        said = f"sample.py: {folder}/000000-0.png: cannot be written: "
-        assert capsys.readouterr().err.startswith(said)
-        assert set(contents(folder)) == {"settings.json"}
+        assert contents(tmp_path) == {}
         assert call(*flags) == 2
         assert capsys.readouterr().err == "sample.py: MemoryError\n"
+        assert len(list(folder.glob("*.png"))) == 2
+        with full_disk():
+            assert call(*flags) == 2
+        said = f"sample.py: {folder}/000002-1.png: cannot be written: "
+        assert capsys.readouterr().err.startswith(said)
         with pytest.raises(KeyError):  # a bug shows its traceback
             call(*flags)
     assert not archive.exists() and len(list(folder.glob("*.png"))) == 2
@@ -524,6 +526,44 @@ def test_an_interrupted_folder_goes_on(run, tmp_path, capsys, monkeypatch):
         assert call(*flags) == 0
     assert [made.kwargs["seed"] for made in generate.call_args_list] == [[2, 3], [4, 5]]
     assert_same(np.load(archive)["arr_0"], drawn([0, 0, 1, 1, 2, 2]))
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a"])
+def test_processes_share_a_folder(run, tmp_path, monkeypatch, name):
+    """Whoever finds all images there packs them; settings are those of who came first."""
+    flags, drawn_by = (run, "--count", 3, "--out", tmp_path / name), {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sample, "at_once", lambda pixels: 2)
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
+            assert call(*flags) == 0
+        seeds = [made.kwargs["seed"] for made in generate.call_args_list]
+        drawn_by[rank] = [seed for part in seeds for seed in part]
+        assert (tmp_path / "a.npz").exists() == (rank == "0" and name == "a.npz")
+    assert drawn_by == {"1": [1, 3, 5, 7], "0": [0, 2, 4, 6, 8]}
+    pixels = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "a").glob("*.png"))]
+    assert_same(np.stack(pixels), drawn([0, 0, 0, 1, 1, 1, 2, 2, 2]))
+
+
+def test_two_commands_of_other_settings_cannot_both_claim_a_folder(run, tmp_path, capsys):
+    """Though both found it empty."""
+    sample.claim_folder(tmp_path / "a", dict(seed=0))
+    with pytest.raises(ValueError, match="holds something else: seed 0 -> 1"):
+        sample.claim_folder(tmp_path / "a", dict(seed=1))
+    assert set(contents(tmp_path)) == {"a/settings.json"}
+
+
+@pytest.mark.parametrize("name", ["cats.bmp", "cats.tif", "v1.2"])
+def test_an_unknown_suffix_is_refused(run, tmp_path, capsys, name):
+    assert call(run, "--out", tmp_path / name) == 2
+    assert f"{name}, expected .png, .jpg" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_draws_what_the_command_draws(run, tmp_path):
+    images, _ = sample.generate(PARAMS, CODEC, torch.tensor([0, 1, 2]))
+    assert_same(archived(tmp_path, run, "--count", 1), images)
 
 
 @contextlib.contextmanager
@@ -538,10 +578,11 @@ def full_disk(room=20):
 
 def test_a_folder_is_of_one_setting(run, tmp_path, capsys):
     flags = (run, "--count", 5000, "--out", tmp_path)
-    with mock.patch.object(sample, "generate", side_effect=KeyboardInterrupt):
+    some = drawn([0])[:1].expand(50, -1, -1, -1), None
+    with mock.patch.object(sample, "generate", side_effect=[some, KeyboardInterrupt]):
         assert call(*flags) == 130
         before = contents(tmp_path)
-        assert len(before["settings.json"]) < 1000
+        assert len(before) == 51 and len(before["settings.json"]) < 2000
         for *other, said in (("--seed", 1, "seed 0 -> 1"), ("--labels", 2, "[0, 1, 2] -> [2]")):
             assert call(*flags, *other) == 2
             assert said in capsys.readouterr().err
@@ -635,7 +676,7 @@ BAD_INPUT = """
 . --labels 3  --labels: got '3', expected 0 to 2 or such as disc, ring, star
 . --top-p x  argument --top-p: invalid float value: 'x'
 . --top-p 95  top_p: got 95
-. --count 0  --count: got 0, expected 1 to 1000000
+. --count 0  --count: got 0, expected 1 or more
 . --out a.gif --count 51  --count: got 51
 . --seed -1  seed: got -1
 . --out hmar.pt/x.png  File exists: 'hmar.pt'
