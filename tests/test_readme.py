@@ -42,15 +42,6 @@ def test_first_code_block_is_two_commands():
     assert "train.py" in one and "pytest" in two
 
 
-def test_readme_fits_a_screen():
-    lines = README.splitlines()
-    numbers = re.findall(r"\d[\d,.]*", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
-    assert len(lines) <= 120 and len(numbers) < 100
-    assert max(map(len, lines)) <= 100
-    tables = re.findall(r"^\|[ :-]+\|", README, re.MULTILINE)
-    assert len(tables) <= 2
-
-
 def test_what_is_named_and_linked_is_there():
     for path in re.findall(r"\]\((.+?)\)", README):
         assert (ROOT / path).is_file(), path

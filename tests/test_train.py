@@ -672,7 +672,7 @@ def test_init_fits_classes_scales_and_branches(folder, tmp_path, capsys):
     save_params(moved, codes=32)
     with pytest.raises(SystemExit):
         initial(folder, tmp_path / "a", "--init", moved, "--tokenizer", given)
-    expected = "--init: got (codes, code_dim) (32, 8), expected the tokenizer's (16, 8)\n"
+    expected = "--init: got (codes, code_dim) (32, 8), the tokenizer has (16, 8)\n"
     assert capsys.readouterr().err.endswith(expected)
 
 
