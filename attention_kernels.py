@@ -2,7 +2,8 @@
 
 `block_sparse_attention` is the entry, `dense_masked_attention` says what it computes. On
 NVIDIA's cards three Triton kernels (forward; dQ; dK and dV) stream the softmax as FlashAttention-2
-does (Dao 2023, algorithms 1 and 2), elsewhere PyTorch computes block by block.
+does (Dao 2023, algorithms 1 and 2): compiled and interpreted in tests, not yet run on a card.
+Elsewhere PyTorch computes block by block.
 
     >>> query, key, value = torch.randn(3, 2, 4, 14, 32)
     >>> block_sparse_attention(query, key, value, block_lengths=(1, 4, 9)).shape
@@ -24,13 +25,14 @@ try:
 except ImportError:  # Mac, Windows: kernels are plain functions nobody calls
     triton = None
 
-# the kernels then run in numpy, on any device
+# with TRITON_INTERPRET=1 the kernels run in numpy, on any device
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PLAIN_KEYS = 700  # on a CPU, in 2 bytes, plain products are faster for blocks up to here,
-PLAIN_SCORES = 2**27  # and up to so many scores
+# on a CPU, in 2 bytes, two products are faster than torch's fused attention up to so long a block
+# and so many scores
+UNFUSED_KEYS, UNFUSED_SCORES = 700, 2**27
 
 
 def block_sparse_attention(query, key, value, block_lengths, is_causal=False, scale=None):
@@ -42,8 +44,8 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     scale: positive factor on the scores, head_dim ** -0.5 if None.
 
     Returns (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim), so that
-    joining the heads copies nothing. Gradients are of the first order. Rounding in 2 bytes on a CPU
-    depends on batch and processor (`_attention`). ValueError on anything else.
+    joining the heads copies nothing. Gradients are of the first order. On a CPU, in 2 bytes, what
+    is rounded depends on the batch's size and the processor. ValueError on anything else.
 
     Call it once before you capture a CUDA graph: that makes its table.
     """
@@ -72,7 +74,7 @@ def dense_masked_attention(query, key, value, block_lengths, is_causal=False, sc
 
 
 def _block_by_block(query, key, value, block_lengths, is_causal, scale):
-    # cut along dimension 1, the blocks' gradients are joined by copies of whole rows
+    # cut along dimension 1, where a token's heads lie side by side: joining them copies whole rows
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
     queries = query.split(block_lengths, dim=1)
@@ -97,13 +99,13 @@ def _attention(query, key, value, scale):
     """Attention of (batch, tokens, heads, head_dim) without a mask."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, heads, tokens, head_dim)
 
-    is_small = k.shape[2] <= PLAIN_KEYS and q.shape[:3].numel() * k.shape[2] <= PLAIN_SCORES
-    # as measured (RESULTS, "Speed"): with gradients, or without AMX, plain products win
+    is_small = k.shape[2] <= UNFUSED_KEYS and q.shape[:3].numel() * k.shape[2] <= UNFUSED_SCORES
+    # with gradients, or without AMX, two products win
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     fused_is_slow = gradients or not HAS_AMX
 
     if q.is_cpu and q.element_size() == 2 and is_small and fused_is_slow:
-        scores = (q * scale) @ k.mT  # (batch, heads, queries, keys)
+        scores = (q * scale) @ k.mT
         output = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
     else:
         output = F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -116,24 +118,19 @@ def _attention(query, key, value, scale):
 # columns that its rows see. The rows of a tile lie in one block, or in a run of tiny ones:
 #
 #     one block of 9, full steps of 4     blocks of 1 and 4, causal
-#     ########|#                          |#
-#     ########|#                          |#####
+#     ########|#                          |#               down: rows (queries)
+#     ########|#                          |#####           across: columns (keys)
 #     no mask |mask: the tail             |mask: no full step is seen by all
 #
 # With a mask a step is half as wide.
-#
-# No TMA: it copies boxes, and a tile ends with its block. No persistent kernel: longest first keeps
-# the tail short. No warp specialisation: it wants TMA. FlashAttention-3's varlen has all three on
-# Hopper, and groups that take turns at products and exponentials: better on long blocks; a tiny one
-# fills its own tile, and it has no is_causal by blocks.
 
 
 @functools.lru_cache(maxsize=256)
 def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"):
     """What the kernels walk over, for queries or (transposed) keys: two int32 tensors.
 
-    Tiles (count, 6), longest walk first: start and stop of the rows; of the columns that all of
-    them see, in full steps; of those that need a mask.
+    Tiles (count, 6), longest walk first: start and stop of the rows; start and stop of the columns
+        that all of them see, in full steps; start and stop of those that need a mask.
     Bounds (2, tokens): the first column that a row sees, and the first behind them.
     """
     edges = [0, *itertools.accumulate(block_lengths)]
@@ -202,7 +199,8 @@ def _columns(tile, MASKED, COLUMNS):
 @jit
 def _pointers(tensor, place, start, tokens, DIM):
     """Pointers (tokens, features), and which features there are: a power of two is loaded."""
-    base, batch_stride, head_stride, token_stride, feature_stride = tensor  # three in bytes
+    # the first three strides are in bytes: `_launch`
+    base, batch_stride, head_stride, token_stride, feature_stride = tensor
     SIZE: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
     token_stride //= SIZE
     base += (place[0] * batch_stride + place[1] * head_stride) // SIZE
@@ -233,7 +231,7 @@ def _visible(bounds, column):
 
 
 # Blocks share a tile, and 0 * inf is nan: where one overflows the others must not notice. So values
-# are cleaned for all rows, and those that see a bad column get its nan back through p.
+# are cleaned, and rows that see a bad column get its nan back through p.
 
 
 @jit
@@ -382,8 +380,7 @@ def _key_value_gradient_kernel(
 
 # {(major architecture, bytes of an element): {up to this head_dim: (rows of a tile, columns of a
 # full step, warps, stages) of forward, dQ, dK/dV}}. Chosen by what they compile to, never run
-# (`tests/benchmark.py kernels`): no spills in 2 bytes (3 at most on 10); for 8, which serves all
-# others, 99 KiB shared.
+# (`tests/benchmark.py kernels`); 8 serves all others.
 TILES = {
     (8, 2): {
         64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
@@ -406,9 +403,7 @@ TILES = {
         256: ((16, 16, 8, 2),) * 3,
     },
 }
-# From such a block on 8 warps take 128 rows where 4 took 64: half the loads a product, no fewer
-# warps an SM but in dQ on 9 to 64, forward on 8.0 at 64.
-LONG_BLOCK = 512
+LONG_BLOCK = 512  # from here on 8 warps take 128 rows where 4 took 64: half the loads a product
 
 
 def _constants(which, head_dim, dtype, architecture, longest):
@@ -520,7 +515,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def _checked(query, key, value, block_lengths, scale):
-    """The arguments as they are computed with: cast under autocast, the lengths a tuple."""
+    """The arguments, cast as autocast says, the lengths a tuple. ValueError where they are bad."""
     for name, x in dict(query=query, key=key, value=value).items():
         if not torch.is_tensor(x):
             raise ValueError(f"{name} is {type(x).__name__}, expected a tensor")

@@ -158,7 +158,7 @@ def test_no_kernels_on_amd(hip, pytorch_path, monkeypatch):
 @both_patterns
 @pytest.mark.parametrize("dtype", attention_kernels.DTYPES)
 def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, pytorch_path, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "PLAIN_KEYS", 40)  # both ways in one sequence
+    monkeypatch.setattr(attention_kernels, "UNFUSED_KEYS", 40)  # both ways in one sequence
     block_lengths = (1, 1, 4, 9, 2, 36, 64, 5)
     tensors = [x.cpu() for x in inputs(block_lengths, 2, 2, 24, dtype)]
     check(*tensors, block_lengths, is_causal)
@@ -172,9 +172,9 @@ def test_plain_products_where_fused_ones_are_slow(
     kind, wanted, is_causal, pytorch_path, monkeypatch
 ):
     monkeypatch.setattr(attention_kernels, "HAS_AMX", kind == "amx")
-    monkeypatch.setattr(attention_kernels, "PLAIN_SCORES", 1 if kind == "many" else 2**27)
+    monkeypatch.setattr(attention_kernels, "UNFUSED_SCORES", 1 if kind == "many" else 2**27)
     is_plain = kind == "none" or (kind == "amx" and wanted)
-    limit = attention_kernels.PLAIN_KEYS
+    limit = attention_kernels.UNFUSED_KEYS
     block_lengths = (limit, 4, limit + 1)
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     query, key, value, _ = (x.cpu() for x in inputs(block_lengths, dtype=dtype))
