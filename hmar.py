@@ -6,20 +6,25 @@ A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and
 one of `inputs`, the map accumulated over those before it. Attention stays inside a scale, so
 sampling needs no cache: the Markov property. With is_causal=True all this is VAR, where a scale
 attends to coarser ones too. The masked branch shares the first blocks, the trunk, and sees visible
-tokens of its own scale besides: `apply_mask` is where the mask goes. Small models have convolutions
-too, each scale's map by itself (`by_scale`); published trees have matrices there, or nothing.
+tokens of its own scale besides: `apply_mask` is where the mask goes.
 
 A model is a tree of tensors: keys are argument names of functions, shapes are the configuration.
 
+    classes (classes + 1, C), the null class last; start (len_0, C)
+    levels (S, C), an embedding a scale, as published; positions [(h, w, C), ...]
+    input {weight, bias}; trunk [block, ...]
+    next_scale {blocks [block, ...], modulation, head}
+    masked {blocks, modulation, head, mask_embedding (C,); ours: own_input}
+    block {modulation, attention, mlp; ours: depthwise}; see the functions of these names
+
+Small models of ours have 3 x 3 convolutions as input, own_input and depthwise, each scale's map by
+itself (`convolve_by_scale`); published trees have matrices there, or nothing. Arguments:
+
     labels      (B,) int64, 0 to classes; `classes` is the null class
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
-    own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs; `own_input` embeds them
+    own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
     mask        (B, L - len_0) bool, True where hidden; scale 0 is never masked
     k           scale k alone, from its own part of the others; inputs None for scale 0
-    scales      ((h_0, w_0), ...), coarse to fine; a tree's are `scales(params)`
-
-`levels` holds an embedding a scale, under its published name; `scale` and `shift` are those of
-adaptive layer norms.
 
     >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
     >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
@@ -73,7 +78,7 @@ def masked_logits(params, labels, inputs, own_inputs, mask):
 
 
 def apply_mask(params, inputs, own_inputs, mask, sizes):
-    """(B, n, C): the coarser scales plus the own tokens, or the mask embedding where hidden.
+    """(B, n, C): what coarser scales say plus visible tokens, plus the mask embedding if hidden.
 
     sizes: (h, w) of each scale of these inputs.
     """
@@ -81,18 +86,18 @@ def apply_mask(params, inputs, own_inputs, mask, sizes):
     _expect("mask", mask, inputs.shape[:2])
 
     branch = params["masked"]
-    weight = branch["own_input"] if is_ours(params) else params["input"]["weight"]
-    visible = by_scale(own_inputs, sizes, weight, bias=None)
-    if weight.ndim == 2:  # a matrix tells hidden tokens nothing, a convolution what is near
+    weight = branch["own_input"] if has_own_input(params) else params["input"]["weight"]
+    visible = convolve_by_scale(own_inputs, sizes, weight, bias=None)
+    if weight.ndim == 2:  # of a hidden token; a convolution may tell it of visible ones beside it
         visible = visible.masked_fill(mask[..., None], 0)
     visible = visible + mask[..., None] * branch["mask_embedding"]
-    return by_scale(inputs, sizes, **params["input"]) + visible
+    return convolve_by_scale(inputs, sizes, **params["input"]) + visible
 
 
-def is_ours(params):
-    """Whether the masked branch has an input weight of its own, which published ones lack.
+def has_own_input(params):
+    """Whether the masked branch has an input weight of its own, which published trees lack.
 
-    Hidden codes leak into the own_inputs that those were trained on, not into ours.
+    Published trees were trained on own_inputs into which hidden codes leak, ours were not.
     """
     return "own_input" in params["masked"]
 
@@ -114,18 +119,17 @@ def branch_features(
     own_inputs and mask: of the masked branch. Sampling: k; of VAR also cache, a list a block, empty
     before scale 0, in which it looks back.
     """
-    places = range(len(params["positions"])) if k is None else [k]
+    ks = range(len(params["positions"])) if k is None else [k]
     _expect("labels", labels, (labels.numel(),))
     condition = F.embedding(labels, params["classes"])  # (B, C)
-    x = embedded(params, branch, condition, inputs, own_inputs, mask, places)  # (B, n, C)
+    x = embedded(params, branch, condition, inputs, own_inputs, mask, ks)  # (B, n, C)
 
-    # the temperature is already in q, so attention scales nothing
     blocks = params["trunk"] + params[branch]["blocks"]
-    sizes = [scales(params)[i] for i in places]
-    look_around = partial(by_scale, sizes=sizes)
+    sizes = [scales(params)[i] for i in ks]
+    look_around = partial(convolve_by_scale, sizes=sizes)
     if cache is None:
         lengths = [h * w for h, w in sizes]
-        pattern = dict(block_lengths=lengths, is_causal=is_causal, scale=1.0)
+        pattern = dict(block_lengths=lengths, is_causal=is_causal, scale=1.0)  # q has it
         attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
     else:
         attends = [partial(cached_attention, past=layer) for layer in cache]
@@ -137,19 +141,19 @@ def branch_features(
     return modulate(x, *two.chunk(2, -1))
 
 
-def embedded(params, branch, condition, inputs, own_inputs, mask, places):
-    """What the blocks read, (B, n, C), of the scales in places; condition (B, C) is the class."""
-    tokens = [condition[:, None] + params["start"]] if 0 in places else []  # (B, len_0, C)
-    if places[-1] > 0:
-        sizes = [scales(params)[i] for i in places if i > 0]
+def embedded(params, branch, condition, inputs, own_inputs, mask, ks):
+    """What the blocks read, (B, n, C), of scales ks; condition (B, C) is the class."""
+    tokens = [condition[:, None] + params["start"]] if 0 in ks else []  # (B, len_0, C)
+    if ks[-1] > 0:
+        sizes = [scales(params)[i] for i in ks if i > 0]
         count = sum(h * w for h, w in sizes)
         _expect("inputs", inputs, (len(condition), count, params["input"]["weight"].shape[1]))
         if branch == "masked":
             tokens.append(apply_mask(params, inputs, own_inputs, mask, sizes))
         else:
-            tokens.append(by_scale(inputs, sizes, **params["input"]))
+            tokens.append(convolve_by_scale(inputs, sizes, **params["input"]))
 
-    rows = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in places]
+    rows = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in ks]
     return torch.cat(tokens, 1) + torch.cat(rows)
 
 
@@ -176,14 +180,14 @@ def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     parts = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
-    qk, v = parts.permute(2, 0, 3, 1, 4).split([2, 1])  # (B, heads, n, head_dim) each
+    qk, (v,) = parts.permute(2, 0, 3, 1, 4).split([2, 1])  # (B, heads, n, head_dim) each
 
     temperature = log_temperature.clamp(max=math.log(100)).exp().view(1, -1, 1, 1)
     length = torch.stack([temperature, torch.ones_like(temperature)])
     wide = torch.promote_types(qk.dtype, torch.float32)
     norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=wide)
     q, k = qk * (length / norm.clamp(min=1e-12)).to(qk.dtype)
-    out = attend(q, k, *v)
+    out = attend(q, k, v)
     return linear(out.transpose(1, 2).flatten(2), **project)
 
 
@@ -197,7 +201,7 @@ def cached_attention(query, key, value, past):
 def feed_forward(x, expand, contract):
     """(B, n, C): the MLP, four times as wide inside, with tanh-GELU."""
     x = linear(x, **expand)
-    # in bf16 the exact GELU, which differs from it by less than rounding, in a quarter of the time
+    # in bf16 the exact GELU takes a quarter of the time, and differs by less than rounding
     form = "none" if x.dtype == torch.bfloat16 else "tanh"
     return linear(F.gelu(x, approximate=form), **contract)
 
@@ -208,7 +212,7 @@ def modulate(x, scale, shift):
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def by_scale(x, sizes, weight, bias):
+def convolve_by_scale(x, sizes, weight, bias):
     """(B, n, C) of x (B, n, C'): each scale's map by itself through a convolution.
 
     weight (C, C' / groups, 3, 3), or, as published, (C, C'), which sees no neighbours.
@@ -290,7 +294,7 @@ def scale_weights(scales, kind):
     """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
 
     kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", HMAR's name for a
-    normal density, exp(-z^2 / 2) with z the standardised relative side of scale S - 1 - k.
+    normal density, exp(-z^2 / 2) with z the standardised relative sides, reversed as published.
     """
     counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
     sides = (counts / counts[-1]).sqrt().flip(0)
@@ -426,11 +430,11 @@ def check(params):
         count = sum(h * w for h, w in scales(params)[1:])
         inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
         mask = inputs[..., 0] > 0
-        places = range(len(params["positions"]))
+        ks = range(len(params["positions"]))
         branches = ["next_scale", "masked"] if "masked" in params else ["next_scale"]
         for branch in branches:
             logits(branch_features(params, branch, labels, None, k=0), **params[branch]["head"])
-            embedded(params, branch, condition, inputs, inputs, mask, places)
+            embedded(params, branch, condition, inputs, inputs, mask, ks)
     except Exception as error:
         raise _misfit("params", error) from error
 

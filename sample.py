@@ -139,8 +139,8 @@ def passes(params, codec, batch, schedule, guided, choose, known):
             if number == 0:
                 logits = guided("next_scale", k, inputs)
             else:
-                zeroed = hidden if hmar.is_ours(params) else None
-                own_inputs = tokenizer.masked_scale_input(codec, tokens, k, scales, zeroed)
+                zeroed = hidden if hmar.has_own_input(params) else None
+                own_inputs = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
                 logits = guided("masked", k, inputs, own_inputs, hidden)
             if known is not None:
                 logits = logits + seen

@@ -9,6 +9,11 @@ what the coarser ones left over (the residual), and its codes are added to the r
 reconstruction f_hat. A model, `codec`, is a tree of tensors: keys are argument names of functions,
 shapes are the configuration.
 
+    encoder {conv_in, down [level, ...], middle level, norm_out, conv_out}; quant_conv
+    codebook (codes, code_dim); phi [convolution] * 4
+    post_quant_conv; decoder {conv_in, middle level, up [level, ...], norm_out, conv_out}
+    level {blocks [residual_block, ...], attentions, downsample or upsample, if any}
+
     >>> codec = init(codes=64, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
     >>> tokens = encode(codec, torch.zeros(2, 3, 8, 8), scales=((1, 1), (2, 2), (4, 4)))
     >>> tokens.shape
@@ -56,7 +61,7 @@ def next_scale_inputs(codec, tokens, scales):
 
 
 def masked_inputs(codec, tokens, scales, mask=None):
-    """`masked_scale_input` of scales 1, 2, ...: (B, L - len_0, code_dim).
+    """`own_inputs_of_scale` of scales 1, 2, ...: (B, L - len_0, code_dim).
 
     mask (B, L - len_0) bool, True = hidden; None hides nothing.
     """
@@ -64,16 +69,15 @@ def masked_inputs(codec, tokens, scales, mask=None):
     first, *finer = lengths(scales)
     masks = [None] * len(finer) if mask is None else mask.split(finer, 1)
     parts = enumerate(zip(tokens[:, first:].split(finer, 1), masks), 1)
-    inputs = [masked_scale_input(codec, part, k, scales, hidden) for k, (part, hidden) in parts]
+    inputs = [own_inputs_of_scale(codec, part, k, scales, hidden) for k, (part, hidden) in parts]
     return torch.cat(inputs, 1)
 
 
-def masked_scale_input(codec, tokens, k, scales, hidden=None):
+def own_inputs_of_scale(codec, tokens, k, scales, hidden=None):
     """What the masked branch sees of scale k: tokens, hidden (B, n_k) -> (B, n_k, code_dim).
 
     What these tokens alone add to f_hat, area-resized to their scale. Hidden codes are zeroed
-    before they are enlarged, lest they leak into their neighbours; with None, the published way,
-    they do.
+    before they are enlarged, lest they leak into their neighbours. None: as published, they leak.
     """
     return resize_to_scale(contribution(codec, tokens, k, scales, hidden), scales[k])
 
@@ -122,8 +126,8 @@ def contribution(codec, tokens, k, scales, hidden=None):
 def phi_index(k, scale_count):
     """Which of the four phi serves scale k: the nearest of the ticks 1/12, 13/36, 23/36, 11/12.
 
-    Of ten scales, numbers 2 and 7 lie midway between two ticks: the rounding of float64 decides, as
-    in the published model, for the second.
+    Of ten scales 0011122333: numbers 2 and 7 lie midway between two ticks, and the rounding of
+    float64 decides, as in the published model.
     """
     place = k / max(scale_count - 1, 1)
     step = (1 - 1 / 12 - 1 / 12) / 3
@@ -177,17 +181,17 @@ def encode_features(codec, images):
 
 def decode_features(codec, f_hat):
     """Images (B, 3, H, W) in [-1, 1], fp32, of an accumulated map f_hat (B, code_dim, h, w)."""
-    return _wide(unclamped(codec, f_hat)).clamp(-1, 1)
+    return _wide(decode_unclamped(codec, f_hat)).clamp(-1, 1)
 
 
-def unclamped(codec, f_hat):
+def decode_unclamped(codec, f_hat):
     """`decode_features` before its range is enforced, as training needs it."""
     return decoder(convolution(f_hat, **codec["post_quant_conv"]), **codec["decoder"])
 
 
 def encoder(x, conv_in, down, middle, norm_out, conv_out):
     """Images (B, 3, H, W) -> (B, code_dim, h, w): levels that halve the sides, then the middle."""
-    x = F.pixel_unshuffle(x, folded(conv_in["weight"].shape[1]))  # squares of pixels as channels
+    x = F.pixel_unshuffle(x, fold_side(conv_in["weight"].shape[1]))  # squares of pixels as channels
     x = convolution(x, **conv_in)
     for weights in [*down, middle]:
         x = level(x, **weights)
@@ -200,16 +204,16 @@ def decoder(x, conv_in, middle, up, norm_out, conv_out):
     for weights in [middle, *up]:
         x = level(x, **weights)
     x = convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
-    return F.pixel_shuffle(x, folded(x.shape[1]))
+    return F.pixel_shuffle(x, fold_side(x.shape[1]))
 
 
-def folded(channels):
-    """The side of the squares of pixels that so many channels hold, of three colours each."""
+def fold_side(channels):
+    """The side of the squares of pixels, three colours each, that are so many channels."""
     return math.isqrt(channels // 3)
 
 
 def level(x, blocks, attentions=(), downsample=None, upsample=None):
-    """Residual blocks, an attention after each while there are attentions; then other sides."""
+    """Residual blocks, an attention after each while there are any; then half or twice the side."""
     for i, block in enumerate(blocks):
         x = residual_block(x, **block)
         if i < len(attentions):
@@ -275,7 +279,7 @@ def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
     coarse_maps = straight_through(f_hats[stops, coarse], means[stops, rows])
     whole_maps = straight_through(f_hats[-1], features)
 
-    decoded = unclamped(codec, torch.cat([whole_maps, coarse_maps])).to(features.dtype)
+    decoded = decode_unclamped(codec, torch.cat([whole_maps, coarse_maps])).to(features.dtype)
     whole, coarse_images = decoded.split([len(images), len(coarse)])
     return dict(images=whole, coarse=coarse_images, loss=loss, residuals=residuals, tokens=tokens)
 
@@ -349,7 +353,7 @@ def _new_levels(conv, inputs, levels, count, resize):
     """[level, ...] of (width, attended) each; all but the last also resize."""
     trees = []
     for width, attended in levels:
-        tree = _new_level(conv, inputs, width, count, count * attended)
+        tree = _new_level(conv, inputs, width, count, count if attended else 0)
         if len(trees) + 1 < len(levels):
             tree[resize] = conv(width, width)
         trees.append(tree)
@@ -393,7 +397,7 @@ def cast(codec, dtype):
 def downsampling(codec):
     """Image pixels per side of a latent position, fold * 2 ** (levels - 1)."""
     down, weight = codec["encoder"]["down"], codec["encoder"]["conv_in"]["weight"]
-    return folded(weight.shape[1]) * 2 ** (len(down) - 1)
+    return fold_side(weight.shape[1]) * 2 ** (len(down) - 1)
 
 
 # ---- checks
@@ -427,7 +431,7 @@ def check(codec):
     try:
         side = 2 * downsampling(codec)
         images = codec["codebook"].new_zeros(1, 3, side, side)
-        decode(codec, encode(codec, images, scales), scales) + images
+        decode(codec, encode(codec, images, scales), scales) + images  # of one shape
     except Exception as error:
         raise ValueError(f"codec: no tokenizer's tree: {type(error).__name__}: {error}") from error
 

@@ -123,7 +123,7 @@ def slow_steps(predict, params, codec, label, seed, options, known=None):
             if number:
                 zeroed = mask if "own_input" in params["masked"] else None
                 own = torch.tensor([tokens])
-                own = tokenizer.masked_scale_input(codec, own, k, scales, zeroed)
+                own = tokenizer.own_inputs_of_scale(codec, own, k, scales, zeroed)
                 t, branch, given = options["mask_guidance"], "masked", [inputs, own, mask]
             if len(scales) > 1:
                 t = t * k / (len(scales) - 1)

@@ -136,7 +136,7 @@ def grads(value, *leaves):
 def straight(codec, f_hat, weights):
     """The gradient, at a map, of its image's product with weights."""
     f_hat = f_hat.clone().requires_grad_()
-    return grads((tokenizer.unclamped(codec, f_hat) * weights).sum(), f_hat)[0]
+    return grads((tokenizer.decode_unclamped(codec, f_hat) * weights).sum(), f_hat)[0]
 
 
 def through_cells(gradient, size):
@@ -175,7 +175,7 @@ def test_training_pass(scales, batch, data, commitment, seed):
     close(codes_gradient, grads((moved - features.detach()).square().mean(), codebook)[0])
 
     # the whole image: as decoded, and straight through
-    close(made["images"], tokenizer.unclamped(frozen, maps[-1]))
+    close(made["images"], tokenizer.decode_unclamped(frozen, maps[-1]))
     gradient, codes_gradient = grads((made["images"] * images).sum(), features, codebook)
     close(gradient, straight(frozen, maps[-1], images))
     assert codes_gradient is None
@@ -184,7 +184,7 @@ def test_training_pass(scales, batch, data, commitment, seed):
     expected = torch.zeros_like(features)
     for coarse, (i, stop) in zip(made["coarse"], stops.items(), strict=True):
         known = maps[stop, i : i + 1]
-        close(coarse, tokenizer.unclamped(frozen, known)[0])
+        close(coarse, tokenizer.decode_unclamped(frozen, known)[0])
         expected[i] = through_cells(straight(frozen, known, images[i : i + 1])[0], scales[stop])
     gradient, codes_gradient = grads((made["coarse"] * images[[*stops]]).sum(), features, codebook)
     close(gradient, expected)
@@ -245,7 +245,7 @@ def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, dtype,
     images = normal(3, 3, 2 * side, side, seed=seed).tanh().float()
     tokens = tokenizer.encode(codec, images, [list(size) for size in scales])
     assert tokens.shape == (3, 3) and tokens.dtype == torch.int64
-    decoded = tokenizer.unclamped(codec, tokenizer.accumulate(codec, tokens, scales))
+    decoded = tokenizer.decode_unclamped(codec, tokenizer.accumulate(codec, tokens, scales))
     assert decoded.shape == images.shape and decoded.abs().max() > 1
     assert torch.equal(tokenizer.decode(codec, tokens, scales), decoded.clamp(-1, 1))
 
