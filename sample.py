@@ -84,18 +84,21 @@ def steps(
 ):
     """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
 
-    labels (B,) int64. None: the tree's own, `own_options`; published trees have other options.
+    labels (B,) int64. An option that is None is the tree's own, by `own_options`.
 
     schedule: for each scale the tokens kept at each pass, or how many masked passes a scale has.
     guidance, mask_guidance: of next-scale and masked passes, at the last scale; 0: off, and without
         is_causal at half the cost.
     soften: nats a token at which guidance is halved, 0: never.
-    temperature: divides the logits; 0 or less: arg max.
-    top_k, top_p: then so many codes stay, 0 or less: all; then so much of the probability.
+    temperature: divides the logits; below .001: arg max.
+    top_k: then the best so many codes stay, 0 or less: all.
+    top_p: then the best codes that hold this much of the probability.
     seed: image i draws the numbers of seed + i, or of seed[i].
     is_causal: the tree is VAR's, which keeps keys and values.
     known: of `edit`.
     """
+    if is_causal:  # VAR has no masked branch
+        params = {name: leaf for name, leaf in params.items() if name != "masked"}
     own = own_options(params, is_causal)
     schedule = own["schedule"] if schedule is None else schedule
     if isinstance(schedule, int):
@@ -299,10 +302,10 @@ def own_options(params, is_causal=False):
     """The same of our own trees: what measured best (RESULTS, "Today", "Scales")."""
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
     masked_passes = 0
-    if "masked" in params and not is_causal:
+    if "masked" in params:
         masked_passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), masked_passes)
-    few = sum(schedule[-1]) / 16  # a pass at the coarsest scales makes images plain
+    few = sum(schedule[-1]) / 16  # a masked pass at scales of so few tokens makes images plain
     weaker = min(1, (2 / depth) ** 1.5)  # what is trained longer needs less
     return dict(
         schedule=[keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule],
@@ -546,7 +549,7 @@ def parser():
     add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 4.5)")
     add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
-    add("--temperature", type=float, help="0 or less: arg max (1)")
+    add("--temperature", type=float, help="below .001: arg max (1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
     add("--mask-steps", type=int, dest="schedule", metavar="N", help="masked passes a scale")
@@ -693,11 +696,11 @@ def write_folder(out, job):
         for numbers, (images,) in draw_images(job, missing):
             claim_folder(folder, job.settings)
             list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
-            print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
+            print(f"drew {numbers[-1]:06d}, of {len(paths)}", flush=True)
 
     if is_archive and all(path.exists() for path in paths):
-        first = np.asarray(read_image(paths[0]))
-        pixels = np.empty((len(paths), *first.shape), np.uint8)
+        shape = np.asarray(read_image(paths[0])).shape
+        pixels = np.empty((len(paths), *shape), np.uint8)
         for row, path in zip(pixels, paths):
             row[:] = read_image(path)
         write_whole(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
@@ -861,7 +864,7 @@ def write_whole(path, write):
 
 @contextlib.contextmanager
 def report_errors(name):
-    """Ends the process with a line: status 2 for bad input or a system that refuses, else 130."""
+    """Errors end the process with a line: 2 for bad input or a system that refuses, 130: Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are told all the same
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

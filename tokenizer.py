@@ -77,7 +77,8 @@ def own_inputs_of_scale(codec, tokens, k, scales, hidden=None):
     """What the masked branch sees of scale k: tokens, hidden (B, n_k) -> (B, n_k, code_dim).
 
     What these tokens alone add to f_hat, area-resized to their scale. Hidden codes are zeroed
-    before they are enlarged, lest they leak into their neighbours. None: as published, they leak.
+    before they are enlarged, lest they leak into their neighbours. hidden=None: as published, where
+    they leak.
     """
     return resize_to_scale(contribution(codec, tokens, k, scales, hidden), scales[k])
 
@@ -335,7 +336,7 @@ def init(
             conv_out=conv(deepest, code_dim),
         ),
         quant_conv=conv(code_dim, code_dim),
-        # `revive_codes` replaces them after the first step
+        # after the first step `revive_codes` replaces those that nobody chose
         codebook=torch.empty(codes, code_dim).normal_(generator=generator),
         phi=[conv(code_dim, code_dim) for _ in range(4)],
         post_quant_conv=conv(code_dim, code_dim),

@@ -149,9 +149,9 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     """The tree as that moving average (EMA) of its leaves, all of which learn, that was best.
 
     loss(tree, **batch) -> (mean over its images, {name: tensor} to log, what after_step needs);
-    batch(step, positions) -> {name: tensor}, the images at these positions of a step's batch;
-    look(tree) -> {name: number or list} of held-out images, the lowest "loss" is best;
-    after_step(step, [needs, ...], parameters, adamw) may change those and extra, saved tensors.
+    batch(step, positions) -> {name: tensor}, these images of a step's batch; look(tree) -> {name:
+    number or list} of held-out images, least "loss" is best; after_step(step, [needs, ...],
+    parameters, adamw) may change those and extra, tensors that are saved too.
     """
     parameters = pytree.tree_map(new_parameter, tree)
     leaves = pytree.tree_leaves(parameters)
@@ -159,35 +159,35 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     optimizers = new_optimizers(tree, leaves, stage.decay)
     kept = dict(leaves=leaves, ema=ema, best=best, extra=list(extra))
     at = load_checkpoint(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
-    own = np.arange(stage.images).reshape(world(), -1)[rank()]  # this process's positions
-    at_once, window, start = len(own), [], at["step"]
-    began = saved = time.monotonic()
+    at_once, window, start = stage.images, [], (at["step"], time.monotonic())
+    saved = time.monotonic()
 
-    for step in range(start + 1, stage.steps + 1):
-        numbers, needs, at_once = add_gradients(loss, batch, step, tree, leaves, own, at_once)
+    for step in range(at["step"] + 1, stage.steps + 1):
+        numbers, needs, at_once = add_gradients(stage, step, loss, batch, tree, leaves, at_once)
         average_gradients(leaves)
-        norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
-        take_step(optimizers, learning_rate(step, stage.steps, stage.peak))
+        window.append(numbers | dict(gradient=torch.nn.utils.clip_grad_norm_(leaves, CLIP)))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, stage.steps, stage.peak)
+            optimizer.step()
+            optimizer.zero_grad()
         update_average(ema, leaves, step, stage.steps)
         after_step(step, needs, parameters, optimizers[1])
-        window.append(numbers | dict(gradient=norm))
+
         is_look = step == stage.steps or step % math.ceil(stage.steps / stage.looks) == 0
         if step % LOG_EVERY and not is_look:
             continue
-        pace = (time.monotonic() - began) / (step - start)  # seconds a step
-        log(stage, step, pace, means(window))
+        log(stage, step, start, means(window))
         window.clear()
 
-        is_over = step == stage.steps
         if is_look:
             found = from_first(lambda: look(like(tree, ema)))
-            log(stage, step, pace, {f"held_out_{name}": found[name] for name in found})
+            log(stage, step, start, {f"held_out_{name}": found[name] for name in found})
             if found["loss"] < at["best_loss"]:
                 at |= dict(best_step=step, best_loss=found["loss"])
                 torch._foreach_copy_(best, ema)
-            is_over |= step - at["best_step"] >= PATIENCE * stage.steps
+        is_over = is_look and step - at["best_step"] >= PATIENCE * stage.steps
         if is_look or time.monotonic() - saved > SAVE_SECONDS:
-            at["step"] = stage.steps if is_over else step
+            at["step"] = stage.steps if is_over else step  # one that is over has no steps left
             save_checkpoint(stage, at, kept, optimizers)
             saved = time.monotonic()
         if is_over:
@@ -197,15 +197,16 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     return like(tree, best)
 
 
-def add_gradients(loss, batch, step, tree, leaves, positions, at_once):
-    """Adds the gradients of the mean loss of these positions, at most so many images at once.
+def add_gradients(stage, step, loss, batch, tree, leaves, at_once):
+    """Adds the gradients of the mean loss over this process's part of a batch.
 
-    Returns (means to log, [what after_step needs, ...], at_once, halved where memory is too small).
+    Returns (means to log, [what after_step needs, ...], at_once): so many images pass the networks
+    together, half of them after torch.OutOfMemoryError.
     """
-    numbers, needs = {}, []
+    own, numbers, needs = np.arange(stage.images).reshape(world(), -1)[rank()], {}, []
     try:
-        for part in np.array_split(positions, math.ceil(len(positions) / at_once)):
-            share = len(part) / len(positions)
+        for part in np.array_split(own, math.ceil(len(own) / at_once)):
+            share = len(part) / len(own)
             value, report, need = loss(like(tree, leaves), **batch(step, part))
             (share * value).backward()
             for name, number in report.items():
@@ -217,7 +218,7 @@ def add_gradients(loss, batch, step, tree, leaves, positions, at_once):
             raise
     for leaf in leaves:
         leaf.grad = None
-    return add_gradients(loss, batch, step, tree, leaves, positions, (at_once + 1) // 2)
+    return add_gradients(stage, step, loss, batch, tree, leaves, min(len(own), at_once + 1) // 2)
 
 
 def new_parameter(leaf):
@@ -248,14 +249,6 @@ def new_optimizers(tree, leaves, decay):
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)]
 
 
-def take_step(optimizers, rate):
-    """Changes the parameters by their gradients, which are used up."""
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def learning_rate(step, steps, peak):
     """Warm-up, constant, then linear to zero (Hägele et al. 2024)."""
     left = 1 - (step - 1) / steps
@@ -278,8 +271,11 @@ def means(window):
     return numbers
 
 
-def log(stage, step, pace, numbers):
-    """Adds a line to metrics.jsonl, and says it. ValueError where a number is not finite."""
+def log(stage, step, start, numbers):
+    """Adds a line to metrics.jsonl, and says it, with the time left by that since (step, seconds).
+
+    ValueError where a number is not finite.
+    """
     line = json.dumps(dict(stage=stage.name, step=step) | numbers)
     if re.search("NaN|Infinity", line):
         text = "loss or gradient is not finite; a lower --lr may help"
@@ -287,6 +283,7 @@ def log(stage, step, pace, numbers):
     if rank() == 0:
         with open(stage.out / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
+    pace = (time.monotonic() - start[1]) / (step - start[0])  # seconds a step
     left = datetime.timedelta(seconds=round(pace * (stage.steps - step)))
     single = [name for name in numbers if isinstance(numbers[name], float)]
     words = "  ".join(f"{name} {numbers[name]:.4g}" for name in single)
@@ -345,7 +342,7 @@ def train_tokenizer(run, stage):
         fast = tokenizer.cast(codec, run.dtype)
         passed = tokenizer.training_pass(fast, images, run.scales, coarse, stops)
         errors = (passed["coarse"] - images[coarse]).square().mean((1, 2, 3))
-        coarse_error = COARSE_EVERY * errors.sum() / len(images)
+        coarse_error = COARSE_EVERY * errors.sum() / len(images)  # so that parts add up
         total = reconstruction_loss(passed["images"], images, variance, levels)
         total = total + COARSE_WEIGHT * coarse_error + passed["loss"]
         report = dict(loss=total, coarse=coarse_error, quantisation=passed["loss"])
@@ -471,7 +468,9 @@ def learn_levels(run, images, labels, steps):
             *_, seen = level_maps(levels, pixels)
             scores = head(seen.mean((2, 3)))
         F.cross_entropy(scores, labels[rows].to(run.device)).backward()
-        take_step([optimizer], learning_rate(step, steps, 3e-3))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 3e-3)
+        optimizer.step()
+        optimizer.zero_grad()
     net.eval().requires_grad_(False).to(run.dtype)
     return levels
 
@@ -534,7 +533,7 @@ def train_transformer(run, stage):
     def loss(tree, labels, tokens, mask=None):
         fast = hmar.cast(params | tree, run.dtype)
         inputs = branch_inputs(codec, tokens, run.scales, mask)
-        if is_masked:  # on average half of the tokens are hidden
+        if is_masked:  # on average half of the tokens are hidden; so parts add up
             losses = hmar.masked_losses(fast, labels, tokens, *inputs)  # (hidden tokens,)
             total = losses.sum() / (0.5 * mask.numel())
             return total, dict(loss=total), None
@@ -832,7 +831,7 @@ def load_tokens(run, codec):
 
 
 def write_tokens(run, codec, blocks):
-    """Writes tokens.npy, of blocks of images, uint8 (n, crops, 3, size, size)."""
+    """Writes tokens.npy, of all blocks of images, uint8 (n, crops, 3, size, size)."""
     fast = to_device(tokenizer.cast(codec, run.dtype), run.device)
     kind, count = np.min_scalar_type(len(codec["codebook"]) - 1), sum(tokenizer.lengths(run.scales))
     with tempfile.TemporaryFile(dir=run.out) as raw:  # how many there are shows at the end
@@ -915,6 +914,7 @@ def claim_folder(run):
     for path in run.out.rglob("*." + 16 * "[0-9a-f]" + ".tmp"):  # what a kill left half written
         path.unlink()
     if old != new:
+        (run.out / "tokens.npy").unlink(missing_ok=True)
         prepare(run)
     return lock
 
@@ -1075,6 +1075,18 @@ def load_given(args):
     return given
 
 
+def choose_images(data, out):
+    """(files, class names, hash of the folder, how many): --data's, prepared ones, or drawings."""
+    before = sample.read_json(out / "args.json")
+    images = before.get("flags", {}).get("images")  # of drawings None
+    if data and (os.path.exists(data) or not images):
+        files, class_names, images = list_images(data)
+        return files, class_names, images, len(files)
+    if images:  # prepared, here or elsewhere
+        return None, before["class_names"], images, before["count"]
+    return range(DRAWINGS), [*SHAPES], None, DRAWINGS
+
+
 def make_run(args, device):
     """All that a run is, made once by this and then only read, as attributes.
 
@@ -1091,17 +1103,11 @@ def make_run(args, device):
     if args.data and out.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out: got {out}, inside --data, whose images would be more")
 
-    before = sample.read_json(out / "args.json")
-    if args.data and (os.path.exists(args.data) or not before):
-        files, class_names, images = list_images(args.data)
-    elif before:  # prepared, here or elsewhere
-        files, class_names, images = None, before["class_names"], before["flags"]["images"]
-    else:
-        files, class_names, images = range(DRAWINGS), [*SHAPES], None
-    count = before["count"] if files is None else len(files)
-
+    files, class_names, images, count = choose_images(args.data, out)
     size = args.size or (64 if images else 32)
-    depth = hmar.depth(given["next-scale"]) if "next-scale" in given else args.depth or 2
+    depth = args.depth or 2
+    if "next-scale" in given:
+        depth = hmar.depth(given["next-scale"])
     settings = dial(depth, size, count - count_held_out(count)) | dict(size=size, depth=depth)
     settings["batch"] = args.batch or settings["batch"]
     for name in ("steps", "lr"):  # one number for all stages
@@ -1148,7 +1154,6 @@ def train(args):
     lock = claim_folder(run) if rank() == 0 else None  # held to the end
     from_first(lambda: say_run(run))
 
-    learn = dict.fromkeys(STAGES, train_transformer) | dict(tokenizer=train_tokenizer)
     names = [name for name in STAGES if not (run.causal and name == "masked")]
     for number, name in enumerate(names, 1):
         path, place = run.out / STAGES[name], f"{number} of {len(names)}"
@@ -1157,13 +1162,17 @@ def train(args):
         if from_first(path.exists):
             say(f"{name}: finished before, {path}")
             continue
-        is_given = name == "tokenizer" and "codec" in run.given
         with report_stop(run.out):
-            tree = run.given["codec"] if is_given else learn[name](run, stage)
+            if name != "tokenizer":
+                tree = train_transformer(run, stage)
+            elif "codec" in run.given:
+                tree = run.given["codec"]
+            else:
+                tree = train_tokenizer(run, stage)
             from_first(functools.partial(save_tree, path, tree))
 
     from_first(lambda: (run.out / "checkpoint.pt").unlink(missing_ok=True))
-    say(f"finished; next: python sample.py {run.out}\nseconds {time.process_time():.6g}")
+    say(f"finished; next: python sample.py {run.out}\nCPU seconds {time.process_time():.6g}")
     del lock
 
 

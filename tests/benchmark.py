@@ -517,7 +517,8 @@ def step_cost(tree, trained, cast, loss):
 
     def step():
         torch.nn.utils.clip_grad_norm_(leaves, train.CLIP)
-        train.take_step(optimizers, 0.1)
+        for optimizer in optimizers:
+            optimizer.step()
 
     muon, more = counted(step)
     matrices, others = (optimizer.param_groups[0]["params"] for optimizer in optimizers)

@@ -112,7 +112,10 @@ def fit(model, pixels, labels, seconds):
 
         torch.nn.utils.clip_grad_norm_(leaves, train.CLIP)
         step += 1
-        train.take_step(optimizers, RATE * min(1, step / WARMUP, left / COOL_DOWN))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = RATE * min(1, step / WARMUP, left / COOL_DOWN)
+            optimizer.step()
+            optimizer.zero_grad()
         if left < COOL_DOWN:
             average = average or [leaf.detach().clone() for leaf in leaves]
             torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - EMA)
