@@ -99,19 +99,16 @@ def steps(
     """
     if is_causal:  # VAR has no masked branch
         params = {name: leaf for name, leaf in params.items() if name != "masked"}
-    own = own_options(params, is_causal)
-    schedule = own["schedule"] if schedule is None else schedule
+    given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
+    own = own_options(params) | {name: x for name, x in given.items() if x is not None}
+    schedule = own["schedule"]
     if isinstance(schedule, int):
         schedule = masked_schedule(hmar.scales(params), schedule)
-    guidance = own["guidance"] if guidance is None else guidance
-    mask_guidance = own["mask_guidance"] if mask_guidance is None else mask_guidance
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
     check_fit(params, codec, labels, schedule, seeds)
-    if is_causal and max(map(len, schedule)) > 1:
-        raise ValueError("schedule: got several passes a scale, but VAR has one")
 
     cache = [[] for _ in range(hmar.depth(params))] if is_causal else None
-    strengths = dict(next_scale=guidance, masked=mask_guidance)
+    strengths = dict(next_scale=own["guidance"], masked=own["mask_guidance"])
     how = dict(strengths=strengths, soften=soften, cache=cache)
     guided = partial(classifier_free_guidance, params, labels, **how)
     limits = dict(temperature=temperature, top_k=top_k, top_p=top_p)

@@ -158,7 +158,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     ema, best = ([leaf.detach().clone() for leaf in leaves] for _ in range(2))
     optimizers = new_optimizers(tree, leaves, stage.decay)
     kept = dict(leaves=leaves, ema=ema, best=best, extra=list(extra))
-    at = load_checkpoint(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
+    at = resume_or_begin(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
     at_once, window, start = stage.images, [], (at["step"], time.monotonic())
     saved = time.monotonic()
 
@@ -302,8 +302,11 @@ def save_checkpoint(stage, at, kept, optimizers):
 
 
 @torch.no_grad()
-def load_checkpoint(stage, kept, optimizers):
-    """{"step", "best_step", "best_loss"} to go on from; the rest is written into what is given."""
+def resume_or_begin(stage, kept, optimizers):
+    """{"step", "best_step", "best_loss"} to go on from; a checkpoint is written into what is given.
+
+    A stage that begins is saved at step 0, so that metrics.jsonl can be cut to what it was then.
+    """
     path, at = stage.out / "checkpoint.pt", dict(step=0, best_step=0, best_loss=math.inf)
     saved = {}
     if from_first(path.exists):
@@ -730,15 +733,19 @@ def prepare(run):
     codec, labels = run.given.get("codec"), []
 
     def write(file):
-        blocks = say_progress(read_images(run, labels), len(run.files), "images prepared")
-        if codec is None:
-            file.writelines(blocks)
-        else:
-            write_tokens(run, codec, write_first(blocks, count_held_out(len(run.files)), file))
+        kept = len(run.files) if codec is None else count_held_out(len(run.files))
+        for pixels in say_progress(read_images(run, labels), len(run.files), "images prepared"):
+            file.write(pixels[:kept])
+            kept = max(0, kept - len(pixels))
+            if codec is not None:
+                raw.write(encode(run, codec, pixels))
 
-    sample.write_whole(run.out / "images.bin", write)
-    if len(labels) < 2:
-        raise ValueError(f"--data: {len(labels)} images can be read, expected two or more")
+    with tempfile.TemporaryFile(dir=run.out) as raw:  # tokens: how many shows at the end
+        sample.write_whole(run.out / "images.bin", write)
+        if len(labels) < 2:
+            raise ValueError(f"--data: {len(labels)} images can be read, expected two or more")
+        if codec is not None:
+            save_tokens(run, codec, raw)
     sample.write_whole(run.out / "labels.npy", lambda file: np.save(file, labels))
     sample.write_json(run.out / "args.json", run.record)
 
@@ -816,40 +823,42 @@ def load_images(run):
 
 
 def load_tokens(run, codec):
-    """(N, crops, L), the smallest unsigned type: tokens.npy, mapped, written if it is not there."""
+    """(N, crops, L), the smallest unsigned type: tokens.npy, mapped, first written if need be."""
 
     def encode_images():
         note_tokenizer(run, codec)
-        if not path.exists():
-            images = load_images(run)
-            blocks = (images[first : first + 64] for first in range(0, len(images), 64))
-            write_tokens(run, codec, say_progress(blocks, len(images), "images encoded"))
+        if (run.out / "tokens.npy").exists():
+            return
+        images = load_images(run)
+        blocks = np.array_split(images, math.ceil(len(images) / 64))
+        with tempfile.TemporaryFile(dir=run.out) as raw:
+            for pixels in say_progress(blocks, len(images), "images encoded"):
+                raw.write(encode(run, codec, pixels))
+            save_tokens(run, codec, raw)
 
-    path = run.out / "tokens.npy"
     from_first(encode_images)
-    return np.load(path, mmap_mode="r")
+    return np.load(run.out / "tokens.npy", mmap_mode="r")
 
 
-def write_tokens(run, codec, blocks):
-    """Writes tokens.npy, of all blocks of images, uint8 (n, crops, 3, size, size)."""
+def encode(run, codec, pixels):
+    """Tokens (n * crops, L), of the smallest unsigned type, of uint8 (n, crops, 3, size, size)."""
     fast = to_device(tokenizer.cast(codec, run.dtype), run.device)
-    kind, count = np.min_scalar_type(len(codec["codebook"]) - 1), sum(tokenizer.lengths(run.scales))
-    with tempfile.TemporaryFile(dir=run.out) as raw:  # how many there are shows at the end
-        for pixels in blocks:
-            for part in torch.from_numpy(pixels).flatten(0, 1).split(sample.at_once(run.size**2)):
-                tokens = tokenizer.encode(fast, to_unit(part).to(run.device), run.scales)
-                raw.write(tokens.cpu().numpy().astype(kind))
-        raw.flush()
-        tokens = np.memmap(raw, kind, mode="r").reshape(-1, run.crops, count)
-        sample.write_whole(run.out / "tokens.npy", lambda file: np.save(file, tokens))
+    parts = torch.from_numpy(pixels).flatten(0, 1).split(sample.at_once(run.size**2))
+    parts = [tokenizer.encode(fast, to_unit(x).to(run.device), run.scales) for x in parts]
+    return torch.cat(parts).cpu().numpy().astype(token_type(codec))
 
 
-def write_first(blocks, count, file):
-    """Yields the blocks, of whose rows it writes the first so many."""
-    for block in blocks:
-        file.write(block[:count])
-        count = max(0, count - len(block))
-        yield block
+def token_type(codec):
+    """The smallest unsigned type that holds a codec's tokens."""
+    return np.min_scalar_type(len(codec["codebook"]) - 1)
+
+
+def save_tokens(run, codec, raw):
+    """Writes tokens.npy, of all tokens, one after another in a file."""
+    raw.flush()
+    tokens = np.memmap(raw, token_type(codec), mode="r")
+    tokens = tokens.reshape(-1, run.crops, sum(tokenizer.lengths(run.scales)))
+    sample.write_whole(run.out / "tokens.npy", lambda file: np.save(file, tokens))
 
 
 def say_progress(blocks, total, done):

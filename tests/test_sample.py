@@ -392,12 +392,15 @@ def test_bad_options_are_told():
         "schedule: got .* no masked branch": dict(params=PLAIN, schedule=1),
         "schedule: got .* at the first scale": dict(schedule=[[1, 0], [4], [12]]),
         "logits: got nan": dict(soften=math.nan),
-        "schedule: got .* but VAR has one": dict(is_causal=True, schedule=1),
+        "schedule: got several .* no masked branch": dict(is_causal=True, schedule=1),
         "masked passes: got -1": dict(schedule=-1),
         "top_p: got nan": dict(top_p=math.nan),
     }.items():
         options = dict(params=PARAMS, codec=CODEC, labels=LABELS) | options
         refused(f"^{message}", sample.generate, **options)
+
+    # VAR edits in one pass a scale, though there is a masked branch
+    sample.edit(PARAMS, CODEC, picture(3), HALF, LABELS, is_causal=True)
 
     black = torch.zeros(3, 3, 6, 8, dtype=torch.uint8)  # which in [-1, 1] would be grey
     for message, images, mask in (
