@@ -308,19 +308,24 @@ def resume_or_begin(stage, kept, optimizers):
     A stage that begins is saved at step 0, so that metrics.jsonl can be cut to what it was then.
     """
     path, at = stage.out / "checkpoint.pt", dict(step=0, best_step=0, best_loss=math.inf)
-    saved = {}
-    if from_first(path.exists):
-        saved = sample.load_file(path)
-    if saved.get("stage") == stage.name:
-        at = saved["at"]
-        for name, tensors in kept.items():
-            for tensor, old in zip(tensors, saved[name], strict=True):
-                tensor.copy_(old)
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        from_first(lambda: os.truncate(stage.out / "metrics.jsonl", saved["metrics"]))
-    else:
+    saved = sample.load_file(path) if from_first(path.exists) else dict(stage=None)
+    try:
+        is_begun = saved["stage"] == stage.name
+        if is_begun:
+            at = saved["at"]
+            for name, tensors in kept.items():
+                for tensor, old in zip(tensors, saved[name], strict=True):
+                    tensor.copy_(old)
+            for optimizer, state in zip(optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+    except Exception as error:
+        raise ValueError(f"{path}: not of this run; removed, {stage.name} begins anew") from error
+
+    if not is_begun:
         save_checkpoint(stage, at, kept, optimizers)
+    elif rank() == 0:
+        with open(stage.out / "metrics.jsonl", "ab") as file:
+            file.truncate(min(file.tell(), saved["metrics"]))
     size = sum(leaf.numel() for leaf in kept["leaves"]) / 1e6
     work = f"{size:.3g} M parameters, {stage.steps} steps of {stage.images} images"
     say(f"{stage.name} ({stage.place}): {work}, {at['step']} done")
@@ -817,9 +822,13 @@ def load_labels(run):
 
 
 def load_images(run):
-    """uint8 (N, crops, 3, size, size): images.bin, mapped."""
-    pixels = np.memmap(run.out / "images.bin", np.uint8, mode="c")
-    return pixels.reshape(-1, run.crops, 3, run.size, run.size)
+    """uint8 (N, crops, 3, size, size): images.bin, mapped. ValueError unless it is whole."""
+    path, count = run.out / "images.bin", len(np.load(run.out / "labels.npy"))
+    shape = count, run.crops, 3, run.size, run.size
+    got = path.stat().st_size
+    if got != math.prod(shape):
+        raise ValueError(f"{path}: got {got} bytes, expected {math.prod(shape)}; remove {run.out}")
+    return np.memmap(path, np.uint8, mode="c", shape=shape)
 
 
 def load_tokens(run, codec):
@@ -837,7 +846,13 @@ def load_tokens(run, codec):
             save_tokens(run, codec, raw)
 
     from_first(encode_images)
-    return np.load(run.out / "tokens.npy", mmap_mode="r")
+    tokens = np.load(run.out / "tokens.npy", mmap_mode="r")
+    expected = len(np.load(run.out / "labels.npy")), run.crops, sum(tokenizer.lengths(run.scales))
+    if tokens.shape != expected:
+        raise ValueError(
+            f"{run.out}/tokens.npy: got {tokens.shape}, expected {expected}; remove it"
+        )
+    return tokens
 
 
 def encode(run, codec, pixels):
@@ -920,10 +935,12 @@ def claim_folder(run):
         text = f"begun with other flags or images: {sample.differences(old, new)}"
         raise ValueError(f"{run.out}: {text}; give another --out, or remove the folder")
 
-    for path in run.out.rglob("*." + 16 * "[0-9a-f]" + ".tmp"):  # what a kill left half written
+    unfinished = "*." + 16 * "[0-9a-f]" + ".tmp"  # what a kill left half written
+    for path in (*run.out.glob(unfinished), *run.out.glob(f"samples/{unfinished}")):
         path.unlink()
     if old != new:
-        (run.out / "tokens.npy").unlink(missing_ok=True)
+        for name in ("args.json", "tokens.npy"):  # of other flags
+            (run.out / name).unlink(missing_ok=True)
         prepare(run)
     return lock
 
@@ -994,10 +1011,17 @@ def keep_freed_memory():
 
 
 def from_first(work):
-    """What work() returns in the first process, in all of them, once it is done."""
-    box = [work() if rank() == 0 else None]
+    """What work() returns in the first process, in all of them; they all raise its error, too."""
+    box = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = work()
+        except (OSError, ValueError) as error:
+            box[1] = error
     if world() > 1:
         torch.distributed.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 
@@ -1088,7 +1112,7 @@ def choose_images(data, out):
     """(files, class names, hash of the folder, how many): --data's, prepared ones, or drawings."""
     before = sample.read_json(out / "args.json")
     images = before.get("flags", {}).get("images")  # of drawings None
-    if data and (os.path.exists(data) or not images):
+    if data is not None and (os.path.exists(data) or not images):
         files, class_names, images = list_images(data)
         return files, class_names, images, len(files)
     if images:  # prepared, here or elsewhere
@@ -1160,7 +1184,8 @@ def check_fit(settings, given):
 def train(args):
     """All stages in order, each unless its file is there; before them the images, once."""
     run = make_run(args, start_processes(args.device))
-    lock = claim_folder(run) if rank() == 0 else None  # held to the end
+    locks = []  # held to the end
+    from_first(lambda: locks.append(claim_folder(run)))
     from_first(lambda: say_run(run))
 
     names = [name for name in STAGES if not (run.causal and name == "masked")]
@@ -1182,7 +1207,7 @@ def train(args):
 
     from_first(lambda: (run.out / "checkpoint.pt").unlink(missing_ok=True))
     say(f"finished; next: python sample.py {run.out}\nCPU seconds {time.process_time():.6g}")
-    del lock
+    locks.clear()
 
 
 @contextlib.contextmanager

@@ -428,6 +428,13 @@ def test_two_processes_go_on_when_one_is_killed(start, tmp_path):
     assert ours == theirs
 
 
+def test_what_the_first_process_refuses_all_do_in_a_line(base, start, tmp_path):
+    out = shutil.copytree(base, tmp_path / "run")
+    for process in start_many(start, 2, out, "--seed", 3):
+        (line,) = ended(process, 2).splitlines()
+        assert line.startswith(f"train.py: {out}: begun with other flags")
+
+
 def test_a_batch_that_processes_do_not_divide_is_refused_first(tmp_path, monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(train, "start_processes", lambda name: torch.device("cpu"))
@@ -750,6 +757,43 @@ def test_before_anything_is_learned_other_flags_take_the_folder(base, run, tmp_p
     assert contents(out) == contents(base)
 
 
+def test_what_was_prepared_for_other_flags_is_not_used(run, tmp_path, folder, monkeypatch):
+    """Tokens of a --tokenizer that goes, nor images when the second preparing is killed."""
+    given, one, two = tmp_path / "given.pt", tmp_path / "one", tmp_path / "two"
+    torch.save(small_codec(codes=128, code_dim=16), given)
+    stopped = mock.patch.object(train, "save_tree", side_effect=KeyboardInterrupt)
+    with stopped:
+        run(one, "--steps", 1, "--tokenizer", given, status=130)
+    assert (one / "tokens.npy").exists() and not list(one.glob("*.pt"))
+    for out in (one, two):
+        with mock.patch.object(train, "fit", side_effect=KeyboardInterrupt):
+            run(out, "--steps", 1, status=130)
+        assert not (out / "tokens.npy").exists()
+    with mock.patch.object(train.np, "save", side_effect=KeyboardInterrupt):
+        run(one, "--steps", 1, "--seed", 7, status=130)  # other images, without a record
+    for out in (one, two):
+        run(out, "--steps", 1)
+    assert contents(one) == contents(two)
+
+
+def test_cut_files_are_refused_by_name(out, refused, run):
+    (out / "hmar.pt").unlink()
+    tokens = np.load(out / "tokens.npy")
+    np.save(out / "tokens.npy", tokens[1:])
+    assert f"{out}/tokens.npy: got (29, 16, 37), expected (30, 16, 37)" in refused(out)
+    (out / "tokens.npy").unlink()
+    os.truncate(out / "images.bin", 1000)
+    assert f"{out}/images.bin: got 1000 bytes, expected 368640" in refused(out)
+    np.save(out / "tokens.npy", tokens)
+    for saved in ([], dict(stage="masked", at={})):
+        torch.save(saved, out / "checkpoint.pt")
+        assert f"{out}/checkpoint.pt: not of this run; removed, masked begins" in refused(out)
+    (out / "checkpoint.pt").unlink()
+    (out / "metrics.jsonl").unlink()
+    run(out)
+    assert b"\0" not in (out / "metrics.jsonl").read_bytes()
+
+
 def test_what_has_no_record_is_refused(tmp_path, refused):
     for name in (*train.STAGES.values(), "checkpoint.pt", "metrics.jsonl"):
         (tmp_path / name).write_text("mine")
@@ -774,6 +818,7 @@ BAD = [
     ("--step-s=3", "unrecognized arguments: --step-s=3"),
     ("--data broken", "--data: 0 images can be read, expected two or more"),
     ("--data nowhere", "--data: [Errno 2] No such file or directory: 'nowhere'"),
+    ("--data=", "--data: [Errno 2] No such file or directory: ''"),
     ("--size 15", "--size: got 15, expected a multiple of 4"),
     ("--batch 0", "--batch: got 0, expected 1 or more"),
     ("--lr 0", "--lr: got 0, expected above 0"),
