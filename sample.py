@@ -149,8 +149,8 @@ def passes(params, codec, batch, schedule, guided, choose, known):
             tokens = torch.where(hidden, drawn, tokens)
             # all but the `keep` most confident of those just drawn are drawn again
             confidence = confidence.masked_fill(~hidden, -math.inf)
-            order = confidence.argsort(dim=-1, descending=True, stable=True)
-            hidden = hidden & (order.argsort(-1) >= keep)
+            rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+            hidden = hidden & (rank >= keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
             yield Step(k, number, tokens, hidden, grown)
 
@@ -332,8 +332,8 @@ def edit(params, codec, images, mask, labels, **options):
 
     mask (B, 1, H, W) bool, True = repaint. At each scale the tokens whose cells lie outside are
     the image's; the others are drawn, then refined by the masked branch, which sees the given ones
-    (HMAR, editing). Pixels outside are the original ones; what decoding did to them at the edge is
-    taken back inside too, fading over two latent cells. options: of `steps`.
+    (HMAR, editing). Pixels outside are the original ones; the decoder's error there is subtracted
+    inside too, fading over two latent cells from the edge. options: of `steps`.
     """
     scales = hmar.scales(params)
     tokenizer.check_images(codec, images, scales)
@@ -396,7 +396,7 @@ def evidence(codebook, residual, outside, size):
 
 
 def carried_on(error, known, reach):
-    """error (B, C, H, W) carried on from known pixels (B, 1, H, W), fading, lest a seam show."""
+    """error (B, C, H, W) carried on from known pixels (B, 1, H, W), ring by ring, fading."""
     error = error * known
     carried = torch.zeros_like(error)
     for ring in range(1, reach + 1):
@@ -636,18 +636,11 @@ def read_job(args):
     settings = options | dict(labels=classes, count=args.count, dtype=str(dtype), files=files)
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     models, labels, given = pytree.tree_map(lambda x: x.to(device), (models, labels, given))
-    return SimpleNamespace(
-        kind=kind,
-        models=models,
-        labels=labels,
-        count=args.count,
-        names=[names[label] for label in classes],
-        seed=args.seed,
-        options=options,
-        given=given,
-        batch=min(50, at_once(height * width)),
-        settings=settings | dict(seed=args.seed, pad=args.pad),
-    )
+    settings |= dict(seed=args.seed, pad=args.pad)
+    job = dict(kind=kind, models=models, labels=labels, given=given, options=options)
+    job |= dict(names=[names[label] for label in classes], settings=settings)
+    batch = min(50, at_once(height * width))
+    return SimpleNamespace(**job, count=args.count, seed=args.seed, batch=batch)
 
 
 def draw_images(job, numbers):
@@ -682,7 +675,7 @@ def write_folder(out, job):
     folder = out.with_suffix("") if is_archive else out
     labels = job.labels.tolist()
     paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
-    check_settings(folder, job.settings)
+    check_folder(folder, job.settings)
     first, every = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     missing = [i for i in range(first, len(paths), every) if not paths[i].exists()]
 
@@ -691,7 +684,7 @@ def write_folder(out, job):
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for numbers, (images,) in draw_images(job, missing):
-            claim_folder(folder, job.settings)
+            check_folder(folder, job.settings, begin=True)
             list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
             print(f"drew {numbers[-1]:06d}, of {len(paths)}", flush=True)
 
@@ -703,26 +696,24 @@ def write_folder(out, job):
         write_whole(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
 
-def check_settings(folder, settings):
-    """ValueError where a folder holds images of other settings, or other files."""
-    before = read_json(folder / "settings.json")
-    settings = json.loads(json.dumps(settings))
-    is_empty = not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir())
-    if before != settings and not (is_empty and not before):
-        raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
+def check_folder(folder, settings, begin=False):
+    """ValueError unless a folder is empty or of these settings; begin: settings.json is written.
 
-
-def claim_folder(folder, settings):
-    """Writes settings.json unless it is there, whole at once. ValueError where it is another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    if not path.exists():
+    It appears whole, and of two commands that begin at once only one may go on.
+    """
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if begin and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"settings.json.{secrets.token_hex(8)}.tmp"
         write_json(temporary, settings)
-        with contextlib.suppress(FileExistsError):  # of another process, at the same moment
+        with contextlib.suppress(FileExistsError):  # of another command
             os.link(temporary, path)
         temporary.unlink()
-    check_settings(folder, settings)
+
+    before = read_json(path)
+    is_empty = not folder.exists() or all(file.suffix == ".tmp" for file in folder.iterdir())
+    if before != settings and not is_empty:
+        raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
 
 
 def find_device(name):

@@ -53,12 +53,10 @@ SAVE_SECONDS = 300  # at most between two checkpoints, but for the steps to the 
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced
 REVIVE_UNTIL = 0.8  # share of the steps: the last codes to be replaced get time to settle
-COARSE_EVERY = 4  # of the tokenizer's images so many-th are decoded from coarse scales too
+COARSE_EVERY = 4  # every fourth image of the tokenizer's is decoded from coarse scales too
 COARSE_WEIGHT = 0.5  # of their squared error
-EDGE_WEIGHT = 0.25  # of the error of edges, beside .5 of the absolute error
-TEXTURE_WEIGHT = 0.5
-PERCEPTUAL_WEIGHT = 0.08
-HUE_WEIGHT = 0.28
+# of errors in `reconstruction_loss`, beside 1 of the squared and .5 of the absolute one
+EDGE_WEIGHT, TEXTURE_WEIGHT, PERCEPTUAL_WEIGHT, HUE_WEIGHT = 0.25, 0.5, 0.08, 0.28
 LEVELS_STEPS = 400  # in which the perceptual network is learned
 DRAWINGS = 20_500  # where there is no --data
 CROPS = 20_000  # in all: a small folder's images are learned in up to 16 crops each, at least 2
@@ -146,7 +144,7 @@ class Stage(NamedTuple):
 
 
 def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
-    """The tree as that moving average (EMA) of its leaves, all of which learn, that was best.
+    """All leaves of the tree learn; returns that moving average (EMA) of it that was best.
 
     loss(tree, **batch) -> (mean over its images, {name: tensor} to log, what after_step needs);
     batch(step, positions) -> {name: tensor}, these images of a step's batch; look(tree) -> {name:
@@ -257,7 +255,7 @@ def learning_rate(step, steps, peak):
 
 @torch.no_grad()
 def update_average(ema, leaves, step, steps):
-    """Moves the average towards the leaves, at first quickly: initial weights soon go."""
+    """Moves the average over the last steps on, at first over few: initial weights soon go."""
     kept = min(1 - 1 / (1 + AVERAGED * steps), step / (step + 10))
     torch._foreach_lerp_(ema, leaves, 1 - kept)
 
@@ -487,8 +485,8 @@ def learn_levels(run, images, labels, steps):
 def measure_tokenizer(codec, images, scales):
     """({name: number or list}, rows of a sheet) of held-out images (B, 3, H, W) in [-1, 1].
 
-    loss: the squared error. psnr: in dB, after each scale. perplexity: how many codes in even use
-    say as much as a scale's. Rows: eight originals, then the same after each scale.
+    loss: the squared error. psnr: in dB, after each scale. perplexity: of each scale's codes, the
+    exponential of their entropy. Rows: eight originals, then the same after each scale.
     """
     errors, rows, counts = [], [], torch.zeros(len(scales), len(codec["codebook"]))
     for part in images.split(sample.at_once(images[0, 0].numel())):
@@ -586,7 +584,7 @@ def start_next_scale(run):
     params.pop("masked", None)
     if hmar.scales(params) != run.scales:
         params = hmar.resize_positions(params, run.scales)
-    if len(params["classes"]) != classes + 1:
+    if len(params["classes"]) != classes + 1:  # new ones, of a small tree
         width = params["classes"].shape[1]
         new = hmar.init(depth=1, width=width, classes=classes, seed=run.seed)
         params["classes"] = new["classes"]
@@ -823,8 +821,8 @@ def load_labels(run):
 
 def load_images(run):
     """uint8 (N, crops, 3, size, size): images.bin, mapped. ValueError unless it is whole."""
-    path, count = run.out / "images.bin", len(np.load(run.out / "labels.npy"))
-    shape = count, run.crops, 3, run.size, run.size
+    path = run.out / "images.bin"
+    shape = sum(map(len, load_labels(run))), run.crops, 3, run.size, run.size
     got = path.stat().st_size
     if got != math.prod(shape):
         raise ValueError(f"{path}: got {got} bytes, expected {math.prod(shape)}; remove {run.out}")
@@ -847,7 +845,7 @@ def load_tokens(run, codec):
 
     from_first(encode_images)
     tokens = np.load(run.out / "tokens.npy", mmap_mode="r")
-    expected = len(np.load(run.out / "labels.npy")), run.crops, sum(tokenizer.lengths(run.scales))
+    expected = sum(map(len, load_labels(run))), run.crops, sum(tokenizer.lengths(run.scales))
     if tokens.shape != expected:
         raise ValueError(
             f"{run.out}/tokens.npy: got {tokens.shape}, expected {expected}; remove it"
@@ -1231,10 +1229,9 @@ def say_run(run):
         say(f"class {run.class_names[label]}: none of its images is left to train on")
     if "next-scale" in run.given and "codec" not in run.given:
         say("--init: without --tokenizer its codes get new meanings")
-    images = f"{len(labels)} images to train on, {len(held_out)} held out, "
-    images += f"{len(run.class_names)} classes"
-    machine = f"{run.device}, {str(run.dtype)[6:]}, {torch.get_num_threads()} threads"
-    say(f"{run.out}: {images}; {machine}, processes: {world()}")
+    counts = f"{len(labels)} images to train on, {len(held_out)} held out, "
+    counts += f"{len(run.class_names)} classes; {run.device}, {str(run.dtype)[6:]}, "
+    say(f"{run.out}: {counts}{torch.get_num_threads()} threads, processes: {world()}")
 
 
 def main(argv=None):

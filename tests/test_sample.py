@@ -551,9 +551,9 @@ def test_processes_share_a_folder(run, tmp_path, monkeypatch, name):
 
 def test_two_commands_of_other_settings_cannot_both_claim_a_folder(run, tmp_path, capsys):
     """Though both found it empty."""
-    sample.claim_folder(tmp_path / "a", dict(seed=0))
+    sample.check_folder(tmp_path / "a", dict(seed=0), begin=True)
     with pytest.raises(ValueError, match="holds something else: seed 0 -> 1"):
-        sample.claim_folder(tmp_path / "a", dict(seed=1))
+        sample.check_folder(tmp_path / "a", dict(seed=1), begin=True)
     assert set(contents(tmp_path)) == {"a/settings.json"}
 
 
