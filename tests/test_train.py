@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import captured, contents, small_codec
+from helpers import captured, contents, named_leaves, small_codec, tree
 from torch.utils import _pytree as pytree
 
 import hmar
@@ -289,9 +289,9 @@ def test_the_loop_equals_one_written_out(tmp_path, monkeypatch):
 
 
 def test_best_weights_and_early_stop_survive_kills(tmp_path, capsys):
-    def look(tree):  # falls until the weights have a size
-        trees.append(copy.deepcopy(tree))
-        return dict(loss=abs(float(tree["tall"].norm()) - 0.1))
+    def look(params):  # falls until the weights have a size
+        trees.append(copy.deepcopy(params))
+        return dict(loss=abs(float(params["tall"].norm()) - 0.1))
 
     def stop_at(last, step, *_):
         if step == last:
@@ -330,11 +330,28 @@ def test_a_save_between_looks(tmp_path, monkeypatch):
             toy_fit(toy_stage(out, looks=1), after_step=after_step, extra=[counts])
         saved = torch.load(out / "checkpoint.pt")
         assert saved["at"]["step"] == step and saved["extra"][0] == sum(range(step + 1))
-    counts = torch.zeros(1)
-    toy_fit(toy_stage(out, looks=1), extra=[counts])
-    assert counts == 21
-    steps = [line["step"] for line in lines_of(out, name="loss")]
-    assert steps == [3, 6, 9, 12]
+    for seconds, sum_at_save in ((300, 0), (0, 21)):  # a line after the save is cut
+        counts, out = torch.zeros(1), tmp_path / str(seconds)
+        toy_fit(toy_stage(out, looks=1), extra=[counts])
+        steps = [line["step"] for line in lines_of(out, name="loss")]
+        assert counts == sum_at_save and steps == [3, 6, 9, 12]
+
+
+def test_muon_has_matrices_and_convolutions_but_what_faces_codes_and_classes():
+    params = tree(depth=1, masked=0, convolutions=True, random=False)
+    leaves = [train.new_parameter(leaf) for leaf in pytree.tree_leaves(params)]
+    muon, adamw = train.new_optimizers(params, leaves, 0)
+    names = {id(leaf): name for leaf, name in zip(leaves, named_leaves(params))}
+    groups = [optimizer.param_groups[0]["params"] for optimizer in (muon, adamw)]
+    by_muon, by_adamw = ({names[id(leaf)] for leaf in group} for group in groups)
+    assert by_muon | by_adamw == set(names.values())
+    inner = ("['attention']['qkv']", "['attention']['project']['weight']")
+    inner += ("['mlp']['expand']['weight']", "['mlp']['contract']['weight']")
+    assert by_muon == {"['input']['weight']", *(f"['trunk'][0]{name}" for name in inner)}
+    published = tree(depth=1, masked=0, random=False)  # a matrix embeds the codes there
+    leaves = [train.new_parameter(leaf) for leaf in pytree.tree_leaves(published)]
+    muon, _ = train.new_optimizers(published, leaves, 0)
+    assert len(muon.param_groups[0]["params"]) == 4
 
 
 def test_the_losses_are_compiled_if_asked(run, tmp_path):
