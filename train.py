@@ -178,7 +178,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
         window.clear()
 
         if is_look:
-            found = from_first(lambda: look(like(tree, ema)))
+            found = broadcast(lambda: look(replace_leaves(tree, ema)))
             log(stage, step, start, {f"held_out_{name}": found[name] for name in found})
             if found["loss"] < at["best_loss"]:
                 at |= dict(best_step=step, best_loss=found["loss"])
@@ -192,7 +192,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
             break
 
     say(f"{stage.name}: best at step {at['best_step']}, loss {at['best_loss']:.4g}")
-    return like(tree, best)
+    return replace_leaves(tree, best)
 
 
 def add_gradients(stage, step, loss, batch, tree, leaves, at_once):
@@ -205,7 +205,7 @@ def add_gradients(stage, step, loss, batch, tree, leaves, at_once):
     try:
         for part in np.array_split(own, math.ceil(len(own) / at_once)):
             share = len(part) / len(own)
-            value, report, need = loss(like(tree, leaves), **batch(step, part))
+            value, report, need = loss(replace_leaves(tree, leaves), **batch(step, part))
             (share * value).backward()
             for name, number in report.items():
                 numbers[name] = numbers.get(name, 0) + share * number.detach()
@@ -225,7 +225,7 @@ def new_parameter(leaf):
     return torch.nn.Parameter(leaf.flatten(1) if leaf.ndim == 4 else leaf)
 
 
-def like(tree, leaves):
+def replace_leaves(tree, leaves):
     """The tree with these leaves, in its own shapes."""
     own, structure = pytree.tree_flatten(tree)
     return pytree.tree_unflatten([leaf.view_as(old) for leaf, old in zip(leaves, own)], structure)
@@ -306,7 +306,7 @@ def resume_or_begin(stage, kept, optimizers):
     A stage that begins is saved at step 0, so that metrics.jsonl can be cut to what it was then.
     """
     path, at = stage.out / "checkpoint.pt", dict(step=0, best_step=0, best_loss=math.inf)
-    saved = sample.load_file(path) if from_first(path.exists) else dict(stage=None)
+    saved = sample.load_file(path) if broadcast(path.exists) else dict(stage=None)
     try:
         is_begun = saved["stage"] == stage.name
         if is_begun:
@@ -386,7 +386,7 @@ def replace_dead_codes(run, stage, chosen, step, needs, parameters, adamw):
     is_first = step == 1 and "tokenizer" not in run.given
     is_late = step > REVIVE_UNTIL * stage.steps
     if is_first or (step % REVIVE_EVERY == 0 and not is_late):
-        residuals = [from_all(torch.cat(parts)) for parts in zip(*residuals)]  # of each scale
+        residuals = [gather(torch.cat(parts)) for parts in zip(*residuals)]  # of each scale
         codebook, generator = parameters["codebook"], generator_of(run.seed, "revive", step)
         codes, dead = tokenizer.revive_codes(codebook.data, chosen, residuals, generator)
         codebook.data.copy_(codes)
@@ -517,7 +517,9 @@ def train_transformer(run, stage):
     """
     codec = load_stage(run, "tokenizer")
     held_out_labels, labels = load_labels(run)
-    held_out, training = np.split(load_tokens(run, codec), [len(held_out_labels)])  # (n, crops, L)
+    held_out, training = np.split(
+        load_or_write_tokens(run, codec), [len(held_out_labels)]
+    )  # (n, crops, L)
     is_masked = stage.name == "masked"
     params = start_masked(run) if is_masked else start_next_scale(run)
     learning = dict(masked=params["masked"]) if is_masked else params
@@ -568,7 +570,7 @@ def branch_inputs(codec, tokens, scales, mask=None):
 def start_masked(run):
     """next-scale.pt with a masked branch, a copy that is to learn."""
     params = load_stage(run, "next-scale")
-    return to_device(hmar.add_masked_branch(params, run.masked_blocks, seed=run.seed), run.device)
+    return hmar.add_masked_branch(params, run.masked_blocks, seed=run.seed)
 
 
 def start_next_scale(run):
@@ -741,7 +743,7 @@ def prepare(run):
             file.write(pixels[:kept])
             kept = max(0, kept - len(pixels))
             if codec is not None:
-                raw.write(encode(run, codec, pixels))
+                raw.write(encode_crops(run, codec, pixels))
 
     with tempfile.TemporaryFile(dir=run.out) as raw:  # tokens: how many shows at the end
         sample.write_whole(run.out / "images.bin", write)
@@ -829,10 +831,10 @@ def load_images(run):
     return np.memmap(path, np.uint8, mode="c", shape=shape)
 
 
-def load_tokens(run, codec):
+def load_or_write_tokens(run, codec):
     """(N, crops, L), the smallest unsigned type: tokens.npy, mapped, first written if need be."""
 
-    def encode_images():
+    def write_missing():
         note_tokenizer(run, codec)
         if (run.out / "tokens.npy").exists():
             return
@@ -840,10 +842,10 @@ def load_tokens(run, codec):
         blocks = np.array_split(images, math.ceil(len(images) / 64))
         with tempfile.TemporaryFile(dir=run.out) as raw:
             for pixels in say_progress(blocks, len(images), "images encoded"):
-                raw.write(encode(run, codec, pixels))
+                raw.write(encode_crops(run, codec, pixels))
             save_tokens(run, codec, raw)
 
-    from_first(encode_images)
+    broadcast(write_missing)
     tokens = np.load(run.out / "tokens.npy", mmap_mode="r")
     expected = sum(map(len, load_labels(run))), run.crops, sum(tokenizer.lengths(run.scales))
     if tokens.shape != expected:
@@ -853,7 +855,7 @@ def load_tokens(run, codec):
     return tokens
 
 
-def encode(run, codec, pixels):
+def encode_crops(run, codec, pixels):
     """Tokens (n * crops, L), of the smallest unsigned type, of uint8 (n, crops, 3, size, size)."""
     fast = to_device(tokenizer.cast(codec, run.dtype), run.device)
     parts = torch.from_numpy(pixels).flatten(0, 1).split(sample.at_once(run.size**2))
@@ -914,8 +916,8 @@ def to_unit(images):
 # ---- the run folder, which only the first process writes, and the processes
 
 
-def claim_folder(run):
-    """The lock on RUN, whose images are prepared. ValueError where it is another run's."""
+def claim_and_prepare(run):
+    """The lock on RUN; prepares its images unless that was done. ValueError if it is another's."""
     (run.out / "samples").mkdir(parents=True, exist_ok=True)
     lock = open(run.out / "lock", "a")  # noqa: SIM115
     try:
@@ -1008,7 +1010,7 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def from_first(work):
+def broadcast(work):
     """What work() returns in the first process, in all of them; they all raise its error, too."""
     box = [None, None]
     if rank() == 0:
@@ -1023,7 +1025,7 @@ def from_first(work):
     return box[0]
 
 
-def from_all(rows):
+def gather(rows):
     """The rows of all processes, one after another."""
     if world() == 1:
         return rows
@@ -1071,11 +1073,7 @@ def parser():
     add = top.add_argument
     add("--data", help="images, a sub-folder a class or all in one (drawings)")
     add("--size", type=sample.whole_number(1), help="side of the images (64, drawings 32)")
-    add(
-        "--depth",
-        type=sample.whole_number(1),
-        help="the dial: transformer blocks, of which all follows (2)",
-    )
+    add("--depth", type=sample.whole_number(1), help="the dial: transformer blocks (2)")
     add("--out", help="run folder (runs/shapes or runs/<data folder>)")
     add("--seed", type=sample.whole_number(0), default=0, help="of all randomness (0)")
     add("--steps", type=sample.whole_number(1), help="of each stage")
@@ -1183,15 +1181,15 @@ def train(args):
     """All stages in order, each unless its file is there; before them the images, once."""
     run = make_run(args, start_processes(args.device))
     locks = []  # held to the end
-    from_first(lambda: locks.append(claim_folder(run)))
-    from_first(lambda: say_run(run))
+    broadcast(lambda: locks.append(claim_and_prepare(run)))
+    broadcast(lambda: say_run(run))
 
     names = [name for name in STAGES if not (run.causal and name == "masked")]
     for number, name in enumerate(names, 1):
         path, place = run.out / STAGES[name], f"{number} of {len(names)}"
         numbers = run.steps[name], run.batch, run.lr[name], run.decay, run.looks
         stage = Stage(name, place, run.out, *numbers)
-        if from_first(path.exists):
+        if broadcast(path.exists):
             say(f"{name}: finished before, {path}")
             continue
         with report_stop(run.out):
@@ -1201,9 +1199,9 @@ def train(args):
                 tree = run.given["codec"]
             else:
                 tree = train_tokenizer(run, stage)
-            from_first(functools.partial(save_tree, path, tree))
+            broadcast(functools.partial(save_tree, path, tree))
 
-    from_first(lambda: (run.out / "checkpoint.pt").unlink(missing_ok=True))
+    broadcast(lambda: (run.out / "checkpoint.pt").unlink(missing_ok=True))
     say(f"finished; next: python sample.py {run.out}\nCPU seconds {time.process_time():.6g}")
     locks.clear()
 
@@ -1215,10 +1213,10 @@ def report_stop(out):
         yield
     except KeyboardInterrupt as stop:
         path = out / "checkpoint.pt"
-        saved = (
-            sample.load_file(path) if path.exists() else dict(stage="its start", at=dict(step=0))
-        )
-        place = f"{saved['stage']}, step {saved['at']['step']}"
+        place = "its start"
+        if path.exists():
+            saved = sample.load_file(path)
+            place = f"{saved['stage']}, step {saved['at']['step']}"
         raise KeyboardInterrupt(f"stopped; the same command goes on from {place}") from stop
 
 

@@ -106,7 +106,7 @@ def fit(model, pixels, labels, seconds):
         noise, times = torch.randn_like(images), torch.randn(len(rows)).sigmoid()
         mixed = noise.lerp(images, times[:, None, None, None])
         known = labels[rows].masked_fill(torch.rand(len(rows)) < train.LABEL_DROP, -1)
-        now = train.like(tree, leaves)
+        now = train.replace_leaves(tree, leaves)
         velocity = torch.func.functional_call(model, now, (mixed, times, known))
         F.mse_loss(velocity, images - noise).backward()
 
@@ -120,7 +120,7 @@ def fit(model, pixels, labels, seconds):
             average = average or [leaf.detach().clone() for leaf in leaves]
             torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - EMA)
         left = 1 - (time.process_time() - start) / seconds
-    model.load_state_dict(train.like(tree, average))
+    model.load_state_dict(train.replace_leaves(tree, average))
     return model, step
 
 

@@ -234,7 +234,7 @@ def prepared(folder, out, *flags):
     flags = ["--data", folder, "--out", out, "--size", 16, *flags]
     args = train.parser().parse_args([str(flag) for flag in flags])
     run = train.make_run(args, torch.device("cpu"))
-    train.claim_folder(run).close()
+    train.claim_and_prepare(run).close()
     return np.array(train.load_images(run)), torch.cat(train.load_labels(run)).tolist()
 
 
