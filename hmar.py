@@ -246,8 +246,9 @@ def cast(params, dtype):
     """
 
     def move(path, leaf):
-        moved = re.search("(trunk|blocks|head)(?!.*temperature)", pytree.keystr(path))
-        return leaf.to(dtype) if moved else leaf
+        keys = {getattr(entry, "key", None) for entry in path}
+        is_moved = keys & {"trunk", "blocks", "head"} and "log_temperature" not in keys
+        return leaf.to(dtype) if is_moved else leaf
 
     return pytree.tree_map_with_path(move, params)
 

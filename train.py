@@ -21,7 +21,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,8 +45,9 @@ WARM_UP = 0.06  # first share: the rate rises to its peak
 AVERAGED = 0.25  # share of the steps over which the moving average of the weights (EMA) reaches
 PATIENCE = 1 / 3  # share of the steps without a better look that ends a stage
 CLIP = 1.0  # largest gradient norm
-# AdamW's: embeddings, codes, what faces them, modulation, single channels
-NOT_FOR_MUON = "classes|start|levels|positions|codebook|head|modulation|depthwise"
+# keys of AdamW's leaves: embeddings, codes, what faces them, modulation, single channels
+NOT_FOR_MUON = {"classes", "start", "levels", "positions", "codebook", "head", "modulation"}
+NOT_FOR_MUON |= {"depthwise"}
 LOG_EVERY = 50  # steps
 SAVE_SECONDS = 300  # at most between two checkpoints, but for the steps to the next line
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
@@ -239,9 +239,9 @@ def new_optimizers(tree, leaves, decay):
     """
     matrices, others = [], []
     for (path, old), leaf in zip(pytree.tree_flatten_with_path(tree)[0], leaves):
-        name = pytree.keystr(path)
-        embeds_codes = old.ndim == 2 and "input" in name  # the published one
-        is_other = old.ndim < 2 or embeds_codes or re.search(NOT_FOR_MUON, name)
+        keys = {getattr(entry, "key", None) for entry in path}
+        embeds_codes = old.ndim == 2 and keys & {"input", "own_input"}  # the published one
+        is_other = old.ndim < 2 or embeds_codes or keys & NOT_FOR_MUON
         (others if is_other else matrices).append(leaf)
     muon = torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)]
@@ -735,7 +735,7 @@ def prepare(run):
     """
     if run.files is None:
         raise ValueError(f"--data: expected, to prepare {run.out} anew with other flags")
-    codec, labels = run.given.get("codec"), []
+    codec, labels, tokens = run.given.get("codec"), [], []
 
     def write(file):
         kept = len(run.files) if codec is None else count_held_out(len(run.files))
@@ -743,15 +743,14 @@ def prepare(run):
             file.write(pixels[:kept])
             kept = max(0, kept - len(pixels))
             if codec is not None:
-                raw.write(encode_crops(run, codec, pixels))
+                tokens.append(encode_crops(run, codec, pixels))
 
-    with tempfile.TemporaryFile(dir=run.out) as raw:  # tokens: how many shows at the end
-        sample.write_whole(run.out / "images.bin", write)
-        if len(labels) < 2:
-            raise ValueError(f"--data: {len(labels)} images can be read, expected two or more")
-        if codec is not None:
-            save_tokens(run, codec, raw)
-    sample.write_whole(run.out / "labels.npy", lambda file: np.save(file, labels))
+    sample.write_whole(run.out / "images.bin", write)
+    if len(labels) < 2:
+        raise ValueError(f"--data: {len(labels)} images can be read, expected two or more")
+    if codec is not None:
+        save_array(run.out / "tokens.npy", np.concatenate(tokens))
+    save_array(run.out / "labels.npy", labels)
     sample.write_json(run.out / "args.json", run.record)
 
 
@@ -840,10 +839,9 @@ def load_or_write_tokens(run, codec):
             return
         images = load_images(run)
         blocks = np.array_split(images, math.ceil(len(images) / 64))
-        with tempfile.TemporaryFile(dir=run.out) as raw:
-            for pixels in say_progress(blocks, len(images), "images encoded"):
-                raw.write(encode_crops(run, codec, pixels))
-            save_tokens(run, codec, raw)
+        blocks = say_progress(blocks, len(images), "images encoded")
+        tokens = [encode_crops(run, codec, pixels) for pixels in blocks]
+        save_array(run.out / "tokens.npy", np.concatenate(tokens))
 
     broadcast(write_missing)
     tokens = np.load(run.out / "tokens.npy", mmap_mode="r")
@@ -856,24 +854,17 @@ def load_or_write_tokens(run, codec):
 
 
 def encode_crops(run, codec, pixels):
-    """Tokens (n * crops, L), of the smallest unsigned type, of uint8 (n, crops, 3, size, size)."""
+    """Tokens (n, crops, L), of the smallest unsigned type, of uint8 (n, crops, 3, size, size)."""
     fast = to_device(tokenizer.cast(codec, run.dtype), run.device)
     parts = torch.from_numpy(pixels).flatten(0, 1).split(sample.at_once(run.size**2))
     parts = [tokenizer.encode(fast, to_unit(x).to(run.device), run.scales) for x in parts]
-    return torch.cat(parts).cpu().numpy().astype(token_type(codec))
+    tokens = torch.cat(parts).cpu().numpy().reshape(len(pixels), run.crops, -1)
+    return tokens.astype(np.min_scalar_type(len(codec["codebook"]) - 1))
 
 
-def token_type(codec):
-    """The smallest unsigned type that holds a codec's tokens."""
-    return np.min_scalar_type(len(codec["codebook"]) - 1)
-
-
-def save_tokens(run, codec, raw):
-    """Writes tokens.npy, of all tokens, one after another in a file."""
-    raw.flush()
-    tokens = np.memmap(raw, token_type(codec), mode="r")
-    tokens = tokens.reshape(-1, run.crops, sum(tokenizer.lengths(run.scales)))
-    sample.write_whole(run.out / "tokens.npy", lambda file: np.save(file, tokens))
+def save_array(path, array):
+    """Writes an .npy file, whole or not at all."""
+    sample.write_whole(path, lambda file: np.save(file, array))
 
 
 def say_progress(blocks, total, done):
