@@ -20,6 +20,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
@@ -31,10 +32,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils import _pytree as pytree
 
 import hmar
 import tokenizer
+
+LARGE = threading.Lock()  # of several readers one at a time decodes a large image
 
 PUBLISHED = {  # guidance, top-k and top-p of the published samplers: HMAR's by depth, and VAR's
     16: dict(guidance=1.7, top_k=1000, top_p=0.99),
@@ -330,16 +334,22 @@ class Known(NamedTuple):
 def edit(params, codec, images, mask, labels, **options):
     """images (B, 3, H, W) in [-1, 1], of which labels (B,) int64 are drawn under the mask.
 
-    mask (B, 1, H, W) bool, True = repaint. At each scale the tokens whose cells lie outside are
-    the image's; the others are drawn, then refined by the masked branch, which sees the given ones
-    (HMAR, editing). Pixels outside are the original ones; the decoder's error there is subtracted
-    inside too, fading over two latent cells from the edge. options: of `steps`.
+    mask (B, 1, H, W) bool, True = repaint; what it hides changes nothing. At each scale the tokens
+    whose cells lie outside are the image's; the others are drawn, then refined by the masked
+    branch, which sees the given ones (HMAR, editing). Pixels outside are the original ones; the
+    decoder's error there is subtracted inside too, fading over two latent cells from the edge.
+    options: of `steps`.
     """
     scales = hmar.scales(params)
     tokenizer.check_images(codec, images, scales)
     expected = (len(images), 1, *images.shape[2:])
     if mask.dtype != torch.bool or mask.shape != expected:
         raise ValueError(f"mask: expected a bool tensor {expected}")
+
+    # what is hidden gives way to colours of its surroundings, so that nothing knows of it
+    cell, shown = tokenizer.downsampling(codec), ~mask
+    mean = images.masked_fill(mask, 0).sum((2, 3), True) / shown.sum((2, 3), True).clamp(min=1)
+    images = torch.where(mask, mean + carried_on(images - mean, shown, 4 * cell), images)
 
     # the image's own tokens are given where their cells lie outside of the mask
     parts = images.split(at_once(images.shape[2:].numel()))
@@ -352,8 +362,7 @@ def edit(params, codec, images, mask, labels, **options):
 
     *_, last = steps(params, codec, labels, known=known, **options)
     painted = decode_in_parts(codec, torch.where(outside, f_hats[-1], last.f_hat))
-    reach = 2 * tokenizer.downsampling(codec)
-    painted = painted + carried_on(images - painted, ~mask, reach)
+    painted = painted + carried_on(images - painted, shown, 2 * cell)
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
 
 
@@ -395,15 +404,15 @@ def evidence(codebook, residual, outside, size):
     return torch.where(share > 0, -0.5 * precision * distance, 0.0)
 
 
-def carried_on(error, known, reach):
-    """error (B, C, H, W) carried on from known pixels (B, 1, H, W), ring by ring, fading."""
-    error = error * known
-    carried = torch.zeros_like(error)
+def carried_on(images, known, reach):
+    """What known pixels (B, 1, H, W) of (B, C, H, W) suggest of others, ring by ring, fading."""
+    images = images.masked_fill(~known, 0)
+    carried = torch.zeros_like(images)
     for ring in range(1, reach + 1):
-        share = F.avg_pool2d(known.to(error.dtype), 3, stride=1, padding=1)
-        near = F.avg_pool2d(error, 3, stride=1, padding=1) / share.clamp(min=0.1)  # 1/9 or more
+        share = F.avg_pool2d(known.to(images.dtype), 3, stride=1, padding=1)
+        near = F.avg_pool2d(images, 3, stride=1, padding=1) / share.clamp(min=0.1)  # 1/9 or more
         fresh = ~known & (share > 0)
-        error = torch.where(fresh, near, error)
+        images = torch.where(fresh, near, images)
         carried = torch.where(fresh, near * (1 - ring / (reach + 1)), carried)
         known = known | fresh
     return carried
@@ -453,23 +462,37 @@ def to_bytes(images):
 def read_image(path, shortest=None):
     """The first frame of an image file, upright, RGB, transparency on white, 16 bits scaled to 8.
 
-    shortest: a large JPEG may be decoded at a fraction of its size, no side below that.
-    ValueError where the bytes are no image or a broken one; OSError where they cannot be read.
+    shortest: a large one is read at a fraction of its size, no side below that. ValueError where
+    the bytes are no image, a broken one or one of more pixels than Pillow takes, 179 million, at
+    that fraction if it is a JPEG; OSError where they cannot be read.
     """
     if not os.path.isfile(path):  # a pipe would wait for ever
         raise FileNotFoundError(f"missing or no regular file: {path}")
-    content = io.BytesIO(Path(path).read_bytes())
+    content = Path(path).read_bytes()
     try:
-        with Image.open(content, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as image:
-            if shortest is not None:
-                image.draft(None, (shortest, shortest))
-            return as_rgb(ImageOps.exif_transpose(image))
+        image = open_image(content, shortest)
+        is_large = image.width * image.height > 2**25
+        with LARGE if is_large else contextlib.nullcontext():
+            ImageOps.exif_transpose(image, in_place=True)
+            image = as_rgb(image)
+            return image.reduce(max(1, min(image.size) // shortest)) if shortest else image
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: no image of these formats") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def open_image(content, shortest):
+    """A PIL image of a file's bytes, of which the header is read; drafted, a JPEG may be large."""
+    if not shortest or not content.startswith(b"\xff\xd8\xff"):
+        return Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF"))
+    image = JpegImageFile(io.BytesIO(content))  # Image.open asks for the size before draft
+    image.draft(None, (shortest, shortest))
+    if image.width * image.height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"got {image.width} x {image.height} pixels")
+    return image
 
 
 def as_rgb(image):
@@ -480,7 +503,8 @@ def as_rgb(image):
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load(path, module=None, **options):
@@ -529,6 +553,8 @@ def digest(tree):
 
 # ---- the command
 
+# of `steps`, flags too
+OPTIONS = "schedule", "guidance", "mask_guidance", "soften", "temperature", "top_k", "top_p"
 SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 
 
@@ -626,8 +652,8 @@ def read_job(args):
     labels = torch.tensor(classes).repeat_interleave(args.count)
     height, width = (tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1])
     given = photo_and_mask(args, (width, height)) if args.edit or args.mask or args.pad else ()
-    flags = {name: vars(args).get(name) for name in steps.__kwdefaults__}
-    options |= {name: value for name, value in flags.items() if value is not None}
+    given_options = {name: getattr(args, name) for name in OPTIONS}
+    options |= {name: value for name, value in given_options.items() if value is not None}
 
     files = [path for path in (*files, args.edit, args.mask) if path]
     files = [
@@ -785,9 +811,14 @@ def photo_and_mask(args, size):
     if not args.edit or not (args.mask or 0 < args.pad < 0.5):
         raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
 
-    photo = ImageOps.fit(read_image(args.edit), size, Image.LANCZOS)
+    photo = ImageOps.fit(read_image(args.edit, 2 * max(size)), size, Image.LANCZOS)
     if args.mask:
-        mask = ImageOps.fit(read_image(args.mask).convert("L"), size, Image.NEAREST)
+        # thin strokes stay: a pixel of the model's that any white touches is repainted
+        mask = read_image(args.mask).convert("L")
+        times = math.ceil(max(mask.width / size[0], mask.height / size[1]))
+        mask = ImageOps.fit(mask, [times * side for side in size], Image.NEAREST)
+        rows = np.asarray(mask).reshape(size[1], times, size[0], times)
+        mask = Image.fromarray(rows.max((1, 3)))
     else:
         border = tuple(max(1, int(side * args.pad)) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
