@@ -109,7 +109,7 @@ def steps(
     if isinstance(schedule, int):
         schedule = masked_schedule(hmar.scales(params), schedule)
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
-    check_fit(params, codec, labels, schedule, seeds)
+    check_fit(params, codec, labels, schedule, seeds, soften)
 
     cache = [[] for _ in range(hmar.depth(params))] if is_causal else None
     strengths = dict(next_scale=own["guidance"], masked=own["mask_guidance"])
@@ -161,8 +161,8 @@ def passes(params, codec, batch, schedule, guided, choose, known):
         f_hat = grown  # what the next scale is drawn from
 
 
-def check_fit(params, codec, labels, schedule, seeds):
-    """ValueError unless tokenizer, schedule and seeds fit the transformer and the labels."""
+def check_fit(params, codec, labels, schedule, seeds, soften):
+    """ValueError unless tokenizer and options of `steps` fit the transformer and the labels."""
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
     counts = tokenizer.lengths(hmar.scales(params))
     for name, got, expected in (
@@ -172,8 +172,9 @@ def check_fit(params, codec, labels, schedule, seeds):
     ):
         if got != expected:
             raise ValueError(f"{name}: got {got}, expected {expected}")
-    if min(seeds, default=0) < 0:
-        raise ValueError(f"seed: got {min(seeds)}, expected 0 or more")
+    for name, least in ("seed", min(seeds, default=0)), ("soften", soften):
+        if least < 0:
+            raise ValueError(f"{name}: got {least}, expected 0 or more")
     if "masked" not in params and max(map(len, schedule)) > 1:
         raise ValueError("schedule: got several passes a scale, but no masked branch")
     if len(schedule[0]) > 1:
@@ -346,10 +347,8 @@ def edit(params, codec, images, mask, labels, **options):
     if mask.dtype != torch.bool or mask.shape != expected:
         raise ValueError(f"mask: expected a bool tensor {expected}")
 
-    # what is hidden gives way to colours of its surroundings, so that nothing knows of it
-    cell, shown = tokenizer.downsampling(codec), ~mask
-    mean = images.masked_fill(mask, 0).sum((2, 3), True) / shown.sum((2, 3), True).clamp(min=1)
-    images = torch.where(mask, mean + carried_on(images - mean, shown, 4 * cell), images)
+    cell = tokenizer.downsampling(codec)
+    images = replace_hidden(images, mask, 4 * cell)
 
     # the image's own tokens are given where their cells lie outside of the mask
     parts = images.split(at_once(images.shape[2:].numel()))
@@ -362,8 +361,18 @@ def edit(params, codec, images, mask, labels, **options):
 
     *_, last = steps(params, codec, labels, known=known, **options)
     painted = decode_in_parts(codec, torch.where(outside, f_hats[-1], last.f_hat))
-    painted = painted + carried_on(images - painted, shown, 2 * cell)
+    painted = painted + carried_on(images - painted, ~mask, 2 * cell)
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
+
+
+def replace_hidden(images, mask, reach):
+    """images (B, 3, H, W) that cannot know of pixels under the mask (B, 1, H, W).
+
+    They become the mean of the others, near the edge of the mask what these suggest.
+    """
+    count = (~mask).sum((2, 3), keepdim=True).clamp(min=1)
+    mean = images.masked_fill(mask, 0).sum((2, 3), keepdim=True) / count  # (B, 3, 1, 1)
+    return torch.where(mask, mean + carried_on(images - mean, ~mask, reach), images)
 
 
 def shares_of_hidden(keeps, hidden, has_masked_branch):
@@ -642,6 +651,8 @@ def read_job(args):
     if kind is None:
         expected = f"{', '.join(SHEETS)}, .npz or a folder without a suffix"
         raise ValueError(f"--out: got {args.out}, expected {expected}")
+    if kind == "GIF" and args.edit:
+        raise ValueError(f"--out: got {args.out}, expected another suffix with --edit")
     if kind != "folder" and args.count > 50:
         raise ValueError(f"--count: got {args.count}, expected at most 50 in a row of a sheet")
 
@@ -702,8 +713,7 @@ def write_folder(out, job):
     labels = job.labels.tolist()
     paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
     check_folder(folder, job.settings)
-    first, every = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [i for i in range(first, len(paths), every) if not paths[i].exists()]
+    missing = [i for i in range(rank(), len(paths), world()) if not paths[i].exists()]
 
     def write(i, pixels):
         write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
@@ -714,7 +724,11 @@ def write_folder(out, job):
             list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
             print(f"drew {numbers[-1]:06d}, of {len(paths)}", flush=True)
 
-    if is_archive and all(path.exists() for path in paths):
+    if not all(path.exists() for path in paths):
+        return
+    for unfinished in folder.glob("*.tmp"):  # of processes that were killed
+        unfinished.unlink(missing_ok=True)
+    if is_archive:
         shape = np.asarray(read_image(paths[0])).shape
         pixels = np.empty((len(paths), *shape), np.uint8)
         for row, path in zip(pixels, paths):
@@ -772,21 +786,23 @@ def load_models(args):
         weights = args.run / "hmar.pt"
         if not weights.exists():  # the last file of a --causal run
             weights = args.run / "next-scale.pt"
+    record = read_record(weights.with_name("args.json"))
     params, origin = load(weights, hmar, scales=args.scales)
     files = weights, Path(args.tokenizer or weights.with_name("tokenizer.pt"))
     codec, _ = load(files[1], tokenizer)
 
-    record = read_json(weights.with_name("args.json")) if origin == "ours" else {}
-    if "tokenizer" in record and record["tokenizer"] != digest(codec):
-        raise ValueError(f"{weights}: trained with another tokenizer than this")
-    if origin == "ours" and not record and "masked" not in params:
-        raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
     if origin != "ours":
-        options = published_options(params, is_causal=origin == "VAR")
+        record, options = {}, published_options(params, is_causal=origin == "VAR")
     elif args.scales:
         raise ValueError("--scales: got some, but a run has its own")
+    elif not record and "masked" not in params:
+        raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
     else:
         options = dict(is_causal=record.get("flags", {}).get("causal", False))
+        if "masked" not in params and not options["is_causal"]:
+            print(f"{weights}: without masked passes, which hmar.pt would have", file=sys.stderr)
+        for name, tree in (weights.name, params), ("tokenizer.pt", codec):
+            check_digest(weights.with_name("args.json"), name, tree)
 
     classes = len(params["classes"]) - 1
     names = record.get("class_names", [])
@@ -796,7 +812,7 @@ def load_models(args):
 
 def class_numbers(texts, names, most):
     """The numbers of the classes of --labels, of "all" at most so many; a name goes first."""
-    if texts == ["all"]:
+    if texts == ["all"] and "all" not in names:
         return list(range(len(names)))[:most]
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     try:
@@ -839,7 +855,35 @@ def save_sheets(path, kind, pages):
     write_whole(path, lambda file: pages[0].save(file, kind, **options))
 
 
-# ---- files, of both commands
+# ---- files and processes, of both commands
+
+
+def rank():
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) if world() > 1 else 0
+
+
+def world():
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def read_record(path):
+    """A run's args.json, {} where there is none. ValueError where an entry has another type."""
+    record = read_json(path)
+    for name, kind in dict(flags=dict, class_names=list, count=int, digests=dict).items():
+        if record and not isinstance(record.setdefault(name, kind()), kind):
+            raise ValueError(f"{path}: {name}: got {record[name]!r:.80}, expected {kind}")
+    if not all(isinstance(name, str) for name in record.get("class_names", [])):
+        raise ValueError(f"{path}: class_names: expected texts")
+    return record
+
+
+def check_digest(path, name, tree):
+    """ValueError where a run's args.json, at path, tells of other weights in a file so named."""
+    own = read_record(path).get("digests", {}).get(name)
+    if own is not None and own != digest(tree):
+        raise ValueError(f"{path}: tells of another {name} than this")
 
 
 def read_json(path):
@@ -848,7 +892,7 @@ def read_json(path):
         return dict(json.loads(Path(path).read_bytes()))
     except FileNotFoundError:
         return {}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON object; {error}") from error
 
 
@@ -893,8 +937,13 @@ def report_errors(name):
         text, status = str(interrupt) or "stopped", 130
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text, status = str(error) or type(error).__name__, 2
-    print(f"{name}: {text}", file=sys.stderr)
+    print(f"{name}: {printable(text)}", file=sys.stderr)
     sys.exit(status)
+
+
+def printable(text):
+    """The text without what would steer a terminal: names of files and classes may have that."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def main(argv=None):

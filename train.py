@@ -6,6 +6,7 @@ A step's batch is a function of the seed and its number, so a killed run goes on
 is no adversarial loss; the perceptual one uses no weights of others (`learn_levels`).
 """
 
+import collections
 import colorsys
 import contextlib
 import ctypes
@@ -201,7 +202,8 @@ def add_gradients(stage, step, loss, batch, tree, leaves, at_once):
     Returns (means to log, [what after_step needs, ...], at_once): so many images pass the networks
     together, half of them after torch.OutOfMemoryError.
     """
-    own, numbers, needs = np.arange(stage.images).reshape(world(), -1)[rank()], {}, []
+    positions = np.arange(stage.images).reshape(sample.world(), -1)
+    own, numbers, needs = positions[sample.rank()], {}, []
     try:
         for part in np.array_split(own, math.ceil(len(own) / at_once)):
             share = len(part) / len(own)
@@ -265,7 +267,7 @@ def means(window):
     numbers = {}
     for name in window[0]:
         mean = torch.stack([report[name] for report in window]).mean(0)
-        numbers[name] = (add_over_processes(mean) / world()).tolist()
+        numbers[name] = (add_over_processes(mean) / sample.world()).tolist()
     return numbers
 
 
@@ -278,7 +280,7 @@ def log(stage, step, start, numbers):
     if re.search("NaN|Infinity", line):
         text = "loss or gradient is not finite; a lower --lr may help"
         raise ValueError(f"{stage.name}, step {step}: {text}")
-    if rank() == 0:
+    if sample.rank() == 0:
         with open(stage.out / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
     pace = (time.monotonic() - start[1]) / (step - start[0])  # seconds a step
@@ -290,12 +292,13 @@ def log(stage, step, start, numbers):
 
 def save_checkpoint(stage, at, kept, optimizers):
     """Writes RUN/checkpoint.pt: all that going on needs, and how long metrics.jsonl is."""
-    if rank() > 0:
+    if sample.rank() > 0:
         return
     metrics = stage.out / "metrics.jsonl"
     metrics.touch()
     states = [optimizer.state_dict() for optimizer in optimizers]
     saved = dict(stage=stage.name, at=at, optimizers=states, metrics=metrics.stat().st_size)
+    saved["flags"] = sample.read_record(stage.out / "args.json").get("flags")
     save_tree(stage.out / "checkpoint.pt", saved | kept)
 
 
@@ -310,18 +313,21 @@ def resume_or_begin(stage, kept, optimizers):
     try:
         is_begun = saved["stage"] == stage.name
         if is_begun:
+            if saved["flags"] != sample.read_record(stage.out / "args.json").get("flags"):
+                raise ValueError("of other flags")
             at = saved["at"]
             for name, tensors in kept.items():
                 for tensor, old in zip(tensors, saved[name], strict=True):
-                    tensor.copy_(old)
+                    tensor.copy_(old.view_as(tensor))
             for optimizer, state in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
     except Exception as error:
-        raise ValueError(f"{path}: not of this run; removed, {stage.name} begins anew") from error
+        hint = f"once it is removed, {stage.name} begins anew"
+        raise ValueError(f"{path}: not of this run; {hint}") from error
 
     if not is_begun:
         save_checkpoint(stage, at, kept, optimizers)
-    elif rank() == 0:
+    elif sample.rank() == 0:
         with open(stage.out / "metrics.jsonl", "ab") as file:
             file.truncate(min(file.tell(), saved["metrics"]))
     size = sum(leaf.numel() for leaf in kept["leaves"]) / 1e6
@@ -696,7 +702,8 @@ def draw_shape(index, size=32):
 
 
 def list_images(folder):
-    """([(path, label), ...], class names, a hash of names and sizes) of --data.
+    """What --data holds: files [(path, label), ...], class_names, count; images, a hash of names
+    and sizes; newest, a time; notes, lines on what is passed over.
 
     One sub-folder a class, or images alone; sorted, searched to any depth but for hidden folders.
     """
@@ -704,26 +711,37 @@ def list_images(folder):
     def refuse(reason):
         raise ValueError(f"--data: {reason}")
 
-    groups, digest = {}, hashlib.sha256()  # class -> its paths; "." where there are no sub-folders
+    groups, others = {}, collections.Counter()  # class, "." without sub-folders -> its paths
+    digest, newest = hashlib.sha256(), 0
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        inside = os.path.relpath(place, folder)
-        for name in sorted(folders + names):
-            path = os.path.join(place, name)
-            if name in folders and os.path.islink(path):
-                refuse(f"{path} is a link to a folder, which is not followed")
-            is_image = name.lower().endswith(SUFFIXES) and name[0] != "."
-            if is_image and os.path.isfile(path):  # no link to nothing, no pipe
-                groups.setdefault(inside.split(os.sep)[0], []).append(path)
-                digest.update(f"{inside!r} {name!r} {os.path.getsize(path)}\n".encode())
+        group = os.path.relpath(place, folder).split(os.sep)[0]
+        groups.setdefault(group, [])
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):
+                refuse(f"{place}/{name} is a link to a folder, which is not followed")
+        for name in sorted(name for name in names if name[0] != "."):
+            path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
+            if suffix not in SUFFIXES or not os.path.isfile(path):  # a link to nothing, a pipe
+                others[suffix or "no suffix"] += 1
+                continue
+            groups[group].append(path)
+            state = os.stat(path)
+            newest = max(newest, state.st_mtime)
+            digest.update(f"{os.path.relpath(path, folder)!r} {state.st_size}\n".encode())
 
+    notes = [f"--data: {others[suffix]} files of {suffix} passed over" for suffix in others]
+    empty = [name for name in groups if not groups[name] and name != "."]
+    notes += [f"--data: {name}: no image for this class" for name in empty]
+    groups = {name: paths for name, paths in groups.items() if paths}
     if not groups:
         refuse(f"got {folder!r}, expected a folder with {', '.join(SUFFIXES)}")
     if "." in groups and len(groups) > 1:
         refuse(f"got {folder!r}, with images beside sub-folders of images")
     files = [(path, label) for label, paths in enumerate(groups.values()) for path in paths]
     names = [Path(folder).resolve().name] if "." in groups else [*groups]
-    return files, names, digest.hexdigest()[:16]
+    found = dict(files=files, class_names=names, count=len(files), newest=newest, notes=notes)
+    return found | dict(images=digest.hexdigest()[:16])
 
 
 def prepare(run):
@@ -761,7 +779,7 @@ def read_images(run, labels):
         try:
             return read_crops(run, number)
         except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"left out: {sample.printable(str(error))}", file=sys.stderr)
         except OSError as error:  # of the system, not of the file
             raise ValueError(f"--data: {run.files[number][0]}: {error}") from error
 
@@ -816,7 +834,7 @@ def count_held_out(images):
 
 def load_labels(run):
     """(held-out, training) labels, int64 (n,); images and tokens are in their order."""
-    labels = torch.from_numpy(np.load(run.out / "labels.npy"))
+    labels = torch.from_numpy(load_array(run.out / "labels.npy", len(run.class_names)))
     return labels.tensor_split([count_held_out(len(labels))])
 
 
@@ -834,7 +852,6 @@ def load_or_write_tokens(run, codec):
     """(N, crops, L), the smallest unsigned type: tokens.npy, mapped, first written if need be."""
 
     def write_missing():
-        note_tokenizer(run, codec)
         if (run.out / "tokens.npy").exists():
             return
         images = load_images(run)
@@ -844,13 +861,8 @@ def load_or_write_tokens(run, codec):
         save_array(run.out / "tokens.npy", np.concatenate(tokens))
 
     broadcast(write_missing)
-    tokens = np.load(run.out / "tokens.npy", mmap_mode="r")
-    expected = sum(map(len, load_labels(run))), run.crops, sum(tokenizer.lengths(run.scales))
-    if tokens.shape != expected:
-        raise ValueError(
-            f"{run.out}/tokens.npy: got {tokens.shape}, expected {expected}; remove it"
-        )
-    return tokens
+    shape = sum(map(len, load_labels(run))), run.crops, sum(tokenizer.lengths(run.scales))
+    return load_array(run.out / "tokens.npy", len(codec["codebook"]), shape)
 
 
 def encode_crops(run, codec, pixels):
@@ -865,6 +877,18 @@ def encode_crops(run, codec, pixels):
 def save_array(path, array):
     """Writes an .npy file, whole or not at all."""
     sample.write_whole(path, lambda file: np.save(file, array))
+
+
+def load_array(path, below, shape=None):
+    """Whole numbers of an .npy file, mapped. ValueError unless all are below that, of the shape."""
+    try:
+        array = np.load(path, mmap_mode="c")
+        if array.shape != (shape or array.shape) or array.max() >= below:
+            raise ValueError(f"got {array.shape}, up to {array.max()}")
+        return array
+    except (EOFError, ValueError) as error:
+        expected = f"expected {shape or 'numbers'}, below {below}"
+        raise ValueError(f"{path}: {error}, {expected}; remove {path.parent}") from error
 
 
 def say_progress(blocks, total, done):
@@ -919,7 +943,8 @@ def claim_and_prepare(run):
         pass
 
     new = json.loads(json.dumps(run.record["flags"]))
-    old = sample.read_json(run.out / "args.json").get("flags", {})
+    before = sample.read_record(run.out / "args.json")
+    old = before.get("flags", {})
     names = (*STAGES.values(), "checkpoint.pt", "metrics.jsonl")
     is_begun = any((run.out / name).exists() for name in names)
     if is_begun and old != new:
@@ -933,21 +958,23 @@ def claim_and_prepare(run):
         for name in ("args.json", "tokens.npy"):  # of other flags
             (run.out / name).unlink(missing_ok=True)
         prepare(run)
+    elif before.get("newest") != run.record["newest"]:
+        say("--data: files were changed; what was prepared before is used")
     return lock
 
 
-def note_tokenizer(run, codec):
-    """Notes the tokenizer's digest in args.json. ValueError where another was used before."""
-    path, digest = run.out / "args.json", sample.digest(codec)
-    record = sample.read_json(path)
-    if record.setdefault("tokenizer", digest) != digest:
-        raise ValueError(f"{run.out}/tokenizer.pt: not the one that later stages learned from")
-    sample.write_json(path, record)
+def save_stage(run, name, tree):
+    """Writes the weights of a finished stage, before that their digest, into args.json."""
+    record = sample.read_record(run.out / "args.json")
+    digests = record.get("digests", {}) | {STAGES[name]: sample.digest(tree)}
+    sample.write_json(run.out / "args.json", record | dict(digests=digests))
+    save_tree(run.out / STAGES[name], tree)
 
 
 def load_stage(run, name):
-    """The weights of a finished stage, on the device."""
+    """The weights of a finished stage, on the device. ValueError where they are another run's."""
     tree, _ = sample.load(run.out / STAGES[name], tokenizer if name == "tokenizer" else hmar)
+    sample.check_digest(run.out / "args.json", STAGES[name], tree)
     return to_device(tree, run.device)
 
 
@@ -970,16 +997,6 @@ def to_device(tree, device):
     return pytree.tree_map(send, tree)
 
 
-def rank():
-    """This process's number among those that torchrun started."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world():
-    """How many processes torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start_processes(name):
     """This process's device; joins those that torchrun started, if there are several."""
     device = sample.find_device(name)
@@ -987,7 +1004,7 @@ def start_processes(name):
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    if world() > 1:  # the others wait for the first: preparing takes long
+    if sample.world() > 1:  # the others wait for the first: preparing takes long
         timeout = datetime.timedelta(hours=24)
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timeout)
@@ -1004,12 +1021,12 @@ def keep_freed_memory():
 def broadcast(work):
     """What work() returns in the first process, in all of them; they all raise its error, too."""
     box = [None, None]
-    if rank() == 0:
+    if sample.rank() == 0:
         try:
             box[0] = work()
         except (OSError, ValueError) as error:
             box[1] = error
-    if world() > 1:
+    if sample.world() > 1:
         torch.distributed.broadcast_object_list(box, 0)
     if box[1] is not None:
         raise box[1]
@@ -1018,16 +1035,16 @@ def broadcast(work):
 
 def gather(rows):
     """The rows of all processes, one after another."""
-    if world() == 1:
+    if sample.world() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(world())]
+    parts = [torch.empty_like(rows) for _ in range(sample.world())]
     torch.distributed.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 
 
 def add_over_processes(tensor):
     """The tensor, added up in place."""
-    if world() > 1:
+    if sample.world() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
@@ -1037,17 +1054,20 @@ def average_gradients(leaves):
     for leaf in leaves:
         if leaf.grad is None:
             leaf.grad = torch.zeros_like(leaf)
-    if world() > 1:
+    if sample.world() > 1:
         vector = torch.cat([leaf.grad.flatten() for leaf in leaves])
-        parts = (add_over_processes(vector) / world()).split([leaf.numel() for leaf in leaves])
+        parts = (add_over_processes(vector) / sample.world()).split(
+            [leaf.numel() for leaf in leaves]
+        )
         for leaf, part in zip(leaves, parts):
             leaf.grad = part.view_as(leaf)
 
 
 def say(line, renewed=False):
     """Prints a line, once however many processes there are; on a terminal one that is renewed."""
-    if rank() > 0:
+    if sample.rank() > 0:
         return
+    line = sample.printable(line)
     if not sys.stdout.isatty():
         print(line, flush=True)
         return
@@ -1088,6 +1108,9 @@ def load_given(args):
     if args.init is not None:
         tree, _ = sample.load(args.init)
         given["tokenizer" if "codebook" in tree else "next-scale"] = tree
+        if "codec" in given:  # codes mean what they meant
+            path = Path(args.init).with_name("args.json")
+            sample.check_digest(path, "tokenizer.pt", given["codec"])
     if "codec" in given and "tokenizer" in given:
         raise ValueError("--init: got a tokenizer beside --tokenizer, which is not trained")
     if "next-scale" in given and args.depth is not None:
@@ -1096,15 +1119,15 @@ def load_given(args):
 
 
 def choose_images(data, out):
-    """(files, class names, hash of the folder, how many): --data's, prepared ones, or drawings."""
-    before = sample.read_json(out / "args.json")
+    """What `list_images` finds in --data, or of prepared images, or of drawings."""
+    before = sample.read_record(out / "args.json")
     images = before.get("flags", {}).get("images")  # of drawings None
     if data is not None and (os.path.exists(data) or not images):
-        files, class_names, images = list_images(data)
-        return files, class_names, images, len(files)
+        return list_images(data)
     if images:  # prepared, here or elsewhere
-        return None, before["class_names"], images, before["count"]
-    return range(DRAWINGS), [*SHAPES], None, DRAWINGS
+        return before | dict(files=None, images=images, notes=[])
+    found = dict(files=range(DRAWINGS), class_names=[*SHAPES], count=DRAWINGS)
+    return found | dict(images=None, newest=0, notes=[])
 
 
 def make_run(args, device):
@@ -1112,8 +1135,8 @@ def make_run(args, device):
 
     The settings of `dial`, the flags, out, device, dtype, scales; given: see `load_given`; files:
     [(path, label), ...], a range of drawings, or None where they are prepared and --data is gone;
-    class_names; crops: of an image; wrap: for losses, torch.compile or nothing; record: for
-    args.json.
+    class_names; notes: lines to say; crops: of an image; wrap: for losses, torch.compile or
+    nothing; record: for args.json.
     """
     given = load_given(args)
     name = os.path.basename(os.path.abspath(args.data or "shapes"))
@@ -1123,7 +1146,8 @@ def make_run(args, device):
     if args.data and out.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out: got {out}, inside --data, whose images would be more")
 
-    files, class_names, images, count = choose_images(args.data, out)
+    found = choose_images(args.data, out)
+    images, count, class_names = (found[name] for name in ("images", "count", "class_names"))
     size = args.size or (64 if images else 32)
     depth = args.depth or 2
     if "next-scale" in given:
@@ -1146,10 +1170,11 @@ def make_run(args, device):
     flags = settings | dict(images=images, dtype=str(dtype))
     for name, tree in given.items():
         flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
-    record = dict(flags=flags, class_names=class_names, count=count)
-    wrap = torch.compile if args.compile else lambda loss: loss
-    found = dict(out=out, device=device, files=files, class_names=class_names, wrap=wrap)
-    return SimpleNamespace(**settings, **found, dtype=dtype, given=given, record=record)
+    record = dict(flags=flags, class_names=class_names, count=count, newest=found["newest"])
+    made = dict(out=out, device=device, dtype=dtype, given=given, record=record)
+    made |= {name: found[name] for name in ("files", "class_names", "notes")}
+    made["wrap"] = torch.compile if args.compile else lambda loss: loss
+    return SimpleNamespace(**settings, **made)
 
 
 def check_fit(settings, given):
@@ -1157,9 +1182,11 @@ def check_fit(settings, given):
     size, cell, batch = (settings[name] for name in ("size", "cell", "batch"))
     if size % cell or size < 2 * cell:
         raise ValueError(f"--size: got {size}, expected a multiple of {cell}, two at least")
-    if batch % world():
-        fits = math.ceil(batch / world()) * world()
-        raise ValueError(f"--batch: got {batch} for {world()} processes, expected say {fits}")
+    if batch % sample.world():
+        fits = math.ceil(batch / sample.world()) * sample.world()
+        raise ValueError(
+            f"--batch: got {batch} for {sample.world()} processes, expected say {fits}"
+        )
     if "next-scale" in given:
         params, codec = given["next-scale"], settings["codec"]
         got = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
@@ -1181,6 +1208,7 @@ def train(args):
         numbers = run.steps[name], run.batch, run.lr[name], run.decay, run.looks
         stage = Stage(name, place, run.out, *numbers)
         if broadcast(path.exists):
+            load_stage(run, name)  # it is whole, and of this run
             say(f"{name}: finished before, {path}")
             continue
         with report_stop(run.out):
@@ -1190,10 +1218,11 @@ def train(args):
                 tree = run.given["codec"]
             else:
                 tree = train_tokenizer(run, stage)
-            broadcast(functools.partial(save_tree, path, tree))
+            broadcast(functools.partial(save_stage, run, name, tree))
 
     broadcast(lambda: (run.out / "checkpoint.pt").unlink(missing_ok=True))
-    say(f"finished; next: python sample.py {run.out}\nCPU seconds {time.process_time():.6g}")
+    say(f"finished; next: python sample.py {run.out}")
+    say(f"CPU seconds {time.process_time():.6g}")
     locks.clear()
 
 
@@ -1214,13 +1243,15 @@ def report_stop(out):
 def say_run(run):
     """Says what will be done."""
     held_out, labels = load_labels(run)
+    for note in run.notes:
+        say(note)
     for label in set(range(len(run.class_names))).difference(labels.tolist()):
         say(f"class {run.class_names[label]}: none of its images is left to train on")
     if "next-scale" in run.given and "codec" not in run.given:
         say("--init: without --tokenizer its codes get new meanings")
     counts = f"{len(labels)} images to train on, {len(held_out)} held out, "
     counts += f"{len(run.class_names)} classes; {run.device}, {str(run.dtype)[6:]}, "
-    say(f"{run.out}: {counts}{torch.get_num_threads()} threads, processes: {world()}")
+    say(f"{run.out}: {counts}{torch.get_num_threads()} threads, processes: {sample.world()}")
 
 
 def main(argv=None):

@@ -65,10 +65,14 @@ def test_a_sub_folder_is_a_class(tmp_path):
     for name in (".DS_Store", "notes.txt", "cat/notes.txt"):
         (tmp_path / name).write_text("no image")
     (tmp_path / "empty").mkdir()
-    files, classes, _ = train.list_images(tmp_path)
+    found = train.list_images(tmp_path)
+    files, classes = found["files"], found["class_names"]
     assert classes == ["cat", "dog"]
     assert files == [(str(tmp_path / name), int(name[0] == "d")) for name in kept]
-    files, classes, _ = train.list_images(f"{tmp_path}/dog/")  # images alone are one class
+    lost = ["2 files of .txt passed over", "empty: no image for this class"]
+    assert found["notes"] == [f"--data: {note}" for note in lost]
+    found = train.list_images(f"{tmp_path}/dog/")  # images alone are one class
+    files, classes = found["files"], found["class_names"]
     assert classes == ["dog"] and [path[-5:] for path, _ in files] == ["1.JPG", "2.png"]
 
 
@@ -94,7 +98,9 @@ def test_a_link_to_nothing_and_a_pipe_are_passed_over(tmp_path):
     before = train.list_images(tmp_path)
     (tmp_path / "cat/gone.png").symlink_to("nothing")
     os.mkfifo(tmp_path / "cat/pipe.png")
-    assert train.list_images(tmp_path) == before
+    assert train.list_images(tmp_path) == before | dict(
+        notes=["--data: 2 files of .png passed over"]
+    )
 
 
 def test_a_twentieth_is_held_out_but_never_most():
@@ -248,7 +254,7 @@ def test_images_are_prepared_in_crops_in_an_order_by_the_seed(folder, tmp_path_f
     assert others != labels
 
     # crop 0 is the centre, the others are unlike each other
-    files, _, _ = train.list_images(folder)
+    files = train.list_images(folder)["files"]
     centres = [np.asarray(train.crop(sample.read_image(path), 16)) for path, _ in files]
     (photo,) = [row for row in images if len(np.unique(row[0])) > 20]
     assert (photo[0].transpose(1, 2, 0) == centres[-1]).all()

@@ -356,6 +356,7 @@ def test_an_edit_knows_what_lies_outside_the_mask():
         sample.edit(PARAMS, CODEC, images, mask, LABELS[:2])
     known = steps.call_args.kwargs["known"]
     tokens = torch.cat(known.tokens, 1)
+    images = sample.replace_hidden(images, mask, 4 * tokenizer.downsampling(CODEC))
     assert torch.equal(tokens, tokenizer.encode(CODEC, images, SCALES))
     assert torch.equal(known.outside.flatten(1), known.given[-1])
     close(known.features, tokenizer.encode_features(CODEC, images))
@@ -426,7 +427,7 @@ def run_folder(folder, params=PARAMS, name="hmar.pt", **record):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     names = ["disc", "ring", "star"]
-    run_folder(folder, class_names=names, tokenizer=sample.digest(CODEC))
+    run_folder(folder, class_names=names, digests={"tokenizer.pt": sample.digest(CODEC)})
     for name, factor in dict(nan=math.nan, large=1e20).items():
         scaled = pytree.tree_map(lambda leaf, factor=factor: factor * leaf, PARAMS)
         torch.save(scaled, folder / f"{name}.pt")
@@ -692,7 +693,7 @@ code.pt  code.pt: cannot be read
 nan.pt  nan.pt: no weights
 large.pt  logits: got nan or infinity
 . --tokenizer hmar.pt  hmar.pt: no weights
-. --tokenizer other_codec.pt  hmar.pt: trained with another tokenizer
+. --tokenizer other_codec.pt  args.json: tells of another tokenizer.pt than this
 . --pad 0.2  --edit: expected with --mask, or --pad
 . --edit photo.png --mask black.png  --mask: expected white
 . --scales 1 2 3  --scales: got some, but a run has its own
