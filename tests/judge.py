@@ -4,16 +4,19 @@ tests/judge.py shapes RUN              drawings of train.py
 tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a wrong one
 tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
 tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
+tests/judge.py cifar10 RUN --data DIR --others DIR    judge trained on images that no run saw
+tests/judge.py KIND RUN ... --guidance 2 3 4    reports the one nearest to the run's held-out images
 tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
 tests/judge.py claims --data DIR       trains and judges the paper's claims
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
-Prints, a name and numbers a line: held-out loss, the share of real images and of samples taken for
-their class, the Frechet distance to held-out images (Heusel et al. 2017, section 2) of samples and
-reconstructions, recall (Kynkaanniemi et al. 2019, section 3), seconds of a core to draw 500,
-memory (Linux), and of 1,000 held-out images the PSNR after each scale and its codes' perplexity.
+Prints, a name and numbers a line: held-out loss; the share taken for their class of test images,
+of the judge's own and of samples; the Frechet distance to test images (Heusel et al. 2017, section
+2) of samples and reconstructions; recall (Kynkaanniemi et al. 2019, section 3); seconds of a core
+to draw 500; memory (Linux); of samples and reconstructions the power in eight bands of frequency
+over that of test images; of 1,000 test images the PSNR after each scale and its codes' perplexity.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -93,13 +97,19 @@ def read_folder(folder):
     return as_tensors(pictures, [label for _, label in files])
 
 
-def images_of(kind, data=None):
+def images_of(kind, data=None, others=None):
     """((images, labels) to train the judge on, the same to compare with).
 
-    Models may see the judge's own photographs, but none to compare with.
+    Models see none to compare with; the judge's own photographs only where there are no others.
     """
     if kind in PHOTOGRAPHS:
-        return read_folder(Path(data, "train")), read_folder(Path(data, "test"))
+        judged, held_out = (read_folder(Path(data, part)) for part in ("train", "test"))
+        if others is not None:
+            seen = {image.numpy().tobytes() for image in judged[0]}
+            images, labels = read_folder(others)
+            is_new = torch.tensor([image.numpy().tobytes() not in seen for image in images])
+            judged = images[is_new], labels[is_new]
+        return judged, held_out
     draw = dict(shapes=train.draw_shape, letters=draw_letter)[kind]
     return drawn(draw, 1_000_000, 16_000), drawn(draw, 2_000_000, 2_000)
 
@@ -208,6 +218,32 @@ def recall(samples, reference, k=3):
     return is_near.any(1).double().mean().item()
 
 
+def power(images, bands=8):
+    """(bands,): mean power of grey images by radial frequency, to half a cycle a pixel."""
+    grey = images.mean(1)
+    grey = grey - grey.mean((1, 2), keepdim=True)
+    rows, columns = (torch.hann_window(side, periodic=False) for side in grey.shape[1:])
+    spectrum = torch.fft.fft2(grey * rows[:, None] * columns).abs().square().mean(0)
+    y, x = (torch.fft.fftfreq(side) for side in grey.shape[1:])
+    band = (2 * bands * torch.hypot(y[:, None], x)).long()
+    return torch.stack([spectrum[band == number].mean() for number in range(bands)])
+
+
+def nearest_guidance(judge, run, guidances, flags):
+    """That of the list whose samples are nearest to the run's own held-out images."""
+    record = sample.read_record(Path(run, "args.json"))
+    shape = {name: record["flags"][name] for name in ("crops", "size")}
+    place = SimpleNamespace(out=Path(run), class_names=record["class_names"], **shape)
+    count = len(train.load_labels(place)[0])
+    held_out = features(judge, train.to_unit(train.load_images(place)[:count, 0]))
+    distances = {}
+    for guidance in guidances:
+        pixels, *_ = draw_samples(run, [*flags, "--guidance", str(guidance)])
+        distances[guidance] = frechet(features(judge, pixels), held_out)
+        print(f"guidance {guidance:g}  to held-out training images {distances[guidance]:.4g}")
+    return min(distances, key=distances.get)
+
+
 def models_of(run):
     """(params, codec, options of `sample.steps`), as sample.py reads them."""
     params, codec, _, options, _ = sample.load_models(sample.parser().parse_args([str(run)]))
@@ -238,7 +274,7 @@ def draw_samples(run, flags):
 def report(judge, held_out, run, flags=()):
     """{name: number or numbers} of a run folder."""
     images, labels = held_out
-    reference = features(judge, images)
+    reference, real_power = features(judge, images), power(images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
 
     # what the tokenizer keeps
@@ -261,6 +297,8 @@ def report(judge, held_out, run, flags=()):
         frechet=frechet(drawn_features, reference),
         reconstructions=frechet(features(judge, decoded), reference),
         recall=recall(drawn_features, reference),
+        power=power(pixels) / real_power,
+        power_reconstructions=power(decoded) / real_power,
         seconds=seconds,
         peak_mb=peak_mb,
         psnr=kept["psnr"],
@@ -359,6 +397,8 @@ def main(argv=None):
     parser.add_argument("kind", choices=(*EPOCHS, "claims"))
     parser.add_argument("run", nargs="*")
     parser.add_argument("--data")
+    parser.add_argument("--others")
+    parser.add_argument("--guidance", type=float, nargs="+")
     parser.add_argument("--edit", action="store_true")
     parser.add_argument("--write")
     argv = sys.argv[1:] if argv is None else argv
@@ -373,16 +413,20 @@ def main(argv=None):
     kind = "cifar10" if args.kind == "claims" else args.kind
     if kind in PHOTOGRAPHS and not args.data:
         parser.error("--data: expected")
-    training, held_out = images_of(kind, args.data)
+    training, held_out = images_of(kind, args.data, args.others)
     judge = train_judge(kind, *training)
+    print(f"{kind}: right on {accuracy(judge, *training):.4g} of the judge's own images")
     if args.kind == "claims":
         claims(judge, held_out, args.data)
     for run in args.run:
         print(f"\n{kind} {run}", *flags)
         if args.edit:
             report_edits(judge, held_out, run)
-        else:
-            show(report(judge, held_out, run, flags))
+            continue
+        chosen = []
+        if args.guidance:
+            chosen = ["--guidance", str(nearest_guidance(judge, run, args.guidance, flags))]
+        show(report(judge, held_out, run, [*flags, *chosen]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from test_sample import *  # noqa
 
+
 @quick
 @given(st.integers(0, 2**20), st.floats(0, 1))
 def test_pixels_under_the_mask_change_nothing(seed, share):
