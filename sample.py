@@ -574,7 +574,12 @@ def parser():
     add("run", type=Path, help="run folder of train.py, or weights, ours or published")
     add("--tokenizer", help="ours or published (tokenizer.pt beside the weights)")
     add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
-    add("--labels", nargs="+", default=["all"], help="names, else numbers (all; on a sheet ten)")
+    add(
+        "--labels",
+        nargs="+",
+        default=["all"],
+        help="names, else numbers; =-x for -x (all; a sheet: ten)",
+    )
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")

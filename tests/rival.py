@@ -2,9 +2,9 @@
 
 python tests/rival.py cifar10 --data DIR --seconds 300 [--guidance 2 3 4] [--out .npz]
 
-Kinds and DIR as there (letters: what it writes). Trains on train.py's images but for every 20th, for
-so many seconds of processor time without reading, draws 50 a class at each guidance; the one whose
-samples are nearest to those set aside, which is to be reported, comes last.
+Kinds and DIR as there (letters: what it writes). Trains on train.py's images but for every 20th,
+for so many seconds of processor time without reading, draws 50 a class at each guidance; the one
+whose samples are nearest to those set aside, which is to be reported, comes last.
 
 Rectified flow (Lipman et al. 2023, Liu et al. 2023), logit-normal times (Esser et al. 2024),
 classifier-free guidance (Ho & Salimans 2022), Muon.
