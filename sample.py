@@ -645,44 +645,51 @@ def run(args):
 def read_job(args):
     """What is to be drawn, as attributes: all that flags and files say.
 
-    kind: "folder", which an .npz is too, or a format of Pillow's; models: (params, codec), cast, on
-    the device; labels (N,), count images each; names: of these classes; seed; options: of `steps`;
-    given: (photo, mask) or (); batch; settings: what decides the images, for a folder.
+    kind: of --out; models: (params, codec), cast, on the device; labels (N,), count images each;
+    names: of these classes; seed; options: of `steps`; given: (photo, mask) or (); batch; settings:
+    what decides the images, for a folder.
     """
+    kind, device = find_kind(args), find_device(args.device)
+    dtype = find_dtype(args.dtype, device)
+
+    # the models, and what is asked of them
+    params, codec, names, options, files = load_models(args)
+    classes = class_numbers(args.labels, names, most=None if kind == "folder" else 10)
+    flags = {name: getattr(args, name) for name in OPTIONS}
+    options |= {name: value for name, value in flags.items() if value is not None}
+    height, width = (tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1])
+    is_edit = args.edit or args.mask or args.pad
+    given = photo_and_mask(args, (width, height)) if is_edit else ()
+
+    read = [Path(path) for path in (*files, args.edit, args.mask) if path]
+    states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime) for path in read]
+    settings = options | dict(labels=classes, count=args.count, seed=args.seed, pad=args.pad)
+    settings |= dict(dtype=str(dtype), files=states)
+
+    labels = torch.tensor(classes).repeat_interleave(args.count)
+    models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
+    tensors = dict(models=models, labels=labels, given=given)
+    job = pytree.tree_map(lambda x: x.to(device), tensors)
+    job |= dict(kind=kind, options=options, settings=settings, count=args.count, seed=args.seed)
+    job |= dict(names=[names[label] for label in classes], batch=min(50, at_once(height * width)))
+    return SimpleNamespace(**job)
+
+
+def find_kind(args):
+    """What --out is: "folder", which an .npz is too, or by its suffix a format of Pillow's."""
     if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
         raise ValueError(f"--out: got {args.out}, which is also to be read")
     suffix = args.out.suffix.lower()
-    kind = "folder" if suffix in ("", ".npz") or args.out.is_dir() else SHEETS.get(suffix)
-    if kind is None:
-        expected = f"{', '.join(SHEETS)}, .npz or a folder without a suffix"
+    if suffix in ("", ".npz") or args.out.is_dir():
+        return "folder"
+    if suffix not in SHEETS or (suffix == ".gif" and args.edit):
+        expected = (
+            f"one of {', '.join(SHEETS)}, .npz or a folder without a suffix; no .gif of --edit"
+        )
         raise ValueError(f"--out: got {args.out}, expected {expected}")
-    if kind == "GIF" and args.edit:
-        raise ValueError(f"--out: got {args.out}, expected another suffix with --edit")
-    if kind != "folder" and args.count > 50:
+    if args.count > 50:
         raise ValueError(f"--count: got {args.count}, expected at most 50 in a row of a sheet")
-
-    device = find_device(args.device)
-    dtype = find_dtype(args.dtype, device)
-    params, codec, names, options, files = load_models(args)
-    classes = class_numbers(args.labels, names, most=None if kind == "folder" else 10)
-    labels = torch.tensor(classes).repeat_interleave(args.count)
-    height, width = (tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1])
-    given = photo_and_mask(args, (width, height)) if args.edit or args.mask or args.pad else ()
-    given_options = {name: getattr(args, name) for name in OPTIONS}
-    options |= {name: value for name, value in given_options.items() if value is not None}
-
-    files = [path for path in (*files, args.edit, args.mask) if path]
-    files = [
-        (os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime) for path in files
-    ]
-    settings = options | dict(labels=classes, count=args.count, dtype=str(dtype), files=files)
-    models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
-    models, labels, given = pytree.tree_map(lambda x: x.to(device), (models, labels, given))
-    settings |= dict(seed=args.seed, pad=args.pad)
-    job = dict(kind=kind, models=models, labels=labels, given=given, options=options)
-    job |= dict(names=[names[label] for label in classes], settings=settings)
-    batch = min(50, at_once(height * width))
-    return SimpleNamespace(**job, count=args.count, seed=args.seed, batch=batch)
+    return SHEETS[suffix]
 
 
 def draw_images(job, numbers):
