@@ -15,6 +15,7 @@ A model is a tree of tensors: keys are argument names of functions, shapes are t
     input {weight, bias}; trunk [block, ...]
     next_scale {blocks [block, ...], modulation, head}
     masked {blocks, modulation, head, mask_embedding (C,); ours: own_input}
+    both of ours: neighbours {embedding (4, codes + 1, C), expand, contract}, which the head sees
     block {modulation, attention, mlp; ours: depthwise}; see the functions of these names
 
 Small models of ours have 3 x 3 convolutions as input, own_input and depthwise, each scale's map by
@@ -65,16 +66,19 @@ def depth(params):
     return len(params["trunk"]) + len(params["next_scale"]["blocks"])
 
 
-def next_scale_logits(params, labels, inputs, is_causal=False):
-    """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR)."""
+def next_scale_logits(params, labels, inputs, is_causal=False, tokens=None):
+    """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR).
+
+    tokens (B, L): of trees with neighbours, whose head also sees those drawn before beside each.
+    """
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
-    return logits(features, **params["next_scale"]["head"])
+    return branch_logits(params, "next_scale", features, near_tokens(params, tokens))
 
 
-def masked_logits(params, labels, inputs, own_inputs, mask):
+def masked_logits(params, labels, inputs, own_inputs, mask, tokens=None):
     """Logits (B, L, codes), fp32, given visible tokens of the own scale too (HMAR)."""
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask)
-    return logits(features, **params["masked"]["head"])
+    return branch_logits(params, "masked", features, near_tokens(params, tokens))
 
 
 def apply_mask(params, inputs, own_inputs, mask, sizes):
@@ -234,9 +238,51 @@ def linear(x, weight, bias):
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
-def logits(features, weight, bias):
-    """Logits (..., codes), fp32 at least, of features (..., C): the head."""
-    return linear(features, weight, bias).to(torch.promote_types(weight.dtype, torch.float32))
+def branch_logits(params, branch, features, near=None):
+    """Logits (..., codes), fp32 at least, of a branch's features (..., C), near (..., 4)."""
+    head, neighbours = params[branch]["head"], params[branch].get("neighbours")
+    if neighbours is not None:
+        features = look_at_neighbours(features, near, **neighbours)
+    wide = torch.promote_types(head["weight"].dtype, torch.float32)
+    return linear(features, **head).to(wide)
+
+
+def look_at_neighbours(features, near, embedding, expand, contract):
+    """features (..., C) that know the tokens near (..., 4), lest those of a scale do not match."""
+    x = F.layer_norm(features, features.shape[-1:], eps=1e-6)
+    for table, codes in zip(embedding, near.unbind(-1)):
+        x = x + F.embedding(codes, table)
+    return features + feed_forward(x, expand, contract)
+
+
+def near_tokens(params, tokens, k=None):
+    """(B, n, 4): those left, above left, above and above right of each of tokens (B, n).
+
+    Of scale k, or of all; `codes` where a map ends. None of trees whose head does not look.
+    """
+    if "neighbours" not in params["next_scale"]:
+        return None
+    if tokens is None:
+        raise ValueError("tokens: expected, for a head that looks at neighbours")
+    sizes = scales(params) if k is None else [scales(params)[k]]
+    codes, near = len(params["next_scale"]["head"]["bias"]), []
+    for part, (h, w) in zip(tokens.split([h * w for h, w in sizes], 1), sizes, strict=True):
+        maps = F.pad(part.unflatten(1, (h, w)), (1, 1, 1, 0), value=codes)  # (B, h + 1, w + 2)
+        above = [maps[:, :h, x : x + w] for x in range(3)]
+        near.append(torch.stack([maps[:, 1:, :w], *above], -1).flatten(1, 2))  # (B, h w, 4)
+    return torch.cat(near, 1)
+
+
+def waves(params, k):
+    """[positions (m,), ...] of scale k that are drawn together: all, if the head does not look.
+
+    Else those of equal x + 2 y: what is near is of earlier waves.
+    """
+    if "neighbours" not in params["next_scale"]:
+        return [slice(None)]
+    h, w = scales(params)[k]
+    wave = (torch.arange(w) + 2 * torch.arange(h)[:, None]).flatten()  # (h w,)
+    return [(wave == number).nonzero()[:, 0] for number in wave.unique()]
 
 
 def cast(params, dtype):
@@ -247,7 +293,8 @@ def cast(params, dtype):
 
     def move(path, leaf):
         keys = {getattr(entry, "key", None) for entry in path}
-        is_moved = keys & {"trunk", "blocks", "head"} and "log_temperature" not in keys
+        is_moved = keys & {"trunk", "blocks", "head", "expand", "contract"}
+        is_moved = is_moved and "log_temperature" not in keys
         return leaf.to(dtype) if is_moved else leaf
 
     return pytree.tree_map_with_path(move, params)
@@ -259,35 +306,34 @@ def cast(params, dtype):
 def next_scale_losses(params, labels, tokens, inputs, is_causal=False):
     """Cross entropy (B, L), fp32, nats, of tokens under next_scale_logits."""
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
-    head = params["next_scale"]["head"]
-    return token_losses(features.flatten(0, 1), tokens.flatten(), **head).view(tokens.shape)
+    near = near_tokens(params, tokens)
+    return token_losses(params, "next_scale", tokens, features, near).view(tokens.shape)
 
 
 def masked_losses(params, labels, tokens, inputs, own_inputs, mask):
     """Cross entropy (M,), fp32, nats, of the hidden tokens in mask's order under masked_logits."""
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask)
-    first = len(params["start"])
-
-    # the head runs on the hidden tokens alone
-    hidden = mask.flatten().nonzero()[:, 0]
-    features = features[:, first:].flatten(0, 1).index_select(0, hidden)  # (M, C)
-    targets = tokens[:, first:].flatten().index_select(0, hidden)  # (M,)
-    return token_losses(features, targets, **params["masked"]["head"])
+    near = near_tokens(params, tokens)
+    return token_losses(params, "masked", tokens, features, near, mask)
 
 
-def token_losses(features, targets, weight, bias):
-    """Cross entropy (N,) of targets (N,) under the head's logits of features (N, C).
+def token_losses(params, branch, tokens, features, near, mask=None):
+    """Cross entropy (N,) of tokens (B, L), or of the hidden ones alone, under branch_logits.
 
     Logits beyond LOSS_SLICE come in slices, which the backward pass computes again.
     """
+    rows = [x.flatten(0, 1) for x in (tokens, features, near) if x is not None]
+    if mask is not None:  # the head runs on the hidden tokens alone
+        hidden = F.pad(mask, (len(params["start"]), 0)).flatten().nonzero()[:, 0]
+        rows = [x.index_select(0, hidden) for x in rows]
 
-    def loss(features, targets):
-        return F.cross_entropy(logits(features, weight, bias), targets, reduction="none")
+    def loss(targets, *given):
+        return F.cross_entropy(branch_logits(params, branch, *given), targets, reduction="none")
 
-    rows = max(1, LOSS_SLICE // len(weight))
-    if len(features) <= rows:
-        return loss(features, targets)
-    slices = zip(features.split(rows), targets.split(rows))
+    count = max(1, LOSS_SLICE // len(params[branch]["head"]["bias"]))
+    if len(rows[0]) <= count:
+        return loss(*rows)
+    slices = zip(*(x.split(count) for x in rows))
     return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in slices])
 
 
@@ -320,13 +366,14 @@ def init(
     heads=None,
     gamma=None,
     convolutions=False,
+    neighbours=False,
     seed=0,
 ):
     """A new tree for next-scale prediction, fp32, as published; sizes follow from depth.
 
     gamma scales the gates: 1e-3, 1e-4 from depth 24 on, 1e-5 from 30 on. convolutions: 3 x 3, of
-    the inputs and in each block, which published trees lack. On torch.device("meta") nothing is
-    allocated.
+    the inputs and in each block; neighbours: the head sees them; published trees lack both. On
+    torch.device("meta") nothing is allocated.
     """
     width = width or 64 * depth
     heads = heads or max(1, width // 64)
@@ -350,6 +397,10 @@ def init(
         params["input"]["weight"] = normal(width, code_dim, 3, 3)
         for tree in params["trunk"]:
             tree["depthwise"] = dict(weight=normal(width, 1, 3, 3), bias=torch.zeros(width))
+    if neighbours:
+        look = dict(embedding=normal(4, codes + 1, width), expand=affine(width, 2 * width))
+        look["contract"] = affine(2 * width, width, 0.02)
+        params["next_scale"]["neighbours"] = look
     return params
 
 
@@ -434,7 +485,9 @@ def check(params):
         ks = range(len(params["positions"]))
         branches = ["next_scale", "masked"] if "masked" in params else ["next_scale"]
         for branch in branches:
-            logits(branch_features(params, branch, labels, None, k=0), **params[branch]["head"])
+            features = branch_features(params, branch, labels, None, k=0)
+            tokens = torch.zeros_like(features[..., 0], dtype=torch.int64)
+            branch_logits(params, branch, features, near_tokens(params, tokens, k=0))
             embedded(params, branch, condition, inputs, inputs, mask, ks)
     except Exception as error:
         raise _misfit("params", error) from error

@@ -114,16 +114,15 @@ def steps(
     cache = [[] for _ in range(hmar.depth(params))] if is_causal else None
     strengths = dict(next_scale=own["guidance"], masked=own["mask_guidance"])
     how = dict(strengths=strengths, soften=soften, cache=cache)
-    guided = partial(classifier_free_guidance, params, labels, **how)
-    limits = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    choose = partial(choose_tokens, seeds=seeds, **limits)
-    return passes(params, codec, len(labels), schedule, guided, choose, known)
+    guided = partial(guided_branch, params, labels, **how)
+    choose = partial(choose_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    return passes(params, codec, seeds, schedule, guided, choose, known)
 
 
 @torch.no_grad()
-def passes(params, codec, batch, schedule, guided, choose, known):
+def passes(params, codec, seeds, schedule, guided, choose, known):
     """The loop of `steps`, whose options are bound in guided and choose."""
-    scales = hmar.scales(params)
+    scales, batch = hmar.scales(params), len(seeds)
     codebook = codec["codebook"]
     f_hat = codebook.new_zeros(batch, codebook.shape[1], *scales[-1])  # (B, code_dim, h, w)
 
@@ -141,16 +140,22 @@ def passes(params, codec, batch, schedule, guided, choose, known):
         for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
-                logits = guided("next_scale", k, inputs)
+                predict = guided("next_scale", k, inputs)
             else:
                 zeroed = hidden if hmar.has_own_input(params) else None
                 own_inputs = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
-                logits = guided("masked", k, inputs, own_inputs, hidden)
-            if known is not None:
-                logits = logits + seen
+                predict = guided("masked", k, inputs, own_inputs, hidden)
 
-            drawn, confidence = choose(k, number, logits)  # (B, n_k) each
-            tokens = torch.where(hidden, drawn, tokens)
+            uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
+            tokens, confidence = tokens.clone(), torch.zeros_like(uniform)
+            for wave in hmar.waves(params, k):  # m positions, which see what is drawn before
+                logits = predict(tokens, wave)  # (B, m, codes)
+                if known is not None:
+                    logits = logits + seen[:, wave]
+                drawn, sureness = choose(logits, uniform[:, wave])
+                confidence[:, wave] = sureness.to(confidence)
+                tokens[:, wave] = torch.where(hidden[:, wave], drawn, tokens[:, wave])
+
             # all but the `keep` most confident of those just drawn are drawn again
             confidence = confidence.masked_fill(~hidden, -math.inf)
             rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)
@@ -181,40 +186,55 @@ def check_fit(params, codec, labels, schedule, seeds, soften):
         raise ValueError("schedule: got several passes at the first scale")
 
 
-def classifier_free_guidance(params, labels, branch, k, *inputs, strengths, soften, cache):
-    """Logits (B, n_k, codes) of scale k from a branch of hmar and what it is fed, guided by t.
+def guided_branch(params, labels, branch, k, *inputs, strengths, soften, cache):
+    """predict(tokens (B, n_k), wave (m,)) -> logits (B, m, codes), of scale k by a branch of hmar.
 
-    (1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6), t rising from 0 at the
-    first scale to strengths[branch]. With soften, t shrinks by 1 + (D / soften)^2, D the divergence
-    of the two in nats a token: what a class says is amplified where it says little, not exaggerated
-    where it says all.
+    Its blocks, fed inputs, run once, here; its head in each wave.
     """
-    predict = partial(hmar.branch_features, params, branch, k=k, cache=cache)
-    head = partial(hmar.logits, **params[branch]["head"])
     last = len(params["positions"]) - 1
-    t = strengths[branch] * (k / last if last else 1.0)
+    strength = strengths[branch] * (k / last if last else 1.0)  # rises over the scales
+    is_guided = strength != 0 or cache is not None  # a cache holds both halves from the start
+    if is_guided:
+        null = torch.full_like(labels, len(params["classes"]) - 1)
+        labels, inputs = torch.cat([labels, null]), [torch.cat([x, x]) for x in inputs]
+    features = hmar.branch_features(params, branch, labels, *inputs, k=k, cache=cache)
 
-    if t == 0 and cache is None:  # a cache holds both halves, from the first scale on
-        return head(predict(labels, *inputs))
+    def predict(tokens, wave):
+        near = hmar.near_tokens(params, tokens, k)
+        if near is not None:
+            near = near[:, wave].repeat(len(features) // len(tokens), 1, 1)
+        logits = hmar.branch_logits(params, branch, features[:, wave], near)
+        if not is_guided:
+            return logits
+        return classifier_free_guidance(*logits.chunk(2), strength, soften)
 
-    null = torch.full_like(labels, len(params["classes"]) - 1)
-    twice = [torch.cat([x, x]) for x in inputs]
-    conditional, unconditional = head(predict(torch.cat([labels, null]), *twice)).chunk(2)
+    return predict
+
+
+def classifier_free_guidance(conditional, unconditional, strength, soften=0):
+    """(1 + t) conditional - t unconditional (Ho and Salimans 2021, equation 6), t the strength.
+
+    Logits (B, m, codes). With soften t shrinks by 1 + (D / soften)^2, D the divergence of the two
+    in nats: what a class says is amplified where it says little, not exaggerated where it says all.
+    """
     if soften:
         log_p, log_q = conditional.log_softmax(-1), unconditional.log_softmax(-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)  # (B,)
-        t = t / (1 + (divergence[:, None, None] / soften) ** 2)
-    return (1 + t) * conditional - t * unconditional
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)  # (B, m, 1)
+        strength = strength / (1 + (divergence / soften) ** 2)
+    return (1 + strength) * conditional - strength * unconditional
 
 
-def choose_tokens(k, number, logits, *, seeds, temperature, top_k, top_p):
-    """(tokens, confidence), (B, n_k) each, of logits (B, n_k, codes) at a pass of scale k."""
+def uniform_numbers(seeds, k, number, tokens):
+    """(B, n_k) fp64 in [0, 1): each image's own at a pass of scale k, where tokens (B, n_k) are."""
+    count = tokens.shape[1]
+    rows = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
+    return torch.from_numpy(np.array(rows)).to(tokens.device)
+
+
+def choose_tokens(logits, uniform, *, temperature, top_k, top_p):
+    """(tokens, confidence), (B, m) each, of logits (B, m, codes) and uniform numbers (B, m)."""
     if temperature < 0.001:  # arg max, before the division overflows
         return draw(filtered(logits, top_k, top_p))
-
-    count = logits.shape[1]
-    rows = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
-    uniform = torch.from_numpy(np.array(rows)).to(logits.device)  # (B, n_k) fp64
     return draw(filtered(logits / temperature, top_k, top_p), uniform)
 
 
