@@ -703,9 +703,7 @@ def find_kind(args):
     if suffix in ("", ".npz") or args.out.is_dir():
         return "folder"
     if suffix not in SHEETS or (suffix == ".gif" and args.edit):
-        expected = (
-            f"one of {', '.join(SHEETS)}, .npz or a folder without a suffix; no .gif of --edit"
-        )
+        expected = f"{', '.join(SHEETS)} (but of edits), .npz or a folder without a suffix"
         raise ValueError(f"--out: got {args.out}, expected {expected}")
     if args.count > 50:
         raise ValueError(f"--count: got {args.count}, expected at most 50 in a row of a sheet")

@@ -115,6 +115,7 @@ def tree(
     masked=1,
     own_input=True,
     convolutions=False,
+    neighbours=False,
     heads=2,
     classes=3,
     codes=5,
@@ -127,7 +128,7 @@ def tree(
     random: float64, leaves far from their initial values, temperatures around their limit.
     """
     sizes = dict(depth=depth, classes=classes, codes=codes, code_dim=code_dim, heads=heads)
-    sizes |= dict(width=16 * heads, scales=scales, convolutions=convolutions)
+    sizes |= dict(width=16 * heads, scales=scales, convolutions=convolutions, neighbours=neighbours)
     params = hmar.init(**sizes, seed=seed)
     if masked:
         params = hmar.add_masked_branch(params, masked, own_input)

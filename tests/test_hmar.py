@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -36,7 +37,8 @@ import hmar
 
 seeds = st.integers(0, 999)
 SCALES = ((1, 1), (2, 2), (2, 3))
-KINDS = dict(own_input=False), {}, dict(convolutions=True)  # as published, ours, those we train
+# as published, ours, those we train
+KINDS = dict(own_input=False), {}, dict(convolutions=True, neighbours=True)
 
 
 # ---- densely, one image and one head at a time; x (L, C) has a row a token
@@ -89,7 +91,21 @@ def slow_block(x, scales, condition, visible, modulation, attention, mlp, depthw
     return x + gamma2 * slow_linear(F.gelu(hidden, approximate="tanh"), **mlp["contract"])
 
 
-def slow_logits(params, label, inputs, is_causal=False, own_inputs=None, hidden=None):
+def slow_look(x, scales, tokens, embedding, expand, contract):
+    """x (L, C) after each has looked at four of tokens (L,), by place."""
+    rows = []
+    for own, codes, (h, w) in zip(x.split(lengths(scales)), tokens.split(lengths(scales)), scales):
+        for place, (y, z) in enumerate(np.ndindex(h, w)):
+            seen = slow_norm(own[place : place + 1], 0, 0)[0]
+            for table, (up, side) in zip(embedding, ((0, -1), (1, -1), (1, 0), (1, 1))):
+                is_inside = y >= up and 0 <= z + side < w
+                seen = seen + table[codes[place - up * w + side] if is_inside else -1]
+            hidden = F.gelu(slow_linear(seen, **expand), approximate="tanh")
+            rows.append(own[place] + slow_linear(hidden, **contract))
+    return torch.stack(rows)
+
+
+def slow_logits(params, label, inputs, tokens, is_causal=False, own_inputs=None, hidden=None):
     """Logits (L, codes) of one image; with own_inputs those of the masked branch."""
     branch = params["next_scale" if own_inputs is None else "masked"]
     scales = hmar.scales(params)
@@ -110,7 +126,10 @@ def slow_logits(params, label, inputs, is_causal=False, own_inputs=None, hidden=
     for block in params["trunk"] + branch["blocks"]:
         x = slow_block(x, scales, condition, visible, **block)
     scale, shift = slow_linear(F.silu(condition), **branch["modulation"]).chunk(2)
-    return slow_linear(slow_norm(x, scale, shift), **branch["head"])
+    x = slow_norm(x, scale, shift)
+    if "neighbours" in branch:
+        x = slow_look(x, scales, tokens, **branch["neighbours"])
+    return slow_linear(x, **branch["head"])
 
 
 @given(
@@ -125,13 +144,14 @@ def slow_logits(params, label, inputs, is_causal=False, own_inputs=None, hidden=
 def test_logits_equal_plain_matrices(scales, depth, masked, heads, kind, is_causal, seed):
     params = tree(scales, depth=depth, masked=min(masked, depth), heads=heads, **kind, seed=seed)
     labels, inputs, own, mask = arguments(params, 2, seed)
-    ours = hmar.next_scale_logits(params, labels, inputs, is_causal)
+    tokens = random_tokens(2, scales, 5, seed)
+    ours = hmar.next_scale_logits(params, labels, inputs, is_causal, tokens)
     one = seed % 2  # of two images
-    close(ours[one], slow_logits(params, labels[one], inputs[one], is_causal), 1e-9)
+    given = params, labels[one], inputs[one], tokens[one]
+    close(ours[one], slow_logits(*given, is_causal), 1e-9)
     if masked:
-        ours = hmar.masked_logits(params, labels, inputs, own, mask)
-        seen = dict(own_inputs=own[one], hidden=mask[one])
-        close(ours[one], slow_logits(params, labels[one], inputs[one], **seen), 1e-9)
+        ours = hmar.masked_logits(params, labels, inputs, own, mask, tokens)
+        close(ours[one], slow_logits(*given, own_inputs=own[one], hidden=mask[one]), 1e-9)
 
 
 # ---- properties
@@ -142,9 +162,12 @@ def test_one_scale_alone_is_a_part_of_the_whole(scales, kind, batch, seed):
     params = tree(scales, **kind, seed=seed)
     labels, *given = arguments(params, batch, seed)
 
-    def logits(branch, *given, **options):
-        features = hmar.branch_features(params, branch, labels, *given, **options)
-        return hmar.logits(features, **params[branch]["head"])
+    tokens = random_tokens(batch, scales, 5, seed)
+
+    def logits(branch, *given, k=None, **options):
+        features = hmar.branch_features(params, branch, labels, *given, k=k, **options)
+        own = tokens if k is None else tokens[:, scale_of_tokens(scales) == k]
+        return hmar.branch_logits(params, branch, features, hmar.near_tokens(params, own, k))
 
     inputs, own_inputs, mask = given
     whole, masked = logits("next_scale", inputs), logits("masked", *given)
@@ -173,8 +196,8 @@ def test_losses_are_cross_entropies(scales, is_causal, kind, rows, seed):
     def entropy(logits):
         return -logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
-    expected = entropy(hmar.next_scale_logits(params, labels, inputs, is_causal))
-    hidden = entropy(hmar.masked_logits(params, labels, inputs, own, mask))
+    expected = entropy(hmar.next_scale_logits(params, labels, inputs, is_causal, tokens))
+    hidden = entropy(hmar.masked_logits(params, labels, inputs, own, mask, tokens))
     hidden = hidden[:, len(params["start"]) :][mask]
 
     def gradients(losses):
@@ -189,6 +212,30 @@ def test_losses_are_cross_entropies(scales, is_causal, kind, rows, seed):
         grads = gradients(torch.cat([ours.flatten(), ours_hidden]))
     for a, b in zip(grads, gradients(torch.cat([expected.flatten(), hidden]))):
         close(a, b, 1e-9)
+
+
+@given(pyramids(), st.integers(0, 99), seeds)
+def test_a_token_is_seen_only_by_those_drawn_later(scales, place, seed):
+    params = tree(scales, neighbours=True, seed=seed)
+    labels, inputs, own, mask = arguments(params, 1, seed)
+    tokens, scale_of = random_tokens(1, scales, 5, seed), scale_of_tokens(scales)
+    place, wave = place % len(scale_of), torch.zeros_like(scale_of)
+    for k in range(len(scales)):
+        places = (scale_of == k).nonzero()[:, 0]
+        for number, positions in enumerate(hmar.waves(params, k)):
+            wave[places[positions]] = number
+    is_later = (scale_of == scale_of[place]) & (wave > wave[place])
+
+    changed = tokens.clone()
+    changed[0, place] = (tokens[0, place] + 1) % 5
+    for predict, call in (
+        (hmar.next_scale_logits, [inputs]),
+        (partial(hmar.next_scale_logits, is_causal=True), [inputs]),
+        (hmar.masked_logits, [inputs, own, mask]),
+    ):
+        before, after = (predict(params, labels, *call, tokens=x) for x in (tokens, changed))
+        assert torch.equal(before[0, ~is_later], after[0, ~is_later])
+        refused("^tokens: expected", predict, params, labels, *call)
 
 
 @given(pyramids(9, 6), st.sampled_from(["token", "scale", "lognormal"]))

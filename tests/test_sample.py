@@ -102,12 +102,18 @@ def slow_shares(keeps, k, hidden, total):
     return [after - before for before, after in itertools.pairwise(done)]
 
 
+def slow_near(tokens, y, x, w, none):
+    """[left, above left, above, above right] of a place in a map of width w."""
+    beside = (y, x - 1), (y - 1, x - 1), (y - 1, x), (y - 1, x + 1)
+    return [tokens[i * w + j] if i >= 0 and 0 <= j < w else none for i, j in beside]
+
+
 def slow_steps(predict, params, codec, label, seed, options, known=None):
     """(scale, pass, tokens, hidden places), f_hat of one image, as the description says it."""
     scales, rows = hmar.scales(params), torch.tensor([[label], [3]])  # 3: no class
     f_hat = torch.zeros(1, codec["codebook"].shape[1], *scales[-1], dtype=torch.float64)
     for k, (h, w) in enumerate(scales):
-        tokens, hidden, seen = [0] * (h * w), list(range(h * w)), 0
+        tokens, hidden, seen = [0] * (h * w), list(range(h * w)), [0] * (h * w)
         keeps = options["schedule"][k]
         if known is not None:
             f_hat = torch.where(known.outside, known.f_hats[k], f_hat)
@@ -128,20 +134,30 @@ def slow_steps(predict, params, codec, label, seed, options, known=None):
             if len(scales) > 1:
                 t = t * k / (len(scales) - 1)
             both = [predict(params, branch, row, *given, k=k)[0] for row in rows]
-            if options["soften"]:
-                p, q = (logits.softmax(-1) for logits in both)
-                divergence = (p * (p / q).log()).sum() / (h * w)
-                t = t / (1 + (divergence / options["soften"]) ** 2)
-            heat = options["temperature"]
-            logits = ((1 + t) * both[0] - t * both[1] + seen) / (heat or 1)
-
+            heat, looks = options["temperature"] or 1, params[branch].get("neighbours")
             numbers = np.random.default_rng((seed, k, number)).random(h * w)
-            confidence = {}
-            for place in hidden:
-                row = (logits[place] - logits[place].max()).tolist()
-                codes = slow_filter(row, options["top_k"], options["top_p"])
-                uniform = numbers[place] if heat else None
-                tokens[place], confidence[place] = slow_draw(row, codes, uniform)
+
+            # one after another where the head looks at neighbours, else all at once
+            grid, confidence = np.ndindex(h, w), {}
+            waves = [x + 2 * y if looks else 0 for y, x in grid]
+            for wave in sorted(set(waves)):
+                places = [place for place in range(h * w) if waves[place] == wave]
+                for place in set(places).intersection(hidden):
+                    pair = [logits[place] for logits in both]
+                    if looks:
+                        near = torch.tensor(slow_near(tokens, *divmod(place, w), w, 5))
+                        pair = [hmar.look_at_neighbours(x, near, **looks) for x in pair]
+                    p, q = (logits.softmax(-1) for logits in pair)
+                    strength = t
+                    if options["soften"]:
+                        divergence = (p * (p / q).log()).sum()
+                        strength = t / (1 + (divergence / options["soften"]) ** 2)
+                    logits = (1 + strength) * pair[0] - strength * pair[1]
+                    logits = (logits + seen[place]) / heat
+                    row = (logits - logits.max()).tolist()
+                    codes = slow_filter(row, options["top_k"], options["top_p"])
+                    uniform = numbers[place] if options["temperature"] else None
+                    tokens[place], confidence[place] = slow_draw(row, codes, uniform)
             order = sorted(hidden, key=lambda place: (-confidence[place], place))
             hidden = sorted(order[keep:])
             grown = f_hat + tokenizer.contribution(codec, torch.tensor([tokens]), k, scales)
@@ -169,8 +185,11 @@ def schedules(draw, scales):
 
 
 @quick
-@given(pyramids(3, 3), st.data(), st.integers(0, 3), st.booleans(), st.integers(0, 99))
-def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, seed):
+@given(
+    pyramids(3, 3), st.data(), st.integers(0, 3), st.booleans(), st.booleans(), st.integers(0, 99)
+)
+def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks, seed):
+    """Of a head that looks at neighbours one token after another."""
     options = dict(
         schedule=data.draw(schedules(scales)),
         guidance=data.draw(st.sampled_from([0, 1.5, 4])),
@@ -181,10 +200,19 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, seed):
         top_p=data.draw(st.sampled_from([1.0, 0.9, 0.4])),
     )
     params = double(tree(scales, own_input=own_input, random=False))
+    if looks:
+        few = hmar.init(depth=1, classes=3, codes=5, width=5, heads=1, neighbours=True)
+        for i, branch in enumerate((params["next_scale"], params["masked"])):
+            branch["neighbours"] = scrambled(few["next_scale"]["neighbours"], seed + i, 1.0)
     codec = quantiser(5, 4, seed=seed)
     known = some_known(scales, seed) if batch == 0 else None
     predict, labels = scripted(4, 5, seed), torch.arange(max(1, batch)) * 2 % 4
-    network = dict(branch_features=predict, logits=lambda x, weight, bias: x)
+
+    def see(params, branch, x, near):
+        neighbours = params[branch].get("neighbours")
+        return hmar.look_at_neighbours(x, near, **neighbours) if neighbours else x
+
+    network = dict(branch_features=predict, branch_logits=see)
     with mock.patch.multiple(hmar, **network):
         steps = list(sample.steps(params, codec, labels, seed=seed, known=known, **options))
     for i, label in enumerate(labels.tolist()):

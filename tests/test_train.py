@@ -338,7 +338,7 @@ def test_a_save_between_looks(tmp_path, monkeypatch):
 
 
 def test_muon_has_matrices_and_convolutions_but_what_faces_codes_and_classes():
-    params = tree(depth=1, masked=0, convolutions=True, random=False)
+    params = tree(depth=1, masked=0, convolutions=True, neighbours=True, random=False)
     leaves = [train.new_parameter(leaf) for leaf in pytree.tree_leaves(params)]
     muon, adamw = train.new_optimizers(params, leaves, 0)
     names = {id(leaf): name for leaf, name in zip(leaves, named_leaves(params))}
@@ -347,7 +347,10 @@ def test_muon_has_matrices_and_convolutions_but_what_faces_codes_and_classes():
     assert by_muon | by_adamw == set(names.values())
     inner = ("['attention']['qkv']", "['attention']['project']['weight']")
     inner += ("['mlp']['expand']['weight']", "['mlp']['contract']['weight']")
-    assert by_muon == {"['input']['weight']", *(f"['trunk'][0]{name}" for name in inner)}
+    beside = {
+        f"['next_scale']['neighbours']['{name}']['weight']" for name in ("expand", "contract")
+    }
+    assert by_muon == beside | {"['input']['weight']", *(f"['trunk'][0]{name}" for name in inner)}
     published = tree(depth=1, masked=0, random=False)  # a matrix embeds the codes there
     leaves = [train.new_parameter(leaf) for leaf in pytree.tree_leaves(published)]
     muon, _ = train.new_optimizers(published, leaves, 0)
@@ -470,7 +473,8 @@ def test_the_dial_grows_by_its_laws():
             assert small["lr"][stage] > large["lr"][stage]
             assert small["steps"][stage] * small["batch"] < large["steps"][stage] * large["batch"]
     assert [dials[15]["codec"][name] for name in ("codes", "code_dim")] == [4096, 32]
-    assert [dial["transformer"]["convolutions"] for dial in dials] == 7 * [True] + 23 * [False]
+    for name in ("convolutions", "neighbours"):
+        assert [dial["transformer"][name] for dial in dials] == 7 * [True] + 23 * [False]
     few = train.dial(8, 32, 190)
     assert few["steps"]["next-scale"] * few["batch"] < 201 * 190  # epochs
     for size, cell in ((16, 4), (64, 4), (96, 8), (128, 8), (256, 16), (1024, 16)):
@@ -606,11 +610,11 @@ def test_held_out_numbers_are_of_saved_weights(base):
     assert np.array_equal(np.load(base / "tokens.npy")[:3, 0], tokens)
     errors = tokenizer.decode(codec, tokens, SCALES) - images
     inputs = tokenizer.next_scale_inputs(codec, tokens, SCALES)
-    logits = hmar.next_scale_logits(params, labels, inputs)
+    logits = hmar.next_scale_logits(params, labels, inputs, tokens=tokens)
     surprise = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     mask = torch.rand(3, 36, generator=train.generator_of("held-out mask")) < 0.5
     own_inputs = tokenizer.masked_inputs(codec, tokens, SCALES, mask)
-    logits = hmar.masked_logits(params, labels, inputs, own_inputs, mask)[:, 1:][mask]
+    logits = hmar.masked_logits(params, labels, inputs, own_inputs, mask, tokens)[:, 1:][mask]
     hidden = tokens[:, 1:][mask]
 
     best = {}
