@@ -41,7 +41,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from attention_kernels import block_sparse_attention
 
@@ -53,7 +52,6 @@ SCALES = {  # published, by an image's side in pixels, for a tokenizer that down
         (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
     )
 }
-LOSS_SLICE = 1 << 25  # logits that the loss holds at once: 128 MiB of fp32
 
 
 def scales(params):
@@ -306,35 +304,24 @@ def cast(params, dtype):
 def next_scale_losses(params, labels, tokens, inputs, is_causal=False):
     """Cross entropy (B, L), fp32, nats, of tokens under next_scale_logits."""
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
-    near = near_tokens(params, tokens)
-    return token_losses(params, "next_scale", tokens, features, near).view(tokens.shape)
+    return token_losses(params, "next_scale", features, tokens).view(tokens.shape)
 
 
 def masked_losses(params, labels, tokens, inputs, own_inputs, mask):
     """Cross entropy (M,), fp32, nats, of the hidden tokens in mask's order under masked_logits."""
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask)
-    near = near_tokens(params, tokens)
-    return token_losses(params, "masked", tokens, features, near, mask)
+    hidden = F.pad(mask, (len(params["start"]), 0)).flatten().nonzero()[:, 0]
+    return token_losses(params, "masked", features, tokens, hidden)
 
 
-def token_losses(params, branch, tokens, features, near, mask=None):
-    """Cross entropy (N,) of tokens (B, L), or of the hidden ones alone, under branch_logits.
-
-    Logits beyond LOSS_SLICE come in slices, which the backward pass computes again.
-    """
-    rows = [x.flatten(0, 1) for x in (tokens, features, near) if x is not None]
-    if mask is not None:  # the head runs on the hidden tokens alone
-        hidden = F.pad(mask, (len(params["start"]), 0)).flatten().nonzero()[:, 0]
-        rows = [x.index_select(0, hidden) for x in rows]
-
-    def loss(targets, *given):
-        return F.cross_entropy(branch_logits(params, branch, *given), targets, reduction="none")
-
-    count = max(1, LOSS_SLICE // len(params[branch]["head"]["bias"]))
-    if len(rows[0]) <= count:
-        return loss(*rows)
-    slices = zip(*(x.split(count) for x in rows))
-    return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in slices])
+def token_losses(params, branch, features, tokens, chosen=None):
+    """Cross entropy (N,) of tokens (B, L), or of chosen ones: the head runs on those alone."""
+    given = [tokens, features, near_tokens(params, tokens)]
+    given = [x.flatten(0, 1) for x in given if x is not None]
+    if chosen is not None:
+        given = [x.index_select(0, chosen) for x in given]
+    targets, *seen = given
+    return F.cross_entropy(branch_logits(params, branch, *seen), targets, reduction="none")
 
 
 def scale_weights(scales, kind):
