@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-import attention_kernels
+import attention_kernels as kernels
 from attention_kernels import block_sparse_attention, dense_masked_attention, tile_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = torch.float64 if DEVICE == "cpu" else torch.float32
 SMALL = [(16, 32)] * 3
 
-triton = attention_kernels.triton
+triton = kernels.triton
 needs_kernels = pytest.mark.skipif(triton is None, reason="no Triton")
-both_patterns = pytest.mark.parametrize("is_causal", [False, True])
+parametrize = pytest.mark.parametrize
+both_patterns = parametrize("is_causal", [False, True])
 search = settings(max_examples=25, deadline=None, derandomize=True)
 
 
@@ -35,20 +36,20 @@ def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         if triton and DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
-            patch.setattr(attention_kernels, "INTERPRETED", True)
+            patch.setattr(kernels, "INTERPRETED", True)
         yield
 
 
 @pytest.fixture
 def pytorch_path(monkeypatch):
-    monkeypatch.setattr(attention_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
 
 
 def tiles(*sizes):
     """Other tiles (rows, columns), for few tokens to show structure; not on a GPU."""
     entry = {256: [(*size, 4, 1) for size in sizes]}
-    table = dict.fromkeys(attention_kernels.TILES, entry) if DEVICE == "cpu" else {}
-    return mock.patch.dict(attention_kernels.TILES, table)
+    table = dict.fromkeys(kernels.TILES, entry) if DEVICE == "cpu" else {}
+    return mock.patch.dict(kernels.TILES, table)
 
 
 # ---- what is computed
@@ -77,8 +78,10 @@ def inputs(block_lengths, batch=1, heads=1, head_dim=16, dtype=EXACT, layout="qk
     return *qkv, draw(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def run(attention, query, key, value, output_gradient, *pattern):
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+def run(tensors, *pattern, attention=block_sparse_attention):
+    """The output and gradients of query, key and value; the last tensor is the output's."""
+    *qkv, output_gradient = tensors
+    leaves = [x.detach().requires_grad_() for x in qkv]
     output = attention(*leaves, *pattern)
     return output.detach(), *torch.autograd.grad(output, leaves, output_gradient)
 
@@ -92,9 +95,9 @@ def check(tensors, block_lengths, is_causal, scale=None):
     """
     pattern = (block_lengths, is_causal, scale)
     wide = q, k, _, do = [x.double() for x in tensors]
-    ours = run(block_sparse_attention, *tensors, *pattern)
-    dense = run(dense_masked_attention, *tensors, *pattern)
-    exact = run(dense_masked_attention, *wide, *pattern)
+    ours = run(tensors, *pattern)
+    dense = run(tensors, *pattern, attention=dense_masked_attention)
+    exact = run(wide, *pattern, attention=dense_masked_attention)
     assert ours[0].transpose(1, 2).is_contiguous()  # the heads can be joined without a copy
 
     scale = scale or q.shape[-1] ** -0.5
@@ -143,9 +146,9 @@ def test_real_tile_sizes(is_causal):
 
 
 @both_patterns
-@pytest.mark.parametrize("dtype", attention_kernels.DTYPES)
+@parametrize("dtype", kernels.DTYPES)
 def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, pytorch_path, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "UNFUSED_KEYS", 40)  # both ways in one sequence
+    monkeypatch.setattr(kernels, "UNFUSED_KEYS", 40)  # both ways in one sequence
     block_lengths = (1, 1, 4, 9, 2, 36, 64, 5)
     tensors = [x.cpu() for x in inputs(block_lengths, 2, 2, 24, dtype)]
     for scale in (None, 0.3):
@@ -153,25 +156,25 @@ def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, pytorch_path
 
 
 @needs_kernels
-@pytest.mark.parametrize("hip", [None, "6.4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@parametrize("hip", [None, "6.4"])
+@parametrize("dtype", [torch.float32, torch.float64])
 def test_amd_and_float64_take_the_pytorch_path(hip, dtype, pytorch_path, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
-    with FakeTensorMode(), mock.patch.object(attention_kernels, "_block_by_block") as by_block:
+    with FakeTensorMode(), mock.patch.object(kernels, "_block_by_block") as by_block:
         block_sparse_attention(*torch.empty(3, 1, 1, 6, 16, dtype=dtype, device="cuda"), (1, 5))
     assert by_block.called == bool(hip or dtype == torch.float64)
 
 
 @both_patterns
 def test_plain_products_where_fused_ones_are_slow(is_causal, pytorch_path, monkeypatch):
-    limit = attention_kernels.UNFUSED_KEYS
+    limit = kernels.UNFUSED_KEYS
     block_lengths = (limit, 4, limit + 1)
     seen = [*itertools.accumulate(block_lengths)] if is_causal else block_lengths
     dtypes = (torch.bfloat16, torch.float32)
     yes_or_no = (False, True)
     for case in itertools.product(yes_or_no, yes_or_no, dtypes, (1, 2**27)):
         has_amx, has_gradients, dtype, batch = case
-        monkeypatch.setattr(attention_kernels, "HAS_AMX", has_amx)
+        monkeypatch.setattr(kernels, "HAS_AMX", has_amx)
         fused = mock.Mock(side_effect=F.scaled_dot_product_attention)
         with FakeTensorMode(), mock.patch.object(F, "scaled_dot_product_attention", fused):
             query, key, value = torch.empty(3, batch, 1, sum(block_lengths), 16, dtype=dtype)
@@ -236,8 +239,8 @@ def test_written_everywhere_repeatable_and_independent_of_the_batch(is_causal):
     try:
         assert torch.empty(3).isnan().all()
         with tiles(*SMALL):
-            whole, again = (run(block_sparse_attention, *tensors, *pattern) for _ in range(2))
-            part = run(block_sparse_attention, *(x[:1] for x in tensors), *pattern)
+            whole, again = (run(tensors, *pattern) for _ in range(2))
+            part = run([x[:1] for x in tensors], *pattern)
     finally:
         torch.use_deterministic_algorithms(False)
     for first, second, alone in zip(whole, again, part, strict=True):
@@ -247,9 +250,9 @@ def test_written_everywhere_repeatable_and_independent_of_the_batch(is_causal):
 
 @needs_kernels
 @both_patterns
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("which", range(4), ids=["query", "key", "value", "output_gradient"])
-@pytest.mark.parametrize("scale", [1, 4])
+@parametrize("poison", [float("nan"), float("inf")])
+@parametrize("which", range(4), ids=["query", "key", "value", "output_gradient"])
+@parametrize("scale", [1, 4])
 def test_nan_stays_where_it_is_seen(is_causal, poison, which, scale):
     block_lengths = (1, 2, 4, 3, 17)  # the first four share a tile
     poisoned = sum(block_lengths[:scale])
@@ -258,7 +261,7 @@ def test_nan_stays_where_it_is_seen(is_causal, poison, which, scale):
     bad[which][:, :, poisoned, 3] = poison
     pattern = (block_lengths, is_causal)
     with tiles(*SMALL):
-        clean, got = (run(block_sparse_attention, *x, *pattern) for x in (tensors, bad))
+        clean, got = (run(x, *pattern) for x in (tensors, bad))
 
     # the queries that it reaches, and by way of them the keys
     visible = visibility([(1, n) for n in block_lengths], is_causal)
@@ -269,7 +272,7 @@ def test_nan_stays_where_it_is_seen(is_causal, poison, which, scale):
     output = queries & (which != 3)
 
     # elsewhere nothing changes, and there it is not hidden
-    dense = run(dense_masked_attention, *bad, *pattern)
+    dense = run(bad, *pattern, attention=dense_masked_attention)
     reached = (output, queries, keys, keys)
     for ours, before, expected, there in zip(got, clean, dense, reached, strict=True):
         assert torch.equal(ours[:, :, ~there], before[:, :, ~there])
@@ -280,9 +283,9 @@ def test_nan_stays_where_it_is_seen(is_causal, poison, which, scale):
 @needs_kernels
 def test_views_are_read_in_place():
     tensors = inputs((3, 6), 2, 2)
-    launch = mock.Mock(side_effect=attention_kernels._launch)
-    with mock.patch.object(attention_kernels, "_launch", launch):
-        run(block_sparse_attention, *tensors, (3, 6))
+    launch = mock.Mock(side_effect=kernels._launch)
+    with mock.patch.object(kernels, "_launch", launch):
+        run(tensors, (3, 6))
     assert launch.call_count == 3
     for call in launch.call_args_list:
         for ours, read in zip(tensors[:3], call.args[1], strict=False):
@@ -290,7 +293,7 @@ def test_views_are_read_in_place():
 
 
 @needs_kernels
-@pytest.mark.parametrize(
+@parametrize(
     "strides", [(2**30 + 8, 16, 16, 1), (64, 64, 2**30 + 8, 1), (64, 64, 1, 2**27 + 2**24)]
 )
 def test_offsets_beyond_two_to_the_31(strides):
@@ -303,17 +306,17 @@ def test_offsets_beyond_two_to_the_31(strides):
         pytest.skip("not enough memory on this GPU")
     far = [torch.empty(extent, dtype=torch.float16, device=DEVICE) for _ in small]
     far = [x.as_strided(shape, strides).copy_(y) for x, y in zip(far, small, strict=True)]
-    results = (run(block_sparse_attention, *x, (1, 2)) for x in (far, small))
+    results = (run(x, (1, 2)) for x in (far, small))
     assert all(map(torch.equal, *results))
 
 
 @needs_kernels
 def test_none_and_many():
     launch = mock.MagicMock()
-    kernel = type(attention_kernels._forward_kernel)
+    kernel = type(kernels._forward_kernel)
     with mock.patch.object(kernel, "__getitem__", launch):
         for batch in (0, 70_000):
-            run(block_sparse_attention, *inputs((2,), batch), (2,))
+            run(inputs((2,), batch), (2,))
     # a grid of one number, at most 2 ** 31 - 1
     assert launch.call_args_list == [mock.call((70_000,))] * 3
 
@@ -325,8 +328,8 @@ def test_none_and_many():
 def test_compiles_as_one_graph(is_causal):
     tensors = inputs((1, 3, 12), 2, 2, 16, torch.float32)
     compiled = torch.compile(block_sparse_attention, fullgraph=True)
-    ours = run(compiled, *tensors, (1, 3, 12), is_causal)
-    expected = run(block_sparse_attention, *tensors, (1, 3, 12), is_causal)
+    ours = run(tensors, (1, 3, 12), is_causal, attention=compiled)
+    expected = run(tensors, (1, 3, 12), is_causal)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*tensors[:3], (1, 3, 12), is_causal), expected[0])
@@ -338,14 +341,14 @@ def test_operators_pass_opcheck(is_causal):
     *tensors, output_gradient = inputs((1, 4), 1, 2, 16, torch.float32)
     pattern = ((1, 4), is_causal, 0.25)
     leaves = [x.detach().requires_grad_() for x in tensors]
-    torch.library.opcheck(attention_kernels._forward, (*leaves, *pattern))
-    saved = [*tensors, *attention_kernels._forward(*tensors, *pattern)]
-    torch.library.opcheck(attention_kernels._backward, (saved, output_gradient, *pattern))
+    torch.library.opcheck(kernels._forward, (*leaves, *pattern))
+    saved = [*tensors, *kernels._forward(*tensors, *pattern)]
+    torch.library.opcheck(kernels._backward, (saved, output_gradient, *pattern))
 
 
-@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_kernels)])
-def test_autocast_casts(kernels, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "INTERPRETED", kernels and DEVICE == "cpu")
+@parametrize("has_kernels", [False, pytest.param(True, marks=needs_kernels)])
+def test_autocast_casts(has_kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", has_kernels and DEVICE == "cpu")
     query, key, value, output_gradient = inputs((1, 4, 9), 1, 2, 16, torch.float32)
     leaves = [x.detach().requires_grad_() for x in (query, key, value.bfloat16())]
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -358,8 +361,8 @@ def test_autocast_casts(kernels, monkeypatch):
 
 @needs_kernels
 def test_checkpoint_and_inputs_that_require_no_gradient():
-    *tensors, output_gradient = inputs((1, 4, 9), 1, 2)
-    _, *expected = run(block_sparse_attention, *tensors, output_gradient, (1, 4, 9), True)
+    *tensors, output_gradient = whole = inputs((1, 4, 9), 1, 2)
+    _, *expected = run(whole, (1, 4, 9), True)
     for chosen in itertools.product((False, True), repeat=3):
         leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors, chosen, strict=True)]
         output = checkpoint(block_sparse_attention, *leaves, (1, 4, 9), True, use_reentrant=False)
@@ -373,7 +376,7 @@ def test_checkpoint_and_inputs_that_require_no_gradient():
 def test_float32_is_exact_unless_torch_is_told_otherwise():
     for allowed, precision in ((True, "tf32"), (False, "ieee")):
         torch.backends.cuda.matmul.allow_tf32 = allowed
-        constants = attention_kernels._constants(0, 64, torch.float32, 8, 1)
+        constants = kernels._constants(0, 64, torch.float32, 8, 1)
         assert constants["PRECISION"].value == precision
 
 
@@ -388,8 +391,8 @@ BAD = dict(
 )
 
 
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("attention", [block_sparse_attention, dense_masked_attention])
+@parametrize("name", BAD)
+@parametrize("attention", [block_sparse_attention, dense_masked_attention])
 def test_bad_input_is_named(attention, name):
     good = dict(query=GOOD, key=GOOD, value=GOOD, block_lengths=(1, 5))
     for wrong in BAD[name]:
@@ -419,12 +422,12 @@ def compile_kernels(architecture, dtype, head_dim, longest):
         patch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(architecture, 10))
         patch.setattr(triton.JITFunction, "run", compile_only)
         tensors = inputs((9, longest), 2, 4, head_dim, getattr(torch, dtype))
-        run(lambda *x: attention_kernels._forward(*x, (9, longest), False, 1.0)[0], *tensors)
+        run(tensors, attention=lambda *x: kernels._forward(*x, (9, longest), False, 1.0)[0])
 
-    kernels = []
-    for kernel, options, built in results:
+    built = []
+    for kernel, options, binary in results:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(built.asm["cubin"])
+            cubin.write(binary.asm["cubin"])
             cubin.flush()
             command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin.name]
             dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -433,10 +436,10 @@ def compile_kernels(architecture, dtype, head_dim, longest):
         found |= dict(columns=options["COLUMNS"].value, warps=options["num_warps"])
         found["registers"] = int(re.search(r"REG:(\d+)", dump)[1])
         found["spills"] = len(re.findall(r"\s(?:STL|LDL)[. ]", dump))
-        found |= dict(shared=built.metadata.shared, tensor_memory=built.metadata.tmem_size)
-        found["has_product"] = LIMITS.get(architecture, (0, ""))[1] in built.asm["ptx"]
-        kernels.append(found)
-    return kernels
+        found |= dict(shared=binary.metadata.shared, tensor_memory=binary.metadata.tmem_size)
+        found["has_product"] = LIMITS.get(architecture, (0, ""))[1] in binary.asm["ptx"]
+        built.append(found)
+    return built
 
 
 @needs_kernels
@@ -447,10 +450,10 @@ def test_compiled_ahead_of_time(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # of new processes, which import the kernels anew
     with multiprocessing.get_context("spawn").Pool() as pool:
         built = pool.starmap(compile_kernels, jobs)
-    for job, kernels in zip(jobs, built, strict=True):
+    for job, three in zip(jobs, built, strict=True):
         architecture, dtype, head_dim, _ = job
-        assert len(kernels) == 3
-        for kernel in kernels:
+        assert len(three) == 3
+        for kernel in three:
             assert kernel["shared"] <= LIMITS[architecture][0] * 1024, (job, kernel)
             assert kernel["rows"] == 128 or head_dim != 64, (job, kernel)
             if dtype != "float32":  # no tensor cores, may spill

@@ -85,15 +85,6 @@ def test_no_tensor_has_a_row_and_a_column_a_token(dtype, is_causal, monkeypatch)
     assert all(sum(side >= 680 for side in shape) < 2 for shape in shapes)
 
 
-@pytest.mark.parametrize("masked", [0, 1])
-def test_memory_grows_with_the_tokens(masked):
-    costs = []
-    for scales in hmar.SCALES.values():
-        kept = benchmark.cost(small(scales, 5, masked))["activations"]
-        costs.append(kept / sum(tokenizer.lengths(scales)))  # bytes a token
-    assert costs == pytest.approx(len(costs) * costs[-1:], rel=0.02)
-
-
 # ---- dtypes
 
 
@@ -188,13 +179,7 @@ def test_computed_costs_are_those_of_a_real_step(name, masked):
     assert (computed["flops"], computed["muon"], computed["state"]) == (flops, muon, state)
 
 
-def test_hours(capsys):
-    stage = dict(steps=3600, batch=8, flops=1e12, muon=4e12, launches=1e5, checkpoint=1e9)
-    stage |= dict(trained=24e8, looks=8)
-    hours = [*benchmark.hours(stage, 2, 1e12).values()]
-    saving = (8 + 8.6 * 3600 / 300) / 3600  # of 1 GB a second
-    assert hours == pytest.approx([8.6 + saving, 4, 4, 0.6, 0.5, saving])
-    assert benchmark.hours(stage, 1, 1e15)["hours"] == pytest.approx(0.5 + 14 / 3600)
+def test_costs_are_printed(capsys):
     benchmark.main(["cost", "--depth", "2"])
     assert "| launches | saving |" in capsys.readouterr().out
 
