@@ -294,19 +294,19 @@ def test_views_are_read_in_place():
 
 @needs_kernels
 @parametrize(
-    "strides", [(2**30 + 8, 16, 16, 1), (64, 64, 2**30 + 8, 1), (64, 64, 1, 2**27 + 2**24)]
+    "strides", [(2**29 + 8, 80, 16, 1), (80, 80, 2**29 + 8, 1), (80, 80, 1, 2**27 + 2**24)]
 )
 def test_offsets_beyond_two_to_the_31(strides):
     # torch.empty reserves the memory and touches none of it
-    shape = (3, 1, 3, 16)
-    small = inputs((1, 2), 3, 1, 16, torch.float16)
+    shape = (5, 1, 5, 16)  # no stride is so long, an offset is
+    small = inputs((1, 4), 5, 1, 16, torch.float16)
     extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     assert extent > 2**31
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 10 * extent:
         pytest.skip("not enough memory on this GPU")
     far = [torch.empty(extent, dtype=torch.float16, device=DEVICE) for _ in small]
     far = [x.as_strided(shape, strides).copy_(y) for x, y in zip(far, small, strict=True)]
-    results = (run(x, (1, 2)) for x in (far, small))
+    results = (run(x, (1, 4)) for x in (far, small))
     assert all(map(torch.equal, *results))
 
 

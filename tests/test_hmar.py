@@ -256,6 +256,7 @@ def test_init_and_the_masked_branch_are_pure_functions(scales, blocks, own_input
 
 @given(pyramids(3, 3), pyramids(4, 4), seeds)
 @example(SCALES, SCALES, 0)
+@example(((1, 1), (4, 4)), ((2, 2), (3, 3)), 0)  # nearest by sides, not by areas
 def test_positions_are_resampled_from_the_nearest_scale(old, new, seed):
     params = tree(old, seed=seed)
     ours = hmar.resize_positions(params, new)
