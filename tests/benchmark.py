@@ -7,7 +7,6 @@ first. Contestants take turns, so that a busy machine is fair; with one thread i
 """
 
 import argparse
-import functools
 import itertools
 import math
 import re
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -72,7 +72,7 @@ def clock():
     return time.perf_counter()
 
 
-def timed(what, contestants, references, flops):
+def timed(contestants, references, flops, what=""):
     """Rows: best ms, times the speed of the best of the first, TFLOP/s, MiB on a card, words."""
     best = dict.fromkeys(contestants, math.inf)
     for turn in range(ROUNDS + 1):
@@ -98,41 +98,12 @@ def peak_memory(function):
     return (torch.cuda.max_memory_allocated() - before) >> 20
 
 
-# ---- the work, counted
-
-
-class Launches(TorchDispatchMode):
-    """count: operators that compute."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        is_free = operator.is_view or re.match("prim|profiler|aten._unsafe|.*empty", str(operator))
-        self.count += not is_free
-        return operator(*args, **(kwargs or {}))
-
-
-def counted(function):
-    """(FLOPs, launches) of a call."""
-    with FlopCounterMode(display=False) as flops, Launches() as launches:
-        function()
-    return flops.get_total_flops(), launches.count
-
-
-def saved_bytes(function, weights):
-    """Bytes that a call keeps for its backward pass, without `weights`."""
-    storages = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function()
-    for tensor in weights:
-        storages.pop(tensor.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in storages.values())
+def refuse(name, ours, truth, allowed):
+    """Ends the run unless each tensor is near the true one, by the norm."""
+    pairs = zip(ours, truth, strict=True)
+    error = max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
+    if not error < allowed:
+        sys.exit(f"{name} differs from the reference by {error:.1e}")
 
 
 # ---- attention
@@ -142,9 +113,8 @@ def attention(size, batch, width, **_):
     """Rows of forward and backward passes of one layer and its alternatives."""
     heads, dtype = width // 64, sample.find_dtype(None, DEVICE)
     lengths = tuple(tokenizer.lengths(hmar.SCALES[size]))
-    shape = (batch, sum(lengths), 3, heads, 64)
-    qkv = torch.randn(shape, device=DEVICE, dtype=dtype).permute(2, 0, 3, 1, 4)
-    tensors = [x.requires_grad_() for x in qkv]
+    qkv = torch.randn(batch, sum(lengths), 3, heads, 64, device=DEVICE, dtype=dtype)
+    tensors = [x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4)]
     output_gradient = torch.randn_like(tensors[0])
 
     def step(function):
@@ -154,32 +124,23 @@ def attention(size, batch, width, **_):
     rows = []
     for is_causal in (False, True):
         contestants = attention_contestants(batch, lengths, is_causal, dtype)
-        truth = step(contestants["SDPA, dense mask"])
-        for name, function in contestants.items():
-            refuse(name, step(function), truth, 16 * torch.finfo(dtype).eps)
+        calls = {name: partial(step, function) for name, function in contestants.items()}
+        truth = calls["SDPA, dense mask"]()
+        for name, call in calls.items():
+            refuse(name, call(), truth, 16 * torch.finfo(dtype).eps)
 
         keys = itertools.accumulate(lengths) if is_causal else lengths
-        flops = 128 * sum(map(math.prod, zip(lengths, keys))) * batch * heads
+        flops = 7 * 128 * sum(map(math.prod, zip(lengths, keys))) * batch * heads
         what = f"{sum(lengths)} tokens, {'causal' if is_causal else 'diagonal'}, "
-        calls = {name: functools.partial(step, f) for name, f in contestants.items()}
-        rows += timed(what, calls, 1, 7 * flops)  # two products forward, five backward
+        rows += timed(calls, 1, flops, what)  # two products forward, five backward
     return rows
-
-
-def refuse(name, ours, truth, allowed):
-    """Ends the run unless each tensor is near the true one, by the norm."""
-    pairs = zip(ours, truth, strict=True)
-    error = max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
-    if not error < allowed:
-        sys.exit(f"{name} differs from the reference by {error:.1e}")
 
 
 def dense_mask(lengths, is_causal, dtype=torch.float32):
     """(L, L): 0 where a token sees another, -inf elsewhere."""
     block = torch.repeat_interleave(torch.tensor(lengths, device=DEVICE))
     sees = torch.ge if is_causal else torch.eq
-    visible = sees(block[:, None], block)
-    return torch.where(visible, 0.0, -torch.inf).to(dtype)
+    return torch.where(sees(block[:, None], block), 0.0, -torch.inf).to(dtype)
 
 
 def attention_contestants(batch, lengths, is_causal, dtype):
@@ -187,8 +148,8 @@ def attention_contestants(batch, lengths, is_causal, dtype):
     mask = dense_mask(lengths, is_causal, dtype)
     ours = attention_kernels.block_sparse_attention
     contestants = {
-        "SDPA, dense mask": functools.partial(F.scaled_dot_product_attention, attn_mask=mask),
-        "block-sparse": lambda *qkv: ours(*qkv, lengths, is_causal),
+        "SDPA, dense mask": partial(F.scaled_dot_product_attention, attn_mask=mask),
+        "block-sparse": partial(ours, block_lengths=lengths, is_causal=is_causal),
     }
     if DEVICE.type != "cuda":
         return contestants
@@ -204,9 +165,8 @@ def attention_contestants(batch, lengths, is_causal, dtype):
     def visible(batch, head, row, column):
         return mask[row, column] == 0
 
-    flex = torch.compile(flex_attention)
     blocks = create_block_mask(visible, None, None, len(mask), len(mask), device=DEVICE)
-    contestants["FlexAttention"] = lambda *qkv: flex(*qkv, block_mask=blocks)
+    contestants["FlexAttention"] = partial(torch.compile(flex_attention), block_mask=blocks)
     if not is_causal and dtype != torch.float32:  # its keys cannot be a prefix
         edges = [0, *itertools.accumulate(lengths * batch)]
         edges = torch.tensor(edges, dtype=torch.int32, device=DEVICE)
@@ -227,10 +187,7 @@ def dense_logits(params, labels, inputs, mask):
     if torch.is_autocast_enabled(DEVICE.type):
         dtype = torch.get_autocast_dtype(DEVICE.type)
         x, condition, mask = (tensor.to(dtype) for tensor in (x, condition, mask))
-
-    for block in params["trunk"] + params["next_scale"]["blocks"]:
-        x = dense_block(x, condition, mask, None, **block)
-    return dense_head(x, condition, **params["next_scale"])
+    return dense_blocks(params, x, condition, mask)
 
 
 def dense_places(params):
@@ -239,20 +196,28 @@ def dense_places(params):
     return torch.cat([position.flatten(0, 1) + level for position, level in pairs])
 
 
+def dense_blocks(params, x, condition, mask, caches=None):
+    """Logits (B, n, codes) of x (B, n, C)."""
+    branch = params["next_scale"]
+    blocks = params["trunk"] + branch["blocks"]
+    for block, cache in zip(blocks, caches or [None] * len(blocks)):
+        x = dense_block(x, condition, mask, cache, **block)
+
+    modulation = F.linear(F.silu(condition), **branch["modulation"])
+    scale, shift = modulation.unflatten(-1, (1, 2, -1)).unbind(2)
+    return F.linear(dense_norm(x.float(), scale, shift).float(), **branch["head"]).float()
+
+
 def dense_block(x, condition, mask, cache, modulation, attention, mlp):
     six = F.linear(F.silu(condition), **modulation).unflatten(-1, (1, 6, -1))  # (B, 1, 6, C)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)
-
-    h = dense_norm(x).mul(scale1.add(1)).add_(shift1)
-    x = x + dense_attention(h, mask, cache, **attention).mul_(gamma1)
-
-    h = dense_norm(x).mul(scale2.add(1)).add_(shift2)
-    h = F.gelu(F.linear(h, **mlp["expand"]), approximate="tanh")
-    return x + F.linear(h, **mlp["contract"]).mul(gamma2)
+    x = x + dense_attention(dense_norm(x, scale1, shift1), mask, cache, **attention).mul_(gamma1)
+    h = F.linear(dense_norm(x, scale2, shift2), **mlp["expand"])
+    return x + F.linear(F.gelu(h, approximate="tanh"), **mlp["contract"]).mul(gamma2)
 
 
-def dense_norm(x):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+def dense_norm(x, scale, shift):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6).mul(scale.add(1)).add_(shift)
 
 
 def dense_attention(x, mask, cache, qkv, q_bias, v_bias, log_temperature, project):
@@ -272,21 +237,13 @@ def dense_attention(x, mask, cache, qkv, q_bias, v_bias, log_temperature, projec
     return F.linear(out.transpose(1, 2).flatten(2), **project)
 
 
-def dense_head(x, condition, modulation, head, blocks=()):
-    scale, shift = F.linear(F.silu(condition), **modulation).unflatten(-1, (1, 2, -1)).unbind(2)
-    h = dense_norm(x.float()).mul(scale.add(1)).add_(shift)
-    return F.linear(h.float(), **head).float()
-
-
 @torch.no_grad()
 def dense_sample(params, codec, labels):
-    """[(tokens (B, n), both logits (2 B, n, codes)) of each scale] drawn with a cache."""
+    """Tokens (B, L) drawn with a cache, and both logits (2 B, L, codes)."""
     scales = hmar.scales(params)
-    both = torch.cat([labels, torch.full_like(labels, len(params["classes"]) - 1)])
-    condition = F.embedding(both, params["classes"])
+    condition = F.embedding(with_null(params, labels), params["classes"])
     places = dense_places(params).split(tokenizer.lengths(scales))
-    blocks = params["trunk"] + params["next_scale"]["blocks"]
-    caches = [[] for _ in blocks]
+    caches = [[] for _ in range(hmar.depth(params))]
     f_hat, drawn = 0, []
 
     for k, size in enumerate(scales):
@@ -295,18 +252,19 @@ def dense_sample(params, codec, labels):
         else:
             inputs = tokenizer.resize_to_scale(f_hat, size)
             x = (F.linear(inputs, **params["input"]) + places[k]).repeat(2, 1, 1)
-        for block, cache in zip(blocks, caches):
-            x = dense_block(x, condition, None, cache, **block)
-
-        both = dense_head(x, condition, **params["next_scale"])
+        both = dense_blocks(params, x, condition, None, caches)
         conditional, unconditional = both.chunk(2)
         t = VAR["guidance"] * k / (len(scales) - 1)
-        logits = (1 + t) * conditional - t * unconditional
-        probability = dense_filtered(logits).softmax(-1)
-        tokens = torch.multinomial(probability.flatten(0, 1), 1).view(logits.shape[:2])
+        probability = dense_filtered((1 + t) * conditional - t * unconditional).softmax(-1)
+        tokens = torch.multinomial(probability.flatten(0, 1), 1).view(len(labels), -1)
         drawn.append((tokens, both))
         f_hat = f_hat + tokenizer.contribution(codec, tokens, k, scales)
-    return drawn
+    return [torch.cat(parts, 1) for parts in zip(*drawn)]
+
+
+def with_null(params, labels):
+    """The labels, and as many null classes."""
+    return torch.cat([labels, torch.full_like(labels, len(params["classes"]) - 1)])
 
 
 def dense_filtered(logits):
@@ -326,10 +284,9 @@ def training(size, batch, **sizes):
     """Rows of a step of stage one, forward and backward."""
     params = trainable(begin(size, **sizes))
     lengths = tokenizer.lengths(hmar.scales(params))
-    total = sum(lengths)
     labels = torch.randint(1000, (batch,), device=DEVICE)
-    tokens = torch.randint(4096, (batch, total), device=DEVICE)
-    inputs = torch.randn(batch, total - lengths[0], 32, device=DEVICE)
+    tokens = torch.randint(4096, (batch, sum(lengths)), device=DEVICE)
+    inputs = torch.randn(batch, sum(lengths[1:]), 32, device=DEVICE)
     leaves = pytree.tree_leaves(params)
 
     def published(mask, autocast=False):
@@ -349,12 +306,12 @@ def training(size, batch, **sizes):
     refuse("autocast", published(mask, True), published(mask), 0.1)
     dtype = sample.find_dtype(None, DEVICE)
     contestants = {
-        "published, fp32": lambda: published(mask),
-        "published, bf16 autocast": lambda: published(mask, autocast=True),
-        "ours": lambda: ours(dtype, False),
-        "ours, VAR mode": lambda: ours(dtype, True),
+        "published, fp32": partial(published, mask),
+        "published, bf16 autocast": partial(published, mask, autocast=True),
+        "ours": partial(ours, dtype, is_causal=False),
+        "ours, VAR mode": partial(ours, dtype, is_causal=True),
     }
-    return timed("", contestants, 2, cost(params)["flops"] * batch)
+    return timed(contestants, 2, cost(params)["flops"] * batch)
 
 
 def sampling(size, batch, **sizes):
@@ -363,18 +320,16 @@ def sampling(size, batch, **sizes):
     scales = hmar.scales(params)
     codec = train.to_device(tokenizer.init(channels=32, multipliers=(1,)), DEVICE)
     labels = torch.arange(batch, device=DEVICE)
-
-    tokens, published = (torch.cat(x, 1) for x in zip(*dense_sample(params, codec, labels)))
+    tokens, logits = dense_sample(params, codec, labels)
     inputs = tokenizer.next_scale_inputs(codec, tokens, scales).repeat(2, 1, 1)
-    both = torch.cat([labels, torch.full_like(labels, len(params["classes"]) - 1)])
-    refuse("ours", [hmar.next_scale_logits(params, both, inputs, True)], [published], 1e-4)
+    both = with_null(params, labels)
+    refuse("ours", [hmar.next_scale_logits(params, both, inputs, True)], [logits], 1e-4)
 
-    weights = trainable(params)  # autocast keeps their casts: faster
     fast = hmar.cast(params, sample.find_dtype(None, DEVICE))
     several = sample.published_schedule(scales)
     once = [[length] for length in tokenizer.lengths(scales)]
-
-    published = functools.partial(dense_sample, weights, codec, labels)
+    # autocast keeps the casts of parameters: faster
+    published = partial(dense_sample, trainable(params), codec, labels)
 
     def ours(schedule, is_causal=False):
         options = VAR | dict(schedule=schedule, is_causal=is_causal, mask_guidance=0, soften=0)
@@ -384,11 +339,11 @@ def sampling(size, batch, **sizes):
     contestants = {
         "published, fp32": published,
         "published, bf16 autocast": torch.autocast(DEVICE.type, torch.bfloat16)(published),
-        f"ours, {sum(map(len, several))} passes": lambda: ours(several),
-        f"ours, {len(once)} passes": lambda: ours(once),
-        f"ours, {len(once)} passes, VAR mode": lambda: ours(once, is_causal=True),
+        f"ours, {sum(map(len, several))} passes": partial(ours, several),
+        f"ours, {len(once)} passes": partial(ours, once),
+        f"ours, {len(once)} passes, VAR mode": partial(ours, once, is_causal=True),
     }
-    return timed("", contestants, 2, 0)
+    return timed(contestants, 2, 0)
 
 
 def begin(size, depth, width):
@@ -397,6 +352,11 @@ def begin(size, depth, width):
     params["classes"] *= 30
     params["next_scale"]["head"]["weight"] *= 50
     return train.to_device(params, DEVICE)
+
+
+def trainable(tree):
+    """The tree with copies of its leaves as parameters."""
+    return pytree.tree_map(lambda leaf: torch.nn.Parameter(leaf.clone()), tree)
 
 
 # ---- the table of what is measured
@@ -444,12 +404,41 @@ def measure(runs, sizes):
     return int("FAILED" in str(rows))
 
 
-# ---- what training takes, computed
+# ---- what training takes, computed on tensors without values
 
 
-def trainable(tree):
-    """The tree with copies of its leaves as parameters."""
-    return pytree.tree_map(lambda leaf: torch.nn.Parameter(leaf.clone()), tree)
+class Launches(TorchDispatchMode):
+    """count: operators that compute."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        is_free = operator.is_view or re.match("prim|profiler|aten._unsafe|.*empty", str(operator))
+        self.count += not is_free
+        return operator(*args, **(kwargs or {}))
+
+
+def counted(function):
+    """(FLOPs, launches) of a call."""
+    with FlopCounterMode(display=False) as flops, Launches() as launches:
+        function()
+    return flops.get_total_flops(), launches.count
+
+
+def saved_bytes(function, weights):
+    """Bytes that a call keeps for its backward pass, without `weights`."""
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function()
+    for tensor in weights:
+        storages.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def staged(params):
@@ -501,7 +490,7 @@ def tokenizer_cost(size, scales, **sizes):
 
 
 def step_cost(tree, trained, cast, loss):
-    """{what: number} of a training step in bf16, on tensors without values.
+    """{what: number} of a training step in bf16.
 
     flops, activations: an image's, and the bytes that its backward pass waits for; muon: FLOPs of
     the optimizer; state: bytes of weights, gradients, moments and average.
@@ -521,10 +510,9 @@ def step_cost(tree, trained, cast, loss):
             optimizer.step()
 
     muon, more = counted(step)
-    matrices, others = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
-    parameters, moving = count_numbers(tree), count_numbers(trained)
-    moments = count_numbers(matrices) + 2 * count_numbers(others)
-    checkpoint = 4 * (3 * moving + moments)
+    groups = tree, trained, *(optimizer.param_groups[0]["params"] for optimizer in optimizers)
+    parameters, moving, matrices, others = map(count_numbers, groups)
+    checkpoint = 4 * (3 * moving + matrices + 2 * others)
     state = checkpoint + 4 * (parameters - moving)
     numbers = dict(parameters=parameters, trained=moving, state=state, checkpoint=checkpoint)
     return numbers | dict(flops=flops, muon=muon, launches=launches + more, activations=activations)
@@ -550,9 +538,17 @@ def hours(stage, gpus, speed):
     return dict(hours=(total + saving) / 3600) | parts | dict(saving=saving / 3600)
 
 
+COSTS = """\
+Computed: tokenizer / next-scale / masked stage in bf16 on ImageNet. Thousands, billions, 1e-3, \
+EFLOP, millions, TFLOP an image, TFLOP and thousands a step, GB, MB an image. Hours at 66 TFLOP/s, \
+40 % of a 24 GB card; 5 us a launch, where they outlast the device; 12 bytes a parameter exchanged \
+at 24 GB/s; checkpoints at 1 GB/s; no looks.
+"""
+UNITS = dict(steps=1e3, tokens=1e9, rate=1e-3, training=1e18, parameters=1e6, flops=1e12)
+UNITS |= dict(muon=1e12, launches=1e3, state=1e9, activations=1e6)
+
+
 def print_costs(depths):
-    units = dict(steps=1e3, tokens=1e9, rate=1e-3, training=1e18, parameters=1e6, flops=1e12)
-    units |= dict(muon=1e12, launches=1e3, state=1e9, activations=1e6)
     sizes, times, images = [], [], 1_281_167  # ImageNet's
     for depth in depths:
         size = 64 if depth < 8 else 256
@@ -569,7 +565,7 @@ def print_costs(depths):
             stage["tokens"] = steps * batch * sum(tokenizer.lengths(scales))
             stage["training"] = steps * (batch * stage["flops"] + stage["muon"])
         cells = []
-        for name, unit in units.items():
+        for name, unit in UNITS.items():
             cells.append(" / ".join(f"{stage[name] / unit:.3g}" for stage in stages))
         sizes.append((depth, batch, *cells, f"{size} pixels"))
 
@@ -581,14 +577,8 @@ def print_costs(depths):
             epochs = batch * stages[1]["steps"] / images
             times.append((depth, gpus, *parts.values(), f"{20 * each[1]['hours'] / epochs:,.2f}"))
 
-    print(
-        "Computed: tokenizer / next-scale / masked stage in bf16 on ImageNet. Thousands, billions, "
-        "1e-3, EFLOP, millions, TFLOP an image, TFLOP and thousands a step, GB, MB an image. Hours "
-        "at 66 TFLOP/s, 40 % of a 24 GB card; 5 us a launch, where "
-        "they outlast the device; 12 bytes a parameter exchanged at "
-        "24 GB/s; checkpoints at 1 GB/s; no looks.\n"
-    )
-    print_table(("depth", "batch", *units, "of"), sizes)
+    print(COSTS)
+    print_table(("depth", "batch", *UNITS, "of"), sizes)
     print()
     print_table(("depth", "GPUs", *parts, "20 epochs, next-scale"), times)
 
@@ -598,7 +588,7 @@ def print_costs(depths):
 
 def print_kernels(head_dims):
     """What the kernels compile to; needs no GPU."""
-    import test_attention_kernels as compiled
+    from test_attention_kernels import compile_kernels
 
     # threads and KiB of an SM, one of which each block loses
     limits = {80: (2048, 164), 89: (1536, 100), 90: (2048, 228), 100: (2048, 228), 120: (1536, 100)}
@@ -606,10 +596,10 @@ def print_kernels(head_dims):
     rows = []
     for architecture, head_dim, longest in itertools.product(limits, head_dims, (9, 512)):
         threads, shared = limits[architecture]
-        for kernel in compiled.compile_kernels(architecture, "bfloat16", head_dim, longest):
-            warps = kernel["warps"]
-            registers = math.ceil(kernel["registers"] / 8) * 8 * 32 * warps
-            bounds = [2**16 // registers, threads // (32 * warps)]
+        for kernel in compile_kernels(architecture, "bfloat16", head_dim, longest):
+            registers = math.ceil(kernel["registers"] / 8) * 8  # of a thread
+            bounds = [2**16 // registers, threads]
+            bounds = [bound // (32 * kernel["warps"]) for bound in bounds]
             bounds.append(shared * 1024 // (kernel["shared"] + 1024))
             if kernel["tensor_memory"]:
                 bounds.append(512 // kernel["tensor_memory"])

@@ -19,18 +19,11 @@ pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden files her
 
 @pytest.fixture(scope="module")
 def golden():
-    return torch.load(GOLDEN / "published_A.pt", weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def vqvae(golden):
-    return tokenizer.from_published(golden["state"]["vqvae"])
-
-
-@pytest.fixture(scope="module")
-def models(golden):
-    kinds = ("var", "nsp", "hmar")
-    return {kind: hmar.from_published(golden["state"][kind], SCALES) for kind in kinds}
+    """What theirs computed, and their weights as trees of ours."""
+    theirs = torch.load(GOLDEN / "published_A.pt", weights_only=True)
+    states = theirs["state"]
+    trees = {kind: hmar.from_published(states[kind], SCALES) for kind in ("var", "nsp", "hmar")}
+    return theirs | trees | dict(codec=tokenizer.from_published(states["vqvae"]))
 
 
 def near(ours, theirs, tolerance=1e-4):
@@ -38,46 +31,47 @@ def near(ours, theirs, tolerance=1e-4):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
-def test_tokenizer(golden, vqvae):
-    theirs = golden["vq"]
-    tokens = tokenizer.encode(vqvae, golden["images"], SCALES)
+def test_tokenizer(golden):
+    theirs, codec = golden["vq"], golden["codec"]
+    tokens = tokenizer.encode(codec, golden["images"], SCALES)
     assert torch.equal(tokens, torch.cat(theirs["idx"], 1))
-    features = tokenizer.encode_features(vqvae, golden["images"])
+    features = tokenizer.encode_features(codec, golden["images"])
     near(features, theirs["f"])
-    pyramid = tokenizer.quantise(vqvae, features, SCALES)
-    for (_, own, f_hat), *expected in zip(pyramid, theirs["idx"], theirs["f_hat"], strict=True):
-        assert torch.equal(own, expected[0])
-        near(f_hat, expected[1])
-    near(tokenizer.accumulate(vqvae, tokens, SCALES), theirs["f_hat"][-1])
-    near(tokenizer.decode(vqvae, tokens, SCALES), theirs["rec"])
+    ours = tokenizer.quantise(codec, features, SCALES)
+    for (_, own, f_hat), index, expected in zip(ours, theirs["idx"], theirs["f_hat"], strict=True):
+        assert torch.equal(own, index)
+        near(f_hat, expected)
+    near(tokenizer.accumulate(codec, tokens, SCALES), theirs["f_hat"][-1])
+    near(tokenizer.decode(codec, tokens, SCALES), theirs["rec"])
     for name in ("var_input", "ns_input"):
-        near(tokenizer.next_scale_inputs(vqvae, tokens, SCALES), theirs[name])
-    near(tokenizer.masked_inputs(vqvae, tokens, SCALES), theirs["mask_input"])
+        near(tokenizer.next_scale_inputs(codec, tokens, SCALES), theirs[name])
+    near(tokenizer.masked_inputs(codec, tokens, SCALES), theirs["mask_input"])
 
 
-def test_logits_and_losses(golden, models):
+def test_logits_and_losses(golden):
     vq, train, labels = golden["vq"], golden["train"], golden["labels"]
     tokens = torch.cat(vq["idx"], 1)
-    ours = hmar.next_scale_logits(models["var"], labels, vq["var_input"], is_causal=True)
-    near(ours, train["var_logits"])
-    losses = hmar.next_scale_losses(models["var"], labels, tokens, vq["var_input"], is_causal=True)
-    near(losses.mean(), train["var_loss"])
-
-    near(hmar.next_scale_logits(models["nsp"], labels, vq["ns_input"]), train["nsp_logits"])
-    losses = hmar.next_scale_losses(models["nsp"], labels, tokens, vq["ns_input"])
-    near(losses.mean(), train["nsp_loss_uniform"])
-    weights = hmar.scale_weights(SCALES, "lognormal")
-    near(weights.double(), train["lognorm_weight"], 1e-6)
-    near((losses * weights).sum(1).mean(), train["nsp_loss_lognorm"])
-    by_scale = (losses * hmar.scale_weights(SCALES, "scale")).sum(1).mean()
-    near(by_scale * len(SCALES), train["nsp_loss_equal"], 1e-3)  # a sum over scales there
-
     mask = torch.zeros(2, 29, dtype=torch.bool)
     mask[:, train["mp_idx_to_mask"]] = True  # published training shares a mask over the batch
-    masked = (vq["ns_input"], vq["mask_input"], mask)
-    near(hmar.masked_logits(models["hmar"], labels, *masked), train["mp_logits"])
-    losses = hmar.masked_losses(models["hmar"], labels, tokens, *masked)
-    near(losses.mean(), train["mp_loss"])
+
+    def losses(kind, branch, *inputs, **options):
+        logits = getattr(hmar, f"{branch}_logits")(golden[kind], labels, *inputs, **options)
+        name = "mp" if branch == "masked" else kind
+        near(logits, train[f"{name}_logits"])
+        return getattr(hmar, f"{branch}_losses")(golden[kind], labels, tokens, *inputs, **options)
+
+    ours = losses("var", "next_scale", vq["var_input"], is_causal=True)
+    near(ours.mean(), train["var_loss"])
+    ours = losses("hmar", "masked", vq["ns_input"], vq["mask_input"], mask)
+    near(ours.mean(), train["mp_loss"])
+
+    ours = losses("nsp", "next_scale", vq["ns_input"])
+    near(ours.mean(), train["nsp_loss_uniform"])
+    weights = hmar.scale_weights(SCALES, "lognormal")
+    near(weights.double(), train["lognorm_weight"], 1e-6)
+    near((ours * weights).sum(1).mean(), train["nsp_loss_lognorm"])
+    by_scale = (ours * hmar.scale_weights(SCALES, "scale")).sum(1).mean()
+    near(by_scale * len(SCALES), train["nsp_loss_equal"], 1e-3)  # a sum over scales there
 
 
 ONE_PASS, REFINED = ((1,), (4,), (9,), (16,)), ((1,), (1, 3), (1, 3, 5), (16,))
@@ -94,21 +88,22 @@ PUBLISHED = dict(mask_guidance=0, soften=0, temperature=0)
         ("hmar_mask_argmax_k5", "hmar", dict(schedule=REFINED, top_k=5)),
     ],
 )
-def test_samples(golden, vqvae, models, name, kind, options):
-    theirs, labels = golden["sample"][name], golden["labels"]
+def test_samples(golden, name, kind, options):
+    theirs, codec = golden["sample"][name], golden["codec"]
     options |= dict(PUBLISHED, guidance=golden["meta"]["cfg"])
-    images, tokens = sample.generate(models[kind], vqvae, labels, **options)
+    images, tokens = sample.generate(golden[kind], codec, golden["labels"], **options)
     assert torch.equal(tokens, torch.cat(theirs["idx"], 1))
-    near(tokenizer.accumulate(vqvae, tokens, SCALES), theirs["f_hat"])
-    decoded = (tokenizer.decode_features(vqvae, theirs["f_hat"]) + 1) / 2
+    near(tokenizer.accumulate(codec, tokens, SCALES), theirs["f_hat"])
+    decoded = (tokenizer.decode_features(codec, theirs["f_hat"]) + 1) / 2
     near((images + 1) / 2, theirs.get("img", decoded), 2e-4)
 
 
-def test_every_pass_of_refinement(golden, vqvae, models):
+def test_every_pass_of_refinement(golden):
     """Each masked pass hides what theirs hides and draws what theirs draws."""
-    theirs, labels = golden["sample"]["hmar_mask_argmax"], golden["labels"]
+    theirs = golden["sample"]["hmar_mask_argmax"]
+    models = golden["hmar"], golden["codec"], golden["labels"]
     options = dict(PUBLISHED, guidance=golden["meta"]["cfg"], schedule=REFINED)
-    passes = sample.steps(models["hmar"], vqvae, labels, **options)
+    passes = sample.steps(*models, **options)
     steps = {(step.scale, step.number): step for step in passes}
     for k, tokens in enumerate(theirs["idx_initial"]):
         assert torch.equal(steps[k, 0].tokens, tokens)
