@@ -259,8 +259,8 @@ def test_published_trees_are_sampled_as_published():
 
 def test_own_options_follow_depth_and_scales():
     positions = [torch.zeros(side, side, 1) for side in (1, 4, 5, 16)]
-    t = 55 / 298**0.5
-    for depth, strengths in ((1, [t, 5]), (2, [t, 5]), (4, [1.5, 5 / 8**0.5]), (9, [1.5, 1.5])):
+    t, less = 55 / 298**0.5, (2 / 3) ** 1.5
+    for depth, strengths in ((1, [t, 5]), (2, [t, 5]), (3, [less * t, less * 5]), (9, [1.5, 1.5])):
         options = sample.own_options(PARAMS | blocks(depth) | dict(positions=positions))
         assert [options["guidance"], options["mask_guidance"]] == pytest.approx(strengths)
         few = sample.own_options(PARAMS | blocks(depth))

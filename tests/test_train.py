@@ -232,7 +232,7 @@ def toy_fit(out, look=lambda tree: dict(loss=1.0), loss=toy_loss, steps=12, look
 
 
 def test_the_loop_equals_one_written_out(monkeypatch):
-    monkeypatch.setattr(train, "AVERAGED", 1 / 36)
+    monkeypatch.setattr(train, "AVERAGED", 1 / 12)
     ours = toy_fit("run")
     theirs = pytree.tree_map(torch.nn.Parameter, toy_tree())
     leaves = pytree.tree_leaves(theirs)
@@ -252,7 +252,7 @@ def test_the_loop_equals_one_written_out(monkeypatch):
             optimizer.param_groups[0]["lr"] = 0.1 * min(step / 0.72, 1, (13 - step) / 12 / 0.6)
             optimizer.step()
         for leaf, mean in zip(leaves, average):
-            mean.lerp_(leaf.detach(), 1 - min(0.25, step / (step + 10)))
+            mean.lerp_(leaf.detach(), 1 - min(0.5, step / (step + 10)))
             leaf.grad = None
     assert difference(pytree.tree_leaves(ours), average) < 1e-5
 
