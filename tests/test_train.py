@@ -633,7 +633,7 @@ def test_a_given_tokenizer_is_taken_or_trained_on(refused):
     run("run", *SHORT, "--tokenizer", shutil.copy("given.pt", "copy.pt"))
     assert "other flags or images: --tokenizer " in refused("run", *SHORT)
 
-    run("other", *SHORT, "--init", "given.pt")
+    run("other", *SHORT, "--steps", 2, "--init", "given.pt")
     trained = torch.load("other/tokenizer.pt")
     assert difference(trained, CODEC) < 1e-4  # no code was dead at first
 
