@@ -324,7 +324,7 @@ def own_options(params, is_causal=False):
     """The same of our own trees: about as sure of classes as real images are."""
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
     masked_passes = 0
-    if "masked" in params:
+    if "masked" in params and "neighbours" not in params["next_scale"]:
         masked_passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), masked_passes)
     few = sum(schedule[-1]) / 16  # a masked pass at scales of so few tokens makes images plain

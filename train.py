@@ -72,16 +72,14 @@ def dial(depth, size, images):
     """
     larger = depth / 2
     is_large = depth >= 8  # the published sizes and layers
-    # convolutions gain small ones .16 nats, neighbours .24
-    local = {} if is_large else dict(gamma=0.1, convolutions=True, neighbours=True)
+    local = dict(gamma=0.1, convolutions=True, neighbours=True)  # .16 and .24 nats a token
 
     # images as the parameters, which grow by depth^3 (Hoffmann et al. 2022), fewer of larger ones,
     # since each has more tokens; no folder is worth more than so many epochs
     seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
 
-    # squares of pixels as channels, as the finest level is dear: at 64 pixels reconstructions are
-    # 1.65 away for 3.55; at 32 and depth 3 samples would be 3.0 for 2.3
+    # squares of pixels as channels: the finest level is dear (64 pixels: 1.65 away for 3.55)
     fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
     seen_by = {"tokenizer": 0.43 if fold > 1 else 0.35, "next-scale": 1, "masked": 1 / 11}
     perceptual = size >= 48 and fold > 1  # at 32 it is not worth its time
@@ -89,8 +87,7 @@ def dial(depth, size, images):
         seen *= 0.69
         batch //= 2
 
-    # deeper wants less, a larger batch more (HyperP 2603.28743)
-    rate = 4e-3 * larger**-0.7
+    rate = 4e-3 * larger**-0.7  # deeper wants less, a larger batch more (HyperP 2603.28743)
 
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
     halvings = cell.bit_length() - 1
@@ -108,7 +105,7 @@ def dial(depth, size, images):
         cell=cell,
         growth=2 if depth <= 2 else math.sqrt(2),  # of scales' sides; Frechet 1.8 for 2.3
         codec=codec,
-        transformer=dict(depth=depth) | local,
+        transformer=dict(depth=depth) | ({} if is_large else local),
         masked_blocks=(depth + 1) // 2,
         loss_weights="lognormal" if is_large else "token",
         batch=batch,

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -15,6 +16,12 @@ if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
     import attention_kernels
 
-    # the entry takes the PyTorch path; test_attention_kernels.py sets this for itself
+    # else PyTorch's path; test_attention_kernels.py sets it
     attention_kernels.INTERPRETED = False
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """What a test names lies there."""
+    monkeypatch.chdir(tmp_path)

@@ -1,10 +1,15 @@
 """What several test files use: random trees, comparisons, plain re-derivations."""
 
+import contextlib
+import inspect
 import math
 import re
+import resource
+import traceback
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -95,7 +100,7 @@ def random_tokens(batch, scales, codes, seed=0):
 
 
 def quantiser(codes, code_dim, seed=0):
-    """The part of a tokenizer's tree that the quantiser reads."""
+    """The part of a tokenizer's tree that quantises."""
     phi = dict(weight=torch.empty(code_dim, code_dim, 3, 3), bias=torch.empty(code_dim))
     codebook = normal(codes, code_dim, seed=seed + 20)
     return scrambled(dict(phi=[phi] * 4), seed) | dict(codebook=codebook)
@@ -152,21 +157,47 @@ def arguments(params, batch, seed=0):
     return labels, *features, torch.rand(shape[:2], generator=generator) < 0.5
 
 
-CODEC_SIZES = dict(codes=11, code_dim=4, channels=32, multipliers=(1, 2))
-CODEC_SIZES |= dict(residual_blocks=1, attention=False)
+CODEC_SIZES = SMALL | dict(codes=11, code_dim=4, multipliers=(1, 2), attention=False)
 
 
-def captured(out, stage, *flags):
-    """{argument: value} that a stage of `python train.py` hands to its loop, which does not run."""
-    made = {}
+def status_of(main, *flags):
+    """The exit status of a command."""
+    try:
+        main([*map(str, flags)])
+    except SystemExit as ending:
+        if ending.__context__ is not None:  # its frames hold the lock of a run folder
+            traceback.clear_frames(ending.__context__.__traceback__)
+        return ending.code
+    return 0
 
-    def fit(stage, tree, loss, batch, look, after_step=None, extra=()):
-        made.update(tree=tree, loss=loss, batch=batch, after_step=after_step, extra=extra)
+
+@contextlib.contextmanager
+def full_disk(room=20):
+    """A context in which a file takes so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def captured(out, *flags):
+    """{argument: value} that `python train.py` hands to its first loop, which does not run."""
+    made, signature = {}, inspect.signature(train.fit)
+
+    def fit(*arguments, **options):
+        made.update(signature.bind(*arguments, **options).arguments)
         raise KeyboardInterrupt
 
-    with mock.patch.object(train, "fit", fit), pytest.raises(SystemExit):
-        train.main(["--out", *map(str, (out, *flags))])
+    with mock.patch.object(train, "fit", fit):
+        assert status_of(train.main, "--out", out, *flags) == 130
     return made
+
+
+def prepared(out, crops=16, size=16):
+    """uint8 (N, crops, 3, size, size), held-out ones first."""
+    return np.fromfile(f"{out}/images.bin", np.uint8).reshape(-1, crops, 3, size, size)
 
 
 def state_dict(tree, names):

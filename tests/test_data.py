@@ -1,26 +1,30 @@
 """Data: drawings, folders of images, what is read, cropped, held out; Frechet distances."""
 
 import errno
-import gc
 import io
+import json
 import os
-from types import SimpleNamespace
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import judge  # puts the repository on the path
 import numpy as np
 import pytest
 import torch
-from helpers import normal
-from hypothesis import given, settings
+from helpers import captured, normal, prepared, status_of
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import sample
 import train
 
-quick = settings(max_examples=25, deadline=None)
 PICTURE = train.draw_shape(4, 48)[0].resize((60, 48))
+pytestmark = pytest.mark.usefixtures("own_folder")
+FLAGS = ["--depth", 1, "--device", "cpu", "--size", 16, "--data"]
 
 
 def encoded(image, kind, **options):
@@ -37,16 +41,17 @@ def difference(image, other):
     return int(np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
-def save_all(folder, *names, size=(20, 16)):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        flat((len(name) * 7 % 256, 90, 30), size).save(folder / name)
+def gradient(width, height):
+    """Red grows from left to right, green from top to bottom."""
+    x, y = np.meshgrid(np.arange(width) % 256, np.arange(height) % 256)
+    return Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
 
 
-# Drawn shapes
+def save(folder, name, image):
+    Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+    image.save(Path(folder, name))
 
 
-@quick
 @given(st.integers(0, 2**40), st.integers(8, 80))
 def test_a_drawing_depends_on_its_index_alone(index, size):
     np.random.seed(size)
@@ -54,58 +59,6 @@ def test_a_drawing_depends_on_its_index_alone(index, size):
     again, _ = train.draw_shape(np.int64(index), size)
     assert image.mode == "RGB" and image.size == (size, size) and label == index % 10
     assert image.tobytes() == again.tobytes() != train.draw_shape(index + 10, size)[0].tobytes()
-
-
-# Folders
-
-
-def test_a_sub_folder_is_a_class(tmp_path):
-    kept = ["cat/4.bmp", "cat/5.gif", "cat/6.jpeg", "cat/deep/3.webp", "dog/1.JPG", "dog/2.png"]
-    save_all(tmp_path, *reversed(kept), "cat/.7.png", ".git/8.png", "cat/.old/9.png")
-    for name in (".DS_Store", "notes.txt", "cat/notes.txt"):
-        (tmp_path / name).write_text("no image")
-    (tmp_path / "empty").mkdir()
-    found = train.list_images(tmp_path)
-    files, classes = found["files"], found["class_names"]
-    assert classes == ["cat", "dog"]
-    assert files == [(str(tmp_path / name), int(name[0] == "d")) for name in kept]
-    lost = ["2 files of .txt passed over", "empty: no image for this class"]
-    assert found["notes"] == [f"--data: {note}" for note in lost]
-    found = train.list_images(f"{tmp_path}/dog/")  # images alone are one class
-    files, classes = found["files"], found["class_names"]
-    assert classes == ["dog"] and [path[-5:] for path, _ in files] == ["1.JPG", "2.png"]
-
-
-def test_folders_without_a_meaning_are_refused(tmp_path):
-    save_all(tmp_path, "both/1.png", "both/cat/2.png")
-    (tmp_path / "empty" / "cat").mkdir(parents=True)
-    (tmp_path / "link").mkdir()
-    (tmp_path / "link" / "cat").symlink_to(tmp_path)
-    for name, message in (
-        ("both/1.png", "^--data: .*Not a dir"),
-        ("nowhere", "^--data: .*No such"),
-        ("link", "^--data: .*cat is a link"),
-        ("empty", "expected a folder with .png, .jpg"),
-        ("both", "with images beside sub-folders of images"),
-    ):
-        with pytest.raises(ValueError, match=message) as caught:
-            train.list_images(str(tmp_path / name))
-        assert str(tmp_path / name) in str(caught.value)
-
-
-def test_a_link_to_nothing_and_a_pipe_are_passed_over(tmp_path):
-    save_all(tmp_path, "cat/1.png", "dog/2.png")
-    before = train.list_images(tmp_path)
-    (tmp_path / "cat/gone.png").symlink_to("nothing")
-    os.mkfifo(tmp_path / "cat/pipe.png")
-    assert train.list_images(tmp_path) == before | dict(
-        notes=["--data: 2 files of .png passed over"]
-    )
-
-
-def test_a_twentieth_is_held_out_but_never_most():
-    counts = [train.count_held_out(count) for count in (2, 80, 1000, 4000, 9000, 10**6)]
-    assert counts == [1, 10, 125, 200, 450, 500]
 
 
 # Reading
@@ -138,183 +91,193 @@ CASES = {  # name: (bytes of a file, the picture it shows, how far apart they ma
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_kind_of_file_becomes_the_same_rgb(tmp_path, name):
-    content, expected, tolerance = CASES[name]
-    (tmp_path / name).write_bytes(content)
-    image = sample.read_image(str(tmp_path / name))
-    assert image.mode == "RGB" and image.size == expected.size
-    assert difference(image, expected) <= tolerance
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_upright(tmp_path, orientation):
-    upright = flat("red", (32, 16))
-    upright.paste("lime", (0, 0, 8, 8))  # a mark in the corner at the top left
-    undo = [None, 0, 3, 1, 5, 2, 6, 4][orientation - 1]  # members of Transpose
-    stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    for name in ("a.png", "a.jpg"):
-        stored.save(tmp_path / name, exif=exif)
-        pixels = np.asarray(sample.read_image(tmp_path / name))
-        assert pixels.shape == (16, 32, 3) and pixels[3, 3, 1] > 200 and pixels[13, 28, 0] > 200
-
-
-@quick
 @given(
     st.sampled_from(sorted(CASES)),
     st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=20),
     st.integers(0, 10**6),
 )
-def test_damaged_and_truncated_files_are_read_or_refused(tmp_path_factory, name, damage, length):
+def test_damaged_and_truncated_files_are_read_or_refused(name, damage, length):
     content = bytearray(CASES[name][0])
     for place, value in damage:
         content[place % len(content)] = value
-    path = tmp_path_factory.getbasetemp() / name
-    path.write_bytes(content[: length % len(content)] if not damage else content)
+    Path(name).write_bytes(content[: length % len(content)] if not damage else content)
     try:
-        assert sample.read_image(path).mode == "RGB"
+        assert sample.read_image(name).mode == "RGB"
     except ValueError as error:
-        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        assert str(error).startswith(f"{name}: ") and "\n" not in str(error)
 
 
-def test_other_files_are_refused_with_a_reason(tmp_path, monkeypatch):
-    (tmp_path / "folder.png").mkdir()
-    os.mkfifo(tmp_path / "pipe.png")
+UPRIGHT = flat("red", (32, 16))
+UPRIGHT.paste("lime", (0, 0, 8, 8))
+for orientation, undo in enumerate((None, 0, 3, 1, 5, 2, 6, 4), 1):  # members of Transpose
+    stored, exif = UPRIGHT if undo is None else UPRIGHT.transpose(undo), Image.Exif()
+    exif[0x0112] = orientation
+    for kind, options in (("png", {}), ("jpeg", dict(quality=100, subsampling=0))):
+        content = encoded(stored, kind, exif=exif, **options)
+        CASES[f"turned{orientation}.{kind}"] = content, UPRIGHT, 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_file_becomes_the_same_rgb(name):
+    content, expected, tolerance = CASES[name]
+    Path(name).write_bytes(content)
+    image = sample.read_image(name)
+    assert image.mode == "RGB" and image.size == expected.size
+    assert difference(image, expected) <= tolerance
+
+
+def test_other_files_are_refused_with_a_reason(monkeypatch):
+    os.mkdir("folder.png")
+    os.mkfifo("pipe.png")
     for name in ("folder.png", "pipe.png", "gone.png"):
         with pytest.raises(FileNotFoundError, match=f"no regular file: .*{name}"):
-            sample.read_image(tmp_path / name)
-    path = tmp_path / "half.png"
-    path.write_bytes(CASES["rgb.png"][0][:400])
+            sample.read_image(name)
+    Path("half.png").write_bytes(CASES["rgb.png"][0][:400])
     for reason in ("truncated", "decompression bomb"):
         with pytest.raises(ValueError, match=f"half.png: .*{reason}"):
-            sample.read_image(path)
+            sample.read_image("half.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # it has more than twice as many
 
 
-# Cropping and the data set
+# What the command prepares of a folder
 
 
-def gradient(width, height):
-    """Red grows from left to right, green from top to bottom."""
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    return Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+def test_a_sub_folder_is_a_class():
+    kept = ["cat/4.bmp", "cat/5.gif", "cat/6.png", "cat/deep/3.webp", "dog/1.PNG", "dog/2.png"]
+    for data, names in (("one", kept), ("two", kept[::-1])):  # in whatever order they came
+        for name in names:
+            save(data, name, flat(3 * (40 * kept.index(name),)))
+    for name in ("cat/.7.png", ".git/8.png", "cat/.old/9.png"):
+        save("two", name, RED)
+    Path("two/notes.txt").write_text("no image")
+    os.mkdir("two/empty")
+    os.symlink("nothing", "two/cat/gone.png")
+    os.mkfifo("two/cat/pipe.png")
+
+    def prepare(data):
+        """Class names, labels, numbers of images."""
+        out = f"run of {Path(data).name}"
+        captured(out, *FLAGS, data)
+        names = json.loads(Path(out, "args.json").read_text())["class_names"]
+        return names, [*np.load(f"{out}/labels.npy")], [*prepared(out)[:, 0, 0, 8, 8] // 40]
+
+    names, labels, numbers = prepare("two")
+    assert names == ["cat", "dog"] and sorted(numbers) == [*range(6)]
+    assert labels == [int(number > 3) for number in numbers]
+    assert prepare("one") == (names, labels, numbers)
+    names, labels, numbers = prepare("one/dog/")  # images alone are one class
+    assert names == ["dog"] and labels == [0, 0] and sorted(numbers) == [4, 5]
 
 
-@quick
-@given(st.integers(32, 200), st.integers(32, 200))
-def test_the_centre_crop_is_the_centre(width, height):
-    image, side = gradient(width, height), min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    centre = image.crop((left, top, left + side, top + side))
-    assert difference(train.crop(image, side), centre) == 0
-    small = np.asarray(train.crop(image, 16), dtype=float).mean((0, 1))
-    assert abs(small[0] - (left + side / 2 - 0.5)) < 1
-    assert abs(small[1] - (top + side / 2 - 0.5)) < 1
-
-
-def test_a_random_crop_moves_and_zooms():
-    image = gradient(200, 128)
-    seen = [np.asarray(train.crop(image, 64, seed), dtype=float) for seed in range(300)]
-    seen = np.stack(seen)  # (300, 64, 64, 3)
-    zoom = 128 / 64 * 48 / (seen[:, 32, 56, 0] - seen[:, 32, 8, 0])  # the shorter side / the size
-    assert 0.97 < zoom.min() < 1.02 and 1.10 < zoom.max() < 1.16  # none is mirrored
-    assert seen[..., 0].min() < 5 and seen[..., 0].max() > 194  # both ends are reached
-    assert seen[:, 0, :, 1].std() > 1  # and the shorter side moves too
-    for size, seed in (((60_000, 1), 0), ((1, 1), 2**63), ((90, 3), None)):
-        cropped = train.crop(flat("red", size), 256, seed)
-        assert cropped.size == (256, 256) and difference(cropped, flat("red", (256, 256))) == 0
+def test_a_twentieth_is_held_out_but_never_most():
+    counts = [train.count_held_out(count) for count in (2, 80, 1000, 4000, 9000, 10**6)]
+    assert counts == [1, 10, 125, 200, 450, 500]
 
 
 @pytest.fixture
-def folder(tmp_path):
-    for kind in ("cat", "dog"):
-        save_all(tmp_path, *(f"{kind}/{number}.png" for number in range(3)), size=(40, 24))
-    gradient(50, 40).save(tmp_path / "dog" / "3.jpg", quality=95)
-    return tmp_path
+def data(own_folder):
+    for number in range(7):
+        image = gradient(50, 40) if number == 6 else flat((36 * number, 90, 30), (40, 24))
+        save("data", f"{number}.png", image)
+    return "data"
 
 
-def prepared(folder, out, *flags):
-    """(images, labels) in the order of the run, prepared by the command's first step."""
-    flags = ["--data", folder, "--out", out, "--size", 16, *flags]
-    args = train.parser().parse_args([str(flag) for flag in flags])
-    run = train.make_run(args, torch.device("cpu"))
-    train.claim_and_prepare(run).close()
-    return np.array(train.load_images(run)), torch.cat(train.load_labels(run)).tolist()
+def test_images_are_prepared_in_an_order_by_the_seed(data, monkeypatch):
+    captured("run", *FLAGS, data)
+    captured("other", *FLAGS, data, "--seed", 8)
+    images, others = prepared("run"), prepared("other")
+    orders = [[image.tobytes() for image in rows[:, 0]] for rows in (images, others)]
+    assert len(images) == 7 and orders[0] != orders[1] and set(orders[0]) == set(orders[1])
+    monkeypatch.setattr(train, "CROPS", 7)  # as if the folder were large
+    captured("large", *FLAGS, data)
+    assert np.array_equal(prepared("large", crops=2), images[:, :2])
 
 
-def test_images_are_prepared_in_crops_in_an_order_by_the_seed(folder, tmp_path_factory):
-    outs = [tmp_path_factory.mktemp("runs") / name for name in "abc"]
-    images, labels = prepared(folder, outs[0])
-    assert images.shape == (7, 16, 3, 16, 16) and sorted(labels) == [0] * 3 + [1] * 4
-    again, _ = prepared(folder, outs[1])
-    assert (images == again).all()
-    _, others = prepared(folder, outs[2], "--seed", 8)
-    assert others != labels
-
-    # crop 0 is the centre, the others are unlike each other
-    files = train.list_images(folder)["files"]
-    centres = [np.asarray(train.crop(sample.read_image(path), 16)) for path, _ in files]
-    (photo,) = [row for row in images if len(np.unique(row[0])) > 20]
-    assert (photo[0].transpose(1, 2, 0) == centres[-1]).all()
-    assert len({crop.tobytes() for crop in photo}) == 16
-
-
-def test_a_large_folder_has_two_crops_an_image(folder, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(train, "CROPS", 7)
-    images, _ = prepared(folder, tmp_path_factory.mktemp("run"))
-    assert images.shape[1] == 2
+@settings(max_examples=2, phases=[Phase.generate])  # it shrinks slowly
+@given(st.integers(0, 2**31))
+def test_crop_0_is_the_centre(tmp_path_factory, seed):
+    data, out = (tmp_path_factory.mktemp(name) for name in ("data", "run"))
+    sizes = np.random.default_rng(seed).integers(16, 200, (12, 2)).tolist()
+    expected = []
+    for number, (width, height) in enumerate([*sizes, (60_000, 1), (1, 1), (90, 3)]):
+        image = gradient(width, height)
+        save(data, f"{number:02d}/{number}.png", image)  # its label tells which it is
+        image = image.reduce(max(1, min(image.size) // 32))  # what is large is read at a fraction
+        width, height = image.size
+        side = min(image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        centre = image.crop((left, top, left + side, top + side))
+        expected.append(centre.resize((16, 16), Image.Resampling.LANCZOS, reducing_gap=2.0))
+    captured(out, *FLAGS, data)
+    for label, crops in zip(np.load(out / "labels.npy"), prepared(out), strict=True):
+        assert difference(crops[0].transpose(1, 2, 0), expected[label]) <= 1
 
 
-def test_every_second_crop_is_mirrored_if_asked(folder, tmp_path_factory):
-    for path in folder.rglob("*.*"):
-        gradient(40, 30).save(path)
-    pairs = [["--flip"], []]
-    images = [prepared(folder, tmp_path_factory.mktemp("run"), *flip)[0] for flip in pairs]
-    grows = [rows[:, :, 0, 8, 15].astype(int) - rows[:, :, 0, 8, 0] for rows in images]
-    assert (grows[0][:, ::2] > 0).all() and (grows[0][:, 1::2] < 0).all() and (grows[1] > 0).all()
+def test_other_crops_move_and_zoom_and_every_second_is_mirrored_if_asked():
+    for number in range(20):
+        save("data", f"{number}.png", gradient(200, 128))
+    for name, *flip in (("plain",), ("flipped", "--flip")):
+        captured(name, *FLAGS, "data", "--size", 64, *flip)
+    images, flipped = (prepared(name, size=64) for name in ("plain", "flipped"))
+    assert np.array_equal(flipped[:, ::2], images[:, ::2])
+    assert np.array_equal(flipped[:, 1::2], images[:, 1::2, ..., ::-1])
+
+    seen = images[:, 1:].reshape(300, 3, 64, 64).astype(float)
+    # the shorter side / the crop's
+    zoom = 128 / 64 * 48 / (seen[:, 0, 32, 56] - seen[:, 0, 32, 8])
+    assert 0.97 < zoom.min() < 1.02 and 1.10 < zoom.max() < 1.16  # none is mirrored
+    assert seen[:, 0].min() < 5 and seen[:, 0].max() > 194  # both ends are reached
+    assert seen[:, 1, 0].std() > 1  # and the shorter side moves too
 
 
-def test_a_broken_file_is_named_and_left_out(folder, tmp_path_factory, capsys):
-    broken = [folder / "cat" / "0.png", folder / "dog" / "3.jpg"]
+def test_large_images_are_read_one_at_a_time(own_folder, monkeypatch):
+    Image.new("L", (6000, 6000)).save("a.png")
+    threads, most, convert = [], [], sample.as_rgb
+
+    def as_rgb(image):
+        threads.append(image)
+        most.append(len(threads))
+        time.sleep(0.1)
+        threads.pop()
+        return convert(image)
+
+    monkeypatch.setattr(sample, "as_rgb", as_rgb)
+    with ThreadPoolExecutor(2) as pool:
+        images = [*pool.map(partial(sample.read_image, shortest=8), ["a.png", "a.png"])]
+    assert most == [1, 1] and {image.size for image in images} == {(8, 8)}
+
+
+def test_a_jpeg_may_be_larger_than_what_is_decoded(own_folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (160, 80), "red").save(name)
+    assert sample.read_image("a.jpg", shortest=10).size == (20, 10)
+    for name, shortest in (("a.jpg", None), ("a.png", 10), ("a.jpg", 80)):
+        with pytest.raises(ValueError, match=rf"{name}: .*(12800|160 x 80) pixels"):
+            sample.read_image(name, shortest)
+
+
+def test_a_broken_file_is_named_and_left_out(data, capsys):
+    broken = ["data/0.png", "data/6.png"]
     for path in broken:
-        path.write_text("text")
-    _, labels = prepared(folder, tmp_path_factory.mktemp("run"))
+        Path(path).write_text("text")
+    captured("run", *FLAGS, data)
     lines = [f"left out: {path}: no image of these formats" for path in broken]
-    assert sorted(capsys.readouterr().err.splitlines()) == lines
-    assert sorted(labels) == [0, 0, 1, 1, 1]
-    for path in folder.rglob("*.*"):
-        path.write_text("text")
-    with pytest.raises(ValueError, match="--data: 0 images can be read"):
-        prepared(folder, tmp_path_factory.mktemp("run"))
+    *said, _ = capsys.readouterr().err.splitlines()
+    assert sorted(said) == lines and len(prepared("run")) == len(np.load("run/labels.npy")) == 5
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, None])
-def test_what_the_system_refuses_ends_the_run(folder, tmp_path_factory, code):
-    error = OSError(code, "") if code else MemoryError
-    refusal = mock.patch.object(sample, "read_image", side_effect=error)
-    out = tmp_path_factory.mktemp("run")
-    with (
-        refusal,
-        pytest.raises(ValueError if code else MemoryError, match="--data: " if code else None),
-    ):
-        prepared(folder, out)
-    gc.collect()  # the lock
-    assert [path.name for path in out.iterdir() if path.is_file()] == ["lock"]
-    assert len(prepared(folder, out)[0]) == 7
+@pytest.mark.parametrize("error", [OSError(errno.EIO, ""), OSError(errno.EMFILE, ""), MemoryError])
+def test_what_the_system_refuses_ends_the_run(data, capsys, error):
+    with mock.patch.object(sample, "read_image", side_effect=error):
+        assert status_of(train.main, *FLAGS, data, "--out", "run") == 2
+    expected = "MemoryError" if error is MemoryError else "--data: data/"
+    assert capsys.readouterr().err.startswith(f"train.py: {expected}")
+    assert [path.name for path in Path("run").iterdir() if path.is_file()] == ["lock"]
+    captured("run", *FLAGS, data)
+    assert len(prepared("run")) == 7
 
 
-def test_an_epoch_has_every_row_once(tmp_path):
-    run = SimpleNamespace(seed=3, batch=4, crops=5)
-    drawn = [train.draw_rows(run, "tokenizer", step, 10)[:2] for step in range(1, 21)]
-    rows, crops = (np.concatenate(parts) for parts in zip(*drawn))
-    epochs = rows.reshape(8, 10)
-    assert (np.sort(epochs) == range(10)).all() and len(np.unique(epochs, axis=0)) == 8
-    assert np.bincount(crops, minlength=5).min() > 4
-
-
-@quick
 @given(st.integers(2, 6), st.integers(0, 2**31))
 def test_the_frechet_distance_of_gaussians(dimensions, seed):
     a, shift = normal(40, dimensions, seed=seed), normal(dimensions, seed=seed + 1)

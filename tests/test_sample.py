@@ -1,6 +1,5 @@
 """Sampling against a plain loop, exact draws, editing, the command."""
 
-import contextlib
 import copy
 import io
 import itertools
@@ -8,7 +7,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import threading
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 from helpers import (
     close,
     contents,
-    double,
+    full_disk,
     leaves_equal,
     normal,
     pyramids,
@@ -29,9 +27,10 @@ from helpers import (
     refused,
     scrambled,
     small_codec,
+    status_of,
     tree,
 )
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils import _pytree as pytree
@@ -40,9 +39,9 @@ import hmar
 import sample
 import tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_folder")
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "published_A.pt"
 SCALES = ((1, 1), (2, 2), (3, 4))
-quick = settings(max_examples=25, deadline=None)
 
 CODEC = small_codec()
 PARAMS = scrambled(tree(SCALES, codes=16, code_dim=8, random=False), scale=0.15)
@@ -80,20 +79,6 @@ def slow_draw(logits, codes, uniform):
     return token, math.exp(logits[token]) / sums[-1]
 
 
-def scripted(code_dim, codes, seed):
-    """A network for a plain loop: its logits are tables, and a little of what it is given."""
-    read = normal(code_dim, codes, seed=seed)
-
-    def predict(params, branch, labels, inputs, own=None, mask=None, k=0, cache=None):
-        shape = 4, params["positions"][k][..., 0].numel(), codes
-        logits = normal(*shape, seed=seed + 10 * k + len(branch))[labels]
-        if branch == "masked":
-            logits = logits - 2 * own @ read + mask[..., None] * read[0]
-        return logits + inputs @ read
-
-    return predict
-
-
 def slow_shares(keeps, k, hidden, total):
     """What an image keeps at each pass with only so many of a scale's tokens hidden."""
     if k > 0 and len(keeps) == 1 and 0 < hidden < total:
@@ -108,7 +93,7 @@ def slow_near(tokens, y, x, w, none):
     return [tokens[i * w + j] if i >= 0 and 0 <= j < w else none for i, j in beside]
 
 
-def slow_steps(predict, params, codec, label, seed, options, known=None):
+def slow_steps(params, codec, label, seed, options, known=None):
     """(scale, pass, tokens, hidden places), f_hat of one image, as the description says it."""
     scales, rows = hmar.scales(params), torch.tensor([[label], [3]])  # 3: no class
     f_hat = torch.zeros(1, codec["codebook"].shape[1], *scales[-1], dtype=torch.float64)
@@ -133,31 +118,25 @@ def slow_steps(predict, params, codec, label, seed, options, known=None):
                 t, branch, given = options["mask_guidance"], "masked", [inputs, own, mask]
             if len(scales) > 1:
                 t = t * k / (len(scales) - 1)
-            both = [predict(params, branch, row, *given, k=k)[0] for row in rows]
-            heat, looks = options["temperature"] or 1, params[branch].get("neighbours")
-            numbers = np.random.default_rng((seed, k, number)).random(h * w)
+            both = [hmar.branch_features(params, branch, row, *given, k=k)[0] for row in rows]
+            heat, numbers = options["temperature"], np.random.default_rng((seed, k, number))
+            numbers, confidence = numbers.random(h * w), {}
 
-            # one after another where the head looks at neighbours, else all at once
-            grid, confidence = np.ndindex(h, w), {}
-            waves = [x + 2 * y if looks else 0 for y, x in grid]
-            for wave in sorted(set(waves)):
-                places = [place for place in range(h * w) if waves[place] == wave]
-                for place in set(places).intersection(hidden):
-                    pair = [logits[place] for logits in both]
-                    if looks:
-                        near = torch.tensor(slow_near(tokens, *divmod(place, w), w, 5))
-                        pair = [hmar.look_at_neighbours(x, near, **looks) for x in pair]
-                    p, q = (logits.softmax(-1) for logits in pair)
-                    strength = t
-                    if options["soften"]:
-                        divergence = (p * (p / q).log()).sum()
-                        strength = t / (1 + (divergence / options["soften"]) ** 2)
-                    logits = (1 + strength) * pair[0] - strength * pair[1]
-                    logits = (logits + seen[place]) / heat
-                    row = (logits - logits.max()).tolist()
-                    codes = slow_filter(row, options["top_k"], options["top_p"])
-                    uniform = numbers[place] if options["temperature"] else None
-                    tokens[place], confidence[place] = slow_draw(row, codes, uniform)
+            # one after another, after those near, which a head may look at
+            for place in sorted(hidden, key=lambda place: place % w + 2 * (place // w)):
+                near = torch.tensor(slow_near(tokens, *divmod(place, w), w, 5))
+                pair = [hmar.branch_logits(params, branch, x[place], near) for x in both]
+                p, q = (logits.softmax(-1) for logits in pair)
+                strength = t
+                if options["soften"]:
+                    divergence = (p * (p / q).log()).sum()
+                    strength = t / (1 + (divergence / options["soften"]) ** 2)
+                logits = (1 + strength) * pair[0] - strength * pair[1]
+                logits = (logits + seen[place]) / (heat or 1)
+                row = (logits - logits.max()).tolist()
+                codes = slow_filter(row, options["top_k"], options["top_p"])
+                uniform = numbers[place] if heat else None
+                tokens[place], confidence[place] = slow_draw(row, codes, uniform)
             order = sorted(hidden, key=lambda place: (-confidence[place], place))
             hidden = sorted(order[keep:])
             grown = f_hat + tokenizer.contribution(codec, torch.tensor([tokens]), k, scales)
@@ -184,7 +163,6 @@ def schedules(draw, scales):
     return tuple(passes)
 
 
-@quick
 @given(
     pyramids(3, 3), st.data(), st.integers(0, 3), st.booleans(), st.booleans(), st.integers(0, 99)
 )
@@ -199,24 +177,12 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks,
         top_k=data.draw(st.integers(0, 6)),
         top_p=data.draw(st.sampled_from([1.0, 0.9, 0.4])),
     )
-    params = double(tree(scales, own_input=own_input, random=False))
-    if looks:
-        few = hmar.init(depth=1, classes=3, codes=5, width=5, heads=1, neighbours=True)
-        for i, branch in enumerate((params["next_scale"], params["masked"])):
-            branch["neighbours"] = scrambled(few["next_scale"]["neighbours"], seed + i, 1.0)
-    codec = quantiser(5, 4, seed=seed)
+    params = tree(scales, own_input=own_input, neighbours=looks, seed=seed)
+    codec, labels = quantiser(5, 4, seed=seed), torch.arange(max(1, batch)) * 2 % 4
     known = some_known(scales, seed) if batch == 0 else None
-    predict, labels = scripted(4, 5, seed), torch.arange(max(1, batch)) * 2 % 4
-
-    def see(params, branch, x, near):
-        neighbours = params[branch].get("neighbours")
-        return hmar.look_at_neighbours(x, near, **neighbours) if neighbours else x
-
-    network = dict(branch_features=predict, branch_logits=see)
-    with mock.patch.multiple(hmar, **network):
-        steps = list(sample.steps(params, codec, labels, seed=seed, known=known, **options))
+    steps = list(sample.steps(params, codec, labels, seed=seed, known=known, **options))
     for i, label in enumerate(labels.tolist()):
-        slow = slow_steps(predict, params, codec, label, seed + i, options, known)
+        slow = slow_steps(params, codec, label, seed + i, options, known)
         for step, (expected, f_hat) in zip(steps, slow, strict=True):
             hidden = step.hidden[i].nonzero().flatten().tolist()
             assert (step.scale, step.number, step.tokens[i].tolist(), hidden) == expected
@@ -226,7 +192,6 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks,
 TOP_P = st.sampled_from([1e-9, 0.3, 0.9, 0.999, 1.0])
 
 
-@quick
 @given(st.integers(1, 12), st.integers(0, 14), TOP_P, st.booleans(), st.integers(0, 999))
 @example(7, 4, 0.9, True, 1)
 def test_filters_are_those_of_plain_loops(codes, top_k, top_p, tied, seed):
@@ -243,10 +208,9 @@ def test_a_draw_never_falls_on_a_code_that_was_ruled_out():
     assert tokens[0] == 1 and tokens[1] in (1, 3)
 
 
-@quick
 @given(pyramids(5, 5), st.integers(0, 30))
 def test_schedules_sum_to_their_scales(scales, passes):
-    counts = [h * w for h, w in scales]
+    counts = tokenizer.lengths(scales)
     for k, keeps in enumerate(sample.masked_schedule(scales, passes)):
         assert sum(keeps) == counts[k] and min(keeps) >= 1
         assert len(keeps) == (min(passes + 1, counts[k]) if k else 1)
@@ -270,55 +234,47 @@ def test_a_caller_chooses_what_the_next_scale_is_drawn_from():
     close(step.f_hat, tokenizer.accumulate(CODEC, tokens, SCALES), 1e-6)
 
 
-REFINED = dict(schedule=sample.masked_schedule(SCALES, 3), mask_guidance=1.0, top_p=0.9)
-
-
-@pytest.mark.parametrize(
-    "params, options",
-    [(PARAMS, {}), (PLAIN, dict(is_causal=True, soften=0.1)), (PARAMS, REFINED)]
-    + [(PARAMS, dict(temperature=0, top_k=3, guidance=2.0))],
-)
-def test_images_depend_on_arguments_alone(params, options):
-    labels, seeds = torch.tensor([2, 0, 3, 1, 2]), [7, 3, 11, 4, 2**40]
-    before, state = copy.deepcopy([params, CODEC, labels]), torch.get_rng_state()
-    images, tokens = sample.generate(params, CODEC, labels, seed=seeds, **options)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert leaves_equal(before, [params, CODEC, labels])
+@pytest.mark.parametrize("options", [{}, dict(is_causal=True), dict(temperature=0, top_k=3)])
+def test_images_depend_on_arguments_alone(options):
+    given = PARAMS, CODEC, torch.tensor([2, 0, 3, 1, 2])
+    seeds = [7, 3, 11, 4, 2**40]
+    before, state = copy.deepcopy(given), torch.get_rng_state()
+    images, tokens = sample.generate(*given, seed=seeds, **options)
+    assert torch.equal(torch.get_rng_state(), state) and leaves_equal(before, given)
     close(images, tokenizer.decode(CODEC, tokens, SCALES).detach(), 1e-5)
     for batch in ([0], [4, 2], [3, 1, 0], [1, 1]):
-        own = dict(seed=[seeds[i] for i in batch], **options)
-        own_images, own_tokens = sample.generate(params, CODEC, labels[batch], **own)
+        options["seed"] = [seeds[i] for i in batch]
+        own_images, own_tokens = sample.generate(PARAMS, CODEC, given[2][batch], **options)
         assert torch.equal(own_tokens, tokens[batch])
         close(own_images, images[batch], 1e-5)
 
 
-@pytest.mark.parametrize(
-    "depth, guidance, top_k", [(2, 1.7, 1000), (20, 1.9, 950), (24, 2.1, 900), (30, 1.6, 650)]
-)
-def test_published_trees_are_sampled_as_published(depth, guidance, top_k):
-    trunk = dict(trunk=PARAMS["trunk"] * (depth - 1))  # a block is the branch's
-    expected = dict(mask_guidance=0, soften=0, is_causal=False, top_p=0.99)
-    expected |= dict(guidance=guidance, top_k=top_k)
-    assert sample.published_options(PLAIN | trunk) == expected
-    expected["schedule"] = [[1], [1, 3], [12]]
-    assert sample.published_options(PARAMS | trunk) == expected
-    expected = dict(mask_guidance=0, soften=0, is_causal=True, top_p=0.96, guidance=1.5, top_k=900)
-    assert sample.published_options(PLAIN | trunk, is_causal=True) == expected
+def blocks(depth):
+    """A tree's trunk at this depth."""
+    return dict(trunk=PARAMS["trunk"] * (depth - 1))  # a block is the branch's
 
 
-@pytest.mark.parametrize(
-    "depth, t, masked_t",
-    [(1, 55 / 298**0.5, 5), (2, 55 / 298**0.5, 5), (4, 1.5, 5 / 8**0.5), (9, 1.5, 1.5)],
-)
-def test_own_options_follow_depth_and_scales(depth, t, masked_t):
+def test_published_trees_are_sampled_as_published():
+    common = dict(mask_guidance=0, soften=0)
+    for depth, guidance, top_k in ((2, 1.7, 1000), (20, 1.9, 950), (24, 2.1, 900), (30, 1.6, 650)):
+        expected = common | dict(is_causal=False, guidance=guidance, top_k=top_k, top_p=0.99)
+        assert sample.published_options(PLAIN | blocks(depth)) == expected
+        expected["schedule"] = [[1], [1, 3], [12]]
+        assert sample.published_options(PARAMS | blocks(depth)) == expected
+        expected = common | dict(is_causal=True, guidance=1.5, top_k=900, top_p=0.96)
+        assert sample.published_options(PLAIN | blocks(depth), is_causal=True) == expected
+
+
+def test_own_options_follow_depth_and_scales():
     positions = [torch.zeros(side, side, 1) for side in (1, 4, 5, 16)]
-    trunk = dict(trunk=PARAMS["trunk"] * (depth - 1), positions=positions)
-    options = sample.own_options(PARAMS | trunk)
-    assert [options["guidance"], options["mask_guidance"]] == pytest.approx([t, masked_t])
-    few = sample.own_options(PARAMS | dict(trunk=trunk["trunk"]))
-    assert few["guidance"] == pytest.approx(max(1.5, 0.9 * masked_t))
-    refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
-    assert options["schedule"] == [[1], [16], *refined]
+    t, less = 55 / 298**0.5, (2 / 3) ** 1.5
+    for depth, strengths in ((1, [t, 5]), (2, [t, 5]), (3, [less * t, less * 5]), (9, [1.5, 1.5])):
+        options = sample.own_options(PARAMS | blocks(depth) | dict(positions=positions))
+        assert [options["guidance"], options["mask_guidance"]] == pytest.approx(strengths)
+        few = sample.own_options(PARAMS | blocks(depth))
+        assert few["guidance"] == pytest.approx(max(1.5, 0.9 * strengths[1]))
+        refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
+        assert options["schedule"] == [[1], [16], *refined]
 
 
 # Editing
@@ -328,57 +284,71 @@ def picture(batch, seed=0):
     return torch.rand(batch, 3, 6, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def masks(kind, batch):
-    mask = torch.zeros(batch, 1, 6, 8, dtype=torch.bool)
-    if kind == "random":
-        return torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.2
-    mask[..., {"empty": 8, "half": 4, "column": 7, "full": 0}[kind] :] = True
-    return mask
-
-
-HALF = masks("half", 3)
+MASKS = torch.rand(6, 1, 6, 8, generator=torch.Generator().manual_seed(1)) < 0.2
+for index, left in enumerate((8, 0, 4, 7)):  # hides nothing, all, half, a column
+    MASKS[index] = torch.arange(8) >= left
+HALF = MASKS[[2, 2, 2]]
 
 
 @pytest.mark.parametrize(
-    "params, schedule",
-    [(PLAIN, None), (PARAMS, None)]
-    + [(PARAMS, ((1,), (4,), (12,))), (PARAMS, ((1,), (0, 4), (3, 0, 9)))],
+    "params, options",
+    [(PLAIN, {}), (PARAMS, {}), (PARAMS, dict(is_causal=True))]  # VAR takes one pass a scale
+    + [(PARAMS, dict(schedule=keeps)) for keeps in ([[1], [4], [12]], [[1], [0, 4], [3, 0, 9]])],
 )
-def test_each_image_is_edited_as_alone(params, schedule):
+def test_each_image_is_edited_as_alone(params, options):
     """Outside it stays; under a full mask it is as generated."""
-    images, labels = picture(5), torch.tensor([1, 2, 0, 2, 3])
-    mask = torch.cat([masks(kind, 1) for kind in ("empty", "full", "half", "random", "column")])
+    images, labels = picture(6), torch.tensor([1, 2, 0, 2, 3, 0])
     with (
-        mock.patch.object(sample, "at_once", return_value=2),
+        mock.patch.object(sample, "at_once", return_value=4),
         mock.patch.object(tokenizer, "encoder", wraps=tokenizer.encoder) as encoder,
         mock.patch.object(tokenizer, "decoder", wraps=tokenizer.decoder) as decoder,
     ):
-        edited = sample.edit(params, CODEC, images, mask, labels, seed=9, schedule=schedule)
+        edited = sample.edit(params, CODEC, images, MASKS, labels, seed=9, **options)
     for network in (encoder, decoder):
-        assert [len(call.args[0]) for call in network.call_args_list] == [2, 2, 1]
-    assert torch.equal(edited.masked_fill(mask, 0), images.masked_fill(mask, 0))
-    for i in range(5):
-        own = [x[i : i + 1] for x in (images, mask, labels)]
-        alone = sample.edit(params, CODEC, *own, seed=9 + i, schedule=schedule)
-        close(edited[i : i + 1], alone, 1e-5)
-    generated, _ = sample.generate(params, CODEC, labels[1:2], seed=10, schedule=schedule)
+        assert [len(call.args[0]) for call in network.call_args_list] == [4, 2]
+    assert torch.equal(edited.masked_fill(MASKS, 0), images.masked_fill(MASKS, 0))
+    for i in range(6):
+        own = [x[i : i + 1] for x in (images, MASKS, labels)]
+        close(edited[i : i + 1], sample.edit(params, CODEC, *own, seed=9 + i, **options), 1e-5)
+    generated, _ = sample.generate(params, CODEC, labels[1:2], seed=10, **options)
     close(edited[1:2], generated, 1e-5)
+
+
+@given(st.integers(0, 2**20), st.floats(0, 1))
+def test_pixels_under_the_mask_change_nothing(seed, share):
+    generator = torch.Generator().manual_seed(seed)
+    one, other, chance = (torch.rand(3, 3, 6, 8, generator=generator) for _ in range(3))
+    mask = chance[:, :1] < share
+    pictures = [2 * one - 1, torch.where(mask, 1 - 2 * other, 2 * one - 1)]
+    edits = [sample.edit(PARAMS, CODEC, images, mask, LABELS, seed=seed) for images in pictures]
+    assert torch.equal(*edits)
+
+
+def test_hidden_pixels_become_like_their_surroundings():
+    images, mask = torch.full((1, 3, 9, 9), 0.5), torch.zeros(1, 1, 9, 9, dtype=torch.bool)
+    mask[..., 4:] = True
+    images[..., 3] = 0.9
+    seen = sample.replace_hidden(images.masked_fill(mask, -1), mask, 3)[0, 0, 4]
+    mean = (3 * 0.5 + 0.9) / 4
+    close(seen[:4], images[0, 0, 4, :4])
+    close(seen[4:], [mean + (0.9 - mean) * fade for fade in (0.75, 0.5, 0.25, 0, 0)], 1e-6)
+    assert (sample.replace_hidden(images, mask | True, 3) == 0).all()
 
 
 def test_evidence_is_the_density_of_a_cell_seen_in_part():
     codebook, residual = normal(7, 3), normal(1, 3, 4, 4)
     outside = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    outside[..., :2, 1] = True  # half of the first of 2 x 2 cells
+    outside[..., :2, :2] = torch.tensor([[0, 1], [1, 1]])  # of the first of 2 x 2 cells
     logits = sample.evidence(codebook, residual, outside, (2, 2))
-    seen = residual[0, :, :2, 1:2].flatten(1)  # (3, places)
+    seen = residual[0][:, outside[0, 0]]  # (3, places)
     mean = seen.mean(1)
-    variance = (seen - mean[:, None]).square().mean() * (1 - 0.5) / (4 * 0.5)
+    variance = (seen - mean[:, None]).square().mean() * (1 - 0.75) / (4 * 0.75)
     close(logits[0, 0], -0.5 * (codebook - mean).square().sum(1) / variance)
     assert logits.shape == (1, 4, 7) and not logits[0, 1:].any()
 
 
 def test_an_edit_knows_what_lies_outside_the_mask():
-    mask, images = masks("random", 2), picture(2)
+    mask, images = MASKS[[4, 5]], picture(2)
     mask[1] = torch.arange(6)[:, None] == 3  # beyond the upper cells' pixels, in their latents
     with mock.patch.object(sample, "steps", wraps=sample.steps) as steps:
         sample.edit(PARAMS, CODEC, images, mask, LABELS[:2])
@@ -400,10 +370,8 @@ def test_an_edit_knows_what_lies_outside_the_mask():
 
 def test_what_decoding_does_at_the_edge_is_taken_back():
     """Here it makes a grey picture lighter by 0.25: next to the edge all of it is taken off."""
-    images, mask = torch.zeros(3, 3, 6, 8), masks("random", 3)
-    mask[2] = HALF[0]
-    lighter = images + 0.25
-    with mock.patch.object(tokenizer, "decode_features", lambda codec, f_hat: lighter):
+    images, mask = torch.zeros(3, 3, 6, 8), MASKS[[2, 4, 5]]
+    with mock.patch.object(tokenizer, "decode_features", return_value=images + 0.25):
         edited = sample.edit(PARAMS, CODEC, images, mask, LABELS)
     reach = 2 * tokenizer.downsampling(CODEC)
     for i, y, x in itertools.product(range(3), range(6), range(8)):
@@ -428,27 +396,30 @@ def test_bad_options_are_told():
         options = dict(params=PARAMS, codec=CODEC, labels=LABELS) | options
         refused(f"^{message}", sample.generate, **options)
 
-    # VAR edits in one pass a scale, though there is a masked branch
-    sample.edit(PARAMS, CODEC, picture(3), HALF, LABELS, is_causal=True)
-
     black = torch.zeros(3, 3, 6, 8, dtype=torch.uint8)  # which in [-1, 1] would be grey
-    for message, images, mask in (
-        (r"mask: expected a bool tensor \(3, 1, 6, 8\)", picture(3), HALF.byte()),
-        (r"mask: expected a bool tensor \(3, 1, 6, 8\)", picture(3), HALF[:2]),
-        ("images: got .*uint8", black, HALF),
-    ):
-        refused(f"^{message}", sample.edit, PARAMS, CODEC, images, mask, LABELS)
+    refused("^images: got .*uint8", sample.edit, PARAMS, CODEC, black, HALF, LABELS)
+    for mask in (HALF.byte(), HALF[:2]):
+        message = r"^mask: expected a bool tensor \(3, 1, 6, 8\)"
+        refused(message, sample.edit, PARAMS, CODEC, picture(3), mask, LABELS)
 
 
 # The command
 
 
+def odd(leaf):
+    return leaf.double().transpose(0, -1).contiguous().transpose(0, -1)
+
+
 def run_folder(folder, params=PARAMS, name="hmar.pt", **record):
+    """Of weights that are not plain yet."""
     folder.mkdir(exist_ok=True)
-    torch.save(params, folder / name)
-    torch.save(CODEC, folder / "tokenizer.pt")
+    torch.save(pytree.tree_map(odd, params), folder / name)
+    torch.save(pytree.tree_map(odd, CODEC), folder / "tokenizer.pt")
     (folder / "args.json").write_text(json.dumps(record))
-    return folder
+
+
+def scaled(tree, factor):
+    return pytree.tree_map(lambda leaf: factor * leaf, tree)
 
 
 @pytest.fixture(scope="module")
@@ -456,198 +427,155 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     names = ["disc", "ring", "star"]
     run_folder(folder, class_names=names, digests={"tokenizer.pt": sample.digest(CODEC)})
-    for name, factor in dict(nan=math.nan, large=1e20).items():
-        scaled = pytree.tree_map(lambda leaf, factor=factor: factor * leaf, PARAMS)
-        torch.save(scaled, folder / f"{name}.pt")
-    torch.save(small_codec(seed=1), folder / "other_codec.pt")
+    decoder = CODEC | dict(post_quant_conv=scaled(CODEC["post_quant_conv"], 1e30))
+    torch.save(decoder, folder / "decoder.pt")
+    torch.save(scaled(CODEC, 2), folder / "codec.pt")
+    torch.save(scaled(PARAMS, 1e20), folder / "large.pt")
+    torch.save(scaled(PARAMS, math.nan), folder / "nan.pt")
     torch.save(print, folder / "code.pt")
     Image.fromarray(sample.to_bytes(picture(1))[0]).save(folder / "photo.png")
-    Image.fromarray(masks("half", 1)[0, 0].numpy()).save(folder / "mask.png")
+    Image.fromarray(HALF[0, 0].numpy()).save(folder / "mask.png")
     Image.new("L", (8, 8)).save(folder / "black.png")
+    run_folder(folder / "plain")
     run_folder(folder / "cut")
     (folder / "cut" / "args.json").write_text("[{}]")
+    run_folder(folder / "typed", class_names=3)
+    run_folder(folder / "foreign", digests={"hmar.pt": "of another"})
+    run_folder(folder / "deep")
+    (folder / "deep" / "args.json").write_text("[" * 100_000)
     (folder / "cut" / "settings.json").write_bytes(b"\xff")
     return folder
 
 
 def call(*flags):
     """The exit status of the command."""
-    try:
-        sample.main(["--dtype", "fp32", "--device", "cpu", *map(str, flags)])
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    return status_of(sample.main, "--dtype", "fp32", "--device", "cpu", *flags)
 
 
-def archived(tmp_path, *flags):
-    path = tmp_path / f"{len(contents(tmp_path))}.npz"
+def archived(*flags):
+    path = f"{len(contents('.'))}.npz"
     assert call(*flags, "--out", path) == 0
     return np.load(path)["arr_0"]
 
 
-def drawn(labels, **options):
-    return sample.generate(PARAMS, CODEC, torch.tensor(labels), **OWN | options)[0]
-
-
-def assert_same(pixels, images):
+def assert_drawn(pixels, labels, params=PARAMS, codec=CODEC, **options):
+    """pixels (B, H, W, 3) are what `generate` makes of these labels."""
+    images, _ = sample.generate(params, codec, torch.tensor(labels), **options)
     assert pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - sample.to_bytes(images)).max() <= 1
 
 
-def test_the_command_draws_the_same_images_in_every_form(run, tmp_path):
+def test_the_command_draws_the_same_images_in_every_form(run):
     flags = (run, "--labels", "star", "0", "--count", 3, "--seed", 5, "--out")
     for name in ("sheet.png", "growing.gif", "all.npz", "folder"):
-        assert call(*flags, tmp_path / name) == 0
-    labels = [2, 2, 2, 0, 0, 0]
-    expected, archive = drawn(labels, seed=5), np.load(tmp_path / "all.npz")
+        assert call(*flags, name) == 0
+    labels, archive = [2, 2, 2, 0, 0, 0], np.load("all.npz")
+    pixels = archive["arr_0"]
+    assert_drawn(pixels, labels, seed=5, **OWN)
     assert archive["labels"].tolist() == labels
-    assert_same(archive["arr_0"], expected)
-    assert contents(tmp_path / "folder") == contents(tmp_path / "all")
-    files = sorted((tmp_path / "folder").glob("*.png"))
-    assert [path.name for path in files] == [f"{i:06d}-{labels[i]}.png" for i in range(6)]
+    assert contents("folder") == contents("all")
+    names = [f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
+    assert sorted(contents("folder")) == [*names, "settings.json"]
 
-    page, gif = Image.open(tmp_path / "sheet.png"), Image.open(tmp_path / "growing.gif")
+    page, gif = Image.open("sheet.png"), Image.open("growing.gif")
     left = page.width - 3 * (64 + 2)  # images grow by whole pixels
     assert page.height == 2 * (48 + 2) and left > 12
     rows = np.asarray(page).reshape(2, 50, -1, 3)
-    assert_same(rows[:, :48:8, left : left + 64 : 8], expected[::3])
+    assert np.array_equal(rows[:, :48:8, left : left + 64 : 8], pixels[::3])
     assert gif.n_frames == 5 and gif.size == page.size  # a page a pass
-    passes = sample.steps(PARAMS, CODEC, torch.tensor(labels), **OWN, seed=5)
-    for number, step in enumerate(passes):
+    for number, step in enumerate(sample.steps(PARAMS, CODEC, torch.tensor(labels), seed=5)):
         gif.seek(number)
         shown = np.asarray(gif.convert("RGB"), int)[:48:8, left : left + 64 : 8]
-        truth = sample.to_bytes(sample.decode_in_parts(CODEC, step.f_hat))[0]
+        truth = sample.to_bytes(tokenizer.decode_features(CODEC, step.f_hat[:1]).detach())[0]
         assert np.abs(shown - truth).mean() < 3  # of a palette
 
 
-def test_an_interrupted_folder_goes_on(run, tmp_path, capsys, monkeypatch):
-    """Its files are written two at a time, each whole or not there."""
-    archive, folder = tmp_path / "a.npz", tmp_path / "a"
-    flags = (run, "--count", 2, "--out", archive)
-    together, write = threading.Barrier(2, timeout=20), sample.write_whole
+def test_an_interrupted_folder_goes_on_in_two_processes(run, capsys, monkeypatch):
+    """Files are written two at a time; whoever then finds all of them there packs them."""
+    together, write = threading.Barrier(2), sample.write_whole
+    flags = (run, "--count", 2, "--out", "a.npz")
 
     def write_together(path, work):
         if path.suffix == ".png":
-            together.wait()
+            together.wait(timeout=20)
         write(path, work)
+
+    def stopped(effects, status, said, room=10**9):
+        """How many images are there when `generate` had these effects."""
+        with mock.patch.object(sample, "generate", side_effect=effects), full_disk(room):
+            assert call(*flags) == status
+        assert re.search(said, capsys.readouterr().err)
+        return len([*Path("a").glob("*.png")])
 
     monkeypatch.setattr(sample, "at_once", lambda pixels: 2)
     monkeypatch.setattr(sample, "write_whole", write_together)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    some = drawn([0, 0]), None
-    effects = [some, KeyboardInterrupt, some, MemoryError, some, KeyError]
-    with mock.patch.object(sample, "generate", side_effect=effects):
-        with full_disk():
-            assert call(*flags) == 2
-        assert re.search(r"settings.json\S*: cannot be written: ", capsys.readouterr().err)
-        assert contents(tmp_path) == {}
-        assert call(*flags) == 130
-        assert capsys.readouterr().err == "sample.py: stopped\n"
-        assert contents(tmp_path) == {}
-        assert call(*flags) == 2
-        assert capsys.readouterr().err == "sample.py: MemoryError\n"
-        assert len(list(folder.glob("*.png"))) == 2
-        with full_disk():
-            assert call(*flags) == 2
-        said = f"sample.py: {folder}/000002-1.png: cannot be written: "
-        assert capsys.readouterr().err.startswith(said)
-        with pytest.raises(KeyError):  # a bug shows its traceback
-            call(*flags)
-    assert not archive.exists() and len(list(folder.glob("*.png"))) == 2
-    with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
-        assert call(*flags) == 0
-    assert [made.kwargs["seed"] for made in generate.call_args_list] == [[2, 3], [4, 5]]
-    assert_same(np.load(archive)["arr_0"], drawn([0, 0, 1, 1, 2, 2]))
+    some = sample.generate(PARAMS, CODEC, torch.tensor([0, 0]))
+    assert stopped([some], 2, "settings.json.*: cannot be written: ", room=20) == 0
+    assert stopped([KeyboardInterrupt], 130, "^sample.py: stopped\n$") == 0
+    assert contents(".") == {}
+    assert stopped([some, MemoryError], 2, "^sample.py: MemoryError\n$") == 2
+    assert stopped([some], 2, "^sample.py: .*/000002-1.png: cannot be written: ", room=20) == 2
+    with pytest.raises(KeyError):  # a bug shows its traceback
+        stopped([KeyError], None, "")
 
-
-@pytest.mark.parametrize("name", ["a.npz", "a"])
-def test_processes_share_a_folder(run, tmp_path, monkeypatch, name):
-    """Whoever finds all images there packs them; settings are those of who came first."""
-    flags, drawn_by = (run, "--count", 3, "--out", tmp_path / name), {}
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sample, "at_once", lambda pixels: 2)
-    for rank in "10":
+    for rank, seeds in (("1", [3, 5]), ("0", [2, 4])):
+        assert not Path("a.npz").exists()
         monkeypatch.setenv("RANK", rank)
         with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
             assert call(*flags) == 0
-        seeds = [made.kwargs["seed"] for made in generate.call_args_list]
-        drawn_by[rank] = [seed for part in seeds for seed in part]
-        assert (tmp_path / "a.npz").exists() == (rank == "0" and name == "a.npz")
-    assert drawn_by == {"1": [1, 3, 5, 7], "0": [0, 2, 4, 6, 8]}
-    pixels = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "a").glob("*.png"))]
-    assert_same(np.stack(pixels), drawn([0, 0, 0, 1, 1, 1, 2, 2, 2]))
+        assert [made.kwargs["seed"] for made in generate.call_args_list] == [seeds]
+    assert_drawn(np.load("a.npz")["arr_0"], [0, 0, 1, 1, 2, 2])
 
 
-def test_two_commands_of_other_settings_cannot_both_claim_a_folder(run, tmp_path, capsys):
-    """Though both found it empty."""
-    sample.check_folder(tmp_path / "a", dict(seed=0), begin=True)
-    with pytest.raises(ValueError, match="holds something else: seed 0 -> 1"):
-        sample.check_folder(tmp_path / "a", dict(seed=1), begin=True)
-    assert set(contents(tmp_path)) == {"a/settings.json"}
+def test_a_folder_is_of_one_setting(run, capsys):
+    """Which the first that drew wrote there, even if another command, too, had found it empty."""
+    flags = (run, "--count", 5000, "--out", "a")
 
+    def draw(*_, seed, **options):
+        if seed[0] == 1:
+            assert contents("a") == {}
+            assert call(*flags) == 130  # of seed 0, meanwhile
+        if seed[0] == 50:
+            raise KeyboardInterrupt
+        return torch.zeros(50, 3, 6, 8), None
 
-@pytest.mark.parametrize("name", ["cats.bmp", "cats.tif", "v1.2"])
-def test_an_unknown_suffix_is_refused(run, tmp_path, capsys, name):
-    assert call(run, "--out", tmp_path / name) == 2
-    assert f"{name}, expected .png, .jpg" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_generate_draws_what_the_command_draws(run, tmp_path):
-    images, _ = sample.generate(PARAMS, CODEC, torch.tensor([0, 1, 2]))
-    assert_same(archived(tmp_path, run, "--count", 1), images)
-
-
-@contextlib.contextmanager
-def full_disk(room=20):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_folder_is_of_one_setting(run, tmp_path, capsys):
-    flags = (run, "--count", 5000, "--out", tmp_path)
-    some = drawn([0])[:1].expand(50, -1, -1, -1), None
-    with mock.patch.object(sample, "generate", side_effect=[some, KeyboardInterrupt]):
-        assert call(*flags) == 130
-        before = contents(tmp_path)
-        assert len(before) == 51 and len(before["settings.json"]) < 2000
-        for *other, said in (("--seed", 1, "seed 0 -> 1"), ("--labels", 2, "[0, 1, 2] -> [2]")):
+    seed, labels = (("--seed", 1), "seed 0 -> 1"), (("--labels", 2), "[0, 1, 2] -> [2]")
+    with mock.patch.object(sample, "generate", draw):
+        for other, said in (seed, seed, labels):
             assert call(*flags, *other) == 2
             assert said in capsys.readouterr().err
-    assert contents(tmp_path) == before
+            files = contents("a")
+            assert len(files) == 51 and len(files["settings.json"]) < 2000
 
 
-def test_a_file_is_the_old_one_or_a_whole_new_one(tmp_path):
-    path, write = tmp_path / "a.pt", sample.write_whole
+def test_a_file_is_the_old_one_or_a_whole_new_one():
+    path, write = Path("a.pt"), sample.write_whole
     path.write_text("old")
 
     def killed(file):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    with mock.patch.object(Path, "unlink"), pytest.raises(KeyboardInterrupt):
-        write(path, killed)
-    with full_disk(), pytest.raises(OSError, match="a.pt: cannot be written: .*too large"):
-        write(path, lambda file: torch.save(torch.zeros(10**6), file))
-    assert len(contents(tmp_path)) == 2 and path.read_text() == "old"
-
     def slow(file):  # another writer comes and goes meanwhile
         file.write(b"whole ")
         write(path, lambda other: other.write(b"another"))
         file.write(b"file")
 
+    with mock.patch.object(Path, "unlink"), pytest.raises(KeyboardInterrupt):
+        write(path, killed)
+    with full_disk(), pytest.raises(OSError, match="a.pt: cannot be written: .*too large"):
+        write(path, lambda file: torch.save(torch.zeros(10**6), file))
+    assert len(contents(".")) == 2 and path.read_text() == "old"
     write(path, slow)
-    assert len(contents(tmp_path)) == 2 and path.read_text() == "whole file"
+    assert len(contents(".")) == 2 and path.read_text() == "whole file"
 
 
-def test_the_command_edits(run, tmp_path):
+def test_the_command_edits(run):
     photo = Image.open(run / "photo.png")
     inner, photo = np.asarray(photo.resize((6, 4))), np.asarray(photo)
-    edit = (tmp_path, run, "--edit", run / "photo.png", "--labels", "ring", "--count", 2)
+    edit = (run, "--edit", run / "photo.png", "--labels", "ring", "--count", 2)
     for pixels in archived(*edit, "--mask", run / "mask.png"):
         assert np.array_equal(pixels[:, :4], photo[:, :4]) and not np.array_equal(pixels, photo)
     for pixels in archived(*edit, "--pad", 0.2):
@@ -655,53 +583,61 @@ def test_the_command_edits(run, tmp_path):
     archived(*edit, "--pad", 0.49)
 
 
-def test_flags_reach_the_sampler(run, tmp_path):
+def test_a_thin_stroke_of_a_large_mask_is_repainted(run):
+    stroke = np.zeros((600, 800), np.uint8)
+    stroke[:, 205:209] = 255
+    Image.fromarray(stroke).save("stroke.png")
+    flags = ["--edit", str(run / "photo.png"), "--mask", "stroke.png"]
+    _, mask = sample.photo_and_mask(sample.parser().parse_args([str(run), *flags]), (8, 6))
+    assert mask[..., 2].all() and mask.sum() == 6
+
+
+def test_a_run_before_its_masked_stage_is_drawn_and_told(capsys):
+    run_folder(Path("run"), PLAIN, "next-scale.pt", flags=dict(causal=False))
+    os.symlink("nothing", "run/hmar.pt")
+    assert_drawn(archived("run", "--count", 1), [0, 1, 2], schedule=0)
+    assert "next-scale.pt: without masked passes" in capsys.readouterr().err
+
+
+def test_a_name_goes_before_all_and_before_numbers():
+    for names, text, number in ((["a", "all", "b"], "all", 1), (["1", "2", "0"], "1", 0)):
+        run_folder(Path(text), class_names=names)
+        assert_drawn(archived(text, "--labels", text, "--count", 1), [number])
+
+
+def test_what_a_killed_sampler_left_goes(run):
+    assert call(run, "--count", 1, "--out", "folder") == 0
+    Path("folder/000000-0.png.abc.tmp").write_text("half")
+    assert call(run, "--count", 1, "--out", "folder") == 0
+    assert len(contents("folder")) == 4
+
+
+def test_flags_reach_the_sampler(run):
     flags = "--labels ring --count 2 --guidance 2.5 --soften 3 --mask-guidance 0.5 --top-k 3"
     flags += " --top-p 0.7 --temperature 0.7 --seed 9 --mask-steps 2"
     options = dict(guidance=2.5, soften=3, mask_guidance=0.5, top_k=3, top_p=0.7, temperature=0.7)
-    options |= dict(seed=9, schedule=sample.masked_schedule(SCALES, 2))
-    assert_same(archived(tmp_path, run, *flags.split()), drawn([1, 1], **options))
+    pixels = archived(run, *flags.split())
+    assert_drawn(pixels, [1, 1], **options, seed=9, schedule=sample.masked_schedule(SCALES, 2))
 
-    run = run_folder(tmp_path / "run", PLAIN, "next-scale.pt", flags=dict(causal=True))
-    options = sample.own_options(PLAIN, is_causal=True)
-    images, _ = sample.generate(PLAIN, CODEC, torch.arange(3), **options)
-    assert_same(archived(tmp_path, run, "--count", 1), images)
-    (run / "args.json").unlink()
-    assert call(run) == 2  # not as HMAR
+    run_folder(Path("run"), PLAIN, "next-scale.pt", flags=dict(causal=True))
+    pixels = archived("run", "--count", 1)
+    assert_drawn(pixels, [0, 1, 2], PLAIN, is_causal=True)
+    os.unlink("run/args.json")
+    assert call("run") == 2  # not as HMAR
 
 
 @pytest.mark.skipif(not GOLDEN.is_file(), reason="the golden files are not here")
-def test_published_weights_are_sampled_as_published(tmp_path):
+def test_published_weights_are_sampled_as_published():
     golden = torch.load(GOLDEN, weights_only=True)["state"]
     codec = tokenizer.from_published(golden["vqvae"])
     for name in golden:
-        torch.save(golden[name], tmp_path / name)
+        torch.save(golden[name], name)
+    flags = ("--tokenizer", "vqvae", "--scales", 1, 2, 3, "4x4", "--labels", 2)
     for name in ("var", "nsp", "hmar"):
-        flags = (tmp_path / name, "--tokenizer", tmp_path / "vqvae")
-        flags += ("--scales", 1, 2, 3, "4x4", "--labels", 2, "--count", 2)
         params = hmar.from_published(golden[name], ((1, 1), (2, 2), (3, 3), (4, 4)))
         options = sample.published_options(params, is_causal=name == "var")
-        images, _ = sample.generate(params, codec, torch.tensor([2, 2]), **options)
-        assert_same(archived(tmp_path, *flags), images)
-
-
-@pytest.mark.parametrize("whole", [CODEC, PARAMS])
-def test_leaves_are_plain_once_loaded(tmp_path, whole):
-    def odd(leaf):
-        return leaf.double().transpose(0, -1).contiguous().transpose(0, -1)
-
-    torch.save(pytree.tree_map(odd, whole), tmp_path / "a.pt")
-    loaded, origin = sample.load(tmp_path / "a.pt")
-    assert leaves_equal(loaded, whole) and origin == "ours"
-    for leaf in pytree.tree_leaves(loaded):
-        assert leaf.dtype == torch.float and leaf.is_contiguous()
-
-
-def test_a_decoder_that_overflows_is_refused():
-    bias = torch.full_like(CODEC["post_quant_conv"]["bias"], math.inf)
-    codec = CODEC | dict(post_quant_conv=CODEC["post_quant_conv"] | dict(bias=bias))
-    with pytest.raises(ValueError, match="images: got nan"):
-        sample.decode_in_parts(codec, torch.zeros(1, len(bias), 4, 4))
+        pixels = archived(name, *flags, "--count", 2)
+        assert_drawn(pixels, [2, 2], params, codec, **options)
 
 
 BAD_INPUT = """
@@ -713,6 +649,8 @@ BAD_INPUT = """
 . --seed -1  seed: got -1
 . --out hmar.pt/x.png  File exists: 'hmar.pt'
 . --out .  --out: . holds something else: count None -> 8
+. --out cats.bmp  cats.bmp, expected .png, .jpg
+. --out v1.2  v1.2, expected .png, .jpg
 . --out cut.npz  cut/settings.json: expected a JSON object
 cut  cut/args.json: expected a JSON object
 . --out photo.png --edit photo.png --pad 0.2  is also to be read
@@ -720,10 +658,16 @@ none  none: cannot be read: FileNotFoundError
 code.pt  code.pt: cannot be read
 nan.pt  nan.pt: no weights
 large.pt  logits: got nan or infinity
+plain --tokenizer decoder.pt  images: got nan
 . --tokenizer hmar.pt  hmar.pt: no weights
-. --tokenizer other_codec.pt  args.json: tells of another tokenizer.pt than this
+. --tokenizer codec.pt  args.json: tells of another tokenizer.pt than this
 . --pad 0.2  --edit: expected with --mask, or --pad
 . --edit photo.png --mask black.png  --mask: expected white
+. --edit photo.png --pad 0.2 --out a.gif  .gif (but of edits)
+. --soften -1  soften: got -1.0
+deep  deep/args.json: expected a JSON object
+typed  typed/args.json: class_names: got 3
+foreign  foreign/args.json: tells of another hmar.pt
 . --scales 1 2 3  --scales: got some, but a run has its own
 . --device cuda  --device: got cuda, but no GPU 0 is here
 """
@@ -741,11 +685,11 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys, monkeypatch, 
     assert not list(tmp_path.iterdir()) and contents(run) == before
 
 
-def test_names_of_any_characters_are_drawn_and_printed(tmp_path, monkeypatch):
-    run = run_folder(tmp_path / "run", class_names=["é\u4e2d", "\ud800\x1b\n" * 40, "a"])
+def test_names_of_any_characters_are_drawn_and_printed(monkeypatch):
+    out = "é\u4e2d.png"
+    run_folder(Path("run"), class_names=["é\u4e2d", "\ud800\x1b\n" * 40, "a"])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    out = tmp_path / "é\u4e2d.png"
-    assert call(run, "--labels", "é\u4e2d", 1, 2, "--count", 1, "--out", out) == 0
+    assert call("run", "--labels", "é\u4e2d", 1, 2, "--count", 1, "--out", out) == 0
     sys.stdout.flush()
-    assert sys.stdout.buffer.getvalue() == f"wrote {tmp_path}/\\xe9\\u4e2d.png\n".encode()
+    assert sys.stdout.buffer.getvalue() == b"wrote \\xe9\\u4e2d.png\n"
     assert Image.open(out).height == 3 * 50
