@@ -321,19 +321,21 @@ def published_options(params, is_causal=False):
 
 
 def own_options(params, is_causal=False):
-    """The same of our own trees: about as sure of classes as real images are."""
+    """The same of our own trees: near to held-out images, and about as sure as real ones."""
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
+    looks = "neighbours" in params["next_scale"]
     masked_passes = 0
-    if "masked" in params and "neighbours" not in params["next_scale"]:
+    if "masked" in params and not looks:  # tokens of a scale do not know of each other
         masked_passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), masked_passes)
     few = sum(schedule[-1]) / 16  # a masked pass at scales of so few tokens makes images plain
+
     weaker = min(1, (2 / depth) ** 1.5)  # what is trained longer needs less
+    guidance = weaker * (5.2 if looks else 4.5) * min(1, math.sqrt(150 / count))
     return dict(
         schedule=[keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule],
-        # 4.5 at depth 2 and 32 pixels, 3 at 64, as tokens add up; published ones have 1.5 to 2.1
-        guidance=max(1.5, weaker * min(4.5, 55 / math.sqrt(count))),
-        mask_guidance=max(1.5, weaker * 5),
+        guidance=max(1.5, guidance),  # published ones have 1.5 to 2.1
+        mask_guidance=max(1.5, weaker * (3 if looks else 5)),
         is_causal=is_causal,
     )
 
@@ -603,7 +605,7 @@ def parser():
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
-    add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 4.5)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 5.2)")
     add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, help="below .001: arg max (1)")

@@ -267,14 +267,20 @@ def test_published_trees_are_sampled_as_published():
 
 def test_own_options_follow_depth_and_scales():
     positions = [torch.zeros(side, side, 1) for side in (1, 4, 5, 16)]
-    t, less = 55 / 298**0.5, (2 / 3) ** 1.5
-    for depth, strengths in ((1, [t, 5]), (2, [t, 5]), (3, [less * t, less * 5]), (9, [1.5, 1.5])):
-        options = sample.own_options(PARAMS | blocks(depth) | dict(positions=positions))
-        assert [options["guidance"], options["mask_guidance"]] == pytest.approx(strengths)
-        few = sample.own_options(PARAMS | blocks(depth))
-        assert few["guidance"] == pytest.approx(max(1.5, 0.9 * strengths[1]))
-        refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
-        assert options["schedule"] == [[1], [16], *refined]
+    fades, less = (150 / 298) ** 0.5, (2 / 3) ** 1.5
+    for depth, weaker in ((1, 1), (2, 1), (3, less), (9, 0)):
+        blind = PARAMS | blocks(depth)
+        looks = blind | dict(next_scale=blind["next_scale"] | dict(neighbours={}))
+        for params, strengths in ((blind, [4.5, 5]), (looks, [5.2, 3])):
+            options = sample.own_options(params | dict(positions=positions))
+            few = sample.own_options(params)  # of 17 tokens
+            seen = [options["guidance"], few["guidance"], options["mask_guidance"]]
+            t, mask_t = strengths
+            expected = [max(1.5, weaker * x) for x in (fades * t, t, mask_t)]
+            assert seen == pytest.approx(expected)
+            refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
+            refined = [[25], [256]] if "neighbours" in params["next_scale"] else refined
+            assert options["schedule"] == [[1], [16], *refined]
 
 
 # Editing
