@@ -192,6 +192,18 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks,
 TOP_P = st.sampled_from([1e-9, 0.3, 0.9, 0.999, 1.0])
 
 
+@given(
+    pyramids(5, 3).filter(lambda x: len(x) > 1), st.booleans(), st.booleans(), st.integers(0, 99)
+)
+def test_the_likeliest_tokens_are_those_of_all_scales_at_once(scales, is_causal, looks, seed):
+    params, codec = tree(scales, masked=0, neighbours=looks, seed=seed), quantiser(5, 4, seed=seed)
+    labels, options = torch.tensor([0, 2]), dict(guidance=0, temperature=0, is_causal=is_causal)
+    tokens = torch.cat([step.tokens for step in sample.steps(params, codec, labels, **options)], 1)
+    inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
+    logits = hmar.next_scale_logits(params, labels, inputs, is_causal, tokens)
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
 @given(st.integers(1, 12), st.integers(0, 14), TOP_P, st.booleans(), st.integers(0, 999))
 @example(7, 4, 0.9, True, 1)
 def test_filters_are_those_of_plain_loops(codes, top_k, top_p, tied, seed):
