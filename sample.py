@@ -11,6 +11,11 @@ Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et a
 classifier-free guidance (Ho and Salimans 2021).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loaded: no traceback
+
 import argparse
 import contextlib
 import hashlib
@@ -986,4 +991,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -6,6 +6,11 @@ A step's batch is a function of the seed and its number, so a killed run goes on
 is no adversarial loss; the perceptual one uses no weights of others (`learn_levels`).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loaded: no traceback
+
 import collections
 import colorsys
 import contextlib
@@ -20,7 +25,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -1265,4 +1269,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

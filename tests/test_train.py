@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -185,6 +186,17 @@ def test_a_run_that_is_stopped_says_in_a_line_where_it_goes_on(base):
         assert line == f"train.py: stopped; the same command goes on from {place}"
     ended(start("run"))
     assert contents("run") == contents(base)
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py"])
+def test_an_interrupt_while_torch_is_loaded_is_no_traceback(name):
+    command = [sys.executable, Path(train.__file__).with_name(name), "--help"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b"" and process.returncode == -signal.SIGINT
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(refused, capsys):
