@@ -67,7 +67,7 @@ def depth(params):
 def next_scale_logits(params, labels, inputs, is_causal=False, tokens=None):
     """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR).
 
-    tokens (B, L): of trees with neighbours, whose head also sees those drawn before beside each.
+    tokens (B, L): for a tree with neighbours, whose head sees those beside a token drawn before it.
     """
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
     return branch_logits(params, "next_scale", features, near_tokens(params, tokens))
@@ -201,7 +201,7 @@ def cached_attention(query, key, value, past):
 
 
 def feed_forward(x, expand, contract):
-    """(B, n, C): the MLP, four times as wide inside, with tanh-GELU, in bf16 the exact one."""
+    """The MLP, wider inside, of x (..., C), with tanh-GELU, in bf16 the exact one."""
     x = linear(x, **expand)
     # which takes a quarter of the time on a Zen 4, and differs by less than rounding
     form = "none" if x.dtype == torch.bfloat16 else "tanh"

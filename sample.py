@@ -163,8 +163,8 @@ def passes(params, codec, seeds, schedule, guided, choose, known):
 
             # all but the `keep` most confident of those just drawn are drawn again
             confidence = confidence.masked_fill(~hidden, -math.inf)
-            rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-            hidden = hidden & (rank >= keep)
+            order = confidence.argsort(dim=-1, descending=True, stable=True)
+            hidden = hidden & (order.argsort(-1) >= keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
             yield Step(k, number, tokens, hidden, grown)
 
@@ -526,7 +526,7 @@ def open_image(content, shortest):
         return Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF"))
     image = JpegImageFile(io.BytesIO(content))  # Image.open asks for the size before draft
     image.draft(None, (shortest, shortest))
-    if image.width * image.height > 2 * Image.MAX_IMAGE_PIXELS:
+    if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"got {image.width} x {image.height} pixels")
     return image
 
@@ -601,12 +601,7 @@ def parser():
     add("run", type=Path, help="run folder of train.py, or weights, ours or published")
     add("--tokenizer", help="ours or published (tokenizer.pt beside the weights)")
     add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
-    add(
-        "--labels",
-        nargs="+",
-        default=["all"],
-        help="names, else numbers; =-x for -x (all; a sheet: ten)",
-    )
+    add("--labels", nargs="+", default=["all"], help="names, else numbers; =-x for -x (all or ten)")
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
@@ -823,13 +818,13 @@ def load_models(args):
         weights = args.run / "hmar.pt"
         if not weights.exists():  # the last file of a --causal run
             weights = args.run / "next-scale.pt"
-    record = read_record(weights.with_name("args.json"))
     params, origin = load(weights, hmar, scales=args.scales)
     files = weights, Path(args.tokenizer or weights.with_name("tokenizer.pt"))
     codec, _ = load(files[1], tokenizer)
 
+    record = read_record(weights.with_name("args.json")) if origin == "ours" else {}
     if origin != "ours":
-        record, options = {}, published_options(params, is_causal=origin == "VAR")
+        options = published_options(params, is_causal=origin == "VAR")
     elif args.scales:
         raise ValueError("--scales: got some, but a run has its own")
     elif not record and "masked" not in params:

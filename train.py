@@ -706,9 +706,10 @@ def draw_shape(index, size=32):
 
 
 def list_images(folder):
-    """What --data holds: files [(path, label), ...], class_names, count; images, a hash of names
-    and sizes; newest, a time; notes, lines on what is passed over.
+    """What --data holds, as a dict, with lines to say of what is passed over.
 
+    files [(path, label), ...], class_names, count; images, a hash of their names and sizes; newest,
+    the latest time of theirs; notes, the lines.
     One sub-folder a class, or images alone; sorted, searched to any depth but for hidden folders.
     """
 
@@ -1060,9 +1061,8 @@ def average_gradients(leaves):
             leaf.grad = torch.zeros_like(leaf)
     if sample.world() > 1:
         vector = torch.cat([leaf.grad.flatten() for leaf in leaves])
-        parts = (add_over_processes(vector) / sample.world()).split(
-            [leaf.numel() for leaf in leaves]
-        )
+        mean = add_over_processes(vector) / sample.world()
+        parts = mean.split([leaf.numel() for leaf in leaves])
         for leaf, part in zip(leaves, parts):
             leaf.grad = part.view_as(leaf)
 
