@@ -5,7 +5,8 @@ tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a
 tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
 tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
 tests/judge.py cifar10 RUN --data DIR --others DIR    judge trained on images that no run saw
-tests/judge.py KIND RUN ... --guidance 2 3 4    reports the one nearest to the run's held-out images
+tests/judge.py KIND RUN ... --guidance 2 3 4    reports the nearest and the one as sure as real
+                                       images, both chosen on the run's held-out ones
 tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
 tests/judge.py claims --data DIR       trains and judges the paper's claims
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
@@ -229,19 +230,26 @@ def power(images, bands=8):
     return torch.stack([spectrum[band == number].mean() for number in range(bands)])
 
 
-def nearest_guidance(judge, run, guidances, flags):
-    """That of the list whose samples are nearest to the run's own held-out images."""
+def chosen_guidances(judge, run, guidances, flags):
+    """Two of the list, by the run's own held-out images: {"nearest": the one whose samples are
+    nearest to them, "as sure": the one whose samples are right most nearly as often as they}.
+    """
     record = sample.read_record(Path(run, "args.json"))
     shape = {name: record["flags"][name] for name in ("crops", "size")}
     place = SimpleNamespace(out=Path(run), class_names=record["class_names"], **shape)
-    count = len(train.load_labels(place)[0])
-    held_out = features(judge, train.to_unit(train.load_images(place)[:count, 0]))
-    distances = {}
+    labels = train.load_labels(place)[0]
+    images = train.to_unit(train.load_images(place)[: len(labels), 0])
+    held_out, real = features(judge, images), accuracy(judge, images, labels)
+    print(f"held-out training images: right {real:.4g}")
+
+    distances, gaps = {}, {}
     for guidance in guidances:
-        pixels, *_ = draw_samples(run, [*flags, "--guidance", str(guidance)])
+        pixels, asked, *_ = draw_samples(run, [*flags, "--guidance", str(guidance)])
+        right = accuracy(judge, pixels, asked)
         distances[guidance] = frechet(features(judge, pixels), held_out)
-        print(f"guidance {guidance:g}  to held-out training images {distances[guidance]:.4g}")
-    return min(distances, key=distances.get)
+        gaps[guidance] = abs(right - real)
+        print(f"guidance {guidance:g}  right {right:.4g}  to those {distances[guidance]:.4g}")
+    return {"nearest": min(distances, key=distances.get), "as sure": min(gaps, key=gaps.get)}
 
 
 def models_of(run):
@@ -423,10 +431,12 @@ def main(argv=None):
         if args.edit:
             report_edits(judge, held_out, run)
             continue
-        chosen = []
-        if args.guidance:
-            chosen = ["--guidance", str(nearest_guidance(judge, run, args.guidance, flags))]
-        show(report(judge, held_out, run, [*flags, *chosen]))
+        if not args.guidance:
+            show(report(judge, held_out, run, flags))
+            continue
+        for name, guidance in chosen_guidances(judge, run, args.guidance, flags).items():
+            print(f"{name}: guidance {guidance:g}")
+            show(report(judge, held_out, run, [*flags, "--guidance", str(guidance)]))
 
 
 if __name__ == "__main__":
