@@ -2,7 +2,7 @@
 
 `block_sparse_attention` is the entry, `dense_masked_attention` says what it computes. On
 NVIDIA's cards three Triton kernels (forward; dQ; dK and dV) stream the softmax as FlashAttention-2
-does (Dao 2023, algorithms 1 and 2): compiled and interpreted in tests, not yet run on a card.
+does (Dao 2023, algorithms 1 and 2); tests compile and interpret them, no card has run them yet.
 Elsewhere PyTorch computes block by block.
 
     >>> query, key, value = torch.randn(3, 2, 4, 14, 32)
@@ -30,8 +30,8 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# on a CPU, in 2 bytes, two products are faster than torch's fused attention up to so long a block
-# and so many scores
+# on a CPU, in dtypes of 2 bytes, two products are faster than torch's fused attention up to so many
+# keys a block and scores (batch x heads x queries x keys): with gradients, or where there is no AMX
 UNFUSED_KEYS, UNFUSED_SCORES = 700, 2**27
 
 
@@ -44,12 +44,14 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     scale: positive factor on the scores, head_dim ** -0.5 if None.
 
     Returns (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim), so that
-    joining the heads copies nothing. Gradients are of the first order. On a CPU, in 2 bytes, what
-    is rounded depends on the batch's size and the processor. ValueError on anything else.
+    joining the heads copies nothing. ValueError on other arguments. Gradients are of the first
+    order. On a CPU, in 2 bytes, what is rounded depends on the batch's size and the processor.
 
-    Call it once before you capture a CUDA graph: that makes its table.
+    Call it once before you capture a CUDA graph: that copies its tile table to the card.
     """
-    query, key, value, block_lengths, scale = _checked(query, key, value, block_lengths, scale)
+    query, key, value, block_lengths, scale = _check_arguments(
+        query, key, value, block_lengths, scale
+    )
 
     has_kernels = triton is not None and torch.version.hip is None  # no tiles for AMD
     if INTERPRETED or (has_kernels and query.is_cuda and query.dtype != torch.float64):
@@ -59,7 +61,9 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
 
 def dense_masked_attention(query, key, value, block_lengths, is_causal=False, scale=None):
     """What `block_sparse_attention` computes, of the same arguments, by an explicit mask."""
-    query, key, value, block_lengths, scale = _checked(query, key, value, block_lengths, scale)
+    query, key, value, block_lengths, scale = _check_arguments(
+        query, key, value, block_lengths, scale
+    )
 
     # whose tokens see each other
     block = torch.repeat_interleave(torch.tensor(block_lengths, device=query.device))  # (tokens,)
@@ -78,12 +82,12 @@ def _block_by_block(query, key, value, block_lengths, is_causal, scale):
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
     queries = query.split(block_lengths, dim=1)
-    keys, values = (_seen(x, block_lengths, is_causal) for x in (key, value))
+    keys, values = (_visible_parts(x, block_lengths, is_causal) for x in (key, value))
     outputs = [_attention(*block, scale) for block in zip(queries, keys, values, strict=True)]
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
-def _seen(x, block_lengths, is_causal):
+def _visible_parts(x, block_lengths, is_causal):
     """What each block sees of the keys or values (batch, tokens, ...)."""
     if not is_causal:
         return x.split(block_lengths, dim=1)
@@ -100,7 +104,6 @@ def _attention(query, key, value, scale):
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, heads, tokens, head_dim)
 
     is_small = k.shape[2] <= UNFUSED_KEYS and q.shape[:3].numel() * k.shape[2] <= UNFUSED_SCORES
-    # with gradients, or without AMX, two products win
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     fused_is_slow = gradients or not HAS_AMX
 
@@ -117,12 +120,17 @@ def _attention(query, key, value, scale):
 # A program owns a tile of rows of one head (queries; for dK and dV, keys) and walks over the
 # columns that its rows see. The rows of a tile lie in one block, or in a run of tiny ones:
 #
+#     first rows of a tile of each:
 #     one block of 9, full steps of 4     blocks of 1 and 4, causal
 #     ########|#                          |#               down: rows (queries)
 #     ########|#                          |#####           across: columns (keys)
 #     no mask |mask: the tail             |mask: no full step is seen by all
 #
-# With a mask a step is half as wide.
+# With a mask a step is half as wide. A kernel's arguments are tuples, as `_launch` makes them:
+#
+#     tensor      pointer, strides of batch, head and token in bytes, of a feature in elements
+#     statistics  tensors (batch, heads, tokens): logsumexp, delta
+#     work        tiles, bounds, how many tiles; heads, tokens
 
 
 @functools.lru_cache(maxsize=256)
@@ -151,7 +159,8 @@ def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"
         while last + 1 < count and edges[last + 2] - edges[first] <= rows:
             last += 1
 
-        # all see low[last] to high[first]; what only some see lies after, before if transposed
+        # all of its rows see columns low[last] to high[first]; those that only some rows see come
+        # after these, of transposed ones before
         start, stop = low[first], high[last]
         full = max(high[first] - low[last], 0) // columns * columns
         if transposed:
@@ -175,7 +184,9 @@ jit = triton.jit if triton else lambda function: function
 
 @jit
 def _program(work, ROWS):
-    """Tile; place: (batch, head, first row in the statistics); rows, which exist, what they see."""
+    """Its tile; place: (batch, head, where its rows begin in statistics); rows, which of them
+    exist, the first column that each sees and the first behind.
+    """
     tiles, bounds, tile_count, heads, tokens = work
     program = tl.program_id(0)  # a head's tiles run side by side and find its keys in the cache
     tile = tiles + program % tile_count * 6
@@ -197,22 +208,21 @@ def _columns(tile, MASKED, COLUMNS):
 
 
 @jit
-def _pointers(tensor, place, start, tokens, DIM):
-    """Pointers (tokens, features), and which features there are: a power of two is loaded."""
-    # the first three strides are in bytes: `_launch`
+def _pointers(tensor, place, start, rows, DIM):
+    """Pointers (rows, features), and which features there are: a power of two is loaded."""
     base, batch_stride, head_stride, token_stride, feature_stride = tensor
     SIZE: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
     token_stride //= SIZE
     base += (place[0] * batch_stride + place[1] * head_stride) // SIZE
     features = tl.arange(0, triton.next_power_of_2(DIM))
-    offsets = tokens.to(tl.int64)[:, None] * token_stride + features.to(tl.int64) * feature_stride
+    offsets = rows.to(tl.int64)[:, None] * token_stride + features.to(tl.int64) * feature_stride
     return base + offsets + tl.cast(start, tl.int64) * token_stride, (features < DIM)[None, :]
 
 
 @jit
-def _load(tensor, place, start, tokens, inside, DIM, DOT, MASKED=True):
-    """(tokens, features) from start on, zero where there is none."""
-    pointers, features = _pointers(tensor, place, start, tokens, DIM)
+def _load(tensor, place, start, rows, inside, DIM, DOT, MASKED=True):
+    """(rows, features), rows from start on, zero where there is none."""
+    pointers, features = _pointers(tensor, place, start, rows, DIM)
     if MASKED:
         features = inside[:, None] & features
     return tl.load(pointers, features, 0).to(DOT)
@@ -230,21 +240,21 @@ def _visible(bounds, column):
     return (low[:, None] <= column[None, :]) & (column[None, :] < high[:, None])  # (rows, columns)
 
 
-# Blocks share a tile, and 0 * inf is nan: where one overflows the others must not notice. So values
-# are cleaned, and rows that see a bad column get its nan back through p.
+# Blocks share a tile, and 0 * inf is nan: where one overflows the others must not notice. So bad
+# values become 0 in every product, and p becomes nan in the rows that do see them.
 
 
 @jit
-def _finite(x):
+def _replace_bad(x):
     """x, zero in place of inf and nan."""
     return tl.where(x - x == 0, x, 0)
 
 
 @jit
-def _masked(p, visible, x):
+def _mask_bad(p, visible, x):
     """p, 0 if not visible, nan where x's column is not finite; x, cleaned."""
     is_finite = tl.min((x - x == 0).to(tl.int32), 1) != 0
-    return tl.where(visible, tl.where(is_finite[None, :], p, float("nan")), 0), _finite(x)
+    return tl.where(visible, tl.where(is_finite[None, :], p, float("nan")), 0), _replace_bad(x)
 
 
 @jit
@@ -254,7 +264,7 @@ def _products(a, b, ACC, PRECISION):
 
 @jit
 def _add_product(total, p, x, tensor, PRECISION):
-    """total + p @ x, where p is rounded as the tensor is."""
+    """total + p @ x; p is first rounded to the tensor's dtype."""
     p = p.to(tensor[0].dtype.element_ty).to(x.dtype)
     return tl.dot(p, x, total, input_precision=PRECISION, out_dtype=total.dtype)
 
@@ -286,7 +296,7 @@ def _forward_kernel(tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, A
             higher = tl.maximum(highest, tl.max(scores, 1) * scale)
             p = tl.exp2(scores * scale - higher[:, None])
             if masked:
-                p, v = _masked(p, visible, v)
+                p, v = _mask_bad(p, visible, v)
 
             shrink = tl.exp2(highest - higher)
             highest = higher
@@ -300,7 +310,7 @@ def _forward_kernel(tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, A
 
 @jit
 def _score_gradient(q, k, do, v, scale, logsumexp, delta, PRECISION):
-    """Probabilities and score gradients, queries by keys; transposed with both swapped."""
+    """Probabilities and score gradients, queries by keys; of (k, q, v, do) their transposes."""
     p = tl.exp2(_products(q, k, delta.dtype, PRECISION) * (scale * 1.4426950408889634) - logsumexp)
     return p, p * (_products(do, v, delta.dtype, PRECISION) - delta)
 
@@ -333,7 +343,7 @@ def _query_gradient_kernel(
             _, ds = _score_gradient(q, k, do, v, scale, row_logsumexp, row_delta, PRECISION)
             if masked:
                 ds = tl.where(_visible(bounds, column), ds, 0)
-                k = _finite(k)
+                k = _replace_bad(k)
             dq = _add_product(dq, ds, k, key, PRECISION)
 
     _store(query_gradient, dq * scale, place, rows, inside, DIM)
@@ -365,9 +375,9 @@ def _key_value_gradient_kernel(
             p, ds = _score_gradient(k, q, v, do, scale, column_logsumexp, column_delta, PRECISION)
             if masked:
                 visible = _visible(bounds, column)
-                p, do = _masked(p, visible, do)
+                p, do = _mask_bad(p, visible, do)
                 ds = tl.where(visible, ds, 0)
-                q = _finite(q)
+                q = _replace_bad(q)
 
             dv = _add_product(dv, p, do, query, PRECISION)
             dk = _add_product(dk, ds, q, query, PRECISION)
@@ -380,7 +390,7 @@ def _key_value_gradient_kernel(
 
 # {(major architecture, bytes of an element): {up to this head_dim: (rows of a tile, columns of a
 # full step, warps, stages) of forward, dQ, dK/dV}}. Chosen by what they compile to, never run
-# (`tests/benchmark.py kernels`); 8 serves all others.
+# (`tests/benchmark.py kernels`); other architectures take those of 8.
 TILES = {
     (8, 2): {
         64: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
@@ -403,7 +413,7 @@ TILES = {
         256: ((16, 16, 8, 2),) * 3,
     },
 }
-LONG_BLOCK = 512  # from here on 8 warps take 128 rows where 4 took 64: half the loads a product
+LONG_BLOCK = 512  # from here on 8 warps take 128 rows where 4 took 64: half as many loads
 
 
 def _constants(which, head_dim, dtype, architecture, longest):
@@ -422,7 +432,7 @@ def _constants(which, head_dim, dtype, architecture, longest):
 
     sizes = dict(DIM=head_dim, ROWS=rows, COLUMNS=columns)
     types = dict(DOT=operand, ACC=accumulator, PRECISION=precision)
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    options = dict(num_warps=warps, num_stages=stages)
     return {name: tl.constexpr(x) for name, x in (sizes | types).items()} | options
 
 
@@ -439,7 +449,7 @@ def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
     tile = (constants["ROWS"].value, constants["COLUMNS"].value)
     tiles, bounds = tile_table(tuple(block_lengths), is_causal, which == 2, *tile, query.device)
 
-    # in bytes 16 divides strides at head_dim 72 too: Triton loads 16 at once
+    # Triton loads 16 bytes at once where 16 divides a stride: 72 elements are 144 bytes
     tensors = tuple((x, *(n * x.itemsize for n in x.stride()[:3]), x.stride(3)) for x in tensors)
     work = (tiles, bounds, len(tiles), heads, tokens)
     with torch.cuda.device_of(query):  # Triton launches on the current device
@@ -465,13 +475,13 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the base-2 logarithm of each row's sum of exponentials."""
-    output, logsumexp = _forward_shapes(query)
+    output, logsumexp = _new_outputs(query)
     _launch(0, (query, key, value, output), (logsumexp,), block_lengths, is_causal, scale)
     return output, logsumexp
 
 
 @_forward.register_fake
-def _forward_shapes(query, *_):
+def _new_outputs(query, *_):
     dtype = torch.promote_types(query.dtype, torch.float32)
     return _empty(query), query.new_empty(query.shape[:-1], dtype=dtype)
 
@@ -485,7 +495,7 @@ def _backward(
     scale: float,
 ) -> list[Tensor]:
     query, key, value, output, logsumexp = saved
-    dq, dk, dv = gradients = _backward_shapes(saved)
+    dq, dk, dv = gradients = _new_gradients(saved)
     statistics = (logsumexp, torch.empty_like(logsumexp))
     pattern = (block_lengths, is_causal, scale)
     _launch(1, (query, key, value, output, output_gradient, dq), statistics, *pattern)
@@ -494,7 +504,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_shapes(saved, *_):
+def _new_gradients(saved, *_):
     return [_empty(saved[0]) for _ in range(3)]
 
 
@@ -514,7 +524,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 # ---- checking of arguments
 
 
-def _checked(query, key, value, block_lengths, scale):
+def _check_arguments(query, key, value, block_lengths, scale):
     """The arguments, cast as autocast says, the lengths a tuple. ValueError where they are bad."""
     for name, x in dict(query=query, key=key, value=value).items():
         if not torch.is_tensor(x):

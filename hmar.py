@@ -2,6 +2,8 @@
 
     labels (B,), inputs (B, L - len_0, code_dim) -> x (B, L, C) -> blocks -> logits (B, L, codes)
 
+L: the tokens of all scales, len_0: of scale 0, C: the width.
+
 A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and the class, a later
 one of `inputs`, the map accumulated over those before it. Attention stays inside a scale, so
 sampling needs no cache: the Markov property. With is_causal=True all this is VAR, where a scale
@@ -15,7 +17,7 @@ A model is a tree of tensors: keys are argument names of functions, shapes are t
     input {weight, bias}; trunk [block, ...]
     next_scale {blocks [block, ...], modulation, head}
     masked {blocks, modulation, head, mask_embedding (C,); ours: own_input}
-    both of ours: neighbours {embedding (4, codes + 1, C), expand, contract}, which the head sees
+    both branches of ours: neighbours {embedding (4, codes + 1, C), expand, contract}, for the head
     block {modulation, attention, mlp; ours: depthwise}; see the functions of these names
 
 Small models of ours have 3 x 3 convolutions as input, own_input and depthwise, each scale's map by
@@ -25,7 +27,7 @@ itself (`convolve_by_scale`); published trees have matrices there, or nothing. A
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
     own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
     mask        (B, L - len_0) bool, True where hidden; scale 0 is never masked
-    k           scale k alone, from its own part of the others; inputs None for scale 0
+    k           scale k alone: the others are then its part of them; inputs of scale 0 are not read
 
     >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
     >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
@@ -88,20 +90,12 @@ def apply_mask(params, inputs, own_inputs, mask, sizes):
     _expect("mask", mask, inputs.shape[:2])
 
     branch = params["masked"]
-    weight = branch["own_input"] if has_own_input(params) else params["input"]["weight"]
+    weight = branch.get("own_input", params["input"]["weight"])
     visible = convolve_by_scale(own_inputs, sizes, weight, bias=None)
-    if weight.ndim == 2:  # a convolution may tell hidden tokens of visible ones beside them
+    if weight.ndim == 2:  # a convolution may show hidden places the visible tokens beside them
         visible = visible.masked_fill(mask[..., None], 0)
     visible = visible + mask[..., None] * branch["mask_embedding"]
     return convolve_by_scale(inputs, sizes, **params["input"]) + visible
-
-
-def has_own_input(params):
-    """Whether the masked branch has an input weight of its own, which published trees lack.
-
-    Published trees were trained on own_inputs into which hidden codes leak, ours were not.
-    """
-    return "own_input" in params["masked"]
 
 
 def branch_features(
@@ -118,20 +112,21 @@ def branch_features(
 ):
     """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
 
-    own_inputs and mask: of the masked branch. Sampling: k; of VAR also cache, for each block a list
-    of (key, value) of the scales before, [] at first.
+    own_inputs and mask: of the masked branch. k, in sampling: one scale; in VAR's also cache, for
+    each block a list of the (key, value) of the scales before, which grows.
     """
     ks = range(len(params["positions"])) if k is None else [k]
     _expect("labels", labels, (labels.numel(),))
     condition = F.embedding(labels, params["classes"])  # (B, C)
-    x = embedded(params, branch, condition, inputs, own_inputs, mask, ks)  # (B, n, C)
+    x = embed_inputs(params, branch, condition, inputs, own_inputs, mask, ks)  # (B, n, C)
 
     blocks = params["trunk"] + params[branch]["blocks"]
     sizes = [scales(params)[i] for i in ks]
     look_around = partial(convolve_by_scale, sizes=sizes)
     if cache is None:
         lengths = [h * w for h, w in sizes]
-        pattern = dict(block_lengths=lengths, is_causal=is_causal, scale=1.0)  # q has it
+        # scale 1: the temperature is in q already
+        pattern = dict(block_lengths=lengths, is_causal=is_causal, scale=1.0)
         attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
     else:
         attends = [partial(cached_attention, past=layer) for layer in cache]
@@ -143,7 +138,7 @@ def branch_features(
     return modulate(x, *two.chunk(2, -1))
 
 
-def embedded(params, branch, condition, inputs, own_inputs, mask, ks):
+def embed_inputs(params, branch, condition, inputs, own_inputs, mask, ks):
     """What the blocks read, (B, n, C), of scales ks; condition (B, C) is the class."""
     tokens = [condition[:, None] + params["start"]] if 0 in ks else []  # (B, len_0, C)
     if ks[-1] > 0:
@@ -182,7 +177,7 @@ def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     parts = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
-    qk, (v,) = parts.permute(2, 0, 3, 1, 4).split([2, 1])  # (B, heads, n, head_dim) each
+    qk, (v,) = parts.permute(2, 0, 3, 1, 4).split([2, 1])  # v (B, heads, n, head_dim)
 
     temperature = log_temperature.clamp(max=math.log(100)).exp().view(1, -1, 1, 1)
     length = torch.stack([temperature, torch.ones_like(temperature)])
@@ -201,9 +196,9 @@ def cached_attention(query, key, value, past):
 
 
 def feed_forward(x, expand, contract):
-    """The MLP, wider inside, of x (..., C), with tanh-GELU, in bf16 the exact one."""
+    """The MLP, wider inside, of x (..., C), with tanh-GELU."""
     x = linear(x, **expand)
-    # which takes a quarter of the time on a Zen 4, and differs by less than rounding
+    # in bf16 exact GELU, a quarter of tanh's time on a Zen 4, differs by less than rounding
     form = "none" if x.dtype == torch.bfloat16 else "tanh"
     return linear(F.gelu(x, approximate=form), **contract)
 
@@ -256,7 +251,7 @@ def look_at_neighbours(features, near, embedding, expand, contract):
 def near_tokens(params, tokens, k=None):
     """(B, n, 4): those left, above left, above and above right of each of tokens (B, n).
 
-    Of scale k, or of all; `codes` where a map ends. None of trees whose head does not look.
+    Of scale k, or of all; beyond a map's edge the number `codes`. None if the head does not look.
     """
     if "neighbours" not in params["next_scale"]:
         return None
@@ -316,19 +311,19 @@ def masked_losses(params, labels, tokens, inputs, own_inputs, mask):
 
 def token_losses(params, branch, features, tokens, chosen=None):
     """Cross entropy (N,) of tokens (B, L), or of chosen ones: the head runs on those alone."""
-    given = [tokens, features, near_tokens(params, tokens)]
-    given = [x.flatten(0, 1) for x in given if x is not None]
+    rows = [tokens, features, near_tokens(params, tokens)]
+    rows = [x.flatten(0, 1) for x in rows if x is not None]
     if chosen is not None:
-        given = [x.index_select(0, chosen) for x in given]
-    targets, *seen = given
+        rows = [x.index_select(0, chosen) for x in rows]
+    targets, *seen = rows
     return F.cross_entropy(branch_logits(params, branch, *seen), targets, reduction="none")
 
 
 def scale_weights(scales, kind):
     """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
 
-    kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", HMAR's name for a
-    normal density, exp(-z^2 / 2) with z the standardised relative sides, reversed as published.
+    kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", as HMAR calls it:
+    a scale weighs exp(-z^2 / 2), z its standardised side, in reverse order, as published.
     """
     counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
     sides = (counts / counts[-1]).sqrt().flip(0)
@@ -462,20 +457,20 @@ def resize_positions(params, scales):
 
 @torch.no_grad()
 def check(params):
-    """ValueError unless the branches take this tree: they do, in scale 0, and embed the others."""
+    """ValueError unless each branch runs on scale 0 and embeds the others."""
     try:
         condition = params["classes"][:1]
         labels = torch.zeros(1, dtype=torch.int64, device=condition.device)
         count = sum(h * w for h, w in scales(params)[1:])
         inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
-        mask = inputs[..., 0] > 0
+        mask = torch.zeros_like(inputs[..., 0], dtype=torch.bool)
         ks = range(len(params["positions"]))
         branches = ["next_scale", "masked"] if "masked" in params else ["next_scale"]
         for branch in branches:
             features = branch_features(params, branch, labels, None, k=0)
             tokens = torch.zeros_like(features[..., 0], dtype=torch.int64)
             branch_logits(params, branch, features, near_tokens(params, tokens, k=0))
-            embedded(params, branch, condition, inputs, inputs, mask, ks)
+            embed_inputs(params, branch, condition, inputs, inputs, mask, ks)
     except Exception as error:
         raise _misfit("params", error) from error
 
@@ -536,6 +531,7 @@ def from_published(state_dict, scales=None):
                 node = node.setdefault(key, {})
             node[last] = leaf.float()
 
+        # {"0": block, ...} -> [block, ...]
         branches = [(params[name], "blocks") for name in ("next_scale", "masked") if name in params]
         for tree, stack in [(params, "trunk"), *branches]:
             blocks = tree.get(stack, {})

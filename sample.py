@@ -4,8 +4,8 @@
     -> f_hat (B, code_dim, h, w) -> images (B, 3, H, W)
 
 `steps` is the method as a generator, so that a caller can watch, stop or choose; `generate` and
-`edit` consume it. An image's random numbers follow from its seed, the scale and the pass: on its
-batch it depends by rounding alone, which in bf16 may tip a token.
+`edit` consume it. An image's random numbers follow from its seed, the scale and the pass: its
+batch changes it by rounding alone, which in bf16 may tip a token.
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024);
 classifier-free guidance (Ho and Salimans 2021).
@@ -42,8 +42,6 @@ from torch.utils import _pytree as pytree
 
 import hmar
 import tokenizer
-
-LARGE = threading.Lock()  # of several readers one at a time decodes a large image
 
 PUBLISHED = {  # guidance, top-k and top-p of the published samplers: HMAR's by depth, and VAR's
     16: dict(guidance=1.7, top_k=1000, top_p=0.99),
@@ -84,14 +82,14 @@ def steps(
     guidance=None,
     mask_guidance=None,
     soften=0.1,
-    temperature=1.0,
+    temperature=None,
     top_k=0,
     top_p=1.0,
     seed=0,
     is_causal=False,
     known=None,
 ):
-    """Draws the pyramid coarse to fine, yielding a Step after each pass (HMAR; MaskGIT).
+    """Draws the pyramid coarse to fine; a generator of a Step after each pass (HMAR; MaskGIT).
 
     labels (B,) int64. An option that is None is the tree's own, by `own_options`.
 
@@ -109,18 +107,20 @@ def steps(
     if is_causal:  # VAR has no masked branch
         params = {name: leaf for name, leaf in params.items() if name != "masked"}
     given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
+    given["temperature"] = temperature
     own = own_options(params) | {name: x for name, x in given.items() if x is not None}
     schedule = own["schedule"]
     if isinstance(schedule, int):
         schedule = masked_schedule(hmar.scales(params), schedule)
     seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
-    check_fit(params, codec, labels, schedule, seeds, soften)
+    check_options(params, codec, labels, schedule, seeds, soften)
 
     cache = [[] for _ in range(hmar.depth(params))] if is_causal else None
     strengths = dict(next_scale=own["guidance"], masked=own["mask_guidance"])
     how = dict(strengths=strengths, soften=soften, cache=cache)
     guided = partial(guided_branch, params, labels, **how)
-    choose = partial(choose_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    choose = partial(choose_tokens, temperature=own["temperature"], top_k=top_k, top_p=top_p)
+    # the generator is another function, so that bad arguments raise here, not at its first pass
     return passes(params, codec, seeds, schedule, guided, choose, known)
 
 
@@ -136,10 +136,10 @@ def passes(params, codec, seeds, schedule, guided, choose, known):
         hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be drawn
         keeps = schedule[k]
         if known is not None:  # an edit: some tokens are given, of others a part is seen
-            f_hat = torch.where(known.outside, known.f_hats[k], f_hat)
+            f_hat = torch.where(known.outside, known.f_hats[k], f_hat)  # as it was before scale k
             tokens, hidden = known.tokens[k], ~known.given[k]
-            keeps = shares_of_hidden(keeps, hidden, k > 0 and "masked" in params)
-            seen = evidence(codebook, known.features - f_hat, known.outside, size)
+            keeps = shares_of_hidden(keeps, hidden, k > 0 and "masked" in params)  # now (B, 1) each
+            seen_logits = evidence(codebook, known.features - f_hat, known.outside, size)
 
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         for number, keep in enumerate(keeps):
@@ -147,18 +147,19 @@ def passes(params, codec, seeds, schedule, guided, choose, known):
             if number == 0:
                 predict = guided("next_scale", k, inputs)
             else:
-                zeroed = hidden if hmar.has_own_input(params) else None
+                # published branches were trained on codes that leak from hidden tokens
+                zeroed = hidden if "own_input" in params["masked"] else None
                 own_inputs = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
                 predict = guided("masked", k, inputs, own_inputs, hidden)
 
             uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
-            tokens, confidence = tokens.clone(), torch.zeros_like(uniform)
+            tokens, confidence = tokens.clone(), torch.zeros_like(uniform)  # fp64
             for wave in hmar.waves(params, k):  # m positions, which see what is drawn before
                 logits = predict(tokens, wave)  # (B, m, codes)
                 if known is not None:
-                    logits = logits + seen[:, wave]
-                drawn, sureness = choose(logits, uniform[:, wave])
-                confidence[:, wave] = sureness.to(confidence)
+                    logits = logits + seen_logits[:, wave]
+                drawn, probability = choose(logits, uniform[:, wave])
+                confidence[:, wave] = probability.double()
                 tokens[:, wave] = torch.where(hidden[:, wave], drawn, tokens[:, wave])
 
             # all but the `keep` most confident of those just drawn are drawn again
@@ -171,7 +172,7 @@ def passes(params, codec, seeds, schedule, guided, choose, known):
         f_hat = grown  # what the next scale is drawn from
 
 
-def check_fit(params, codec, labels, schedule, seeds, soften):
+def check_options(params, codec, labels, schedule, seeds, soften):
     """ValueError unless tokenizer and options of `steps` fit the transformer and the labels."""
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
     counts = tokenizer.lengths(hmar.scales(params))
@@ -230,7 +231,7 @@ def classifier_free_guidance(conditional, unconditional, strength, soften=0):
 
 
 def uniform_numbers(seeds, k, number, tokens):
-    """(B, n_k) fp64 in [0, 1): each image's own at a pass of scale k, where tokens (B, n_k) are."""
+    """(B, n_k) fp64 in [0, 1), each image's own at a pass; tokens (B, n_k) say n_k, the device."""
     count = tokens.shape[1]
     rows = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
     return torch.from_numpy(np.array(rows)).to(tokens.device)
@@ -239,12 +240,12 @@ def uniform_numbers(seeds, k, number, tokens):
 def choose_tokens(logits, uniform, *, temperature, top_k, top_p):
     """(tokens, confidence), (B, m) each, of logits (B, m, codes) and uniform numbers (B, m)."""
     if temperature < 0.001:  # arg max, before the division overflows
-        return draw(filtered(logits, top_k, top_p))
-    return draw(filtered(logits / temperature, top_k, top_p), uniform)
+        return draw(filter_logits(logits, top_k, top_p))
+    return draw(filter_logits(logits / temperature, top_k, top_p), uniform)
 
 
-def filtered(logits, top_k=0, top_p=1.0):
-    """logits (..., V), -inf for those below the top_k-th, then those whose betters hold top_p.
+def filter_logits(logits, top_k=0, top_p=1.0):
+    """logits (..., V), -inf for all but the top_k best, then but the best that together hold top_p.
 
     Top-k, then nucleus sampling; ties stay.
     """
@@ -259,6 +260,7 @@ def filtered(logits, top_k=0, top_p=1.0):
     least = best[..., -1:]
     if top_p < 1:
         weight = (best - best[..., :1]).exp()
+        # codes as good as the last of these, which topk left out
         ties = (logits == least).sum(-1, keepdim=True) - (best == least).sum(-1, keepdim=True)
         total = weight.sum(-1, keepdim=True) + ties * weight[..., -1:]
         before = (weight.cumsum(-1) - weight) / total  # what better codes hold: of the best, 0
@@ -282,7 +284,7 @@ def draw(logits, uniform=None):
         places = torch.minimum((uniform[..., None] * total).to(total.dtype), below)
         tokens = torch.searchsorted(sums, places, right=True)
 
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond it for nan
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of nan searchsorted returns V
     confidence = probability.gather(-1, tokens)[..., 0]
     if not confidence.isfinite().all():
         raise ValueError("logits: got nan or infinity, from weights, guidance or temperature")
@@ -326,21 +328,22 @@ def published_options(params, is_causal=False):
 
 
 def own_options(params, is_causal=False):
-    """The same of our own trees: near to held-out images, and about as sure as real ones."""
+    """What measured best with our own trees, as keyword arguments of `steps`."""
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
     looks = "neighbours" in params["next_scale"]
     masked_passes = 0
     if "masked" in params and not looks:  # tokens of a scale do not know of each other
         masked_passes = 2 if depth > 2 else 1
     schedule = masked_schedule(hmar.scales(params), masked_passes)
-    few = sum(schedule[-1]) / 16  # a masked pass at scales of so few tokens makes images plain
+    too_few = sum(schedule[-1]) / 16  # tokens: masked passes of such scales make images plain
 
     weaker = min(1, (2 / depth) ** 1.5)  # what is trained longer needs less
     guidance = weaker * (5.2 if looks else 4.5) * min(1, math.sqrt(150 / count))
     return dict(
-        schedule=[keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule],
+        schedule=[keeps if sum(keeps) > too_few else [sum(keeps)] for keeps in schedule],
         guidance=max(1.5, guidance),  # published ones have 1.5 to 2.1
         mask_guidance=max(1.5, weaker * (3 if looks else 5)),
+        temperature=0.95 if looks else 1.0,
         is_causal=is_causal,
     )
 
@@ -378,7 +381,7 @@ def edit(params, codec, images, mask, labels, **options):
     images = replace_hidden(images, mask, 4 * cell)
 
     # the image's own tokens are given where their cells lie outside of the mask
-    parts = images.split(at_once(images.shape[2:].numel()))
+    parts = images.split(images_at_once(images.shape[2:].numel()))
     features = torch.cat([tokenizer.encode_features(codec, part) for part in parts]).float()
     _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
     outside = F.adaptive_max_pool2d(mask.float(), scales[-1]) == 0  # (B, 1, h, w)
@@ -388,7 +391,7 @@ def edit(params, codec, images, mask, labels, **options):
 
     *_, last = steps(params, codec, labels, known=known, **options)
     painted = decode_in_parts(codec, torch.where(outside, f_hats[-1], last.f_hat))
-    painted = painted + carried_on(images - painted, ~mask, 2 * cell)
+    painted = painted + extrapolate(images - painted, ~mask, 2 * cell)
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
 
 
@@ -399,7 +402,7 @@ def replace_hidden(images, mask, reach):
     """
     count = (~mask).sum((2, 3), keepdim=True).clamp(min=1)
     mean = images.masked_fill(mask, 0).sum((2, 3), keepdim=True) / count  # (B, 3, 1, 1)
-    return torch.where(mask, mean + carried_on(images - mean, ~mask, reach), images)
+    return torch.where(mask, mean + extrapolate(images - mean, ~mask, reach), images)
 
 
 def shares_of_hidden(keeps, hidden, has_masked_branch):
@@ -409,8 +412,8 @@ def shares_of_hidden(keeps, hidden, has_masked_branch):
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
-    # the only pass sees no given tokens: an image that has some draws, keeps nothing, and draws
-    # again in a masked pass, which sees them
+    # a first pass sees no given tokens. Where it is the only one, images with given tokens keep
+    # nothing of it: they draw again in a masked pass, which sees them
     is_partly = (count > 0) & (count < total)
     if len(keeps) == 1 and has_masked_branch and is_partly.any():
         return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]
@@ -440,7 +443,7 @@ def evidence(codebook, residual, outside, size):
     return torch.where(share > 0, -0.5 * precision * distance, 0.0)
 
 
-def carried_on(images, known, reach):
+def extrapolate(images, known, reach):
     """What known pixels (B, 1, H, W) of (B, C, H, W) suggest of others, ring by ring, fading."""
     images = images.masked_fill(~known, 0)
     carried = torch.zeros_like(images)
@@ -460,21 +463,21 @@ def carried_on(images, known, reach):
 @torch.no_grad()
 def decode_in_parts(codec, f_hat):
     """tokenizer.decode_features, a few images at a time: a decoder's maps outweigh the rest."""
-    few = at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
+    few = images_at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
     images = torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
     if not images.isfinite().all():
         raise ValueError("images: got nan, expected a tokenizer's weights that do not overflow")
     return images
 
 
-def at_once(pixels):
+def images_at_once(pixels):
     """How many images of so many pixels pass the networks together: eight of 256 x 256."""
     return max(1, 2**19 // pixels)
 
 
 def sheet(rows, names):
     """A PIL image of rows of images (n, 3, H, W) in [-1, 1], each row's name at its left."""
-    names = [name.encode(errors="replace").decode().replace("\n", " ")[:40] for name in names]
+    names = [escape_unprintable(name)[:40] for name in names]
     font = ImageFont.load_default(12)
     zoom = max(1, 64 // rows[0].shape[-1])  # small images grow by whole pixels
     left = 12 + max(int(font.getlength(name)) for name in names)
@@ -495,12 +498,15 @@ def to_bytes(images):
     return (unit * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+LARGE_IMAGE = threading.Lock()  # of several readers one at a time decodes a large image
+
+
 def read_image(path, shortest=None):
     """The first frame of an image file, upright, RGB, transparency on white, 16 bits scaled to 8.
 
     shortest: a large one is read at a fraction of its size, no side below that. ValueError where
-    the bytes are no image, a broken one or one of more pixels than Pillow takes, 179 million, at
-    that fraction if it is a JPEG; OSError where they cannot be read.
+    the bytes are no image, a broken one or one of more pixels than Pillow takes, 179 million, of a
+    JPEG at that fraction; OSError where they cannot be read.
     """
     if not os.path.isfile(path):  # a pipe would wait for ever
         raise FileNotFoundError(f"missing or no regular file: {path}")
@@ -508,9 +514,9 @@ def read_image(path, shortest=None):
     try:
         image = open_image(content, shortest)
         is_large = image.width * image.height > 2**25
-        with LARGE if is_large else contextlib.nullcontext():
+        with LARGE_IMAGE if is_large else contextlib.nullcontext():
             ImageOps.exif_transpose(image, in_place=True)
-            image = as_rgb(image)
+            image = convert_to_rgb(image)
             return image.reduce(max(1, min(image.size) // shortest)) if shortest else image
     except MemoryError:
         raise
@@ -521,7 +527,7 @@ def read_image(path, shortest=None):
 
 
 def open_image(content, shortest):
-    """A PIL image of a file's bytes, of which the header is read; drafted, a JPEG may be large."""
+    """A PIL image, of whose bytes the header is read; with shortest a JPEG at a fraction."""
     if not shortest or not content.startswith(b"\xff\xd8\xff"):
         return Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF"))
     image = JpegImageFile(io.BytesIO(content))  # Image.open asks for the size before draft
@@ -531,7 +537,7 @@ def open_image(content, shortest):
     return image
 
 
-def as_rgb(image):
+def convert_to_rgb(image):
     """An image of any mode as viewers show it."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
         grey = np.asarray(image).clip(0, 65535) / 257 + 0.5
@@ -589,7 +595,7 @@ def digest(tree):
 
 # ---- the command
 
-# of `steps`, flags too
+# options of `steps` that are flags too
 OPTIONS = "schedule", "guidance", "mask_guidance", "soften", "temperature", "top_k", "top_p"
 SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 
@@ -601,14 +607,19 @@ def parser():
     add("run", type=Path, help="run folder of train.py, or weights, ours or published")
     add("--tokenizer", help="ours or published (tokenizer.pt beside the weights)")
     add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
-    add("--labels", nargs="+", default=["all"], help="names, else numbers; =-x for -x (all or ten)")
+    add(
+        "--labels",
+        nargs="+",
+        default=["all"],
+        help="names, else numbers; -x as --labels=-x (all, of a sheet ten)",
+    )
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
     add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 5.2)")
     add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
-    add("--temperature", type=float, help="below .001: arg max (1)")
+    add("--temperature", type=float, help="below .001: arg max (by the model, to 1)")
     add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
     add("--top-p", type=float, help="probability that may be drawn (1)")
     add("--mask-steps", type=int, dest="schedule", metavar="N", help="masked passes a scale")
@@ -654,16 +665,6 @@ def scale_pair(text):
     return int(height), int(width or height)
 
 
-def run(args):
-    """What the command does once its flags are read."""
-    job = read_job(args)
-    if job.kind == "folder":
-        write_folder(args.out, job)
-    else:
-        write_sheet(args.out, job)
-    print(f"wrote {args.out}")
-
-
 def read_job(args):
     """What is to be drawn, as attributes: all that flags and files say.
 
@@ -693,12 +694,14 @@ def read_job(args):
     tensors = dict(models=models, labels=labels, given=given)
     job = pytree.tree_map(lambda x: x.to(device), tensors)
     job |= dict(kind=kind, options=options, settings=settings, count=args.count, seed=args.seed)
-    job |= dict(names=[names[label] for label in classes], batch=min(50, at_once(height * width)))
+    job |= dict(
+        names=[names[label] for label in classes], batch=min(50, images_at_once(height * width))
+    )
     return SimpleNamespace(**job)
 
 
 def find_kind(args):
-    """What --out is: "folder", which an .npz is too, or by its suffix a format of Pillow's."""
+    """ "folder", of which an .npz is packed, or, by the suffix of --out, a format of Pillow's."""
     if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
         raise ValueError(f"--out: got {args.out}, which is also to be read")
     suffix = args.out.suffix.lower()
@@ -948,7 +951,7 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save's, while it handles the disk's
+    except (OSError, RuntimeError) as error:  # torch.save raises one while it handles an OSError
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
@@ -969,11 +972,11 @@ def report_errors(name):
         text, status = str(interrupt) or "stopped", 130
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text, status = str(error) or type(error).__name__, 2
-    print(f"{name}: {printable(text)}", file=sys.stderr)
+    print(f"{name}: {escape_unprintable(text)}", file=sys.stderr)
     sys.exit(status)
 
 
-def printable(text):
+def escape_unprintable(text):
     """The text without what would steer a terminal: names of files and classes may have that."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
@@ -982,7 +985,10 @@ def main(argv=None):
     """The command; SystemExit with status 2 and a line for bad input."""
     args = parser().parse_args(argv)
     with report_errors("sample.py"):
-        run(args)
+        job = read_job(args)
+        write = write_folder if job.kind == "folder" else write_sheet
+        write(args.out, job)
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

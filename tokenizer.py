@@ -77,8 +77,8 @@ def own_inputs_of_scale(codec, tokens, k, scales, hidden=None):
     """What the masked branch sees of scale k: tokens, hidden (B, n_k) -> (B, n_k, code_dim).
 
     What these tokens alone add to f_hat, area-resized to their scale. Hidden codes are zeroed
-    before they are enlarged, lest they leak into their neighbours. hidden=None: as published, where
-    they leak.
+    before they are enlarged, lest they leak into their neighbours. hidden=None zeroes nothing, as
+    published models were trained.
     """
     return resize_to_scale(contribution(codec, tokens, k, scales, hidden), scales[k])
 
@@ -90,7 +90,7 @@ def quantise(codec, features, scales):
     up to and with them (VAR, algorithm 1). Gradients reach codebook and phi through f_hat; none
     passes the choice of a token.
     """
-    features = _wide(features.detach())
+    features = _widen(features.detach())
     f_hat = torch.zeros_like(features)
 
     for k, size in enumerate(scales):
@@ -117,7 +117,7 @@ def contribution(codec, tokens, k, scales, hidden=None):
     if hidden is not None:
         codes = codes.masked_fill(hidden[..., None], 0)
 
-    codes = _wide(codes).transpose(1, 2).unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
+    codes = _widen(codes).transpose(1, 2).unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
     codes = enlarge(codes, scales[-1])  # (B, code_dim, h, w)
     with torch.autocast(codes.device.type, enabled=False):
         smoothed = convolution(codes, **codec["phi"][phi_index(k, len(scales))])
@@ -127,8 +127,8 @@ def contribution(codec, tokens, k, scales, hidden=None):
 def phi_index(k, scale_count):
     """Which of the four phi serves scale k: the nearest of the ticks 1/12, 13/36, 23/36, 11/12.
 
-    Of ten scales 0011122333: numbers 2 and 7 lie midway between two ticks, and the rounding of
-    float64 decides, as in the published model.
+    Ten scales take 0 0 1 1 1 2 2 3 3 3: scales 2 and 7 lie midway between two ticks, and the
+    rounding of float64 decides, as in the published model.
     """
     place = k / max(scale_count - 1, 1)
     step = (1 - 1 / 12 - 1 / 12) / 3
@@ -167,7 +167,7 @@ def lengths(scales):
     return [h * w for h, w in scales]
 
 
-def _wide(x):
+def _widen(x):
     """x in fp32, or fp64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -182,7 +182,7 @@ def encode_features(codec, images):
 
 def decode_features(codec, f_hat):
     """Images (B, 3, H, W) in [-1, 1], fp32, of an accumulated map f_hat (B, code_dim, h, w)."""
-    return _wide(decode_unclamped(codec, f_hat)).clamp(-1, 1)
+    return _widen(decode_unclamped(codec, f_hat)).clamp(-1, 1)
 
 
 def decode_unclamped(codec, f_hat):
@@ -214,7 +214,7 @@ def fold_side(channels):
 
 
 def level(x, blocks, attentions=(), downsample=None, upsample=None):
-    """Residual blocks, an attention after each while there are any; then half or twice the side."""
+    """Residual blocks, block i followed by attentions[i] if there is one; then other sides."""
     for i, block in enumerate(blocks):
         x = residual_block(x, **block)
         if i < len(attentions):
@@ -258,12 +258,13 @@ def group_norm(x, weight, bias):
 def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
     """One differentiable pass over images (B, 3, H, W), as a dict.
 
-    images: reconstructions (B, 3, H, W), not clamped. coarse: (n, 3, H, W), the images whose
-    indices are coarse (n,) int64, decoded from scales 0 to stops (n,) int64 alone, lest coarse
-    scales say nothing. loss: VAR, equation 5, averaged over scales. residuals, tokens: of each
-    scale.
+    coarse (n,) int64: indices of images that are decoded a second time, from scales 0 to stops (n,)
+    int64 alone, lest coarse scales say nothing.
+
+    images: reconstructions (B, 3, H, W), not clamped. coarse_images: (n, 3, H, W). loss: VAR,
+    equation 5, averaged over scales. residuals, tokens: of each scale.
     """
-    features = _wide(encode_features(codec, images))  # (B, code_dim, h, w)
+    features = _widen(encode_features(codec, images))  # (B, code_dim, h, w)
     residuals, tokens, maps = zip(*quantise(codec, features, scales))
     f_hats = torch.stack(maps)  # (S, B, code_dim, h, w)
 
@@ -272,8 +273,8 @@ def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
     loss = F.mse_loss(f_hats, targets.detach())
     loss = loss + commitment * F.mse_loss(targets, f_hats.detach())
 
-    # of a coarse image, gradients go to what its last scale can tell: the means of that scale's
-    # cells, enlarged as codes are. Sent to every position they cost the finest scale 3.5 dB
+    # the gradient of a coarse image goes only to what its last scale can express: the means of that
+    # scale's cells, enlarged as codes are. Sent to every position it costs the finest scale 3.5 dB
     cells = [F.interpolate(features[coarse], size, mode="area") for size in scales]
     means = torch.stack([enlarge(cell, scales[-1]) for cell in cells])  # (S, n, code_dim, h, w)
     rows = torch.arange(len(coarse), device=coarse.device)
@@ -282,7 +283,8 @@ def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
 
     decoded = decode_unclamped(codec, torch.cat([whole_maps, coarse_maps])).to(features.dtype)
     whole, coarse_images = decoded.split([len(images), len(coarse)])
-    return dict(images=whole, coarse=coarse_images, loss=loss, residuals=residuals, tokens=tokens)
+    made = dict(images=whole, coarse_images=coarse_images, loss=loss)
+    return made | dict(residuals=residuals, tokens=tokens)
 
 
 def straight_through(value, gradient_to):
@@ -293,8 +295,8 @@ def straight_through(value, gradient_to):
 def revive_codes(codebook, counts, residuals, generator):
     """(codebook, dead (V,) bool): codes never chosen become random residuals.
 
-    counts (V,) says how often each was chosen, residuals [(B, n_k, code_dim), ...] for what. After
-    the first step this is what initialises the codebook from data.
+    counts (V,): how often each was chosen; residuals [(B, n_k, code_dim), ...]: what they were
+    chosen for. After the first step this is what initialises the codebook from data.
     """
     dead = counts == 0
     vectors = torch.cat([rows.flatten(0, 1) for rows in residuals])
@@ -316,9 +318,10 @@ def init(
 ):
     """A new codec, fp32; the defaults are the published sizes, with 108,948,355 parameters.
 
-    A level has channels (a multiple of 32) * multiplier channels and halves the sides, but for the
-    last. The decoder has one residual block a level more than the encoder; with attention, one
-    follows each of the deepest level. fold: the side of the squares of pixels that are channels.
+    A level has channels (a multiple of 32) * multiplier channels; every level but the last halves
+    the sides. The decoder has one residual block a level more than the encoder; with attention, an
+    attention follows each block of the deepest level. fold: the side of the squares of pixels that
+    are channels.
     """
     generator = torch.Generator().manual_seed(seed)
     conv = partial(_new_convolution, generator)
@@ -432,7 +435,7 @@ def check(codec):
     try:
         side = 2 * downsampling(codec)
         images = codec["codebook"].new_zeros(1, 3, side, side)
-        decode(codec, encode(codec, images, scales), scales) + images  # of one shape
+        decode(codec, encode(codec, images, scales), scales) + images  # raises if shapes differ
     except Exception as error:
         raise ValueError(f"codec: no tokenizer's tree: {type(error).__name__}: {error}") from error
 
@@ -449,7 +452,7 @@ PUBLISHED_NAMES = {  # parts of published names and ours, replaced in this order
     ".attn.": ".attentions.",
     "nin_shortcut": "shortcut",
     "proj_out": "project",
-    "sample.conv": "sample",
+    "sample.conv": "sample",  # of downsample, upsample
 }
 
 
@@ -466,7 +469,7 @@ def from_published(state_dict):
                 node = node.setdefault(key, {})
             node[last] = leaf.float()
 
-        codec = _with_lists(codec)
+        codec = _make_lists(codec)
         codec.pop("quantize", None)  # statistics of use
         codec["decoder"]["up"].reverse()  # published by level, ours in the order they run
     except (AttributeError, KeyError, TypeError) as error:
@@ -475,11 +478,11 @@ def from_published(state_dict):
     return codec
 
 
-def _with_lists(node):
+def _make_lists(node):
     """The tree, its dicts whose keys are 0, 1, ... as lists."""
     if not isinstance(node, dict):
         return node
-    node = {key: _with_lists(child) for key, child in node.items()}
+    node = {key: _make_lists(child) for key, child in node.items()}
     if "0" not in node:
         return node
     return [node[str(i)] for i in range(len(node))]

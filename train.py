@@ -48,13 +48,13 @@ STAGES = {"tokenizer": "tokenizer.pt", "next-scale": "next-scale.pt", "masked": 
 COOL_DOWN = 0.6  # last share of a stage's steps: the rate falls to zero
 WARM_UP = 0.06  # first share: the rate rises to its peak
 AVERAGED = 0.25  # share of the steps over which the moving average of the weights (EMA) reaches
-PATIENCE = 1 / 3  # share of the steps without a better look that ends a stage
+PATIENCE = 1 / 3  # of the steps: so long without a better look, at held-out images, ends a stage
 CLIP = 1.0  # largest gradient norm
-# keys of AdamW's leaves: embeddings, codes, what faces them, modulation, single channels
+# keys of AdamW's leaves: embeddings, codes, heads, modulation, convolutions of single channels
 NOT_FOR_MUON = {"classes", "start", "levels", "positions", "codebook", "head", "modulation"}
 NOT_FOR_MUON |= {"depthwise", "embedding"}
 LOG_EVERY = 50  # steps
-SAVE_SECONDS = 300  # at most between two checkpoints, but for the steps to the next line
+SAVE_SECONDS = 300  # between two checkpoints; after them the next line to be logged saves
 LABEL_DROP = 0.1  # label dropout: these become the null class, for guidance
 REVIVE_EVERY = 20  # steps, after which codes that nobody chose are replaced
 REVIVE_UNTIL = 0.8  # share of the steps: the last codes to be replaced get time to settle
@@ -64,6 +64,7 @@ COARSE_WEIGHT = 0.5  # of their squared error
 EDGE_WEIGHT, TEXTURE_WEIGHT, PERCEPTUAL_WEIGHT, HUE_WEIGHT = 0.25, 0.5, 0.08, 0.28
 LEVELS_STEPS = 400  # in which the perceptual network is learned
 DRAWINGS = 20_500  # where there is no --data
+DRAWN_STEPS = 0.75  # of other images' steps, for drawings are plain
 CROPS = 20_000  # in all: a small folder's images are learned in up to 16 crops each, at least 2
 JUDGED = 128  # of the held-out images, at a look
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -72,18 +73,17 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 def dial(depth, size, images):
     """{setting: value} that --depth and --size decide, for so many images to train on.
 
-    Measured at depths 2 and 3; extrapolated to meet the published one at 16.
+    Measured at depths 2 and 3; extrapolated to meet the published settings at 16.
     """
     larger = depth / 2
     is_large = depth >= 8  # the published sizes and layers
-    local = dict(gamma=0.1, convolutions=True, neighbours=True)  # .16 and .24 nats a token
-
+    local = dict(gamma=0.1, convolutions=True, neighbours=True)  # they gain .16, .24 nats a token
     # images as the parameters, which grow by depth^3 (Hoffmann et al. 2022), fewer of larger ones,
     # since each has more tokens; no folder is worth more than so many epochs
     seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
 
-    # squares of pixels as channels: the finest level is dear (64 pixels: 1.65 away for 3.55)
+    # squares of pixels as channels: at 64 pixels reconstructions are 1.65 away for 3.55 in as long
     fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
     seen_by = {"tokenizer": 0.43 if fold > 1 else 0.35, "next-scale": 1, "masked": 1 / 11}
     perceptual = size >= 48 and fold > 1  # at 32 it is not worth its time
@@ -95,6 +95,7 @@ def dial(depth, size, images):
 
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
     halvings = cell.bit_length() - 1
+    # a level more than halvings, but for the one that the fold does
     multipliers = halvings * (1,) if fold > 1 else (1, 1, 2, 2, 4)[: halvings + 1]
     codec = dict(
         codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(larger))),  # 128 to the published ones
@@ -107,7 +108,7 @@ def dial(depth, size, images):
     )
     return dict(
         cell=cell,
-        growth=2 if depth <= 2 else math.sqrt(2),  # of scales' sides; Frechet 1.8 for 2.3
+        growth=2 if depth <= 2 else math.sqrt(2),  # of scales' sides: at depth 3 1.8, by 2 2.3 away
         codec=codec,
         transformer=dict(depth=depth) | ({} if is_large else local),
         masked_blocks=(depth + 1) // 2,
@@ -116,17 +117,17 @@ def dial(depth, size, images):
         steps={stage: math.ceil(share * seen / batch) for stage, share in seen_by.items()},
         lr={"tokenizer": rate, "next-scale": rate, "masked": rate / 4},
         perceptual=perceptual,
-        decay=0.05 * larger**-0.8,  # shrinks alike over a run (Wang and Aitchison 2024)
-        looks=3 * depth,  # at held-out images in a stage
+        decay=0.05 * larger**-0.8,  # over a run alike at all depths (Wang and Aitchison 2024)
+        looks=3 * depth,  # of a stage
     )
 
 
-def default_scales(size, cell, growth):
-    """Published scales, else sides that grow so; last ones up to 8 stand twice."""
+def default_scales(size, cell, growth, doubled=True):
+    """Published scales, else sides that grow by a factor; if doubled, last ones up to 8 twice."""
     latent = size // cell
     if size in hmar.SCALES and hmar.SCALES[size][-1][0] == latent:
         return hmar.SCALES[size]
-    sides = [latent, latent] if latent <= 8 else [latent]
+    sides = [latent, latent] if doubled and latent <= 8 else [latent]
     while sides[0] > 1:
         sides.insert(0, round(sides[0] / growth))
     return tuple((side, side) for side in sides)
@@ -162,11 +163,11 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     optimizers = new_optimizers(tree, leaves, stage.decay)
     kept = dict(leaves=leaves, ema=ema, best=best, extra=list(extra))
     at = resume_or_begin(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
-    at_once, window, start = stage.images, [], (at["step"], time.monotonic())
+    part_size, window, start = stage.images, [], (at["step"], time.monotonic())
     saved = time.monotonic()
 
     for step in range(at["step"] + 1, stage.steps + 1):
-        numbers, needs, at_once = add_gradients(stage, step, loss, batch, tree, leaves, at_once)
+        numbers, needs, part_size = add_gradients(stage, step, loss, batch, tree, leaves, part_size)
         average_gradients(leaves)
         window.append(numbers | dict(gradient=torch.nn.utils.clip_grad_norm_(leaves, CLIP)))
         for optimizer in optimizers:
@@ -200,29 +201,30 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     return replace_leaves(tree, best)
 
 
-def add_gradients(stage, step, loss, batch, tree, leaves, at_once):
+def add_gradients(stage, step, loss, batch, tree, leaves, part_size):
     """Adds the gradients of the mean loss over this process's part of a batch.
 
-    Returns (means to log, [what after_step needs, ...], at_once): so many images pass the networks
-    together, half of them after torch.OutOfMemoryError.
+    Returns (means to log, [what after_step needs, ...], part_size): as many images pass the
+    networks together, half of them after torch.OutOfMemoryError.
     """
     positions = np.arange(stage.images).reshape(sample.world(), -1)
     own, numbers, needs = positions[sample.rank()], {}, []
     try:
-        for part in np.array_split(own, math.ceil(len(own) / at_once)):
+        for part in np.array_split(own, math.ceil(len(own) / part_size)):
             share = len(part) / len(own)
             value, report, need = loss(replace_leaves(tree, leaves), **batch(step, part))
             (share * value).backward()
             for name, number in report.items():
                 numbers[name] = numbers.get(name, 0) + share * number.detach()
             needs.append(need)
-        return numbers, needs, at_once
+        return numbers, needs, part_size
     except torch.OutOfMemoryError:
-        if at_once == 1:
+        if part_size == 1:
             raise
+    # here, not in the handler, which would keep the tensors of the failed pass
     for leaf in leaves:
         leaf.grad = None
-    return add_gradients(stage, step, loss, batch, tree, leaves, min(len(own), at_once + 1) // 2)
+    return add_gradients(stage, step, loss, batch, tree, leaves, min(len(own), part_size + 1) // 2)
 
 
 def new_parameter(leaf):
@@ -246,7 +248,7 @@ def new_optimizers(tree, leaves, decay):
     matrices, others = [], []
     for (path, old), leaf in zip(pytree.tree_flatten_with_path(tree)[0], leaves):
         keys = {getattr(entry, "key", None) for entry in path}
-        embeds_codes = old.ndim == 2 and keys & {"input", "own_input"}  # the published one
+        embeds_codes = old.ndim == 2 and keys & {"input", "own_input"}  # of published trees
         is_other = old.ndim < 2 or embeds_codes or keys & NOT_FOR_MUON
         (others if is_other else matrices).append(leaf)
     muon = torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
@@ -261,7 +263,7 @@ def learning_rate(step, steps, peak):
 
 @torch.no_grad()
 def update_average(ema, leaves, step, steps):
-    """Moves the average over the last steps on, at first over few: initial weights soon go."""
+    """A step of the average, whose window grows: initial weights soon leave it."""
     kept = min(1 - 1 / (1 + AVERAGED * steps), step / (step + 10))
     torch._foreach_lerp_(ema, leaves, 1 - kept)
 
@@ -276,8 +278,9 @@ def means(window):
 
 
 def log(stage, step, start, numbers):
-    """Adds a line to metrics.jsonl, and says it, with the time left by that since (step, seconds).
+    """Adds a line to metrics.jsonl and says it, with the time left at the pace since start.
 
+    start: (step, seconds).
     ValueError where a number is not finite.
     """
     line = json.dumps(dict(stage=stage.name, step=step) | numbers)
@@ -308,7 +311,7 @@ def save_checkpoint(stage, at, kept, optimizers):
 
 @torch.no_grad()
 def resume_or_begin(stage, kept, optimizers):
-    """{"step", "best_step", "best_loss"} to go on from; a checkpoint is written into what is given.
+    """{"step", "best_step", "best_loss"} to go on from; a checkpoint's tensors replace those given.
 
     A stage that begins is saved at step 0, so that metrics.jsonl can be cut to what it was then.
     """
@@ -345,20 +348,20 @@ def resume_or_begin(stage, kept, optimizers):
 
 def train_tokenizer(run, stage):
     """Images -> a codec each of whose scales is an image; dead codes are replaced on the way."""
-    held_out_labels, labels = load_labels(run)
-    held_out, training = np.split(load_images(run), [len(held_out_labels)])  # (n, crops, 3, H, W)
+    held_out, training = split_held_out(load_images(run))  # (n, crops, 3, H, W)
     judged = to_unit(held_out[:JUDGED, 0]).to(run.device)
     init = run.given.get("tokenizer")
     codec = to_device(init or tokenizer.init(**run.codec, seed=run.seed), run.device)
     chosen = torch.zeros(len(codec["codebook"]), dtype=torch.int64, device=run.device)
     variance = hues(to_unit(training[:JUDGED, 0])).var((1, 2, 3), correction=0).mean().item()
-    levels = learn_levels(run, training, labels, min(LEVELS_STEPS, stage.steps))
+    levels = learn_levels(run, training, load_labels(run)[1], min(LEVELS_STEPS, stage.steps))
 
     def loss(codec, images, coarse, stops):
         fast = tokenizer.cast(codec, run.dtype)
         passed = tokenizer.training_pass(fast, images, run.scales, coarse, stops)
-        errors = (passed["coarse"] - images[coarse]).square().mean((1, 2, 3))
-        coarse_error = COARSE_EVERY * errors.sum() / len(images)  # so that parts add up
+        errors = (passed["coarse_images"] - images[coarse]).square().mean((1, 2, 3))
+        # a part of a batch may have fewer coarse images: over all parts this is their mean
+        coarse_error = COARSE_EVERY * errors.sum() / len(images)
         total = reconstruction_loss(passed["images"], images, variance, levels)
         total = total + COARSE_WEIGHT * coarse_error + passed["loss"]
         report = dict(loss=total, coarse=coarse_error, quantisation=passed["loss"])
@@ -408,8 +411,8 @@ def replace_dead_codes(run, stage, chosen, step, needs, parameters, adamw):
 def reconstruction_loss(decoded, images, variance, levels=()):
     """Squared, absolute, edge, texture, hue and perceptual errors of reconstructions (B, 3, H, W).
 
-    Where detail cannot be told, the first three are least for a blur; texture asks for as much
-    grain as there was. Of hues it is the share that is lost of the data's variance: in photographs
+    The first three favour a blur where detail cannot be told; the error of texture asks for as much
+    grain as there was. The error of hues is relative to the data's variance of hue: in photographs
     green varies so little beside brightness that no code was spent on it otherwise.
     """
     error = decoded - images
@@ -487,7 +490,7 @@ def learn_levels(run, images, labels, steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 3e-3)
         optimizer.step()
         optimizer.zero_grad()
-    net.eval().requires_grad_(False).to(run.dtype)
+    net.eval().requires_grad_(False).to(run.dtype)  # the levels too
     return levels
 
 
@@ -499,7 +502,7 @@ def measure_tokenizer(codec, images, scales):
     exponential of their entropy. Rows: eight originals, then the same after each scale.
     """
     errors, rows, counts = [], [], torch.zeros(len(scales), len(codec["codebook"]))
-    for part in images.split(sample.at_once(images[0, 0].numel())):
+    for part in images.split(sample.images_at_once(images[0, 0].numel())):
         features = tokenizer.encode_features(codec, part)
         _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
         decoded = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in f_hats])
@@ -527,9 +530,7 @@ def train_transformer(run, stage):
     """
     codec = load_stage(run, "tokenizer")
     held_out_labels, labels = load_labels(run)
-    held_out, training = np.split(
-        load_or_write_tokens(run, codec), [len(held_out_labels)]
-    )  # (n, crops, L)
+    held_out, training = split_held_out(load_or_write_tokens(run, codec))  # (n, crops, L)
     is_masked = stage.name == "masked"
     params = start_masked(run) if is_masked else start_next_scale(run)
     learning = dict(masked=params["masked"]) if is_masked else params
@@ -550,31 +551,23 @@ def train_transformer(run, stage):
 
     def loss(tree, labels, tokens, mask=None):
         fast = hmar.cast(params | tree, run.dtype)
-        inputs = branch_inputs(codec, tokens, run.scales, mask)
-        if is_masked:  # on average half of the tokens are hidden; so parts add up
-            losses = hmar.masked_losses(fast, labels, tokens, *inputs)  # (hidden tokens,)
-            total = losses.sum() / (0.5 * mask.numel())
+        inputs = tokenizer.next_scale_inputs(codec, tokens, run.scales)
+        if is_masked:
+            own_inputs = tokenizer.masked_inputs(codec, tokens, run.scales, mask)
+            losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask)  # (hidden,)
+            total = losses.sum() / (0.5 * mask.numel())  # half are hidden on average: parts add up
             return total, dict(loss=total), None
-        losses = hmar.next_scale_losses(fast, labels, tokens, *inputs, run.causal).mean(0)  # (L,)
+        losses = hmar.next_scale_losses(fast, labels, tokens, inputs, run.causal).mean(0)  # (L,)
         total = (losses * weights).sum()
         by_scale = torch.stack([scale.mean() for scale in losses.split(lengths)])
         return total, dict(loss=total, scale_losses=by_scale), None
 
     def look(tree):
-        fast = hmar.cast(params | tree, run.dtype)
-        draw_samples(run, stage.name, fast, codec)
-        tokens = torch.from_numpy(held_out[:JUDGED, 0].astype(np.int64))
-        return measure_transformer(run, fast, codec, held_out_labels[:JUDGED], tokens)
+        draw_samples(run, stage.name, hmar.cast(params | tree, run.dtype), codec)
+        judged = held_out_labels[:JUDGED], held_out[:JUDGED, 0]
+        return measure_transformer(run, functools.partial(loss, tree), *judged, is_masked)
 
     return params | fit(stage, learning, run.wrap(loss), batch, look)
-
-
-def branch_inputs(codec, tokens, scales, mask=None):
-    """[inputs] of the next-scale branch, of the masked one [inputs, own_inputs, mask]."""
-    inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
-    if mask is None:
-        return [inputs]
-    return [inputs, tokenizer.masked_inputs(codec, tokens, scales, mask), mask]
 
 
 def start_masked(run):
@@ -596,7 +589,7 @@ def start_next_scale(run):
     params.pop("masked", None)
     if hmar.scales(params) != run.scales:
         params = hmar.resize_positions(params, run.scales)
-    if len(params["classes"]) != classes + 1:  # new ones, of a small tree
+    if len(params["classes"]) != classes + 1:  # new embeddings, out of a small tree
         width = params["classes"].shape[1]
         new = hmar.init(depth=1, width=width, classes=classes, seed=run.seed)
         params["classes"] = new["classes"]
@@ -604,25 +597,18 @@ def start_next_scale(run):
 
 
 @torch.no_grad()
-def measure_transformer(run, params, codec, labels, tokens):
-    """{"loss": nats a token, "accuracy"} of tokens (B, L); of hidden ones, if masked."""
-    few, generator = sample.at_once(run.size**2), generator_of("held-out mask")
-    first = math.prod(run.scales[0])  # scale 0 is never masked
-    losses, hits = [], []
-    for part in zip(labels.split(few), tokens.split(few)):
-        own_labels, wanted = to_device(part, run.device)
-        if "masked" in params:
-            mask = torch.rand(wanted[:, first:].shape, generator=generator).to(run.device) < 0.5
-            inputs = branch_inputs(codec, wanted, run.scales, mask)
-            logits = hmar.masked_logits(params, own_labels, *inputs, wanted)
-            logits, wanted = (x[:, first:][mask] for x in (logits, wanted))
-        else:
-            inputs = branch_inputs(codec, wanted, run.scales)
-            logits = hmar.next_scale_logits(params, own_labels, *inputs, run.causal, wanted)
-            logits, wanted = logits.flatten(0, 1), wanted.flatten()
-        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
-        hits.append((logits.argmax(-1) == wanted).float())
-    return dict(loss=torch.cat(losses).mean().item(), accuracy=torch.cat(hits).mean().item())
+def measure_transformer(run, loss, labels, tokens, is_masked):
+    """{"loss": the mean over held-out images}, of labels (B,) and tokens (B, L)."""
+    batch = [labels, torch.from_numpy(tokens.astype(np.int64))]
+    if is_masked:
+        shape = len(tokens), tokens.shape[1] - math.prod(run.scales[0])
+        batch.append(torch.rand(shape, generator=generator_of("held-out mask")) < 0.5)
+
+    total = 0
+    for part in zip(*(rows.split(sample.images_at_once(run.size**2)) for rows in batch)):
+        value, *_ = loss(*to_device(part, run.device))
+        total += len(part[0]) * value.item()
+    return dict(loss=total / len(labels))
 
 
 @torch.no_grad()
@@ -630,12 +616,8 @@ def draw_samples(run, name, params, codec):
     """Writes samples/<name>.png: eight samples of each class, of the first ten."""
     names, fast = run.class_names[:10], tokenizer.cast(codec, run.dtype)
     labels = torch.arange(len(names), device=run.device).repeat_interleave(8)
-    images, few = [], sample.at_once(run.size**2)
-    for number, part in enumerate(labels.split(few)):
-        images.append(
-            sample.generate(params, fast, part, seed=few * number, is_causal=run.causal)[0]
-        )
-    page = sample.sheet(torch.cat(images).split(8), names)
+    images, _ = sample.generate(params, fast, labels, is_causal=run.causal)
+    page = sample.sheet(images.split(8), names)
     sample.save_sheets(run.out / f"samples/{name}.png", "PNG", [page])
 
 
@@ -716,7 +698,7 @@ def list_images(folder):
     def refuse(reason):
         raise ValueError(f"--data: {reason}")
 
-    groups, others = {}, collections.Counter()  # class, "." without sub-folders -> its paths
+    groups, others = {}, collections.Counter()  # {class, or "." for the folder itself: its paths}
     digest, newest = hashlib.sha256(), 0
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if name[0] != ".")
@@ -784,7 +766,7 @@ def read_images(run, labels):
         try:
             return read_crops(run, number)
         except ValueError as error:
-            print(f"left out: {sample.printable(str(error))}", file=sys.stderr)
+            print(f"left out: {sample.escape_unprintable(str(error))}", file=sys.stderr)
         except OSError as error:  # of the system, not of the file
             raise ValueError(f"--data: {run.files[number][0]}: {error}") from error
 
@@ -802,7 +784,7 @@ def read_crops(run, number):
 
     With --flip every second one is mirrored. ValueError where it cannot be decoded.
     """
-    if isinstance(run.files, range):  # these vary enough by themselves
+    if isinstance(run.files, range):  # drawings vary enough for one crop
         image, label = draw_shape(number, run.size)
         crops = [image]
     else:
@@ -837,10 +819,15 @@ def count_held_out(images):
     return max(1, min(500, max(128, images // 20), images // 8))
 
 
+def split_held_out(rows):
+    """[held-out, training] rows of all images, in the order in which they were prepared."""
+    return np.split(rows, [count_held_out(len(rows))])
+
+
 def load_labels(run):
-    """(held-out, training) labels, int64 (n,); images and tokens are in their order."""
-    labels = torch.from_numpy(load_array(run.out / "labels.npy", len(run.class_names)))
-    return labels.tensor_split([count_held_out(len(labels))])
+    """[held-out, training] labels, int64 (n,); images and tokens are in their order."""
+    labels = load_array(run.out / "labels.npy", len(run.class_names))
+    return [torch.from_numpy(part) for part in split_held_out(labels)]
 
 
 def load_images(run):
@@ -850,7 +837,7 @@ def load_images(run):
     got = path.stat().st_size
     if got != math.prod(shape):
         raise ValueError(f"{path}: got {got} bytes, expected {math.prod(shape)}; remove {run.out}")
-    return np.memmap(path, np.uint8, mode="c", shape=shape)
+    return np.memmap(path, np.uint8, mode="c", shape=shape)  # torch wants it writable
 
 
 def load_or_write_tokens(run, codec):
@@ -873,7 +860,7 @@ def load_or_write_tokens(run, codec):
 def encode_crops(run, codec, pixels):
     """Tokens (n, crops, L), of the smallest unsigned type, of uint8 (n, crops, 3, size, size)."""
     fast = to_device(tokenizer.cast(codec, run.dtype), run.device)
-    parts = torch.from_numpy(pixels).flatten(0, 1).split(sample.at_once(run.size**2))
+    parts = torch.from_numpy(pixels).flatten(0, 1).split(sample.images_at_once(run.size**2))
     parts = [tokenizer.encode(fast, to_unit(x).to(run.device), run.scales) for x in parts]
     tokens = torch.cat(parts).cpu().numpy().reshape(len(pixels), run.crops, -1)
     return tokens.astype(np.min_scalar_type(len(codec["codebook"]) - 1))
@@ -947,7 +934,7 @@ def claim_and_prepare(run):
     except OSError:  # a file system without locks goes without
         pass
 
-    new = json.loads(json.dumps(run.record["flags"]))
+    new = json.loads(json.dumps(run.record["flags"]))  # lists for tuples, as in the file
     before = sample.read_record(run.out / "args.json")
     old = before.get("flags", {})
     names = (*STAGES.values(), "checkpoint.pt", "metrics.jsonl")
@@ -993,17 +980,12 @@ def save_tree(path, tree):
 
 
 def to_device(tree, device):
-    """The tree on a device; from pinned memory to CUDA, so that nothing waits for the copy."""
-
-    def send(tensor):
-        is_sent = device.type == "cuda" and tensor.is_cpu
-        return (tensor.pin_memory() if is_sent else tensor).to(device, non_blocking=True)
-
-    return pytree.tree_map(send, tree)
+    """The tree on a device."""
+    return pytree.tree_map(lambda tensor: tensor.to(device), tree)
 
 
-def start_processes(name):
-    """This process's device; joins those that torchrun started, if there are several."""
+def join_processes(name):
+    """This process's device; waits for the others that torchrun started, if there are several."""
     device = sample.find_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1071,7 +1053,7 @@ def say(line, renewed=False):
     """Prints a line, once however many processes there are; on a terminal one that is renewed."""
     if sample.rank() > 0:
         return
-    line = sample.printable(line)
+    line = sample.escape_unprintable(line)
     if not sys.stdout.isatty():
         print(line, flush=True)
         return
@@ -1137,10 +1119,10 @@ def choose_images(data, out):
 def make_run(args, device):
     """All that a run is, made once by this and then only read, as attributes.
 
-    The settings of `dial`, the flags, out, device, dtype, scales; given: see `load_given`; files:
-    [(path, label), ...], a range of drawings, or None where they are prepared and --data is gone;
-    class_names; notes: lines to say; crops: of an image; wrap: for losses, torch.compile or
-    nothing; record: for args.json.
+    What `choose_settings` returns; out, device, dtype; given: see `load_given`; files: [(path,
+    label), ...], a range of drawings, or None where they are prepared and --data is gone;
+    class_names; notes: lines to say; wrap: for losses, torch.compile or nothing; record: for
+    args.json.
     """
     given = load_given(args)
     name = os.path.basename(os.path.abspath(args.data or "shapes"))
@@ -1151,37 +1133,51 @@ def make_run(args, device):
         raise ValueError(f"--out: got {out}, inside --data, whose images would be more")
 
     found = choose_images(args.data, out)
-    images, count, class_names = (found[name] for name in ("images", "count", "class_names"))
-    size = args.size or (64 if images else 32)
-    depth = args.depth or 2
-    if "next-scale" in given:
-        depth = hmar.depth(given["next-scale"])
-    settings = dial(depth, size, count - count_held_out(count)) | dict(size=size, depth=depth)
-    settings["batch"] = args.batch or settings["batch"]
-    for name in ("steps", "lr"):  # one number for all stages
-        if getattr(args, name) is not None:
-            settings[name] = dict.fromkeys(STAGES, getattr(args, name))
-    codec = given.get("codec", given.get("tokenizer"))
-    if codec is not None:  # it has sizes of its own
-        settings["codec"] = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
-        settings["cell"] = tokenizer.downsampling(codec)
-    settings["crops"] = min(16, max(2, CROPS // max(1, count))) if images else 1
-    check_fit(settings, given)
-    settings["scales"] = default_scales(size, settings["cell"], settings["growth"])
-
-    settings |= {name: getattr(args, name) for name in ("seed", "flip", "causal", "compile")}
+    settings = choose_settings(args, given, found["images"], found["count"])
     dtype = sample.find_dtype(args.dtype, device)
-    flags = settings | dict(images=images, dtype=str(dtype))
+    flags = settings | dict(images=found["images"], dtype=str(dtype))
     for name, tree in given.items():
         flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
-    record = dict(flags=flags, class_names=class_names, count=count, newest=found["newest"])
+
+    record = dict(flags=flags) | {name: found[name] for name in ("class_names", "count", "newest")}
     made = dict(out=out, device=device, dtype=dtype, given=given, record=record)
     made |= {name: found[name] for name in ("files", "class_names", "notes")}
     made["wrap"] = torch.compile if args.compile else lambda loss: loss
     return SimpleNamespace(**settings, **made)
 
 
-def check_fit(settings, given):
+def choose_settings(args, given, images, count):
+    """{setting: value}: `dial`'s, as flags and given trees change them, size, depth, scales, crops.
+
+    images, count: as `choose_images` says. ValueError where they do not fit.
+    """
+    size = args.size or (64 if images else 32)
+    depth = args.depth or 2
+    if "next-scale" in given:
+        depth = hmar.depth(given["next-scale"])
+    settings = dial(depth, size, count - count_held_out(count)) | dict(size=size, depth=depth)
+
+    settings["batch"] = args.batch or settings["batch"]
+    if not images:
+        steps = settings["steps"]
+        settings["steps"] = {stage: math.ceil(DRAWN_STEPS * steps[stage]) for stage in steps}
+    for name in ("steps", "lr"):  # one number for all stages
+        if getattr(args, name) is not None:
+            settings[name] = dict.fromkeys(STAGES, getattr(args, name))
+
+    codec = given.get("codec", given.get("tokenizer"))
+    if codec is not None:  # it has sizes of its own
+        settings["codec"] = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
+        settings["cell"] = tokenizer.downsampling(codec)
+    check_sizes(settings, given)
+
+    sides = size, settings["cell"], settings["growth"]
+    settings["scales"] = default_scales(*sides, doubled=bool(images))  # drawings have no grain
+    settings["crops"] = min(16, max(2, CROPS // max(1, count))) if images else 1
+    return settings | {name: getattr(args, name) for name in ("seed", "flip", "causal", "compile")}
+
+
+def check_sizes(settings, given):
     """ValueError where size, batch or --init do not fit the tokenizer or the processes."""
     size, cell, batch = (settings[name] for name in ("size", "cell", "batch"))
     if size % cell or size < 2 * cell:
@@ -1201,8 +1197,8 @@ def check_fit(settings, given):
 
 def train(args):
     """All stages in order, each unless its file is there; before them the images, once."""
-    run = make_run(args, start_processes(args.device))
-    locks = []  # held to the end
+    run = make_run(args, join_processes(args.device))
+    locks = []  # of the first process, held to the end
     broadcast(lambda: locks.append(claim_and_prepare(run)))
     broadcast(lambda: say_run(run))
 

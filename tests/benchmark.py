@@ -481,7 +481,7 @@ def tokenizer_cost(size, scales, **sizes):
 
         def loss(fast):
             made = tokenizer.training_pass(fast, images, scales, *torch.tensor([[0], [0]]))
-            return made["images"].sum() + made["coarse"].sum() + made["loss"]
+            return made["images"].sum() + made["coarse_images"].sum() + made["loss"]
 
         numbers = step_cost(codec, pytree.tree_leaves(codec), tokenizer.cast, loss)
         numbers["encoding"], _ = counted(lambda: tokenizer.encode_features(codec, images))

@@ -232,16 +232,16 @@ def test_other_crops_move_and_zoom_and_every_second_is_mirrored_if_asked():
 
 def test_large_images_are_read_one_at_a_time(own_folder, monkeypatch):
     Image.new("L", (6000, 6000)).save("a.png")
-    threads, most, convert = [], [], sample.as_rgb
+    threads, most, convert = [], [], sample.convert_to_rgb
 
-    def as_rgb(image):
+    def convert_to_rgb(image):
         threads.append(image)
         most.append(len(threads))
         time.sleep(0.1)
         threads.pop()
         return convert(image)
 
-    monkeypatch.setattr(sample, "as_rgb", as_rgb)
+    monkeypatch.setattr(sample, "convert_to_rgb", convert_to_rgb)
     with ThreadPoolExecutor(2) as pool:
         images = [*pool.map(partial(sample.read_image, shortest=8), ["a.png", "a.png"])]
     assert most == [1, 1] and {image.size for image in images} == {(8, 8)}

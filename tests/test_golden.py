@@ -118,7 +118,7 @@ def test_filters(golden):
     logits = golden["micro"]["filter_logits"]
     for case in golden["micro"]["filter"]:
         top_p = case["top_p"] or 1.0  # theirs: 0 keeps all
-        assert torch.equal(sample.filtered(logits, case["top_k"], top_p), case["out"]), case
+        assert torch.equal(sample.filter_logits(logits, case["top_k"], top_p), case["out"]), case
 
 
 def layout(kind):

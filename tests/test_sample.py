@@ -209,7 +209,7 @@ def test_the_likeliest_tokens_are_those_of_all_scales_at_once(scales, is_causal,
 def test_filters_are_those_of_plain_loops(codes, top_k, top_p, tied, seed):
     logits = normal(9, codes, seed=seed, scale=2)
     logits = logits.round() if tied else logits
-    for token, kept in zip(logits.tolist(), sample.filtered(logits, top_k, top_p).tolist()):
+    for token, kept in zip(logits.tolist(), sample.filter_logits(logits, top_k, top_p).tolist()):
         stay = slow_filter(token, top_k, top_p)
         assert kept == [token[code] if code in stay else -math.inf for code in range(codes)]
 
@@ -293,6 +293,7 @@ def test_own_options_follow_depth_and_scales():
             refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
             refined = [[25], [256]] if "neighbours" in params["next_scale"] else refined
             assert options["schedule"] == [[1], [16], *refined]
+            assert options["temperature"] == (0.95 if params is looks else 1)
 
 
 # Editing
@@ -317,7 +318,7 @@ def test_each_image_is_edited_as_alone(params, options):
     """Outside it stays; under a full mask it is as generated."""
     images, labels = picture(6), torch.tensor([1, 2, 0, 2, 3, 0])
     with (
-        mock.patch.object(sample, "at_once", return_value=4),
+        mock.patch.object(sample, "images_at_once", return_value=4),
         mock.patch.object(tokenizer, "encoder", wraps=tokenizer.encoder) as encoder,
         mock.patch.object(tokenizer, "decoder", wraps=tokenizer.decoder) as decoder,
     ):
@@ -525,7 +526,7 @@ def test_an_interrupted_folder_goes_on_in_two_processes(run, capsys, monkeypatch
         assert re.search(said, capsys.readouterr().err)
         return len([*Path("a").glob("*.png")])
 
-    monkeypatch.setattr(sample, "at_once", lambda pixels: 2)
+    monkeypatch.setattr(sample, "images_at_once", lambda pixels: 2)
     monkeypatch.setattr(sample, "write_whole", write_together)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     some = sample.generate(PARAMS, CODEC, torch.tensor([0, 0]))

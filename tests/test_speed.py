@@ -43,7 +43,7 @@ def loss(name, params, *batch):
     """A stage's, of a batch from `batch_of`."""
     if name == "tokenizer":
         made = tokenizer.training_pass(params, *batch)
-        return made["images"].sum() + made["coarse"].sum() + made["loss"]
+        return made["images"].sum() + made["coarse_images"].sum() + made["loss"]
     losses = hmar.masked_losses if name == "masked" else hmar.next_scale_losses
     return losses(params, *batch).mean()
 

@@ -180,11 +180,13 @@ def test_training_pass(scales, batch, data, commitment, seed):
 
     # coarse ones: of their own scales alone, and through the cells of the last of them
     expected = torch.zeros_like(features)
-    for image, i, stop in zip(made["coarse"], coarse, stops, strict=True):
+    for image, i, stop in zip(made["coarse_images"], coarse, stops, strict=True):
         known = maps[stop, i : i + 1]
         close(image, tokenizer.decode_unclamped(frozen, known)[0])
         expected[i] = through_cells(straight(frozen, known, images[i : i + 1])[0], scales[stop])
-    gradient, codes_gradient = grads((made["coarse"] * images[coarse]).sum(), features, codebook)
+    gradient, codes_gradient = grads(
+        (made["coarse_images"] * images[coarse]).sum(), features, codebook
+    )
     close(gradient, expected)
     assert codes_gradient is None
 
