@@ -108,7 +108,8 @@ def steps(
         params = {name: leaf for name, leaf in params.items() if name != "masked"}
     given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
     given["temperature"] = temperature
-    own = own_options(params) | {name: x for name, x in given.items() if x is not None}
+    own = own_options(params, is_edit=known is not None)
+    own |= {name: x for name, x in given.items() if x is not None}
     schedule = own["schedule"]
     if isinstance(schedule, int):
         schedule = masked_schedule(hmar.scales(params), schedule)
@@ -327,15 +328,18 @@ def published_options(params, is_causal=False):
     return options | PUBLISHED.get("VAR" if is_causal else hmar.depth(params), PUBLISHED[16])
 
 
-def own_options(params, is_causal=False):
-    """What measured best with our own trees, as keyword arguments of `steps`."""
+def own_options(params, is_causal=False, is_edit=False):
+    """What measured best with our own trees, as keyword arguments of `steps`, or of `edit`."""
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
     looks = "neighbours" in params["next_scale"]
     masked_passes = 0
     if "masked" in params and not looks:  # tokens of a scale do not know of each other
         masked_passes = 2 if depth > 2 else 1
+    elif "masked" in params and is_edit:  # right: drawings 98 for 96 %, CIFAR-10 77 for 73 %
+        masked_passes = 1
     schedule = masked_schedule(hmar.scales(params), masked_passes)
-    too_few = sum(schedule[-1]) / 16  # tokens: masked passes of such scales make images plain
+    # tokens of a scale: masked passes there make images plain
+    too_few = 0 if looks else sum(schedule[-1]) / 16
 
     weaker = min(1, (2 / depth) ** 1.5)  # what is trained longer needs less
     guidance = weaker * (5.2 if looks else 4.5) * min(1, math.sqrt(150 / count))

@@ -294,6 +294,11 @@ def test_own_options_follow_depth_and_scales():
             refined = [[25], [256]] if "neighbours" in params["next_scale"] else refined
             assert options["schedule"] == [[1], [16], *refined]
             assert options["temperature"] == (0.95 if params is looks else 1)
+            edits = sample.own_options(params | dict(positions=positions), is_edit=True)
+            wanted = options["schedule"]
+            if params is looks:
+                wanted = sample.masked_schedule(((1, 1), (4, 4), (5, 5), (16, 16)), 1)
+            assert edits == options | dict(schedule=wanted)
 
 
 # Editing
