@@ -338,6 +338,16 @@ def test_each_image_is_edited_as_alone(params, options):
     close(edited[1:2], generated, 1e-5)
 
 
+def test_where_the_head_looks_edits_take_a_masked_pass_and_samples_none():
+    params = tree(SCALES, codes=16, code_dim=8, neighbours=True)
+    params = pytree.tree_map(torch.Tensor.float, params)
+    given = params, CODEC, picture(3), HALF, LABELS
+    assert torch.equal(sample.edit(*given), sample.edit(*given, schedule=1))
+    assert not torch.equal(sample.edit(*given), sample.edit(*given, schedule=0))
+    drawn, _ = sample.generate(params, CODEC, LABELS)
+    assert torch.equal(drawn, sample.generate(params, CODEC, LABELS, schedule=0)[0])
+
+
 @given(st.integers(0, 2**20), st.floats(0, 1))
 def test_pixels_under_the_mask_change_nothing(seed, share):
     generator = torch.Generator().manual_seed(seed)
