@@ -688,6 +688,7 @@ def read_job(args):
     is_edit = args.edit or args.mask or args.pad
     given = photo_and_mask(args, (width, height)) if is_edit else ()
 
+    # what decides the images, for who goes on with a folder
     read = [Path(path) for path in (*files, args.edit, args.mask) if path]
     states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime) for path in read]
     settings = options | dict(labels=classes, count=args.count, seed=args.seed, pad=args.pad)
@@ -696,12 +697,16 @@ def read_job(args):
     labels = torch.tensor(classes).repeat_interleave(args.count)
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
     tensors = dict(models=models, labels=labels, given=given)
-    job = pytree.tree_map(lambda x: x.to(device), tensors)
-    job |= dict(kind=kind, options=options, settings=settings, count=args.count, seed=args.seed)
-    job |= dict(
-        names=[names[label] for label in classes], batch=min(50, images_at_once(height * width))
+    return SimpleNamespace(
+        **pytree.tree_map(lambda x: x.to(device), tensors),
+        kind=kind,
+        options=options,
+        settings=settings,
+        count=args.count,
+        seed=args.seed,
+        names=[names[label] for label in classes],
+        batch=min(50, images_at_once(height * width)),
     )
-    return SimpleNamespace(**job)
 
 
 def find_kind(args):

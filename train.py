@@ -1140,10 +1140,18 @@ def make_run(args, device):
         flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
 
     record = dict(flags=flags) | {name: found[name] for name in ("class_names", "count", "newest")}
-    made = dict(out=out, device=device, dtype=dtype, given=given, record=record)
-    made |= {name: found[name] for name in ("files", "class_names", "notes")}
-    made["wrap"] = torch.compile if args.compile else lambda loss: loss
-    return SimpleNamespace(**settings, **made)
+    return SimpleNamespace(
+        **settings,
+        out=out,
+        device=device,
+        dtype=dtype,
+        given=given,
+        files=found["files"],
+        class_names=found["class_names"],
+        notes=found["notes"],
+        wrap=torch.compile if args.compile else lambda loss: loss,
+        record=record,
+    )
 
 
 def choose_settings(args, given, images, count):
