@@ -278,27 +278,30 @@ def test_published_trees_are_sampled_as_published():
 
 
 def test_own_options_follow_depth_and_scales():
-    positions = [torch.zeros(side, side, 1) for side in (1, 4, 5, 16)]
-    fades, less = (150 / 298) ** 0.5, (2 / 3) ** 1.5
-    for depth, weaker in ((1, 1), (2, 1), (3, less), (9, 0)):
+    sides, fades = (1, 4, 5, 16), (150 / 298) ** 0.5
+    positions = [torch.zeros(side, side, 1) for side in sides]
+    once = sample.masked_schedule([(side, side) for side in sides], 1)
+    for depth in (1, 2, 3, 9):
         blind = PARAMS | blocks(depth)
         looks = blind | dict(next_scale=blind["next_scale"] | dict(neighbours={}))
-        for params, strengths in ((blind, [4.5, 5]), (looks, [5.2, 3])):
+        for params, strengths, power in ((blind, [4.5, 5], 1.5), (looks, [5.2, 3], 1)):
             options = sample.own_options(params | dict(positions=positions))
             few = sample.own_options(params)  # of 17 tokens
             seen = [options["guidance"], few["guidance"], options["mask_guidance"]]
             t, mask_t = strengths
+            weaker = min(1, (2 / depth) ** power)
             expected = [max(1.5, weaker * x) for x in (fades * t, t, mask_t)]
             assert seen == pytest.approx(expected)
-            refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
-            refined = [[25], [256]] if "neighbours" in params["next_scale"] else refined
-            assert options["schedule"] == [[1], [16], *refined]
-            assert options["temperature"] == (0.95 if params is looks else 1)
+
             edits = sample.own_options(params | dict(positions=positions), is_edit=True)
-            wanted = options["schedule"]
+            refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
             if params is looks:
-                wanted = sample.masked_schedule(((1, 1), (4, 4), (5, 5), (16, 16)), 1)
-            assert edits == options | dict(schedule=wanted)
+                assert options["temperature"] == (0.95 if depth <= 2 else 0.9)
+                assert options["schedule"] == [[1], [16], [25], [256]]
+                assert edits == options | dict(schedule=once)
+            else:
+                assert options["temperature"] == 1
+                assert options["schedule"] == [[1], [16], *refined] and edits == options
 
 
 # Editing
