@@ -49,9 +49,7 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
 
     Call it once before you capture a CUDA graph: that copies its tile table to the card.
     """
-    query, key, value, block_lengths, scale = _check_arguments(
-        query, key, value, block_lengths, scale
-    )
+    query, key, value, block_lengths, scale = _check(query, key, value, block_lengths, scale)
 
     has_kernels = triton is not None and torch.version.hip is None  # no tiles for AMD
     if INTERPRETED or (has_kernels and query.is_cuda and query.dtype != torch.float64):
@@ -61,9 +59,7 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
 
 def dense_masked_attention(query, key, value, block_lengths, is_causal=False, scale=None):
     """What `block_sparse_attention` computes, of the same arguments, by an explicit mask."""
-    query, key, value, block_lengths, scale = _check_arguments(
-        query, key, value, block_lengths, scale
-    )
+    query, key, value, block_lengths, scale = _check(query, key, value, block_lengths, scale)
 
     # whose tokens see each other
     block = torch.repeat_interleave(torch.tensor(block_lengths, device=query.device))  # (tokens,)
@@ -524,7 +520,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 # ---- checking of arguments
 
 
-def _check_arguments(query, key, value, block_lengths, scale):
+def _check(query, key, value, block_lengths, scale):
     """The arguments, cast as autocast says, the lengths a tuple. ValueError where they are bad."""
     for name, x in dict(query=query, key=key, value=value).items():
         if not torch.is_tensor(x):

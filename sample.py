@@ -484,7 +484,7 @@ def images_at_once(pixels):
 
 def sheet(rows, names):
     """A PIL image of rows of images (n, 3, H, W) in [-1, 1], each row's name at its left."""
-    names = [escape_unprintable(name)[:40] for name in names]
+    names = [replace_unprintable(name)[:40] for name in names]
     font = ImageFont.load_default(12)
     zoom = max(1, 64 // rows[0].shape[-1])  # small images grow by whole pixels
     left = 12 + max(int(font.getlength(name)) for name in names)
@@ -984,11 +984,11 @@ def report_errors(name):
         text, status = str(interrupt) or "stopped", 130
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text, status = str(error) or type(error).__name__, 2
-    print(f"{name}: {escape_unprintable(text)}", file=sys.stderr)
+    print(f"{name}: {replace_unprintable(text)}", file=sys.stderr)
     sys.exit(status)
 
 
-def escape_unprintable(text):
+def replace_unprintable(text):
     """The text without what would steer a terminal: names of files and classes may have that."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 

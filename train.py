@@ -616,8 +616,11 @@ def draw_samples(run, name, params, codec):
     """Writes samples/<name>.png: eight samples of each class, of the first ten."""
     names, fast = run.class_names[:10], tokenizer.cast(codec, run.dtype)
     labels = torch.arange(len(names), device=run.device).repeat_interleave(8)
-    images, _ = sample.generate(params, fast, labels, is_causal=run.causal)
-    page = sample.sheet(images.split(8), names)
+    images, few = [], sample.images_at_once(run.size**2)
+    for number, part in enumerate(labels.split(few)):
+        options = dict(seed=few * number, is_causal=run.causal)
+        images.append(sample.generate(params, fast, part, **options)[0])
+    page = sample.sheet(torch.cat(images).split(8), names)
     sample.save_sheets(run.out / f"samples/{name}.png", "PNG", [page])
 
 
@@ -766,7 +769,7 @@ def read_images(run, labels):
         try:
             return read_crops(run, number)
         except ValueError as error:
-            print(f"left out: {sample.escape_unprintable(str(error))}", file=sys.stderr)
+            print(f"left out: {sample.replace_unprintable(str(error))}", file=sys.stderr)
         except OSError as error:  # of the system, not of the file
             raise ValueError(f"--data: {run.files[number][0]}: {error}") from error
 
@@ -1053,7 +1056,7 @@ def say(line, renewed=False):
     """Prints a line, once however many processes there are; on a terminal one that is renewed."""
     if sample.rank() > 0:
         return
-    line = sample.escape_unprintable(line)
+    line = sample.replace_unprintable(line)
     if not sys.stdout.isatty():
         print(line, flush=True)
         return

@@ -430,9 +430,9 @@ def test_the_dial_grows_by_its_laws():
 
 def test_drawings_take_fewer_steps_and_scales_than_images_of_ones_own():
     runs = []
-    for flags in [], ["--data", "images", "--size", "32"]:
+    for flags, images in ([], None), (["--data", "images", "--size", "32"], "a hash"):
         args = train.parser().parse_args(flags)
-        runs.append(train.choose_settings(args, {}, flags and "a hash", train.DRAWINGS))
+        runs.append(train.choose_settings(args, {}, images, train.DRAWINGS))
     drawn, own = runs
     assert [h for h, _ in drawn["scales"]] == [1, 2, 4, 8]
     assert [h for h, _ in own["scales"]] == [1, 2, 4, 8, 8]
