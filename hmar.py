@@ -98,27 +98,16 @@ def apply_mask(params, inputs, own_inputs, mask, sizes):
     return convolve_by_scale(inputs, sizes, **params["input"]) + visible
 
 
-def branch_features(
-    params,
-    branch,
-    labels,
-    inputs,
-    own_inputs=None,
-    mask=None,
-    *,
-    k=None,
-    is_causal=False,
-    cache=None,
-):
+def branch_features(params, branch, labels, inputs, *own, k=None, is_causal=False, cache=None):
     """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
 
-    own_inputs and mask: of the masked branch. k, in sampling: one scale; in VAR's also cache, for
-    each block a list of the (key, value) of the scales before, which grows.
+    own: of the masked branch (own_inputs, mask). k, in sampling: one scale; in VAR's also cache,
+    for each block a list of the (key, value) of the scales before, which grows.
     """
     ks = range(len(params["positions"])) if k is None else [k]
     _expect("labels", labels, (labels.numel(),))
     condition = F.embedding(labels, params["classes"])  # (B, C)
-    x = embed_inputs(params, branch, condition, inputs, own_inputs, mask, ks)  # (B, n, C)
+    x = embed_inputs(params, condition, inputs, own, ks)  # (B, n, C)
 
     blocks = params["trunk"] + params[branch]["blocks"]
     sizes = [scales(params)[i] for i in ks]
@@ -138,15 +127,15 @@ def branch_features(
     return modulate(x, *two.chunk(2, -1))
 
 
-def embed_inputs(params, branch, condition, inputs, own_inputs, mask, ks):
+def embed_inputs(params, condition, inputs, own, ks):
     """What the blocks read, (B, n, C), of scales ks; condition (B, C) is the class."""
     tokens = [condition[:, None] + params["start"]] if 0 in ks else []  # (B, len_0, C)
     if ks[-1] > 0:
         sizes = [scales(params)[i] for i in ks if i > 0]
         count = sum(h * w for h, w in sizes)
         _expect("inputs", inputs, (len(condition), count, params["input"]["weight"].shape[1]))
-        if branch == "masked":
-            tokens.append(apply_mask(params, inputs, own_inputs, mask, sizes))
+        if own:
+            tokens.append(apply_mask(params, inputs, *own, sizes))
         else:
             tokens.append(convolve_by_scale(inputs, sizes, **params["input"]))
 
@@ -465,12 +454,12 @@ def check(params):
         inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
         mask = torch.zeros_like(inputs[..., 0], dtype=torch.bool)
         ks = range(len(params["positions"]))
-        branches = ["next_scale", "masked"] if "masked" in params else ["next_scale"]
-        for branch in branches:
+        branches = dict(next_scale=()) | (dict(masked=(inputs, mask)) if "masked" in params else {})
+        for branch, own in branches.items():
             features = branch_features(params, branch, labels, None, k=0)
             tokens = torch.zeros_like(features[..., 0], dtype=torch.int64)
             branch_logits(params, branch, features, near_tokens(params, tokens, k=0))
-            embed_inputs(params, branch, condition, inputs, inputs, mask, ks)
+            embed_inputs(params, condition, inputs, own, ks)
     except Exception as error:
         raise _misfit("params", error) from error
 

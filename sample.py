@@ -727,25 +727,35 @@ def find_kind(args):
     return SHEETS[suffix]
 
 
+def split_numbers(job, numbers):
+    """The numbers of images, in batches that are drawn together."""
+    return [numbers[first : first + job.batch] for first in range(0, len(numbers), job.batch)]
+
+
 def draw_images(job, numbers):
-    """Yields (numbers, [images (n, 3, H, W), ...]), a batch at a time; of a .gif each pass."""
-    for first in range(0, len(numbers), job.batch):
-        some = numbers[first : first + job.batch]
-        options = job.options | dict(labels=job.labels[some], seed=[job.seed + i for i in some])
-        if job.given:
-            photo, mask = (x.expand(len(some), -1, -1, -1) for x in job.given)
-            yield some, [edit(*job.models, photo, mask, **options).cpu()]
-        elif job.kind == "GIF":
-            passes = steps(*job.models, **options)
-            yield some, [decode_in_parts(job.models[1], step.f_hat).cpu() for step in passes]
-        else:
-            yield some, [generate(*job.models, **options)[0].cpu()]
+    """Images (n, 3, H, W), or edits, of these numbers."""
+    options = job.options | dict(labels=job.labels[numbers], seed=[job.seed + i for i in numbers])
+    if not job.given:
+        return generate(*job.models, **options)[0].cpu()
+    photo, mask = (x.expand(len(numbers), -1, -1, -1) for x in job.given)
+    return edit(*job.models, photo, mask, **options).cpu()
+
+
+def draw_passes(job, numbers):
+    """[images (n, 3, H, W), ...] of these numbers, after each pass."""
+    options = dict(labels=job.labels[numbers], seed=[job.seed + i for i in numbers])
+    passes = steps(*job.models, **job.options, **options)
+    return [decode_in_parts(job.models[1], step.f_hat).cpu() for step in passes]
 
 
 def write_sheet(out, job):
     """Draws all images into one, a row a label, or a GIF of that after each pass."""
-    batches = [images for _, images in draw_images(job, range(len(job.labels)))]
-    pages = [torch.cat(parts).split(job.count) for parts in zip(*batches)]
+    batches = split_numbers(job, range(len(job.labels)))
+    if job.kind == "GIF":
+        frames = zip(*(draw_passes(job, numbers) for numbers in batches))
+    else:
+        frames = [[draw_images(job, numbers) for numbers in batches]]
+    pages = [torch.cat(parts).split(job.count) for parts in frames]
     out.parent.mkdir(parents=True, exist_ok=True)
     save_sheets(out, job.kind, [sheet(rows, job.names) for rows in pages])
 
@@ -766,8 +776,9 @@ def write_folder(out, job):
         write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        for numbers, (images,) in draw_images(job, missing):
-            check_folder(folder, job.settings, begin=True)
+        for numbers in split_numbers(job, missing):
+            images = draw_images(job, numbers)
+            begin_folder(folder, job.settings)  # here, lest options that fail leave a folder
             list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
             print(f"drew {numbers[-1]:06d}, of {len(paths)}", flush=True)
 
@@ -783,21 +794,23 @@ def write_folder(out, job):
         write_whole(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
 
 
-def check_folder(folder, settings, begin=False):
-    """ValueError unless a folder is empty or of these settings; begin: settings.json is written.
-
-    It appears whole, and of two commands that begin at once only one may go on.
-    """
-    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
-    if begin and not path.exists():
+def begin_folder(folder, settings):
+    """Writes settings.json, whole; of two commands that begin at once only one may go on."""
+    path = folder / "settings.json"
+    if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"settings.json.{secrets.token_hex(8)}.tmp"
         write_json(temporary, settings)
         with contextlib.suppress(FileExistsError):  # of another command
             os.link(temporary, path)
         temporary.unlink()
+    check_folder(folder, settings)
 
-    before = read_json(path)
+
+def check_folder(folder, settings):
+    """ValueError unless a folder is empty or of these settings."""
+    settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
+    before = read_json(folder / "settings.json")
     is_empty = not folder.exists() or all(file.suffix == ".tmp" for file in folder.iterdir())
     if before != settings and not is_empty:
         raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")

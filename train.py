@@ -747,7 +747,9 @@ def prepare(run):
 
     def write(file):
         kept = len(run.files) if codec is None else count_held_out(len(run.files))
-        for pixels in say_progress(read_images(run, labels), len(run.files), "images prepared"):
+        for pairs in say_progress(read_images(run), len(run.files), "images prepared"):
+            pixels = np.stack([crops for crops, _ in pairs])  # (n, crops, 3, size, size)
+            labels.extend(label for _, label in pairs)
             file.write(pixels[:kept])
             kept = max(0, kept - len(pixels))
             if codec is not None:
@@ -762,8 +764,8 @@ def prepare(run):
     sample.write_json(run.out / "args.json", run.record)
 
 
-def read_images(run, labels):
-    """Yields uint8 (n, crops, 3, size, size), run.files in a random order; adds their labels."""
+def read_images(run):
+    """Yields [(uint8 (crops, 3, size, size), label), ...] of some files, in a random order."""
 
     def read(number):
         try:
@@ -777,9 +779,8 @@ def read_images(run, labels):
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow frees Python's lock
         for numbers in order.split(64):
             pairs = [pair for pair in pool.map(read, numbers.tolist()) if pair]
-            labels += [label for _, label in pairs]
             if pairs:
-                yield np.stack([crops for crops, _ in pairs])
+                yield pairs
 
 
 def read_crops(run, number):
