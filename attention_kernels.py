@@ -30,8 +30,8 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# on a CPU, in dtypes of 2 bytes, two products are faster than torch's fused attention up to so many
-# keys a block and scores (batch x heads x queries x keys): with gradients, or where there is no AMX
+# on a CPU, in dtypes of 2 bytes, with gradients or without AMX, two plain products are faster than
+# torch's fused attention up to these sizes: keys of a block; batch x heads x queries x keys
 UNFUSED_KEYS, UNFUSED_SCORES = 700, 2**27
 
 
@@ -122,7 +122,8 @@ def _attention(query, key, value, scale):
 #     ########|#                          |#####           across: columns (keys)
 #     no mask |mask: the tail             |mask: no full step is seen by all
 #
-# With a mask a step is half as wide. A kernel's arguments are tuples, as `_launch` makes them:
+# With a mask a step is half as wide, since less of it is seen, but 16 at least, as tl.dot wants. A
+# kernel's arguments are tuples, as `_launch` makes them:
 #
 #     tensor      pointer, strides of batch, head and token in bytes, of a feature in elements
 #     statistics  tensors (batch, heads, tokens): logsumexp, delta
@@ -155,8 +156,8 @@ def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"
         while last + 1 < count and edges[last + 2] - edges[first] <= rows:
             last += 1
 
-        # all of its rows see columns low[last] to high[first]; those that only some rows see come
-        # after these, of transposed ones before
+        # all of its rows see columns low[last] to high[first]. For queries these come first, then
+        # those that only some rows see; for keys (transposed) it is the other way round
         start, stop = low[first], high[last]
         full = max(high[first] - low[last], 0) // columns * columns
         if transposed:
@@ -169,7 +170,7 @@ def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"
             tiles.append((row, min(row + rows, end), *walk))
         first = last + 1
 
-    tiles.sort(key=lambda tile: tile[2] - tile[3] + tile[4] - tile[5])
+    tiles.sort(key=lambda tile: tile[3] - tile[2] + tile[5] - tile[4], reverse=True)
     bounds = torch.tensor([low, high], dtype=torch.int32)
     bounds = bounds.repeat_interleave(torch.tensor(block_lengths), dim=1)
     return torch.tensor(tiles, dtype=torch.int32, device=device), bounds.to(device)
@@ -180,8 +181,8 @@ jit = triton.jit if triton else lambda function: function
 
 @jit
 def _program(work, ROWS):
-    """Its tile; place: (batch, head, where its rows begin in statistics); rows, which of them
-    exist, the first column that each sees and the first behind.
+    """Its tile; place: (batch, head); where that begins in statistics; rows, which of them exist,
+    (the first column that each sees, the first behind).
     """
     tiles, bounds, tile_count, heads, tokens = work
     program = tl.program_id(0)  # a head's tiles run side by side and find its keys in the cache
@@ -192,7 +193,7 @@ def _program(work, ROWS):
     inside = rows < tl.load(tile + 1)
     low = tl.load(bounds + rows, inside, 0)
     high = tl.load(bounds + tokens + rows, inside, 0)
-    return tile, (pair // heads, pair % heads, pair * tokens), rows, inside, (low, high)
+    return tile, (pair // heads, pair % heads), pair * tokens, rows, inside, (low, high)
 
 
 @jit
@@ -236,8 +237,8 @@ def _visible(bounds, column):
     return (low[:, None] <= column[None, :]) & (column[None, :] < high[:, None])  # (rows, columns)
 
 
-# Blocks share a tile, and 0 * inf is nan: where one overflows the others must not notice. So bad
-# values become 0 in every product, and p becomes nan in the rows that do see them.
+# Blocks that share a tile must not infect each other, and 0 * inf is nan. So inf and nan become 0
+# in every product; rows that do see them get p = nan, hence a result of nan, as they should.
 
 
 @jit
@@ -260,7 +261,7 @@ def _products(a, b, ACC, PRECISION):
 
 @jit
 def _add_product(total, p, x, tensor, PRECISION):
-    """total + p @ x; p is first rounded to the tensor's dtype."""
+    """total + p @ x; p is first rounded to the tensor's dtype, which x may exceed: see DOT."""
     p = p.to(tensor[0].dtype.element_ty).to(x.dtype)
     return tl.dot(p, x, total, input_precision=PRECISION, out_dtype=total.dtype)
 
@@ -268,7 +269,7 @@ def _add_product(total, p, x, tensor, PRECISION):
 @jit
 def _forward_kernel(tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, ACC, PRECISION):
     query, key, value, output = tensors
-    tile, place, rows, inside, bounds = _program(work, ROWS)
+    tile, place, first, rows, inside, bounds = _program(work, ROWS)
     q = _load(query, place, 0, rows, inside, DIM, DOT)
 
     scale *= 1.4426950408889634  # 1 / ln 2, for powers of two
@@ -301,12 +302,15 @@ def _forward_kernel(tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, A
 
     total = tl.where(total == 0, 1, total)  # rows beyond the tile
     _store(output, out / total[:, None], place, rows, inside, DIM)
-    tl.store(statistics[0] + place[2] + rows, highest + tl.log2(total), inside)
+    tl.store(statistics[0] + first + rows, highest + tl.log2(total), inside)
 
 
 @jit
 def _score_gradient(q, k, do, v, scale, logsumexp, delta, PRECISION):
-    """Probabilities and score gradients, queries by keys; of (k, q, v, do) their transposes."""
+    """Probabilities and score gradients, (queries, keys).
+
+    Given k, q, v, do in place of q, k, do, v: their transposes.
+    """
     p = tl.exp2(_products(q, k, delta.dtype, PRECISION) * (scale * 1.4426950408889634) - logsumexp)
     return p, p * (_products(do, v, delta.dtype, PRECISION) - delta)
 
@@ -317,15 +321,15 @@ def _query_gradient_kernel(
 ):
     query, key, value, output, output_gradient, query_gradient = tensors
     logsumexp, delta = statistics
-    tile, place, rows, inside, bounds = _program(work, ROWS)
+    tile, place, first, rows, inside, bounds = _program(work, ROWS)
     q = _load(query, place, 0, rows, inside, DIM, DOT)
     out = _load(output, place, 0, rows, inside, DIM, DOT)
     do = _load(output_gradient, place, 0, rows, inside, DIM, DOT)
 
     # delta is the sum of p dp over a row's columns, for the next kernel too
     row_delta = tl.sum(out.to(ACC) * do.to(ACC), 1)[:, None]
-    tl.store(delta + place[2] + rows[:, None], row_delta, inside[:, None])
-    row_logsumexp = tl.load(logsumexp + place[2] + rows, inside, 0)[:, None]
+    tl.store(delta + first + rows[:, None], row_delta, inside[:, None])
+    row_logsumexp = tl.load(logsumexp + first + rows, inside, 0)[:, None]
     dq = tl.zeros(q.shape, ACC)
 
     for masked in tl.static_range(2):
@@ -352,7 +356,7 @@ def _key_value_gradient_kernel(
     # rows are keys here and columns are queries
     query, key, value, output_gradient, key_gradient, value_gradient = tensors
     logsumexp, delta = statistics
-    tile, place, rows, inside, bounds = _program(work, ROWS)
+    tile, place, first, rows, inside, bounds = _program(work, ROWS)
     k = _load(key, place, 0, rows, inside, DIM, DOT)
     v = _load(value, place, 0, rows, inside, DIM, DOT)
     dk = tl.zeros(k.shape, ACC)
@@ -365,8 +369,8 @@ def _key_value_gradient_kernel(
             there = column < stop
             q = _load(query, place, step, columns, there, DIM, DOT, masked)
             do = _load(output_gradient, place, step, columns, there, DIM, DOT, masked)
-            column_logsumexp = tl.load(logsumexp + place[2] + column, there, 0)[None, :]
-            column_delta = tl.load(delta + place[2] + column, there, 0)[None, :]
+            column_logsumexp = tl.load(logsumexp + first + column, there, 0)[None, :]
+            column_delta = tl.load(delta + first + column, there, 0)[None, :]
 
             p, ds = _score_gradient(k, q, v, do, scale, column_logsumexp, column_delta, PRECISION)
             if masked:
@@ -410,10 +414,11 @@ TILES = {
     },
 }
 LONG_BLOCK = 512  # from here on 8 warps take 128 rows where 4 took 64: half as many loads
+FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = range(3)
 
 
 def _constants(which, head_dim, dtype, architecture, longest):
-    """Compile-time arguments of kernel 0, 1 or 2 on a major architecture; None: interpreted."""
+    """Compile-time arguments of a kernel on a major architecture; None: interpreted."""
     table = TILES.get((architecture, dtype.itemsize), TILES[8, min(dtype.itemsize, 4)])
     limit = min(limit for limit in table if head_dim <= limit)
     rows, columns, warps, stages = table[limit][which]
@@ -443,9 +448,11 @@ def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
     architecture = None if INTERPRETED else torch.cuda.get_device_capability(query.device)[0]
     constants = _constants(which, head_dim, query.dtype, architecture, max(block_lengths))
     tile = (constants["ROWS"].value, constants["COLUMNS"].value)
-    tiles, bounds = tile_table(tuple(block_lengths), is_causal, which == 2, *tile, query.device)
+    of_keys = which == KEY_VALUE_GRADIENT
+    tiles, bounds = tile_table(tuple(block_lengths), is_causal, of_keys, *tile, query.device)
 
-    # Triton loads 16 bytes at once where 16 divides a stride: 72 elements are 144 bytes
+    # strides in bytes: Triton loads 16 bytes at once only where it sees that 16 divides a stride,
+    # as it does 144 bytes, but not the 72 elements that these are
     tensors = tuple((x, *(n * x.itemsize for n in x.stride()[:3]), x.stride(3)) for x in tensors)
     work = (tiles, bounds, len(tiles), heads, tokens)
     with torch.cuda.device_of(query):  # Triton launches on the current device
@@ -472,12 +479,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the base-2 logarithm of each row's sum of exponentials."""
     output, logsumexp = _new_outputs(query)
-    _launch(0, (query, key, value, output), (logsumexp,), block_lengths, is_causal, scale)
+    tensors = (query, key, value, output)
+    _launch(FORWARD, tensors, (logsumexp,), block_lengths, is_causal, scale)
     return output, logsumexp
 
 
 @_forward.register_fake
 def _new_outputs(query, *_):
+    """Allocates what the operator returns; under torch.compile it stands in for it."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     return _empty(query), query.new_empty(query.shape[:-1], dtype=dtype)
 
@@ -494,8 +503,10 @@ def _backward(
     dq, dk, dv = gradients = _new_gradients(saved)
     statistics = (logsumexp, torch.empty_like(logsumexp))
     pattern = (block_lengths, is_causal, scale)
-    _launch(1, (query, key, value, output, output_gradient, dq), statistics, *pattern)
-    _launch(2, (query, key, value, output_gradient, dk, dv), statistics, *pattern)
+    tensors = (query, key, value, output, output_gradient, dq)
+    _launch(QUERY_GRADIENT, tensors, statistics, *pattern)
+    tensors = (query, key, value, output_gradient, dk, dv)
+    _launch(KEY_VALUE_GRADIENT, tensors, statistics, *pattern)
     return gradients
 
 

@@ -27,7 +27,7 @@ itself (`convolve_by_scale`); published trees have matrices there, or nothing. A
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
     own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
     mask        (B, L - len_0) bool, True where hidden; scale 0 is never masked
-    k           scale k alone: the others are then its part of them; inputs of scale 0 are not read
+    k           one scale alone: the others are then that scale's part, not read at scale 0
 
     >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
     >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
@@ -69,7 +69,8 @@ def depth(params):
 def next_scale_logits(params, labels, inputs, is_causal=False, tokens=None):
     """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR).
 
-    tokens (B, L): for a tree with neighbours, whose head sees those beside a token drawn before it.
+    tokens (B, L): needed where there are neighbours: the head then sees, for each token, those
+    beside it that are drawn before it.
     """
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
     return branch_logits(params, "next_scale", features, near_tokens(params, tokens))
@@ -84,7 +85,8 @@ def masked_logits(params, labels, inputs, own_inputs, mask, tokens=None):
 def apply_mask(params, inputs, own_inputs, mask, sizes):
     """(B, n, C): what coarser scales say plus visible tokens, plus the mask embedding if hidden.
 
-    sizes: (h, w) of each scale of these inputs.
+    sizes: (h, w) of each scale of these inputs. Where `zeroes_hidden(params)`, own_inputs come
+    without hidden codes (`tokenizer.own_inputs_of_scale`).
     """
     _expect("own_inputs", own_inputs, inputs.shape)
     _expect("mask", mask, inputs.shape[:2])
@@ -98,11 +100,16 @@ def apply_mask(params, inputs, own_inputs, mask, sizes):
     return convolve_by_scale(inputs, sizes, **params["input"]) + visible
 
 
+def zeroes_hidden(params):
+    """Whether own_inputs are without hidden codes: ours; published ones let them leak."""
+    return "own_input" in params["masked"]
+
+
 def branch_features(params, branch, labels, inputs, *own, k=None, is_causal=False, cache=None):
     """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
 
-    own: of the masked branch (own_inputs, mask). k, in sampling: one scale; in VAR's also cache,
-    for each block a list of the (key, value) of the scales before, which grows.
+    own: of the masked branch (own_inputs, mask). k, in sampling: one scale; cache, in VAR's
+    sampling: for each block a list, to which this adds the (key, value) of scale k.
     """
     ks = range(len(params["positions"])) if k is None else [k]
     _expect("labels", labels, (labels.numel(),))
@@ -112,12 +119,10 @@ def branch_features(params, branch, labels, inputs, *own, k=None, is_causal=Fals
     blocks = params["trunk"] + params[branch]["blocks"]
     sizes = [scales(params)[i] for i in ks]
     look_around = partial(convolve_by_scale, sizes=sizes)
-    if cache is None:
-        lengths = [h * w for h, w in sizes]
-        # scale 1: the temperature is in q already
-        pattern = dict(block_lengths=lengths, is_causal=is_causal, scale=1.0)
-        attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
-    else:
+    # scale 1: the temperature is in q already
+    pattern = dict(block_lengths=[h * w for h, w in sizes], is_causal=is_causal, scale=1.0)
+    attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
+    if cache is not None:
         attends = [partial(cached_attention, past=layer) for layer in cache]
 
     for weights, attend in zip(blocks, attends, strict=True):
@@ -168,6 +173,7 @@ def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
     parts = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
     qk, (v,) = parts.permute(2, 0, 3, 1, 4).split([2, 1])  # v (B, heads, n, head_dim)
 
+    # queries and keys become unit vectors, queries times the temperature
     temperature = log_temperature.clamp(max=math.log(100)).exp().view(1, -1, 1, 1)
     length = torch.stack([temperature, torch.ones_like(temperature)])
     wide = torch.promote_types(qk.dtype, torch.float32)
@@ -230,7 +236,7 @@ def branch_logits(params, branch, features, near=None):
 
 
 def look_at_neighbours(features, near, embedding, expand, contract):
-    """features (..., C) that know the tokens near (..., 4), lest those of a scale do not match."""
+    """features (..., C) and what the tokens near (..., 4) say: tokens of a scale then match."""
     x = F.layer_norm(features, features.shape[-1:], eps=1e-6)
     for table, codes in zip(embedding, near.unbind(-1)):
         x = x + F.embedding(codes, table)
@@ -240,15 +246,17 @@ def look_at_neighbours(features, near, embedding, expand, contract):
 def near_tokens(params, tokens, k=None):
     """(B, n, 4): those left, above left, above and above right of each of tokens (B, n).
 
-    Of scale k, or of all; beyond a map's edge the number `codes`. None if the head does not look.
+    Of scale k, or of all; beyond a map's edge the number `codes`. (B, n, 0), for tokens None too,
+    if the head does not look.
     """
     if "neighbours" not in params["next_scale"]:
-        return None
+        return tokens if tokens is None else tokens.new_empty(*tokens.shape, 0)
     if tokens is None:
         raise ValueError("tokens: expected, for a head that looks at neighbours")
     sizes = scales(params) if k is None else [scales(params)[k]]
     codes, near = len(params["next_scale"]["head"]["bias"]), []
     for part, (h, w) in zip(tokens.split([h * w for h, w in sizes], 1), sizes, strict=True):
+        # token (y, x) of the map stands at (y + 1, x + 1)
         maps = F.pad(part.unflatten(1, (h, w)), (1, 1, 1, 0), value=codes)  # (B, h + 1, w + 2)
         above = [maps[:, :h, x : x + w] for x in range(3)]
         near.append(torch.stack([maps[:, 1:, :w], *above], -1).flatten(1, 2))  # (B, h w, 4)
@@ -300,11 +308,11 @@ def masked_losses(params, labels, tokens, inputs, own_inputs, mask):
 
 def token_losses(params, branch, features, tokens, chosen=None):
     """Cross entropy (N,) of tokens (B, L), or of chosen ones: the head runs on those alone."""
-    rows = [tokens, features, near_tokens(params, tokens)]
-    rows = [x.flatten(0, 1) for x in rows if x is not None]
+    rows = features, near_tokens(params, tokens), tokens
+    rows = [x.flatten(0, 1) for x in rows]
     if chosen is not None:
         rows = [x.index_select(0, chosen) for x in rows]
-    targets, *seen = rows
+    *seen, targets = rows
     return F.cross_entropy(branch_logits(params, branch, *seen), targets, reduction="none")
 
 
@@ -312,7 +320,7 @@ def scale_weights(scales, kind):
     """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
 
     kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", as HMAR calls it:
-    a scale weighs exp(-z^2 / 2), z its standardised side, in reverse order, as published.
+    a scale weighs exp(-z^2 / 2), z its standardised side, in reverse order, as the published code.
     """
     counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
     sides = (counts / counts[-1]).sqrt().flip(0)
@@ -454,12 +462,12 @@ def check(params):
         inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
         mask = torch.zeros_like(inputs[..., 0], dtype=torch.bool)
         ks = range(len(params["positions"]))
-        branches = dict(next_scale=()) | (dict(masked=(inputs, mask)) if "masked" in params else {})
-        for branch, own in branches.items():
+        own_of = dict(next_scale=(), masked=(inputs, mask))
+        for branch in own_of.keys() & params.keys():
             features = branch_features(params, branch, labels, None, k=0)
             tokens = torch.zeros_like(features[..., 0], dtype=torch.int64)
             branch_logits(params, branch, features, near_tokens(params, tokens, k=0))
-            embed_inputs(params, condition, inputs, own, ks)
+            embed_inputs(params, condition, inputs, own_of[branch], ks)
     except Exception as error:
         raise _misfit("params", error) from error
 
@@ -484,7 +492,7 @@ PUBLISHED_NAMES = (  # patterns of their names, replaced by ours in this order
     ("word_embed[._]", "input."),
     ("^(base_)?blocks", "trunk"),
     ("mask_embed.weight", "masked.mask_embedding"),
-    ("^head", "ns_head"),
+    ("^head", "ns_head"),  # VAR's, as HMAR calls it
     ("^ns_", "next_scale."),
     ("^mask_", "masked."),
     ("(.head_nm)?.ada_lin.1", ".modulation"),

@@ -26,6 +26,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
@@ -61,10 +62,7 @@ def generate(params, codec, labels, **options):
 
 
 class Step(NamedTuple):
-    """What `steps` yields after each pass.
-
-    A caller may write into the f_hat of a scale's last pass: the next scale is drawn from it.
-    """
+    """What `steps` yields after each pass."""
 
     scale: int
     number: int  # of the pass in its scale: 0 is the next-scale draw, later ones refine it
@@ -94,13 +92,13 @@ def steps(
     labels (B,) int64. An option that is None is the tree's own, by `own_options`.
 
     schedule: for each scale the tokens kept at each pass, or how many masked passes a scale has.
-    guidance, mask_guidance: of next-scale and masked passes, at the last scale; 0: off, and without
-        is_causal at half the cost.
+    guidance, mask_guidance: strength at the last scale, of next-scale and of masked passes; 0: off,
+        which halves the cost, but not with is_causal, whose cache holds both halves.
     soften: nats a token at which guidance is halved, 0: never.
     temperature: divides the logits; below .001: arg max.
     top_k: then the best so many codes stay, 0 or less: all.
     top_p: then the best codes that hold this much of the probability.
-    seed: image i draws the numbers of seed + i, or of seed[i].
+    seed: image i draws the numbers of seed + i; or a seed for each image.
     is_causal: the tree is VAR's, which keeps keys and values.
     known: of `edit`.
     """
@@ -108,58 +106,60 @@ def steps(
         params = {name: leaf for name, leaf in params.items() if name != "masked"}
     given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
     given["temperature"] = temperature
-    own = own_options(params, is_edit=known is not None)
-    own |= {name: x for name, x in given.items() if x is not None}
-    schedule = own["schedule"]
-    if isinstance(schedule, int):
-        schedule = masked_schedule(hmar.scales(params), schedule)
-    seeds = [seed + i for i in range(len(labels))] if isinstance(seed, int) else seed
-    check_options(params, codec, labels, schedule, seeds, soften)
-
-    cache = [[] for _ in range(hmar.depth(params))] if is_causal else None
-    strengths = dict(next_scale=own["guidance"], masked=own["mask_guidance"])
-    how = dict(strengths=strengths, soften=soften, cache=cache)
-    guided = partial(guided_branch, params, labels, **how)
-    choose = partial(choose_tokens, temperature=own["temperature"], top_k=top_k, top_p=top_p)
+    options = own_options(params, is_causal, is_edit=known is not None)
+    options |= {name: x for name, x in given.items() if x is not None}
+    options |= dict(soften=soften, top_k=top_k, top_p=top_p)
+    if isinstance(options["schedule"], int):
+        options["schedule"] = masked_schedule(hmar.scales(params), options["schedule"])
+    if isinstance(seed, (int, np.integer)):
+        seed = [int(seed) + i for i in range(len(labels))]
+    check_options(params, codec, labels, seed, options)
     # the generator is another function, so that bad arguments raise here, not at its first pass
-    return passes(params, codec, seeds, schedule, guided, choose, known)
+    return passes(params, codec, labels, seed, known, SimpleNamespace(**options))
 
 
 @torch.no_grad()
-def passes(params, codec, seeds, schedule, guided, choose, known):
-    """The loop of `steps`, whose options are bound in guided and choose."""
+def passes(params, codec, labels, seeds, known, options):
+    """The loop of `steps`; options: its arguments of these names."""
     scales, batch = hmar.scales(params), len(seeds)
     codebook = codec["codebook"]
     f_hat = codebook.new_zeros(batch, codebook.shape[1], *scales[-1])  # (B, code_dim, h, w)
+    cache = [[] for _ in range(hmar.depth(params))] if options.is_causal else None
 
     for k, size in enumerate(scales):
         tokens = torch.zeros(batch, math.prod(size), dtype=torch.int64, device=codebook.device)
         hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be drawn
-        keeps = schedule[k]
+        keeps = options.schedule[k]
+        rise = k / (len(scales) - 1) if len(scales) > 1 else 1.0  # of guidance, over the scales
         if known is not None:  # an edit: some tokens are given, of others a part is seen
             f_hat = torch.where(known.outside, known.f_hats[k], f_hat)  # as it was before scale k
             tokens, hidden = known.tokens[k], ~known.given[k]
-            keeps = shares_of_hidden(keeps, hidden, k > 0 and "masked" in params)  # now (B, 1) each
+            # numbers of tokens become tensors (B, 1): images hide different counts
+            keeps = shares_of_hidden(keeps, hidden, k > 0 and "masked" in params)
             seen_logits = evidence(codebook, known.features - f_hat, known.outside, size)
 
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
             if number == 0:
-                predict = guided("next_scale", k, inputs)
+                branch, strength, seen = "next_scale", rise * options.guidance, [inputs]
             else:
-                # published branches were trained on codes that leak from hidden tokens
-                zeroed = hidden if "own_input" in params["masked"] else None
+                zeroed = hidden if hmar.zeroes_hidden(params) else None
                 own_inputs = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
-                predict = guided("masked", k, inputs, own_inputs, hidden)
+                branch, strength = "masked", rise * options.mask_guidance
+                seen = [inputs, own_inputs, hidden]
+            # the blocks run once a pass, the head in each wave
+            features = guided_features(params, branch, labels, seen, k, strength, cache)
+            head = partial(guided_logits, params, branch, strength=strength, soften=options.soften)
 
             uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
             tokens, confidence = tokens.clone(), torch.zeros_like(uniform)  # fp64
             for wave in hmar.waves(params, k):  # m positions, which see what is drawn before
-                logits = predict(tokens, wave)  # (B, m, codes)
+                near = hmar.near_tokens(params, tokens, k)  # (B, n_k, 4)
+                logits = head(features[:, :, wave], near[:, wave])  # (B, m, codes)
                 if known is not None:
                     logits = logits + seen_logits[:, wave]
-                drawn, probability = choose(logits, uniform[:, wave])
+                drawn, probability = choose_tokens(logits, uniform[:, wave], options)
                 confidence[:, wave] = probability.double()
                 tokens[:, wave] = torch.where(hidden[:, wave], drawn, tokens[:, wave])
 
@@ -173,8 +173,9 @@ def passes(params, codec, seeds, schedule, guided, choose, known):
         f_hat = grown  # what the next scale is drawn from
 
 
-def check_options(params, codec, labels, schedule, seeds, soften):
+def check_options(params, codec, labels, seeds, options):
     """ValueError unless tokenizer and options of `steps` fit the transformer and the labels."""
+    schedule = options["schedule"]
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
     counts = tokenizer.lengths(hmar.scales(params))
     for name, got, expected in (
@@ -184,7 +185,7 @@ def check_options(params, codec, labels, schedule, seeds, soften):
     ):
         if got != expected:
             raise ValueError(f"{name}: got {got}, expected {expected}")
-    for name, least in ("seed", min(seeds, default=0)), ("soften", soften):
+    for name, least in ("seed", min(seeds, default=0)), ("soften", options["soften"]):
         if least < 0:
             raise ValueError(f"{name}: got {least}, expected 0 or more")
     if "masked" not in params and max(map(len, schedule)) > 1:
@@ -193,29 +194,22 @@ def check_options(params, codec, labels, schedule, seeds, soften):
         raise ValueError("schedule: got several passes at the first scale")
 
 
-def guided_branch(params, labels, branch, k, *inputs, strengths, soften, cache):
-    """predict(tokens (B, n_k), wave (m,)) -> logits (B, m, codes), of scale k by a branch of hmar.
-
-    Its blocks, fed inputs, run once, here; its head in each wave.
+def guided_features(params, branch, labels, seen, k, strength, cache):
+    """What the head of a branch reads, (1, B, n_k, C); if guided (2, B, n_k, C), the second of no
+    class.
     """
-    last = len(params["positions"]) - 1
-    strength = strengths[branch] * (k / last if last else 1.0)  # rises over the scales
-    is_guided = strength != 0 or cache is not None  # a cache holds both halves from the start
-    if is_guided:
-        null = torch.full_like(labels, len(params["classes"]) - 1)
-        labels, inputs = torch.cat([labels, null]), [torch.cat([x, x]) for x in inputs]
-    features = hmar.branch_features(params, branch, labels, *inputs, k=k, cache=cache)
+    halves = 1
+    if strength != 0 or cache is not None:  # a cache holds both halves from the start
+        halves, null = 2, torch.full_like(labels, len(params["classes"]) - 1)
+        labels, seen = torch.cat([labels, null]), [torch.cat([x, x]) for x in seen]
+    features = hmar.branch_features(params, branch, labels, *seen, k=k, cache=cache)
+    return features.unflatten(0, (halves, -1))
 
-    def predict(tokens, wave):
-        near = hmar.near_tokens(params, tokens, k)
-        if near is not None:
-            near = near[:, wave].repeat(len(features) // len(tokens), 1, 1)
-        logits = hmar.branch_logits(params, branch, features[:, wave], near)
-        if not is_guided:
-            return logits
-        return classifier_free_guidance(*logits.chunk(2), strength, soften)
 
-    return predict
+def guided_logits(params, branch, features, near, strength, soften):
+    """Logits (B, m, codes) of `guided_features` (1 or 2, B, m, C) and near (B, m, 4)."""
+    logits = hmar.branch_logits(params, branch, features, near)
+    return logits[0] if len(logits) == 1 else classifier_free_guidance(*logits, strength, soften)
 
 
 def classifier_free_guidance(conditional, unconditional, strength, soften=0):
@@ -238,11 +232,12 @@ def uniform_numbers(seeds, k, number, tokens):
     return torch.from_numpy(np.array(rows)).to(tokens.device)
 
 
-def choose_tokens(logits, uniform, *, temperature, top_k, top_p):
+def choose_tokens(logits, uniform, options):
     """(tokens, confidence), (B, m) each, of logits (B, m, codes) and uniform numbers (B, m)."""
-    if temperature < 0.001:  # arg max, before the division overflows
-        return draw(filter_logits(logits, top_k, top_p))
-    return draw(filter_logits(logits / temperature, top_k, top_p), uniform)
+    if options.temperature < 0.001:  # arg max, before the division overflows
+        return draw(filter_logits(logits, options.top_k, options.top_p))
+    logits = logits / options.temperature
+    return draw(filter_logits(logits, options.top_k, options.top_p), uniform)
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -261,7 +256,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     least = best[..., -1:]
     if top_p < 1:
         weight = (best - best[..., :1]).exp()
-        # codes as good as the last of these, which topk left out
+        # codes as good as the last of these that topk left out: they stay, so the total has them
         ties = (logits == least).sum(-1, keepdim=True) - (best == least).sum(-1, keepdim=True)
         total = weight.sum(-1, keepdim=True) + ties * weight[..., -1:]
         before = (weight.cumsum(-1) - weight) / total  # what better codes hold: of the best, 0
@@ -280,7 +275,7 @@ def draw(logits, uniform=None):
     else:
         sums = probability.cumsum(-1)
         total = sums[..., -1:]
-        # rounded up to total, it would fall on a code at the end that was ruled out
+        # uniform * total may round up to total, where searchsorted finds a code that was ruled out
         below = total.nextafter(torch.zeros_like(total))
         places = torch.minimum((uniform[..., None] * total).to(total.dtype), below)
         tokens = torch.searchsorted(sums, places, right=True)
@@ -308,7 +303,8 @@ def masked_schedule(scales, masked_passes):
         number = min(masked_passes + 1, count) if k else 1
         done = np.arange(number + 1)
         kept = np.round(count * (1 - np.cos(np.pi / 2 * done / number)))  # after each pass
-        kept = kept.clip(min=done, max=count - number + done).astype(int)  # one at least at each
+        # one more at least after each pass, and one left for each that is to come
+        kept = kept.clip(min=done, max=count - number + done).astype(int)
         schedule.append(np.diff(kept).tolist())
     return schedule
 
@@ -334,22 +330,23 @@ def own_options(params, is_causal=False, is_edit=False):
     looks = "neighbours" in params["next_scale"]
     temperature = 1.0
     if looks:  # tokens of a scale match: a masked pass serves edits alone
-        masked_passes = 1 if is_edit else 0  # edits right: drawings 98 for 96 %, CIFAR-10 77 for 73
-        guidance, mask_guidance, weaker = 5.2, 3, 2 / depth
-        temperature = 0.95 if depth <= 2 else 0.9  # CIFAR-10 3.3 away for 3.6
+        # of edits 98 % are right, without it 96 % (drawings); 77 %, without 73 % (CIFAR-10)
+        masked_passes = 1 if is_edit else 0
+        guidance, mask_guidance, by_depth = 5.2, 3, 2 / depth
+        temperature = 0.95 if depth <= 2 else 0.9  # CIFAR-10's distance is 3.3, at 1 3.6
     else:
         masked_passes = 2 if depth > 2 else 1
-        guidance, mask_guidance, weaker = 4.5, 5, (2 / depth) ** 1.5
+        guidance, mask_guidance, by_depth = 4.5, 5, (2 / depth) ** 1.5
 
     schedule = masked_schedule(hmar.scales(params), masked_passes if "masked" in params else 0)
-    if not looks:  # masked passes of scales of so few tokens make images plain
+    if not looks:  # masked passes at scales of few tokens make images plain: there are none
         few = sum(schedule[-1]) / 16
         schedule = [keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule]
-    weaker = min(1, weaker)  # what is trained longer needs less; published ones have 1.5 to 2.1
+    by_depth = min(1, by_depth)  # what is trained longer needs less; published have 1.5 to 2.1
     return dict(
         schedule=schedule,
-        guidance=max(1.5, weaker * guidance * min(1, math.sqrt(150 / count))),
-        mask_guidance=max(1.5, weaker * mask_guidance),
+        guidance=max(1.5, by_depth * guidance * min(1, math.sqrt(150 / count))),
+        mask_guidance=max(1.5, by_depth * mask_guidance),
         temperature=temperature,
         is_causal=is_causal,
     )
@@ -375,12 +372,16 @@ def edit(params, codec, images, mask, labels, **options):
     mask (B, 1, H, W) bool, True = repaint; what it hides changes nothing. At each scale the tokens
     whose cells lie outside are the image's; the others are drawn, then refined by the masked
     branch, which sees the given ones (HMAR, editing). Pixels outside are the original ones; the
-    decoder's error there is subtracted inside too, fading over two latent cells from the edge.
-    options: of `steps`.
+    decoder's error at the mask's edge is carried on into it and subtracted, fading over two latent
+    cells. options: of `steps`.
     """
     scales = hmar.scales(params)
     tokenizer.check_images(codec, images, scales)
-    expected = (len(images), 1, *images.shape[2:])
+    expected = (len(labels), 1, *images.shape[2:])
+    if len(images) != len(labels):
+        raise ValueError(
+            f"labels: got {len(labels)}, expected one for each of {len(images)} images"
+        )
     if mask.dtype != torch.bool or mask.shape != expected:
         raise ValueError(f"mask: expected a bool tensor {expected}")
 
@@ -420,7 +421,7 @@ def shares_of_hidden(keeps, hidden, has_masked_branch):
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
     # a first pass sees no given tokens. Where it is the only one, images with given tokens keep
-    # nothing of it: they draw again in a masked pass, which sees them
+    # nothing of it, which serves those without: they draw again in a masked pass, which sees them
     is_partly = (count > 0) & (count < total)
     if len(keeps) == 1 and has_masked_branch and is_partly.any():
         return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]
@@ -434,8 +435,8 @@ def evidence(codebook, residual, outside, size):
 
     residual (B, code_dim, h, w) is what is left to quantise, known where outside (B, 1, h, w). Of a
     cell's m places a share s is seen, with mean a and variance v. If places are independent and
-    Gaussian, the others' mean is a with variance v / (m s (1 - s)), so the cell's is a with
-    variance v (1 - s) / (m s): the logits are that density at each code.
+    Gaussian, the others' mean is a with variance v / (m s) + v / (m (1 - s)), so the cell's is a
+    with variance v (1 - s) / (m s): the logits are that density at each code.
     """
     seen = outside.to(residual.dtype)
     share = tokenizer.resize_to_scale(seen, size)  # (B, n, 1)
@@ -505,15 +506,15 @@ def to_bytes(images):
     return (unit * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-LARGE_IMAGE = threading.Lock()  # of several readers one at a time decodes a large image
+LARGE_IMAGE_LOCK = threading.Lock()  # of several readers one at a time decodes a large image
 
 
 def read_image(path, shortest=None):
     """The first frame of an image file, upright, RGB, transparency on white, 16 bits scaled to 8.
 
     shortest: a large one is read at a fraction of its size, no side below that. ValueError where
-    the bytes are no image, a broken one or one of more pixels than Pillow takes, 179 million, of a
-    JPEG at that fraction; OSError where they cannot be read.
+    the bytes are no image, a broken one, or one beyond Pillow's limit of 179 million pixels, which
+    a JPEG must keep at that fraction alone; OSError where they cannot be read.
     """
     if not os.path.isfile(path):  # a pipe would wait for ever
         raise FileNotFoundError(f"missing or no regular file: {path}")
@@ -521,7 +522,7 @@ def read_image(path, shortest=None):
     try:
         image = open_image(content, shortest)
         is_large = image.width * image.height > 2**25
-        with LARGE_IMAGE if is_large else contextlib.nullcontext():
+        with LARGE_IMAGE_LOCK if is_large else contextlib.nullcontext():
             ImageOps.exif_transpose(image, in_place=True)
             image = convert_to_rgb(image)
             return image.reduce(max(1, min(image.size) // shortest)) if shortest else image
@@ -560,7 +561,7 @@ def load(path, module=None, **options):
     """(tree, origin) of a file of weights, the tree in fp32, on the CPU.
 
     module: `tokenizer` or `hmar`, None for what the file holds. origin: "ours" or, of a published
-    layout, "HMAR" or "VAR"; options: of from_published.
+    transformer, "HMAR" or "VAR", of a published tokenizer "HMAR"; options: of from_published.
     """
     tree, origin = load_file(path), "ours"
     try:
@@ -618,7 +619,7 @@ def parser():
         "--labels",
         nargs="+",
         default=["all"],
-        help="names, else numbers; -x as --labels=-x (all, of a sheet ten)",
+        help="names or numbers of classes; -x as --labels=-x (all; of a sheet the first ten)",
     )
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
@@ -672,14 +673,24 @@ def scale_pair(text):
     return int(height), int(width or height)
 
 
-def read_job(args):
-    """What is to be drawn, as attributes: all that flags and files say.
+class Job(NamedTuple):
+    """What is to be drawn: all that flags and files say of it."""
 
-    kind: of --out; models: (params, codec), cast, on the device; labels (N,), count images each;
-    names: of these classes; seed; options: of `steps`; given: (photo, mask) or (); batch; settings:
-    what decides the images, for a folder.
-    """
-    kind, device = find_kind(args), find_device(args.device)
+    kind: str  # of --out: "folder", or a format of Pillow's
+    models: tuple  # (params, codec), cast, on the device
+    labels: torch.Tensor  # (N,), of each class `count` images
+    count: int
+    names: list  # of the classes
+    seed: int  # of image 0
+    options: dict  # of `steps`
+    given: tuple  # of an edit: (photo (1, 3, H, W), mask (1, 1, H, W)); else ()
+    batch: int  # images that are drawn together
+    settings: dict  # what a later command must have alike to go on with a folder
+
+
+def read_job(args):
+    """The Job of these flags. ValueError where they or the files do not fit."""
+    kind, device = find_kind(args), set_up_device(args.device)
     dtype = find_dtype(args.dtype, device)
 
     # the models, and what is asked of them
@@ -691,7 +702,6 @@ def read_job(args):
     is_edit = args.edit or args.mask or args.pad
     given = photo_and_mask(args, (width, height)) if is_edit else ()
 
-    # what decides the images, for who goes on with a folder
     read = [Path(path) for path in (*files, args.edit, args.mask) if path]
     states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime) for path in read]
     settings = options | dict(labels=classes, count=args.count, seed=args.seed, pad=args.pad)
@@ -699,21 +709,17 @@ def read_job(args):
 
     labels = torch.tensor(classes).repeat_interleave(args.count)
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
-    tensors = dict(models=models, labels=labels, given=given)
-    return SimpleNamespace(
-        **pytree.tree_map(lambda x: x.to(device), tensors),
-        kind=kind,
-        options=options,
-        settings=settings,
-        count=args.count,
-        seed=args.seed,
-        names=[names[label] for label in classes],
-        batch=min(50, images_at_once(height * width)),
-    )
+    models, labels, given = pytree.tree_map(lambda x: x.to(device), (models, labels, given))
+    names = [names[label] for label in classes]
+    batch = min(50, images_at_once(height * width))
+    return Job(kind, models, labels, args.count, names, args.seed, options, given, batch, settings)
 
 
 def find_kind(args):
-    """ "folder", of which an .npz is packed, or, by the suffix of --out, a format of Pillow's."""
+    """What --out is to be: a format of Pillow's, or "folder", from which an .npz is packed too.
+
+    ValueError where other flags do not fit it.
+    """
     if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
         raise ValueError(f"--out: got {args.out}, which is also to be read")
     suffix = args.out.suffix.lower()
@@ -755,6 +761,7 @@ def write_sheet(out, job):
         frames = zip(*(draw_passes(job, numbers) for numbers in batches))
     else:
         frames = [[draw_images(job, numbers) for numbers in batches]]
+    # a frame is its batches, a page the same cut into rows, one a label
     pages = [torch.cat(parts).split(job.count) for parts in frames]
     out.parent.mkdir(parents=True, exist_ok=True)
     save_sheets(out, job.kind, [sheet(rows, job.names) for rows in pages])
@@ -784,8 +791,9 @@ def write_folder(out, job):
 
     if not all(path.exists() for path in paths):
         return
-    for unfinished in folder.glob("*.tmp"):  # of processes that were killed
-        unfinished.unlink(missing_ok=True)
+    for unfinished in folder.glob("*.tmp"):  # of killed processes: others write for moments
+        if time.time() - unfinished.stat().st_mtime > 60:
+            unfinished.unlink(missing_ok=True)
     if is_archive:
         shape = np.asarray(read_image(paths[0])).shape
         pixels = np.empty((len(paths), *shape), np.uint8)
@@ -795,7 +803,7 @@ def write_folder(out, job):
 
 
 def begin_folder(folder, settings):
-    """Writes settings.json, whole; of two commands that begin at once only one may go on."""
+    """Writes settings.json, whole; of two commands that begin at once the first decides."""
     path = folder / "settings.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -816,9 +824,9 @@ def check_folder(folder, settings):
         raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
 
 
-def find_device(name):
-    """The torch.device of --device, by default this process's GPU or the CPU."""
-    torch.backends.cudnn.allow_tf32 = False  # for the whole process: the quantiser is in fp32
+def set_up_device(name):
+    """The torch.device of --device, by default this process's GPU or the CPU; TF32 goes off."""
+    torch.backends.cudnn.allow_tf32 = False  # in convolutions: the quantiser is in fp32
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -850,24 +858,31 @@ def load_models(args):
     files = weights, Path(args.tokenizer or weights.with_name("tokenizer.pt"))
     codec, _ = load(files[1], tokenizer)
 
-    record = read_record(weights.with_name("args.json")) if origin == "ours" else {}
+    record = {}
     if origin != "ours":
         options = published_options(params, is_causal=origin == "VAR")
     elif args.scales:
         raise ValueError("--scales: got some, but a run has its own")
-    elif not record and "masked" not in params:
-        raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
     else:
-        options = dict(is_causal=record.get("flags", {}).get("causal", False))
-        if "masked" not in params and not options["is_causal"]:
-            print(f"{weights}: without masked passes, which hmar.pt would have", file=sys.stderr)
-        for name, tree in (weights.name, params), ("tokenizer.pt", codec):
-            check_digest(weights.with_name("args.json"), name, tree)
+        record = read_record(weights.with_name("args.json"))
+        options = dict(is_causal=check_run(weights, record, params, codec))
 
     classes = len(params["classes"]) - 1
     names = record.get("class_names", [])
     names = names if len(names) == classes else range(classes)
     return params, codec, list(map(str, names)), options, files
+
+
+def check_run(weights, record, params, codec):
+    """Whether a run is --causal, by its record, args.json. ValueError where that is of another."""
+    if not record and "masked" not in params:
+        raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
+    is_causal = record.get("flags", {}).get("causal", False)
+    if "masked" not in params and not is_causal:
+        print(f"{weights}: without masked passes, which hmar.pt would have", file=sys.stderr)
+    for name, tree in (weights.name, params), ("tokenizer.pt", codec):
+        check_digest(weights.with_name("args.json"), name, tree)
+    return is_causal
 
 
 def class_numbers(texts, names, most):
@@ -930,9 +945,11 @@ def world():
 
 def read_record(path):
     """A run's args.json, {} where there is none. ValueError where an entry has another type."""
-    record = read_json(path)
-    for name, kind in dict(flags=dict, class_names=list, count=int, digests=dict).items():
-        if record and not isinstance(record.setdefault(name, kind()), kind):
+    record, kinds = read_json(path), dict(flags=dict, class_names=list, count=int, digests=dict)
+    if record:
+        record = {name: kind() for name, kind in kinds.items()} | dict(newest=0) | record
+    for name, kind in kinds.items():
+        if record and not isinstance(record[name], kind):
             raise ValueError(f"{path}: {name}: got {record[name]!r:.80}, expected {kind}")
     if not all(isinstance(name, str) for name in record.get("class_names", [])):
         raise ValueError(f"{path}: class_names: expected texts")

@@ -55,8 +55,9 @@ def next_scale_inputs(codec, tokens, scales):
 
     Each sees f_hat of all coarser scales, area-resized to its size: HMAR's Markov property.
     """
-    pairs = zip(scales[1:], f_hat_by_scale(codec, tokens, scales))  # the last f_hat is not made
-    inputs = [resize_to_scale(f_hat, size) for size, f_hat in pairs]
+    f_hats = f_hat_by_scale(codec, tokens, scales)
+    # zip ends with scales[1:], before the last f_hat is computed, which no scale would see
+    inputs = [resize_to_scale(f_hat, size) for size, f_hat in zip(scales[1:], f_hats)]
     return torch.cat(inputs, 1)
 
 
@@ -67,9 +68,12 @@ def masked_inputs(codec, tokens, scales, mask=None):
     """
     check_scales(scales)
     first, *finer = lengths(scales)
+    parts = tokens[:, first:].split(finer, 1)
     masks = [None] * len(finer) if mask is None else mask.split(finer, 1)
-    parts = enumerate(zip(tokens[:, first:].split(finer, 1), masks), 1)
-    inputs = [own_inputs_of_scale(codec, part, k, scales, hidden) for k, (part, hidden) in parts]
+
+    inputs = []
+    for k, (part, hidden) in enumerate(zip(parts, masks), 1):
+        inputs.append(own_inputs_of_scale(codec, part, k, scales, hidden))
     return torch.cat(inputs, 1)
 
 
@@ -106,7 +110,7 @@ def nearest(codebook, vectors):
     codebook = codebook.to(vectors.dtype)
     squares = codebook.square().sum(1)  # a vector's own square moves no minimum
     parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 128 MiB at a time
-    with torch.autocast(vectors.device.type, enabled=False):  # in full precision
+    with torch.autocast(vectors.device.type, enabled=False):
         indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
     return torch.cat(indices).view(vectors.shape[:-1])
 
@@ -157,7 +161,7 @@ def enlarge(x, size):
 
 
 def _bicubic(x, small, large):
-    """(large, small): an identity, enlarged."""
+    """The matrix (large, small) that enlarges: its columns are unit vectors, enlarged."""
     identity = torch.eye(small, dtype=x.dtype, device=x.device)
     return F.interpolate(identity[None, None], (large, small), mode="bicubic")[0, 0]
 
@@ -209,12 +213,12 @@ def decoder(x, conv_in, middle, up, norm_out, conv_out):
 
 
 def fold_side(channels):
-    """The side of the squares of pixels, three colours each, that are so many channels."""
+    """s, where squares of s x s pixels of three colours are folded into channels, 3 s^2."""
     return math.isqrt(channels // 3)
 
 
 def level(x, blocks, attentions=(), downsample=None, upsample=None):
-    """Residual blocks, block i followed by attentions[i] if there is one; then other sides."""
+    """Residual blocks, each followed by its attention if there is one; then other sides, if any."""
     for i, block in enumerate(blocks):
         x = residual_block(x, **block)
         if i < len(attentions):
@@ -258,8 +262,8 @@ def group_norm(x, weight, bias):
 def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
     """One differentiable pass over images (B, 3, H, W), as a dict.
 
-    coarse (n,) int64: indices of images that are decoded a second time, from scales 0 to stops (n,)
-    int64 alone, lest coarse scales say nothing.
+    coarse, stops (n,) int64: image coarse[i] is decoded a second time, from scales 0 to stops[i]
+    alone, so that coarse scales become images by themselves.
 
     images: reconstructions (B, 3, H, W), not clamped. coarse_images: (n, 3, H, W). loss: VAR,
     equation 5, averaged over scales. residuals, tokens: of each scale.
@@ -274,7 +278,8 @@ def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
     loss = loss + commitment * F.mse_loss(targets, f_hats.detach())
 
     # the gradient of a coarse image goes only to what its last scale can express: the means of that
-    # scale's cells, enlarged as codes are. Sent to every position it costs the finest scale 3.5 dB
+    # scale's cells, enlarged as codes are. Gradients to each position cost the finest scale 3.5 dB.
+    # f_hats are of all images, means of the coarse ones: they have two indices
     cells = [F.interpolate(features[coarse], size, mode="area") for size in scales]
     means = torch.stack([enlarge(cell, scales[-1]) for cell in cells])  # (S, n, code_dim, h, w)
     rows = torch.arange(len(coarse), device=coarse.device)

@@ -988,9 +988,9 @@ def to_device(tree, device):
     return pytree.tree_map(lambda tensor: tensor.to(device), tree)
 
 
-def join_processes(name):
+def set_up_process(name):
     """This process's device; waits for the others that torchrun started, if there are several."""
-    device = sample.find_device(name)
+    device = sample.set_up_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -1209,7 +1209,7 @@ def check_sizes(settings, given):
 
 def train(args):
     """All stages in order, each unless its file is there; before them the images, once."""
-    run = make_run(args, join_processes(args.device))
+    run = make_run(args, set_up_process(args.device))
     locks = []  # of the first process, held to the end
     broadcast(lambda: locks.append(claim_and_prepare(run)))
     broadcast(lambda: say_run(run))
