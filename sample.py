@@ -134,21 +134,19 @@ def passes(params, codec, labels, seeds, known, options):
         if known is not None:  # an edit: some tokens are given, of others a part is seen
             f_hat = torch.where(known.outside, known.f_hats[k], f_hat)  # as it was before scale k
             tokens, hidden = known.tokens[k], ~known.given[k]
-            # numbers of tokens become tensors (B, 1): images hide different counts
-            keeps = shares_of_hidden(keeps, hidden, k > 0 and "masked" in params)
+            keeps = shares_of_hidden(keeps, hidden, k > 0 and "masked" in params)  # now (B, 1) each
             seen_logits = evidence(codebook, known.features - f_hat, known.outside, size)
 
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         for number, keep in enumerate(keeps):
             # the first pass sees the coarser scales alone, later ones also what was kept of this
-            if number == 0:
-                branch, strength, seen = "next_scale", rise * options.guidance, [inputs]
-            else:
+            branch, strength, seen = "next_scale", options.guidance, [inputs]
+            if number > 0:
                 zeroed = hidden if hmar.zeroes_hidden(params) else None
-                own_inputs = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
-                branch, strength = "masked", rise * options.mask_guidance
-                seen = [inputs, own_inputs, hidden]
-            # the blocks run once a pass, the head in each wave
+                own = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
+                branch, strength, seen = "masked", options.mask_guidance, [inputs, own, hidden]
+
+            strength *= rise  # the blocks run once a pass, the head in each wave
             features = guided_features(params, branch, labels, seen, k, strength, cache)
             head = partial(guided_logits, params, branch, strength=strength, soften=options.soften)
 
@@ -163,14 +161,18 @@ def passes(params, codec, labels, seeds, known, options):
                 confidence[:, wave] = probability.double()
                 tokens[:, wave] = torch.where(hidden[:, wave], drawn, tokens[:, wave])
 
-            # all but the `keep` most confident of those just drawn are drawn again
-            confidence = confidence.masked_fill(~hidden, -math.inf)
-            order = confidence.argsort(dim=-1, descending=True, stable=True)
-            hidden = hidden & (order.argsort(-1) >= keep)
+            hidden = hide_least_sure(confidence, hidden, keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
             yield Step(k, number, tokens, hidden, grown)
 
         f_hat = grown  # what the next scale is drawn from
+
+
+def hide_least_sure(confidence, hidden, keep):
+    """(B, n_k) bool: what a later pass draws again, of hidden all but the keep most confident."""
+    confidence = confidence.masked_fill(~hidden, -math.inf)
+    order = confidence.argsort(dim=-1, descending=True, stable=True)
+    return hidden & (order.argsort(-1) >= keep)
 
 
 def check_options(params, codec, labels, seeds, options):

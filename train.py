@@ -29,7 +29,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +47,8 @@ STAGES = {"tokenizer": "tokenizer.pt", "next-scale": "next-scale.pt", "masked": 
 COOL_DOWN = 0.6  # last share of a stage's steps: the rate falls to zero
 WARM_UP = 0.06  # first share: the rate rises to its peak
 AVERAGED = 0.25  # share of the steps over which the moving average of the weights (EMA) reaches
-PATIENCE = 1 / 3  # of the steps: so long without a better look, at held-out images, ends a stage
+# share of the steps: so long without a better look, which judges held-out images, ends a stage
+PATIENCE = 1 / 3
 CLIP = 1.0  # largest gradient norm
 # keys of AdamW's leaves: embeddings, codes, heads, modulation, convolutions of single channels
 NOT_FOR_MUON = {"classes", "start", "levels", "positions", "codebook", "head", "modulation"}
@@ -63,6 +63,7 @@ COARSE_WEIGHT = 0.5  # of their squared error
 # of errors in `reconstruction_loss`, beside 1 of the squared and .5 of the absolute one
 EDGE_WEIGHT, TEXTURE_WEIGHT, PERCEPTUAL_WEIGHT, HUE_WEIGHT = 0.25, 0.5, 0.08, 0.28
 LEVELS_STEPS = 400  # in which the perceptual network is learned
+LEVELS_WIDTHS = 3, 32, 64, 96, 128  # its colours and channels
 DRAWINGS = 20_500  # where there is no --data
 DRAWN_STEPS = 0.75  # of other images' steps, for drawings are plain
 CROPS = 20_000  # in all: a small folder's images are learned in up to 16 crops each, at least 2
@@ -77,28 +78,38 @@ def dial(depth, size, images):
     """
     larger = depth / 2
     is_large = depth >= 8  # the published sizes and layers
-    local = dict(gamma=0.1, convolutions=True, neighbours=True)  # they gain .16, .24 nats a token
-    # images as the parameters, which grow by depth^3 (Hoffmann et al. 2022), fewer of larger ones,
-    # since each has more tokens; no folder is worth more than so many epochs
-    seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
-    batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
-
-    # squares of pixels as channels: at 64 pixels reconstructions are 1.65 away for 3.55 in as long
-    fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
-    seen_by = {"tokenizer": 0.43 if fold > 1 else 0.35, "next-scale": 1, "masked": 1 / 11}
-    perceptual = size >= 48 and fold > 1  # at 32 it is not worth its time
-    if perceptual:  # at 64 an image has twice the tokens
-        seen *= 0.69
-        batch //= 2
-
+    # convolutions gain .16 nats a token, neighbours .24
+    local = dict(gamma=0.1, convolutions=True, neighbours=True)
     rate = 4e-3 * larger**-0.7  # deeper wants less, a larger batch more (HyperP 2603.28743)
+    cell, codec = codec_sizes(depth, size)
+    perceptual = size >= 48 and codec["fold"] > 1  # at 32 it is not worth its time
+    return dict(
+        cell=cell,
+        codec=codec,
+        growth=2 if depth <= 2 else math.sqrt(2),  # of scales' sides; at depth 3 nearer than by 2
+        transformer=dict(depth=depth) | ({} if is_large else local),
+        masked_blocks=(depth + 1) // 2,
+        loss_weights="lognormal" if is_large else "token",
+        lr={"tokenizer": rate, "next-scale": rate, "masked": rate / 4},
+        perceptual=perceptual,
+        decay=0.05 * larger**-0.8,  # over a run alike at all depths (Wang and Aitchison 2024)
+        looks=3 * depth,  # of a stage
+        **training_length(larger, size, images, codec["fold"] > 1, perceptual),
+    )
 
+
+def codec_sizes(depth, size):
+    """(pixels a side of a latent position, arguments of `tokenizer.init`)."""
+    is_large = depth >= 8
+    # squares of pixels become channels: at 64 pixels reconstructions are then 1.65 away in the time
+    # in which they were 3.55
+    fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
     halvings = cell.bit_length() - 1
     # a level more than halvings, but for the one that the fold does
     multipliers = halvings * (1,) if fold > 1 else (1, 1, 2, 2, 4)[: halvings + 1]
-    codec = dict(
-        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(larger))),  # 128 to the published ones
+    return cell, dict(
+        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(depth / 2))),  # 128 to the published ones
         code_dim=32 if is_large else 16,
         channels=fold * max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
         multipliers=multipliers,
@@ -106,20 +117,20 @@ def dial(depth, size, images):
         residual_blocks=2 if is_large else 1,
         attention=is_large,
     )
-    return dict(
-        cell=cell,
-        growth=2 if depth <= 2 else math.sqrt(2),  # of scales' sides: at depth 3 1.8, by 2 2.3 away
-        codec=codec,
-        transformer=dict(depth=depth) | ({} if is_large else local),
-        masked_blocks=(depth + 1) // 2,
-        loss_weights="lognormal" if is_large else "token",
-        batch=batch,
-        steps={stage: math.ceil(share * seen / batch) for stage, share in seen_by.items()},
-        lr={"tokenizer": rate, "next-scale": rate, "masked": rate / 4},
-        perceptual=perceptual,
-        decay=0.05 * larger**-0.8,  # over a run alike at all depths (Wang and Aitchison 2024)
-        looks=3 * depth,  # of a stage
-    )
+
+
+def training_length(larger, size, images, is_folded, perceptual):
+    """{"batch": images a step, "steps": {stage: number}}."""
+    # images seen grow as the parameters, by depth^3 (Hoffmann et al. 2022); they are fewer if they
+    # are larger, since each has more tokens, and no folder is worth more than 200 epochs
+    seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
+    batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
+    if perceptual:  # at 64 an image has twice the tokens
+        seen *= 0.69
+        batch //= 2
+    shares = {"tokenizer": 0.43 if is_folded else 0.35, "next-scale": 1, "masked": 1 / 11}
+    steps = {stage: math.ceil(share * seen / batch) for stage, share in shares.items()}
+    return dict(batch=batch, steps=steps)
 
 
 def default_scales(size, cell, growth, doubled=True):
@@ -150,12 +161,11 @@ class Stage(NamedTuple):
 
 
 def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
-    """All leaves of the tree learn; returns that moving average (EMA) of it that was best.
+    """All leaves of the tree learn; returns their moving average (EMA) at the best look.
 
-    loss(tree, **batch) -> (mean over its images, {name: tensor} to log, what after_step needs);
-    batch(step, positions) -> {name: tensor}, these images of a step's batch; look(tree) -> {name:
-    number or list} of held-out images, least "loss" is best; after_step(step, [needs, ...],
-    parameters, adamw) may change those and extra, tensors that are saved too.
+    loss(tree, **batch) -> (mean over its images, {name: tensor} to log, trace); batch(step, which
+    of its images) -> {name: tensor}; look(tree) -> {name: number or list} of held-out images, least
+    "loss" is best; after_step(step, traces, parameters, adamw) may write into its last two.
     """
     parameters = pytree.tree_map(new_parameter, tree)
     leaves = pytree.tree_leaves(parameters)
@@ -163,19 +173,20 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     optimizers = new_optimizers(tree, leaves, stage.decay)
     kept = dict(leaves=leaves, ema=ema, best=best, extra=list(extra))
     at = resume_or_begin(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
-    part_size, window, start = stage.images, [], (at["step"], time.monotonic())
+    part_size, window = stage.images // sample.world(), []
     saved = time.monotonic()
+    start = at["step"], saved
 
     for step in range(at["step"] + 1, stage.steps + 1):
-        numbers, needs, part_size = add_gradients(stage, step, loss, batch, tree, leaves, part_size)
+        report, traces, part_size = add_gradients(stage, step, loss, batch, tree, leaves, part_size)
         average_gradients(leaves)
-        window.append(numbers | dict(gradient=torch.nn.utils.clip_grad_norm_(leaves, CLIP)))
+        window.append(report | dict(gradient=torch.nn.utils.clip_grad_norm_(leaves, CLIP)))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(step, stage.steps, stage.peak)
             optimizer.step()
             optimizer.zero_grad()
         update_average(ema, leaves, step, stage.steps)
-        after_step(step, needs, parameters, optimizers[1])
+        after_step(step, traces, parameters, optimizers[1])
 
         is_look = step == stage.steps or step % math.ceil(stage.steps / stage.looks) == 0
         if step % LOG_EVERY and not is_look:
@@ -191,7 +202,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
                 torch._foreach_copy_(best, ema)
         is_over = is_look and step - at["best_step"] >= PATIENCE * stage.steps
         if is_look or time.monotonic() - saved > SAVE_SECONDS:
-            at["step"] = stage.steps if is_over else step  # one that is over has no steps left
+            at["step"] = stage.steps if is_over else step  # one that is over has none left
             save_checkpoint(stage, at, kept, optimizers)
             saved = time.monotonic()
         if is_over:
@@ -202,29 +213,29 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
 
 
 def add_gradients(stage, step, loss, batch, tree, leaves, part_size):
-    """Adds the gradients of the mean loss over this process's part of a batch.
+    """Adds the gradients of the mean loss over this process's images of a batch.
 
-    Returns (means to log, [what after_step needs, ...], part_size): as many images pass the
-    networks together, half of them after torch.OutOfMemoryError.
+    tree says the shapes of the leaves. part_size: how many images pass the networks together.
+    Returns (means to log, [trace, ...] of the parts, part_size, halved after OutOfMemoryError).
     """
-    positions = np.arange(stage.images).reshape(sample.world(), -1)
-    own, numbers, needs = positions[sample.rank()], {}, []
+    own = np.arange(stage.images).reshape(sample.world(), -1)[sample.rank()]
+    numbers, traces = {}, []
     try:
         for part in np.array_split(own, math.ceil(len(own) / part_size)):
             share = len(part) / len(own)
-            value, report, need = loss(replace_leaves(tree, leaves), **batch(step, part))
+            value, report, trace = loss(replace_leaves(tree, leaves), **batch(step, part))
             (share * value).backward()
             for name, number in report.items():
                 numbers[name] = numbers.get(name, 0) + share * number.detach()
-            needs.append(need)
-        return numbers, needs, part_size
+            traces.append(trace)
+        return numbers, traces, part_size
     except torch.OutOfMemoryError:
         if part_size == 1:
             raise
     # here, not in the handler, which would keep the tensors of the failed pass
     for leaf in leaves:
         leaf.grad = None
-    return add_gradients(stage, step, loss, batch, tree, leaves, min(len(own), part_size + 1) // 2)
+    return add_gradients(stage, step, loss, batch, tree, leaves, (part_size + 1) // 2)
 
 
 def new_parameter(leaf):
@@ -360,7 +371,7 @@ def train_tokenizer(run, stage):
         fast = tokenizer.cast(codec, run.dtype)
         passed = tokenizer.training_pass(fast, images, run.scales, coarse, stops)
         errors = (passed["coarse_images"] - images[coarse]).square().mean((1, 2, 3))
-        # a part of a batch may have fewer coarse images: over all parts this is their mean
+        # a part of a batch may have fewer coarse images: by this divisor parts add up to the mean
         coarse_error = COARSE_EVERY * errors.sum() / len(images)
         total = reconstruction_loss(passed["images"], images, variance, levels)
         total = total + COARSE_WEIGHT * coarse_error + passed["loss"]
@@ -371,7 +382,7 @@ def train_tokenizer(run, stage):
         rows, crops, generator = draw_rows(run, stage.name, step, len(training))
         stops = torch.randint(len(run.scales) - 1, (run.batch,), generator=generator)
         images = to_unit(training[rows[positions], crops[positions]])
-        coarse = torch.from_numpy(np.flatnonzero(positions % COARSE_EVERY == 0))
+        coarse = torch.from_numpy(np.flatnonzero(positions % COARSE_EVERY == 0))  # of this part
         made = dict(images=images, coarse=coarse, stops=stops[positions][coarse])
         return to_device(made, run.device)
 
@@ -384,15 +395,16 @@ def train_tokenizer(run, stage):
         return numbers
 
     replace = functools.partial(replace_dead_codes, run, stage, chosen)
-    return fit(stage, codec, run.wrap(loss), batch, look, replace, [chosen])
+    loss = torch.compile(loss) if run.compile else loss
+    return fit(stage, codec, loss, batch, look, replace, [chosen])
 
 
-def replace_dead_codes(run, stage, chosen, step, needs, parameters, adamw):
+def replace_dead_codes(run, stage, chosen, step, traces, parameters, adamw):
     """After a step: counts the codes in chosen (V,); now and then those never chosen become others.
 
     In the first step that initialises a codebook from data.
     """
-    tokens, residuals = zip(*needs)  # of the parts of a batch, by scale
+    tokens, residuals = zip(*traces)  # of each part of the batch, a list by scale
     tokens = torch.cat([x.flatten() for x in pytree.tree_leaves(tokens)])
     counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
     chosen.add_(add_over_processes(counts))
@@ -468,11 +480,11 @@ def learn_levels(run, images, labels, steps):
     net = torch.nn.ModuleList()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        for inputs, width in itertools.pairwise((3, 32, 64, 96, 128)):
+        for inputs, width in itertools.pairwise(LEVELS_WIDTHS):
             convolution = torch.nn.Conv2d(inputs, width, 3, padding=1, bias=False)
             layers = convolution, torch.nn.BatchNorm2d(width), torch.nn.ReLU()
             net.append(torch.nn.Sequential(*layers))
-        net.append(torch.nn.Linear(width, len(run.class_names)))
+        net.append(torch.nn.Linear(LEVELS_WIDTHS[-1], len(run.class_names)))
     *levels, head = net.to(run.device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
 
@@ -508,8 +520,8 @@ def measure_tokenizer(codec, images, scales):
         decoded = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in f_hats])
         errors.append((decoded - part).square().mean((2, 3, 4)))  # (S, B)
         rows = rows or [part[:8], *decoded[:, :8]]
-        for count, chosen in zip(counts, tokens):
-            count += torch.bincount(chosen.flatten().cpu(), minlength=len(count))
+        for k, chosen in enumerate(tokens):
+            counts[k] += torch.bincount(chosen.flatten().cpu(), minlength=counts.shape[1])
 
     errors = torch.cat(errors, 1)
     psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean(1)
@@ -533,7 +545,7 @@ def train_transformer(run, stage):
     held_out, training = split_held_out(load_or_write_tokens(run, codec))  # (n, crops, L)
     is_masked = stage.name == "masked"
     params = start_masked(run) if is_masked else start_next_scale(run)
-    learning = dict(masked=params["masked"]) if is_masked else params
+    learning = dict(masked=params["masked"]) if is_masked else params  # the part that `fit` trains
     weights = hmar.scale_weights(run.scales, run.loss_weights).to(run.device)  # (L,)
     lengths = tokenizer.lengths(run.scales)
 
@@ -555,7 +567,8 @@ def train_transformer(run, stage):
         if is_masked:
             own_inputs = tokenizer.masked_inputs(codec, tokens, run.scales, mask)
             losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask)  # (hidden,)
-            total = losses.sum() / (0.5 * mask.numel())  # half are hidden on average: parts add up
+            # half are hidden on average: by this divisor, alike for all, parts add up to the mean
+            total = losses.sum() / (0.5 * mask.numel())
             return total, dict(loss=total), None
         losses = hmar.next_scale_losses(fast, labels, tokens, inputs, run.causal).mean(0)  # (L,)
         total = (losses * weights).sum()
@@ -567,7 +580,7 @@ def train_transformer(run, stage):
         judged = held_out_labels[:JUDGED], held_out[:JUDGED, 0]
         return measure_transformer(run, functools.partial(loss, tree), *judged, is_masked)
 
-    return params | fit(stage, learning, run.wrap(loss), batch, look)
+    return params | fit(stage, learning, torch.compile(loss) if run.compile else loss, batch, look)
 
 
 def start_masked(run):
@@ -690,12 +703,21 @@ def draw_shape(index, size=32):
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), label
 
 
-def list_images(folder):
-    """What --data holds, as a dict, with lines to say of what is passed over.
+class Images(NamedTuple):
+    """What a run trains on."""
 
-    files [(path, label), ...], class_names, count; images, a hash of their names and sizes; newest,
-    the latest time of theirs; notes, the lines.
-    One sub-folder a class, or images alone; sorted, searched to any depth but for hidden folders.
+    files: object  # [(path, label), ...]; of drawings a range; None where they are gone
+    class_names: list
+    count: int  # of files
+    fingerprint: str  # of their names and sizes; of drawings None
+    newest: float  # the latest time of theirs
+    notes: list  # lines to say of what was passed over
+
+
+def list_images(folder):
+    """The Images in --data: one sub-folder a class, or images alone.
+
+    They are sorted, and searched for to any depth but in hidden folders.
     """
 
     def refuse(reason):
@@ -730,24 +752,23 @@ def list_images(folder):
         refuse(f"got {folder!r}, with images beside sub-folders of images")
     files = [(path, label) for label, paths in enumerate(groups.values()) for path in paths]
     names = [Path(folder).resolve().name] if "." in groups else [*groups]
-    found = dict(files=files, class_names=names, count=len(files), newest=newest, notes=notes)
-    return found | dict(images=digest.hexdigest()[:16])
+    return Images(files, names, len(files), digest.hexdigest()[:16], newest, notes)
 
 
 def prepare(run):
     """Writes images.bin, labels.npy, with --tokenizer tokens.npy too, and args.json last of all.
 
-    images.bin: uint8 (N, crops, 3, size, size), in an order by the seed, held-out ones first; with
-    --tokenizer the others are encoded as they are read, and not kept. A file that cannot be decoded
-    is named and left out; ValueError where the system cannot read one.
+    images.bin: uint8 (N, crops, 3, size, size), in an order by the seed, held-out ones first. With
+    --tokenizer all are encoded as they are read, and held-out ones alone kept, for who judges. A
+    file that cannot be decoded is named and left out; ValueError where the system cannot read one.
     """
-    if run.files is None:
+    if run.images.files is None:
         raise ValueError(f"--data: expected, to prepare {run.out} anew with other flags")
-    codec, labels, tokens = run.given.get("codec"), [], []
+    codec, labels, tokens = run.given.get("--tokenizer"), [], []
 
     def write(file):
-        kept = len(run.files) if codec is None else count_held_out(len(run.files))
-        for pairs in say_progress(read_images(run), len(run.files), "images prepared"):
+        kept = len(run.images.files) if codec is None else count_held_out(len(run.images.files))
+        for pairs in say_progress(read_images(run), len(run.images.files), "images prepared"):
             pixels = np.stack([crops for crops, _ in pairs])  # (n, crops, 3, size, size)
             labels.extend(label for _, label in pairs)
             file.write(pixels[:kept])
@@ -773,9 +794,9 @@ def read_images(run):
         except ValueError as error:
             print(f"left out: {sample.replace_unprintable(str(error))}", file=sys.stderr)
         except OSError as error:  # of the system, not of the file
-            raise ValueError(f"--data: {run.files[number][0]}: {error}") from error
+            raise ValueError(f"--data: {run.images.files[number][0]}: {error}") from error
 
-    order = torch.randperm(len(run.files), generator=generator_of(run.seed, "rows"))
+    order = torch.randperm(len(run.images.files), generator=generator_of(run.seed, "rows"))
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow frees Python's lock
         for numbers in order.split(64):
             pairs = [pair for pair in pool.map(read, numbers.tolist()) if pair]
@@ -788,11 +809,11 @@ def read_crops(run, number):
 
     With --flip every second one is mirrored. ValueError where it cannot be decoded.
     """
-    if isinstance(run.files, range):  # drawings vary enough for one crop
+    if isinstance(run.images.files, range):  # drawings vary enough for one crop
         image, label = draw_shape(number, run.size)
         crops = [image]
     else:
-        path, label = run.files[number]
+        path, label = run.images.files[number]
         image = sample.read_image(path, shortest=2 * run.size)
         seeds = [None, *((run.seed, number, i) for i in range(1, run.crops))]
         crops = [crop(image, run.size, seed) for seed in seeds]
@@ -927,17 +948,21 @@ def to_unit(images):
 # ---- the run folder, which only the first process writes, and the processes
 
 
-def claim_and_prepare(run):
-    """The lock on RUN; prepares its images unless that was done. ValueError if it is another's."""
-    (run.out / "samples").mkdir(parents=True, exist_ok=True)
-    lock = open(run.out / "lock", "a")  # noqa: SIM115
+def lock_folder(out):
+    """A file that is locked as long as it is open. ValueError where another process works."""
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "a")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"{run.out}: another process works there") from error
+        raise ValueError(f"{out}: another process works there") from error
     except OSError:  # a file system without locks goes without
         pass
+    return lock
 
+
+def prepare_once(run):
+    """Prepares the images of a folder in which that was not done. ValueError if it is another's."""
     new = json.loads(json.dumps(run.record["flags"]))  # lists for tuples, as in the file
     before = sample.read_record(run.out / "args.json")
     old = before.get("flags", {})
@@ -954,13 +979,14 @@ def claim_and_prepare(run):
         for name in ("args.json", "tokens.npy"):  # of other flags
             (run.out / name).unlink(missing_ok=True)
         prepare(run)
-    elif before.get("newest") != run.record["newest"]:
+    elif before["newest"] != run.record["newest"]:
         say("--data: files were changed; what was prepared before is used")
-    return lock
 
 
 def save_stage(run, name, tree):
     """Writes the weights of a finished stage, before that their digest, into args.json."""
+    if name == "tokenizer" and "--tokenizer" not in run.given:
+        (run.out / "tokens.npy").unlink(missing_ok=True)  # of a tokenizer that was removed
     record = sample.read_record(run.out / "args.json")
     digests = record.get("digests", {}) | {STAGES[name]: sample.digest(tree)}
     sample.write_json(run.out / "args.json", record | dict(digests=digests))
@@ -1091,17 +1117,17 @@ def parser():
 
 
 def load_given(args):
-    """{"codec": the tree of --tokenizer, and the stage that --init starts: its tree}."""
+    """{"--tokenizer": its tree, and the stage that --init starts: its tree}."""
     given = {}
     if args.tokenizer is not None:
-        given["codec"], _ = sample.load(args.tokenizer, tokenizer)
+        given["--tokenizer"], _ = sample.load(args.tokenizer, tokenizer)
     if args.init is not None:
         tree, _ = sample.load(args.init)
         given["tokenizer" if "codebook" in tree else "next-scale"] = tree
-        if "codec" in given:  # codes mean what they meant
+        if "--tokenizer" in given:  # codes mean what they meant
             path = Path(args.init).with_name("args.json")
-            sample.check_digest(path, "tokenizer.pt", given["codec"])
-    if "codec" in given and "tokenizer" in given:
+            sample.check_digest(path, "tokenizer.pt", given["--tokenizer"])
+    if "--tokenizer" in given and "tokenizer" in given:
         raise ValueError("--init: got a tokenizer beside --tokenizer, which is not trained")
     if "next-scale" in given and args.depth is not None:
         raise ValueError(f"--depth: got {args.depth}, but --init decides it")
@@ -1109,25 +1135,53 @@ def load_given(args):
 
 
 def choose_images(data, out):
-    """What `list_images` finds in --data, or of prepared images, or of drawings."""
+    """The Images of --data, or prepared ones, whose files may be gone, or drawings."""
     before = sample.read_record(out / "args.json")
-    images = before.get("flags", {}).get("images")  # of drawings None
-    if data is not None and (os.path.exists(data) or not images):
+    fingerprint = before.get("flags", {}).get("images")  # of drawings None
+    if data is not None and (os.path.exists(data) or not fingerprint):
         return list_images(data)
-    if images:  # prepared, here or elsewhere
-        return before | dict(files=None, images=images, notes=[])
-    found = dict(files=range(DRAWINGS), class_names=[*SHAPES], count=DRAWINGS)
-    return found | dict(images=None, newest=0, notes=[])
+    if fingerprint:  # prepared, here or elsewhere
+        names, count = before["class_names"], before["count"]
+        return Images(None, names, count, fingerprint, before["newest"], [])
+    return Images(range(DRAWINGS), [*SHAPES], DRAWINGS, None, 0, [])
+
+
+class Run(NamedTuple):
+    """All that a run is, made once and then only read."""
+
+    # of the flags and of `dial`; where it says a stage, {stage: number}
+    size: int  # pixels a side
+    depth: int
+    seed: int
+    flip: bool
+    causal: bool
+    compile: bool
+    steps: dict  # of a stage
+    lr: dict  # of a stage
+    batch: int
+    decay: float  # of Muon's weights
+    looks: int  # of a stage
+    crops: int  # of an image
+    scales: tuple
+    cell: int  # pixels a side of a latent position
+    growth: float  # of the scales' sides
+    codec: dict  # sizes of the tokenizer
+    transformer: dict  # of `hmar.init`
+    masked_blocks: int
+    loss_weights: str  # a kind of `hmar.scale_weights`
+    perceptual: bool  # whether the tokenizer's loss has that error
+
+    images: Images
+    class_names: list
+    given: dict  # trees of other files, see `load_given`
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    record: dict  # for args.json
 
 
 def make_run(args, device):
-    """All that a run is, made once by this and then only read, as attributes.
-
-    What `choose_settings` returns; out, device, dtype; given: see `load_given`; files: [(path,
-    label), ...], a range of drawings, or None where they are prepared and --data is gone;
-    class_names; notes: lines to say; wrap: for losses, torch.compile or nothing; record: for
-    args.json.
-    """
+    """The Run of these flags. ValueError where they or the files do not fit."""
     given = load_given(args)
     name = os.path.basename(os.path.abspath(args.data or "shapes"))
     out = Path(args.out or os.path.join("runs", name))
@@ -1136,56 +1190,55 @@ def make_run(args, device):
     if args.data and out.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out: got {out}, inside --data, whose images would be more")
 
-    found = choose_images(args.data, out)
-    settings = choose_settings(args, given, found["images"], found["count"])
+    images = choose_images(args.data, out)
+    settings = choose_settings(args, given, images.count, is_drawn=images.fingerprint is None)
     dtype = sample.find_dtype(args.dtype, device)
-    flags = settings | dict(images=found["images"], dtype=str(dtype))
+    flags = settings | dict(images=images.fingerprint, dtype=str(dtype))
     for name, tree in given.items():
-        flags["--tokenizer" if name == "codec" else "--init"] = sample.digest(tree)
+        flags[name if name == "--tokenizer" else "--init"] = sample.digest(tree)
 
-    record = dict(flags=flags) | {name: found[name] for name in ("class_names", "count", "newest")}
-    return SimpleNamespace(
+    record = dict(class_names=images.class_names, count=images.count, newest=images.newest)
+    record |= dict(flags=flags)
+    return Run(
         **settings,
+        images=images,
+        class_names=images.class_names,
+        given=given,
         out=out,
         device=device,
         dtype=dtype,
-        given=given,
-        files=found["files"],
-        class_names=found["class_names"],
-        notes=found["notes"],
-        wrap=torch.compile if args.compile else lambda loss: loss,
         record=record,
     )
 
 
-def choose_settings(args, given, images, count):
-    """{setting: value}: `dial`'s, as flags and given trees change them, size, depth, scales, crops.
+def choose_settings(args, given, count, is_drawn):
+    """{setting: value} of a Run: `dial`'s, as flags and given trees change them, and the flags.
 
-    images, count: as `choose_images` says. ValueError where they do not fit.
+    count: of images. ValueError where they do not fit.
     """
-    size = args.size or (64 if images else 32)
+    size = args.size or (32 if is_drawn else 64)
     depth = args.depth or 2
     if "next-scale" in given:
         depth = hmar.depth(given["next-scale"])
     settings = dial(depth, size, count - count_held_out(count)) | dict(size=size, depth=depth)
 
     settings["batch"] = args.batch or settings["batch"]
-    if not images:
+    if is_drawn:
         steps = settings["steps"]
         settings["steps"] = {stage: math.ceil(DRAWN_STEPS * steps[stage]) for stage in steps}
     for name in ("steps", "lr"):  # one number for all stages
         if getattr(args, name) is not None:
             settings[name] = dict.fromkeys(STAGES, getattr(args, name))
 
-    codec = given.get("codec", given.get("tokenizer"))
+    codec = given.get("--tokenizer", given.get("tokenizer"))
     if codec is not None:  # it has sizes of its own
         settings["codec"] = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
         settings["cell"] = tokenizer.downsampling(codec)
     check_sizes(settings, given)
 
-    sides = size, settings["cell"], settings["growth"]
-    settings["scales"] = default_scales(*sides, doubled=bool(images))  # drawings have no grain
-    settings["crops"] = min(16, max(2, CROPS // max(1, count))) if images else 1
+    cell, growth = settings["cell"], settings["growth"]
+    settings["scales"] = default_scales(size, cell, growth, doubled=not is_drawn)  # for their grain
+    settings["crops"] = 1 if is_drawn else min(16, max(2, CROPS // max(1, count)))
     return settings | {name: getattr(args, name) for name in ("seed", "flip", "causal", "compile")}
 
 
@@ -1210,8 +1263,9 @@ def check_sizes(settings, given):
 def train(args):
     """All stages in order, each unless its file is there; before them the images, once."""
     run = make_run(args, set_up_process(args.device))
-    locks = []  # of the first process, held to the end
-    broadcast(lambda: locks.append(claim_and_prepare(run)))
+    locks = []  # of the first process, held to the end: the file itself cannot be broadcast
+    broadcast(lambda: locks.append(lock_folder(run.out)))
+    broadcast(lambda: prepare_once(run))
     broadcast(lambda: say_run(run))
 
     names = [name for name in STAGES if not (run.causal and name == "masked")]
@@ -1226,8 +1280,8 @@ def train(args):
         with report_stop(run.out):
             if name != "tokenizer":
                 tree = train_transformer(run, stage)
-            elif "codec" in run.given:
-                tree = run.given["codec"]
+            elif "--tokenizer" in run.given:
+                tree = run.given["--tokenizer"]
             else:
                 tree = train_tokenizer(run, stage)
             broadcast(functools.partial(save_stage, run, name, tree))
@@ -1255,11 +1309,11 @@ def report_stop(out):
 def say_run(run):
     """Says what will be done."""
     held_out, labels = load_labels(run)
-    for note in run.notes:
+    for note in run.images.notes:
         say(note)
     for label in set(range(len(run.class_names))).difference(labels.tolist()):
         say(f"class {run.class_names[label]}: none of its images is left to train on")
-    if "next-scale" in run.given and "codec" not in run.given:
+    if "next-scale" in run.given and "--tokenizer" not in run.given:
         say("--init: without --tokenizer its codes get new meanings")
     counts = f"{len(labels)} images to train on, {len(held_out)} held out, "
     counts += f"{len(run.class_names)} classes; {run.device}, {str(run.dtype)[6:]}, "

@@ -93,7 +93,7 @@ def as_tensors(pictures, labels):
 
 
 def read_folder(folder):
-    files = train.list_images(str(folder))["files"]
+    files = train.list_images(str(folder)).files
     pictures = [sample.read_image(path) for path, _ in files]  # all of one size
     return as_tensors(pictures, [label for _, label in files])
 

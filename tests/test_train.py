@@ -323,7 +323,7 @@ def test_muon_has_matrices_and_convolutions_but_what_faces_codes_and_classes():
         assert {id(leaf) for leaf in muon + adamw} == {id(leaf) for leaf in leaves}
 
 
-def test_a_batch_is_halved_where_memory_is_small():
+def test_a_batch_is_halved_where_memory_is_small(monkeypatch):
     sizes = []
 
     def loss(params, x, y):
@@ -336,8 +336,11 @@ def test_a_batch_is_halved_where_memory_is_small():
     halved = toy_fit("halved", loss=loss, steps=3)
     assert sizes == [4, 2, 1, 1, 1, 1] + 8 * [1]
     assert difference(halved, whole) < 1e-2  # Muon is in bf16
-    with pytest.raises(torch.OutOfMemoryError):
-        toy_fit("none", loss=mock.Mock(side_effect=torch.OutOfMemoryError))
+    for world in "1", "4":  # four processes have an image each
+        monkeypatch.setenv("WORLD_SIZE", world)
+        alone = mock.patch.object(torch.distributed, "broadcast_object_list")
+        with alone, pytest.raises(torch.OutOfMemoryError):
+            toy_fit(f"none {world}", loss=mock.Mock(side_effect=torch.OutOfMemoryError))
 
 
 def test_what_is_not_finite_is_not_saved(refused):
@@ -430,9 +433,9 @@ def test_the_dial_grows_by_its_laws():
 
 def test_drawings_take_fewer_steps_and_scales_than_images_of_ones_own():
     runs = []
-    for flags, images in ([], None), (["--data", "images", "--size", "32"], "a hash"):
+    for flags, is_drawn in ([], True), (["--data", "images", "--size", "32"], False):
         args = train.parser().parse_args(flags)
-        runs.append(train.choose_settings(args, {}, images, train.DRAWINGS))
+        runs.append(train.choose_settings(args, {}, train.DRAWINGS, is_drawn))
     drawn, own = runs
     assert [h for h, _ in drawn["scales"]] == [1, 2, 4, 8]
     assert [h for h, _ in own["scales"]] == [1, 2, 4, 8, 8]
@@ -541,17 +544,17 @@ def test_dead_codes_and_moments_are_replaced(monkeypatch):
     adamw, sums = mock.Mock(state={codebook: moments}), []
     for step in range(1, 25):
         before = codebook.detach().clone()
-        *_, needs = given["loss"](given["tree"], **given["batch"](step, np.arange(4)))
-        tokens = torch.cat([x.flatten() for x in needs[0]])
+        *_, trace = given["loss"](given["tree"], **given["batch"](step, np.arange(4)))
+        tokens = torch.cat([x.flatten() for x in trace[0]])
         chosen_by_now = chosen.clone().index_add_(0, tokens, torch.ones_like(tokens))
-        given["after_step"](step, [needs], parameters, adamw)
+        given["after_step"](step, [trace], parameters, adamw)
         changed = (codebook != before).any(1)
         if chosen.any():
             assert not changed.any()
             continue
         sums.append((step, int(chosen_by_now.sum())))
         assert torch.equal(changed, chosen_by_now == 0) and changed.any()
-        vectors = torch.cat([x.flatten(0, 1) for x in needs[1]])
+        vectors = torch.cat([x.flatten(0, 1) for x in trace[1]])
         fresh = codebook[changed][:, None] - vectors
         assert (fresh.abs().amax(2).amin(1) == 0).all()
         for moment in moments.values():
