@@ -435,6 +435,7 @@ def test_bad_options_are_told():
 
     black = torch.zeros(3, 3, 6, 8, dtype=torch.uint8)  # which in [-1, 1] would be grey
     refused("^images: got .*uint8", sample.edit, PARAMS, CODEC, black, HALF, LABELS)
+    refused("^labels: got 1, expected ", sample.edit, PARAMS, CODEC, picture(3), HALF, LABELS[:1])
     for mask in (HALF.byte(), HALF[:2]):
         message = r"^mask: expected a bool tensor \(3, 1, 6, 8\)"
         refused(message, sample.edit, PARAMS, CODEC, picture(3), mask, LABELS)

@@ -691,6 +691,14 @@ def test_a_stage_is_finished_while_its_file_exists(base, out):
         path.unlink()
     assert contents(out) == contents(base)
 
+    # tokens are of the tokenizer: without it they are written again
+    tokens = np.load(out / "tokens.npy")
+    np.save(out / "tokens.npy", np.zeros_like(tokens))
+    for name in train.STAGES.values():
+        (out / name).unlink()
+    run(out)
+    assert (np.load(out / "tokens.npy") == tokens).all()
+
 
 def test_other_flags_or_images_are_refused(base, out, refused):
     assert refused(out, "--seed", 3, "--flip") == (
