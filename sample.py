@@ -62,7 +62,7 @@ def generate(params, codec, labels, **options):
 
 
 class Step(NamedTuple):
-    """What `steps` yields after each pass."""
+    """What `steps` yields after each pass; who writes into f_hat chooses what comes next."""
 
     scale: int
     number: int  # of the pass in its scale: 0 is the next-scale draw, later ones refine it

@@ -236,7 +236,7 @@ def test_schedules_sum_to_their_scales(scales, passes):
 
 def test_a_caller_chooses_what_the_next_scale_is_drawn_from():
     maps = []
-    for step in sample.steps(PARAMS, CODEC, LABELS, seed=[5, 6, 7]):
+    for step in sample.steps(PARAMS, CODEC, LABELS, seed=np.int64(5)):
         if not step.hidden.any():
             maps.append(step.tokens)
             if step.scale == 1:
