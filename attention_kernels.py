@@ -30,8 +30,8 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# on a CPU, in dtypes of 2 bytes, with gradients or without AMX, two plain products are faster than
-# torch's fused attention up to these sizes: keys of a block; batch x heads x queries x keys
+# on a CPU, in dtypes of 2 bytes, where gradients are wanted or AMX is missing, two plain products
+# beat torch's fused attention up to these sizes: keys of a block; batch x heads x queries x keys
 UNFUSED_KEYS, UNFUSED_SCORES = 700, 2**27
 
 
@@ -45,9 +45,9 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
 
     Returns (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim), so that
     joining the heads copies nothing. ValueError on other arguments. Gradients are of the first
-    order. On a CPU, in 2 bytes, what is rounded depends on the batch's size and the processor.
+    order. On a CPU, in 2 bytes, rounding depends on batch size and processor (`_attention`).
 
-    Call it once before you capture a CUDA graph: that copies its tile table to the card.
+    Call it once before you capture a CUDA graph: the first call copies its tile table to the card.
     """
     query, key, value, block_lengths, scale = _check(query, key, value, block_lengths, scale)
 
@@ -74,7 +74,7 @@ def dense_masked_attention(query, key, value, block_lengths, is_causal=False, sc
 
 
 def _block_by_block(query, key, value, block_lengths, is_causal, scale):
-    # cut along dimension 1, where a token's heads lie side by side: joining them copies whole rows
+    # cut along dimension 1, where a token's heads lie side by side: the cat below copies whole rows
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
     queries = query.split(block_lengths, dim=1)
@@ -116,7 +116,7 @@ def _attention(query, key, value, scale):
 # A program owns a tile of rows of one head (queries; for dK and dV, keys) and walks over the
 # columns that its rows see. The rows of a tile lie in one block, or in a run of tiny ones:
 #
-#     first rows of a tile of each:
+#     the first two rows of a tile, # where they see something:
 #     one block of 9, full steps of 4     blocks of 1 and 4, causal
 #     ########|#                          |#               down: rows (queries)
 #     ########|#                          |#####           across: columns (keys)
@@ -125,9 +125,11 @@ def _attention(query, key, value, scale):
 # With a mask a step is half as wide, since less of it is seen, but 16 at least, as tl.dot wants. A
 # kernel's arguments are tuples, as `_launch` makes them:
 #
-#     tensor      pointer, strides of batch, head and token in bytes, of a feature in elements
+#     tensor      pointer; strides of batch, head, token in bytes (see `_launch`), of a feature not
 #     statistics  tensors (batch, heads, tokens): logsumexp, delta
 #     work        tiles, bounds, how many tiles; heads, tokens
+#
+# DOT and ACC are dtypes, of what tl.dot takes and of sums; PRECISION that of its fp32 products.
 
 
 @functools.lru_cache(maxsize=256)
@@ -157,7 +159,8 @@ def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"
             last += 1
 
         # all of its rows see columns low[last] to high[first]. For queries these come first, then
-        # those that only some rows see; for keys (transposed) it is the other way round
+        # those that only some rows see; for keys (transposed) it is the other way round. If there
+        # are any, low is the same for all queries of the tile, high for all keys
         start, stop = low[first], high[last]
         full = max(high[first] - low[last], 0) // columns * columns
         if transposed:
@@ -181,8 +184,8 @@ jit = triton.jit if triton else lambda function: function
 
 @jit
 def _program(work, ROWS):
-    """Its tile; place: (batch, head); where that begins in statistics; rows, which of them exist,
-    (the first column that each sees, the first behind).
+    """Its tile; place (batch, head); first, where that begins in statistics; rows; inside, which of
+    them exist; bounds (the first column that each sees, the first behind).
     """
     tiles, bounds, tile_count, heads, tokens = work
     program = tl.program_id(0)  # a head's tiles run side by side and find its keys in the cache
@@ -249,7 +252,7 @@ def _replace_bad(x):
 
 @jit
 def _mask_bad(p, visible, x):
-    """p, 0 if not visible, nan where x's column is not finite; x, cleaned."""
+    """p, 0 if not visible, nan in columns whose row of x is not finite; x, cleaned."""
     is_finite = tl.min((x - x == 0).to(tl.int32), 1) != 0
     return tl.where(visible, tl.where(is_finite[None, :], p, float("nan")), 0), _replace_bad(x)
 
@@ -261,7 +264,7 @@ def _products(a, b, ACC, PRECISION):
 
 @jit
 def _add_product(total, p, x, tensor, PRECISION):
-    """total + p @ x; p is first rounded to the tensor's dtype, which x may exceed: see DOT."""
+    """total + p @ x; p is first rounded to tensor's dtype: interpreted, x is wider than that."""
     p = p.to(tensor[0].dtype.element_ty).to(x.dtype)
     return tl.dot(p, x, total, input_precision=PRECISION, out_dtype=total.dtype)
 
@@ -451,8 +454,8 @@ def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
     of_keys = which == KEY_VALUE_GRADIENT
     tiles, bounds = tile_table(tuple(block_lengths), is_causal, of_keys, *tile, query.device)
 
-    # strides in bytes: Triton loads 16 bytes at once only where it sees that 16 divides a stride,
-    # as it does 144 bytes, but not the 72 elements that these are
+    # strides in bytes: Triton loads 16 bytes at once only where it sees that 16 divides a stride;
+    # it divides 144 bytes, but not the 72 elements that are the same stride
     tensors = tuple((x, *(n * x.itemsize for n in x.stride()[:3]), x.stride(3)) for x in tensors)
     work = (tiles, bounds, len(tiles), heads, tokens)
     with torch.cuda.device_of(query):  # Triton launches on the current device

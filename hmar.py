@@ -17,7 +17,7 @@ A model is a tree of tensors: keys are argument names of functions, shapes are t
     input {weight, bias}; trunk [block, ...]
     next_scale {blocks [block, ...], modulation, head}
     masked {blocks, modulation, head, mask_embedding (C,); ours: own_input}
-    both branches of ours: neighbours {embedding (4, codes + 1, C), expand, contract}, for the head
+    both branches, if init was asked: neighbours {embedding (4, codes + 1, C), expand, contract}
     block {modulation, attention, mlp; ours: depthwise}; see the functions of these names
 
 Small models of ours have 3 x 3 convolutions as input, own_input and depthwise, each scale's map by
@@ -27,7 +27,7 @@ itself (`convolve_by_scale`); published trees have matrices there, or nothing. A
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
     own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
     mask        (B, L - len_0) bool, True where hidden; scale 0 is never masked
-    k           one scale alone: the others are then that scale's part, not read at scale 0
+    k           one scale alone: inputs, own_inputs, mask are that scale's part, unread at scale 0
 
     >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
     >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
@@ -119,17 +119,22 @@ def branch_features(params, branch, labels, inputs, *own, k=None, is_causal=Fals
     blocks = params["trunk"] + params[branch]["blocks"]
     sizes = [scales(params)[i] for i in ks]
     look_around = partial(convolve_by_scale, sizes=sizes)
-    # scale 1: the temperature is in q already
-    pattern = dict(block_lengths=[h * w for h, w in sizes], is_causal=is_causal, scale=1.0)
-    attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
-    if cache is not None:
-        attends = [partial(cached_attention, past=layer) for layer in cache]
-
+    attends = attention_of_blocks(len(blocks), sizes, is_causal, cache)
     for weights, attend in zip(blocks, attends, strict=True):
         x = block(x, condition, attend, look_around, **weights)
 
     two = linear(F.silu(condition), **params[branch]["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
-    return modulate(x, *two.chunk(2, -1))
+    scale, shift = two.chunk(2, -1)
+    return modulate(x, scale, shift)
+
+
+def attention_of_blocks(count, sizes, is_causal, cache):
+    """[attend(query, key, value), ...]: inside scales of these sizes, or also to those in cache."""
+    if cache is not None:
+        return [partial(cached_attention, past=layer) for layer in cache]
+    # scale 1: the temperature is in q already
+    pattern = dict(block_lengths=[h * w for h, w in sizes], is_causal=is_causal, scale=1.0)
+    return [partial(block_sparse_attention, **pattern)] * count
 
 
 def embed_inputs(params, condition, inputs, own, ks):
@@ -167,15 +172,15 @@ def block(x, condition, attend, look_around, modulation, attention, mlp, depthwi
 def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
     """(B, n, C): cosine attention: of unit-length queries and keys, with a learned temperature.
 
-    log_temperature (heads,) counts up to log 100.
+    log_temperature (heads,) is clamped at log 100.
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     parts = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
     qk, (v,) = parts.permute(2, 0, 3, 1, 4).split([2, 1])  # v (B, heads, n, head_dim)
 
-    # queries and keys become unit vectors, queries times the temperature
+    # queries, of length temperature, and keys, of length 1
     temperature = log_temperature.clamp(max=math.log(100)).exp().view(1, -1, 1, 1)
-    length = torch.stack([temperature, torch.ones_like(temperature)])
+    length = torch.stack([temperature, torch.ones_like(temperature)])  # (2, 1, heads, 1, 1)
     wide = torch.promote_types(qk.dtype, torch.float32)
     norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=wide)
     q, k = qk * (length / norm.clamp(min=1e-12)).to(qk.dtype)
@@ -246,8 +251,8 @@ def look_at_neighbours(features, near, embedding, expand, contract):
 def near_tokens(params, tokens, k=None):
     """(B, n, 4): those left, above left, above and above right of each of tokens (B, n).
 
-    Of scale k, or of all; beyond a map's edge the number `codes`. (B, n, 0), for tokens None too,
-    if the head does not look.
+    Of scale k, or of all; beyond a map's edge the number `codes`. If the head does not look:
+    (B, n, 0), or None for tokens None.
     """
     if "neighbours" not in params["next_scale"]:
         return tokens if tokens is None else tokens.new_empty(*tokens.shape, 0)
@@ -320,7 +325,8 @@ def scale_weights(scales, kind):
     """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
 
     kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", as HMAR calls it:
-    a scale weighs exp(-z^2 / 2), z its standardised side, in reverse order, as the published code.
+    a scale weighs exp(-z^2 / 2), z the standardised side of the scale as far from the other end, as
+    in the published code.
     """
     counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
     sides = (counts / counts[-1]).sqrt().flip(0)
@@ -394,7 +400,7 @@ def _affine(normal, inputs, outputs, gain=1.0):
 
 def _new_block(normal, affine, width, heads, depth, gamma):
     modulation = affine(width, 6 * width)
-    modulation["weight"][: 2 * width] *= gamma
+    modulation["weight"][: 2 * width] *= gamma  # of gamma1 and gamma2, see `block`
     modulation["weight"][2 * width :] *= 0.5
     narrow = 1 / math.sqrt(2 * depth)
     attention = dict(
@@ -462,12 +468,13 @@ def check(params):
         inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
         mask = torch.zeros_like(inputs[..., 0], dtype=torch.bool)
         ks = range(len(params["positions"]))
-        own_of = dict(next_scale=(), masked=(inputs, mask))
-        for branch in own_of.keys() & params.keys():
+        for branch, own in dict(next_scale=(), masked=(inputs, mask)).items():
+            if branch not in params:
+                continue
             features = branch_features(params, branch, labels, None, k=0)
             tokens = torch.zeros_like(features[..., 0], dtype=torch.int64)
             branch_logits(params, branch, features, near_tokens(params, tokens, k=0))
-            embed_inputs(params, condition, inputs, own_of[branch], ks)
+            embed_inputs(params, condition, inputs, own, ks)
     except Exception as error:
         raise _misfit("params", error) from error
 
@@ -529,8 +536,8 @@ def from_published(state_dict, scales=None):
             node[last] = leaf.float()
 
         # {"0": block, ...} -> [block, ...]
-        branches = [(params[name], "blocks") for name in ("next_scale", "masked") if name in params]
-        for tree, stack in [(params, "trunk"), *branches]:
+        trees = params, params["next_scale"], params.get("masked", {})
+        for tree, stack in zip(trees, ("trunk", "blocks", "blocks")):
             blocks = tree.get(stack, {})
             tree[stack] = [blocks[str(i)] for i in range(len(blocks))]
 

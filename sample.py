@@ -62,7 +62,10 @@ def generate(params, codec, labels, **options):
 
 
 class Step(NamedTuple):
-    """What `steps` yields after each pass; who writes into f_hat chooses what comes next."""
+    """What `steps` yields after each pass.
+
+    Writing into f_hat in place, after a scale's last pass, steers the finer scales.
+    """
 
     scale: int
     number: int  # of the pass in its scale: 0 is the next-scale draw, later ones refine it
@@ -104,18 +107,18 @@ def steps(
     """
     if is_causal:  # VAR has no masked branch
         params = {name: leaf for name, leaf in params.items() if name != "masked"}
-    given = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
-    given["temperature"] = temperature
-    options = own_options(params, is_causal, is_edit=known is not None)
-    options |= {name: x for name, x in given.items() if x is not None}
-    options |= dict(soften=soften, top_k=top_k, top_p=top_p)
-    if isinstance(options["schedule"], int):
-        options["schedule"] = masked_schedule(hmar.scales(params), options["schedule"])
+    asked = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
+    asked |= dict(temperature=temperature, soften=soften, top_k=top_k, top_p=top_p)
+    own = own_options(params, is_causal, is_edit=known is not None)
+    options = own | {name: value for name, value in asked.items() if value is not None}
+    options = SimpleNamespace(**options)
+    if isinstance(options.schedule, (int, np.integer)):
+        options.schedule = masked_schedule(hmar.scales(params), options.schedule)
     if isinstance(seed, (int, np.integer)):
         seed = [int(seed) + i for i in range(len(labels))]
     check_options(params, codec, labels, seed, options)
-    # the generator is another function, so that bad arguments raise here, not at its first pass
-    return passes(params, codec, labels, seed, known, SimpleNamespace(**options))
+    # the generator is another function, so that what is checked raises here, not at its first pass
+    return passes(params, codec, labels, seed, known, options)
 
 
 @torch.no_grad()
@@ -146,7 +149,8 @@ def passes(params, codec, labels, seeds, known, options):
                 own = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
                 branch, strength, seen = "masked", options.mask_guidance, [inputs, own, hidden]
 
-            strength *= rise  # the blocks run once a pass, the head in each wave
+            strength *= rise
+            # the blocks run once a pass, the head in each wave
             features = guided_features(params, branch, labels, seen, k, strength, cache)
             head = partial(guided_logits, params, branch, strength=strength, soften=options.soften)
 
@@ -169,7 +173,10 @@ def passes(params, codec, labels, seeds, known, options):
 
 
 def hide_least_sure(confidence, hidden, keep):
-    """(B, n_k) bool: what a later pass draws again, of hidden all but the keep most confident."""
+    """What a later pass draws again: of hidden (B, n_k) all but the keep most confident.
+
+    keep: a number, or (B, 1).
+    """
     confidence = confidence.masked_fill(~hidden, -math.inf)
     order = confidence.argsort(dim=-1, descending=True, stable=True)
     return hidden & (order.argsort(-1) >= keep)
@@ -177,22 +184,21 @@ def hide_least_sure(confidence, hidden, keep):
 
 def check_options(params, codec, labels, seeds, options):
     """ValueError unless tokenizer and options of `steps` fit the transformer and the labels."""
-    schedule = options["schedule"]
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
     counts = tokenizer.lengths(hmar.scales(params))
     for name, got, expected in (
         ("codec: codes, code_dim", tuple(codec["codebook"].shape), sizes),
-        ("schedule: tokens by scale", list(map(sum, schedule)), counts),
+        ("schedule: tokens by scale", list(map(sum, options.schedule)), counts),
         ("seed: how many", len(seeds), len(labels)),
     ):
         if got != expected:
             raise ValueError(f"{name}: got {got}, expected {expected}")
-    for name, least in ("seed", min(seeds, default=0)), ("soften", options["soften"]):
+    for name, least in ("seed", min(seeds, default=0)), ("soften", options.soften):
         if least < 0:
             raise ValueError(f"{name}: got {least}, expected 0 or more")
-    if "masked" not in params and max(map(len, schedule)) > 1:
+    if "masked" not in params and max(map(len, options.schedule)) > 1:
         raise ValueError("schedule: got several passes a scale, but no masked branch")
-    if len(schedule[0]) > 1:
+    if len(options.schedule[0]) > 1:
         raise ValueError("schedule: got several passes at the first scale")
 
 
@@ -231,7 +237,7 @@ def uniform_numbers(seeds, k, number, tokens):
     """(B, n_k) fp64 in [0, 1), each image's own at a pass; tokens (B, n_k) say n_k, the device."""
     count = tokens.shape[1]
     rows = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
-    return torch.from_numpy(np.array(rows)).to(tokens.device)
+    return torch.from_numpy(np.reshape(rows, tokens.shape)).to(tokens.device)
 
 
 def choose_tokens(logits, uniform, options):
@@ -243,7 +249,7 @@ def choose_tokens(logits, uniform, options):
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """logits (..., V), -inf for all but the top_k best, then but the best that together hold top_p.
+    """logits (..., V), -inf outside the top_k best, then outside the best that hold top_p of those.
 
     Top-k, then nucleus sampling; ties stay.
     """
@@ -329,22 +335,24 @@ def published_options(params, is_causal=False):
 def own_options(params, is_causal=False, is_edit=False):
     """What measured best with our own trees, as keyword arguments of `steps`, or of `edit`."""
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
-    looks = "neighbours" in params["next_scale"]
+    has_neighbours = "neighbours" in params["next_scale"]
     temperature = 1.0
-    if looks:  # tokens of a scale match: a masked pass serves edits alone
+    if has_neighbours:  # tokens of a scale match: a masked pass serves edits alone
         # of edits 98 % are right, without it 96 % (drawings); 77 %, without 73 % (CIFAR-10)
         masked_passes = 1 if is_edit else 0
-        guidance, mask_guidance, by_depth = 5.2, 3, 2 / depth
+        guidance, mask_guidance, by_depth = 5.2, 3, min(1, 2 / depth)
         temperature = 0.95 if depth <= 2 else 0.9  # CIFAR-10's distance is 3.3, at 1 3.6
     else:
         masked_passes = 2 if depth > 2 else 1
-        guidance, mask_guidance, by_depth = 4.5, 5, (2 / depth) ** 1.5
+        guidance, mask_guidance, by_depth = 4.5, 5, min(1, (2 / depth) ** 1.5)
 
     schedule = masked_schedule(hmar.scales(params), masked_passes if "masked" in params else 0)
-    if not looks:  # masked passes at scales of few tokens make images plain: there are none
+    if (
+        not has_neighbours
+    ):  # at scales of few tokens masked passes make images plain: one pass there
         few = sum(schedule[-1]) / 16
         schedule = [keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule]
-    by_depth = min(1, by_depth)  # what is trained longer needs less; published have 1.5 to 2.1
+    # what is trained longer needs less guidance; published models have 1.5 to 2.1
     return dict(
         schedule=schedule,
         guidance=max(1.5, by_depth * guidance * min(1, math.sqrt(150 / count))),
@@ -422,8 +430,8 @@ def shares_of_hidden(keeps, hidden, has_masked_branch):
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
-    # a first pass sees no given tokens. Where it is the only one, images with given tokens keep
-    # nothing of it, which serves those without: they draw again in a masked pass, which sees them
+    # the first pass sees no given tokens. Where it is the only one, images that have some keep
+    # nothing of it: they draw again in a masked pass, which sees them; images without keep all
     is_partly = (count > 0) & (count < total)
     if len(keeps) == 1 and has_masked_branch and is_partly.any():
         return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]
@@ -447,7 +455,7 @@ def evidence(codebook, residual, outside, size):
     square = tokenizer.resize_to_scale(residual.square() * seen, size) / divisor
     variance = (square - mean.square()).mean(-1, keepdim=True).clamp(min=1e-4)
 
-    places = outside.shape[2:].numel() / math.prod(size)
+    places = outside.shape[2:].numel() / math.prod(size)  # m
     precision = places * share / (1 - share).clamp(min=1e-2) / variance
     distance = torch.cdist(mean, codebook.to(mean.dtype)).square()
     return torch.where(share > 0, -0.5 * precision * distance, 0.0)
@@ -496,7 +504,7 @@ def sheet(rows, names):
 
     for y, (row, name) in enumerate(zip(rows, names)):
         ImageDraw.Draw(page).text((6, (y + 0.5) * height), name, "black", font, anchor="lm")
-        tiles = row.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        tiles = F.interpolate(row, scale_factor=zoom)
         strip = np.hstack(to_bytes(F.pad(tiles, (0, 2, 0, 2), value=1.0)))  # a white edge
         page.paste(Image.fromarray(strip), (left, y * height))
     return page
@@ -515,8 +523,8 @@ def read_image(path, shortest=None):
     """The first frame of an image file, upright, RGB, transparency on white, 16 bits scaled to 8.
 
     shortest: a large one is read at a fraction of its size, no side below that. ValueError where
-    the bytes are no image, a broken one, or one beyond Pillow's limit of 179 million pixels, which
-    a JPEG must keep at that fraction alone; OSError where they cannot be read.
+    the bytes are no image, a broken one, or one beyond Pillow's limit of 179 million pixels (of a
+    JPEG: as read, at that fraction); OSError where they cannot be read.
     """
     if not os.path.isfile(path):  # a pipe would wait for ever
         raise FileNotFoundError(f"missing or no regular file: {path}")
@@ -568,8 +576,7 @@ def load(path, module=None, **options):
     tree, origin = load_file(path), "ours"
     try:
         if module is None:
-            is_codec = any(name.startswith("encoder") for name in tree)
-            module = tokenizer if is_codec else hmar
+            module = tokenizer if any(name.startswith("encoder") for name in tree) else hmar
         if not {"codebook", "trunk"} & tree.keys():
             origin = "VAR" if hmar.published_is_causal(tree) else "HMAR"
             tree = module.from_published(tree, **options)
@@ -637,16 +644,18 @@ def parser():
     either = top.add_mutually_exclusive_group().add_argument
     either("--mask", type=Path, help="image, white: repaint; any size")
     either("--pad", type=float, default=0.0, help="outpaint, a border of this share")
-    add("--device", choices=("cuda", "cpu"), help="(cuda if there is one)")
-    add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     return top
 
 
 def command_parser(description):
-    """argparse's, whose errors and help have a line each."""
+    """argparse's, whose errors and help have a line each, with --device and --dtype."""
     shape = partial(argparse.HelpFormatter, max_help_position=42, width=100)
     options = dict(formatter_class=shape, usage=argparse.SUPPRESS, allow_abbrev=False)
-    return argparse.ArgumentParser(description=description, **options)
+    top = argparse.ArgumentParser(description=description, **options)
+    top.add_argument("--device", choices=("cuda", "cpu"), help="(cuda if there is one)")
+    dtypes = dict(choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
+    top.add_argument("--dtype", **dtypes)
+    return top
 
 
 def whole_number(least):
@@ -685,7 +694,7 @@ class Job(NamedTuple):
     names: list  # of the classes
     seed: int  # of image 0
     options: dict  # of `steps`
-    given: tuple  # of an edit: (photo (1, 3, H, W), mask (1, 1, H, W)); else ()
+    edited: tuple  # (photo (1, 3, H, W), mask (1, 1, H, W)), or () where nothing is
     batch: int  # images that are drawn together
     settings: dict  # what a later command must have alike to go on with a folder
 
@@ -702,7 +711,7 @@ def read_job(args):
     options |= {name: value for name, value in flags.items() if value is not None}
     height, width = (tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1])
     is_edit = args.edit or args.mask or args.pad
-    given = photo_and_mask(args, (width, height)) if is_edit else ()
+    edited = photo_and_mask(args, (width, height)) if is_edit else ()
 
     read = [Path(path) for path in (*files, args.edit, args.mask) if path]
     states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime) for path in read]
@@ -711,10 +720,10 @@ def read_job(args):
 
     labels = torch.tensor(classes).repeat_interleave(args.count)
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
-    models, labels, given = pytree.tree_map(lambda x: x.to(device), (models, labels, given))
+    models, labels, edited = pytree.tree_map(lambda x: x.to(device), (models, labels, edited))
     names = [names[label] for label in classes]
     batch = min(50, images_at_once(height * width))
-    return Job(kind, models, labels, args.count, names, args.seed, options, given, batch, settings)
+    return Job(kind, models, labels, args.count, names, args.seed, options, edited, batch, settings)
 
 
 def find_kind(args):
@@ -743,9 +752,9 @@ def split_numbers(job, numbers):
 def draw_images(job, numbers):
     """Images (n, 3, H, W), or edits, of these numbers."""
     options = job.options | dict(labels=job.labels[numbers], seed=[job.seed + i for i in numbers])
-    if not job.given:
+    if not job.edited:
         return generate(*job.models, **options)[0].cpu()
-    photo, mask = (x.expand(len(numbers), -1, -1, -1) for x in job.given)
+    photo, mask = (x.expand(len(numbers), -1, -1, -1) for x in job.edited)
     return edit(*job.models, photo, mask, **options).cpu()
 
 
@@ -763,7 +772,7 @@ def write_sheet(out, job):
         frames = zip(*(draw_passes(job, numbers) for numbers in batches))
     else:
         frames = [[draw_images(job, numbers) for numbers in batches]]
-    # a frame is its batches, a page the same cut into rows, one a label
+    # a frame: the images after a pass, in batches; a page: these joined and cut into rows by label
     pages = [torch.cat(parts).split(job.count) for parts in frames]
     out.parent.mkdir(parents=True, exist_ok=True)
     save_sheets(out, job.kind, [sheet(rows, job.names) for rows in pages])
@@ -782,7 +791,8 @@ def write_folder(out, job):
     missing = [i for i in range(rank(), len(paths), world()) if not paths[i].exists()]
 
     def write(i, pixels):
-        write_whole(paths[i], partial(Image.fromarray(pixels).save, format="PNG"))
+        with whole_file(paths[i]) as file:
+            Image.fromarray(pixels).save(file, "PNG")
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for numbers in split_numbers(job, missing):
@@ -794,14 +804,16 @@ def write_folder(out, job):
     if not all(path.exists() for path in paths):
         return
     for unfinished in folder.glob("*.tmp"):  # of killed processes: others write for moments
-        if time.time() - unfinished.stat().st_mtime > 60:
-            unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - unfinished.stat().st_mtime > 60:
+                unfinished.unlink()
     if is_archive:
         shape = np.asarray(read_image(paths[0])).shape
         pixels = np.empty((len(paths), *shape), np.uint8)
         for row, path in zip(pixels, paths):
             row[:] = read_image(path)
-        write_whole(out, lambda file: np.savez(file, arr_0=pixels, labels=labels))
+        with whole_file(out) as file:
+            np.savez(file, arr_0=pixels, labels=labels)
 
 
 def begin_folder(folder, settings):
@@ -811,17 +823,20 @@ def begin_folder(folder, settings):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"settings.json.{secrets.token_hex(8)}.tmp"
         write_json(temporary, settings)
-        with contextlib.suppress(FileExistsError):  # of another command
+        with contextlib.suppress(OSError):  # it is there, or the file system has no links
             os.link(temporary, path)
-        temporary.unlink()
+        if not path.exists():
+            os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)
     check_folder(folder, settings)
 
 
 def check_folder(folder, settings):
     """ValueError unless a folder is empty or of these settings."""
     settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
-    before = read_json(folder / "settings.json")
+    # the folder first: who begins it meanwhile writes settings.json before any image
     is_empty = not folder.exists() or all(file.suffix == ".tmp" for file in folder.iterdir())
+    before = read_json(folder / "settings.json")
     if before != settings and not is_empty:
         raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
 
@@ -867,7 +882,7 @@ def load_models(args):
         raise ValueError("--scales: got some, but a run has its own")
     else:
         record = read_record(weights.with_name("args.json"))
-        options = dict(is_causal=check_run(weights, record, params, codec))
+        options = dict(is_causal=run_is_causal(weights, record, params, codec))
 
     classes = len(params["classes"]) - 1
     names = record.get("class_names", [])
@@ -875,8 +890,8 @@ def load_models(args):
     return params, codec, list(map(str, names)), options, files
 
 
-def check_run(weights, record, params, codec):
-    """Whether a run is --causal, by its record, args.json. ValueError where that is of another."""
+def run_is_causal(weights, record, params, codec):
+    """Whether it is, by its args.json, the record. ValueError where that is of another run."""
     if not record and "masked" not in params:
         raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
     is_causal = record.get("flags", {}).get("causal", False)
@@ -906,12 +921,9 @@ def photo_and_mask(args, size):
 
     photo = ImageOps.fit(read_image(args.edit, 2 * max(size)), size, Image.LANCZOS)
     if args.mask:
-        # thin strokes stay: a pixel of the model's that any white touches is repainted
         mask = read_image(args.mask).convert("L")
         times = math.ceil(max(mask.width / size[0], mask.height / size[1]))
         mask = ImageOps.fit(mask, [times * side for side in size], Image.NEAREST)
-        rows = np.asarray(mask).reshape(size[1], times, size[0], times)
-        mask = Image.fromarray(rows.max((1, 3)))
     else:
         border = tuple(max(1, int(side * args.pad)) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
@@ -920,6 +932,8 @@ def photo_and_mask(args, size):
 
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
     mask = torch.from_numpy(np.array(mask))[None, None] > 127
+    # thin strokes stay: a pixel of the model's that any white touches is repainted
+    mask = F.adaptive_max_pool2d(mask.float(), size[::-1]) > 0
     if not mask.any():
         raise ValueError("--mask: expected white where the image is to be repainted")
     return pixels, mask
@@ -929,7 +943,8 @@ def save_sheets(path, kind, pages):
     """The first page in a format of Pillow's, or a GIF of all pages, the last one longest."""
     times = [400] * (len(pages) - 1) + [2000]  # milliseconds
     options = dict(save_all=kind == "GIF", append_images=pages[1:], duration=times, loop=0)
-    write_whole(path, lambda file: pages[0].save(file, kind, **options))
+    with whole_file(path) as file:
+        pages[0].save(file, kind, **options)
 
 
 # ---- files and processes, of both commands
@@ -947,13 +962,15 @@ def world():
 
 def read_record(path):
     """A run's args.json, {} where there is none. ValueError where an entry has another type."""
-    record, kinds = read_json(path), dict(flags=dict, class_names=list, count=int, digests=dict)
-    if record:
-        record = {name: kind() for name, kind in kinds.items()} | dict(newest=0) | record
+    record = read_json(path)
+    if not record:
+        return {}
+    kinds = dict(flags=dict, class_names=list, count=int, digests=dict)
+    record = {name: kind() for name, kind in kinds.items()} | dict(newest=0) | record
     for name, kind in kinds.items():
-        if record and not isinstance(record[name], kind):
+        if not isinstance(record[name], kind):
             raise ValueError(f"{path}: {name}: got {record[name]!r:.80}, expected {kind}")
-    if not all(isinstance(name, str) for name in record.get("class_names", [])):
+    if not all(isinstance(name, str) for name in record["class_names"]):
         raise ValueError(f"{path}: class_names: expected texts")
     return record
 
@@ -977,7 +994,8 @@ def read_json(path):
 
 def write_json(path, value):
     """Writes a JSON file, whole or not at all."""
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def differences(old, new):
@@ -986,12 +1004,16 @@ def differences(old, new):
     return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}"[:200] for name in names[:5])
 
 
-def write_whole(path, write):
-    """write(file), to a file of another name, then renamed: the old one or the whole new one."""
+@contextlib.contextmanager
+def whole_file(path):
+    """A file that takes this name once the context ends: there is the old one or the whole new one.
+
+    OSError, with the reason, where the system refuses.
+    """
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"  # another writer's has another name
     try:
         with open(temporary, "xb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1005,15 +1027,15 @@ def write_whole(path, write):
 
 
 @contextlib.contextmanager
-def report_errors(name):
+def report_errors(name, stopped="stopped"):
     """Errors end the process with a line: 2 for bad input or a system that refuses, 130: Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are told all the same
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         return
-    except KeyboardInterrupt as interrupt:
-        text, status = str(interrupt) or "stopped", 130
+    except KeyboardInterrupt:
+        text, status = stopped, 130
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text, status = str(error) or type(error).__name__, 2
     print(f"{name}: {replace_unprintable(text)}", file=sys.stderr)

@@ -108,7 +108,7 @@ def quantise(codec, features, scales):
 def nearest(codebook, vectors):
     """Index (...) of the code (V, code_dim) nearest to each of vectors (..., code_dim), by L2."""
     codebook = codebook.to(vectors.dtype)
-    squares = codebook.square().sum(1)  # a vector's own square moves no minimum
+    squares = codebook.square().sum(1)  # a vector's own is left out: it is the same for all codes
     parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 128 MiB at a time
     with torch.autocast(vectors.device.type, enabled=False):
         indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
@@ -121,7 +121,7 @@ def contribution(codec, tokens, k, scales, hidden=None):
     if hidden is not None:
         codes = codes.masked_fill(hidden[..., None], 0)
 
-    codes = _widen(codes).transpose(1, 2).unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
+    codes = _widen(codes).mT.unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
     codes = enlarge(codes, scales[-1])  # (B, code_dim, h, w)
     with torch.autocast(codes.device.type, enabled=False):
         smoothed = convolution(codes, **codec["phi"][phi_index(k, len(scales))])
@@ -148,7 +148,7 @@ def f_hat_by_scale(codec, tokens, scales):
 
 def resize_to_scale(f_hat, size):
     """f_hat (B, code_dim, h, w), area-resized to (h_k, w_k), as a row (B, h_k w_k, code_dim)."""
-    return F.interpolate(f_hat, size, mode="area").flatten(2).transpose(1, 2)
+    return F.interpolate(f_hat, size, mode="area").flatten(2).mT
 
 
 def enlarge(x, size):
@@ -218,7 +218,7 @@ def fold_side(channels):
 
 
 def level(x, blocks, attentions=(), downsample=None, upsample=None):
-    """Residual blocks, each followed by its attention if there is one; then other sides, if any."""
+    """Residual blocks, each followed by its attention if there is one; then a change of sides."""
     for i, block in enumerate(blocks):
         x = residual_block(x, **block)
         if i < len(attentions):
@@ -240,9 +240,9 @@ def residual_block(x, norm1, conv1, norm2, conv2, shortcut=None):
 
 def self_attention(x, norm, qkv, project):
     """Single-head attention over all positions, scale channels^-0.5."""
-    rows = convolution(group_norm(x, **norm), **qkv).flatten(2).transpose(1, 2)
+    rows = convolution(group_norm(x, **norm), **qkv).flatten(2).mT
     q, k, v = rows.unsqueeze(1).chunk(3, -1)  # (B, 1, h w, channels) each
-    attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+    attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT
     return x + convolution(attended.unflatten(2, x.shape[2:]), **project)
 
 
@@ -279,9 +279,9 @@ def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
 
     # the gradient of a coarse image goes only to what its last scale can express: the means of that
     # scale's cells, enlarged as codes are. Gradients to each position cost the finest scale 3.5 dB.
-    # f_hats are of all images, means of the coarse ones: they have two indices
     cells = [F.interpolate(features[coarse], size, mode="area") for size in scales]
     means = torch.stack([enlarge(cell, scales[-1]) for cell in cells])  # (S, n, code_dim, h, w)
+    # f_hats are of all images, means of the coarse ones: coarse counts in those, rows in these
     rows = torch.arange(len(coarse), device=coarse.device)
     coarse_maps = straight_through(f_hats[stops, coarse], means[stops, rows])
     whole_maps = straight_through(f_hats[-1], features)
@@ -332,13 +332,13 @@ def init(
     conv = partial(_new_convolution, generator)
     widths = [channels * multiplier for multiplier in multipliers]
     attended = [False] * (len(widths) - 1) + [attention]
-    levels = list(zip(widths, attended))
+    kinds = list(zip(widths, attended))
     deepest = widths[-1]
 
     return dict(
         encoder=dict(
             conv_in=conv(3 * fold**2, channels),
-            down=_new_levels(conv, channels, levels, residual_blocks, "downsample"),
+            down=_new_levels(conv, channels, kinds, residual_blocks, "downsample"),
             middle=_new_level(conv, deepest, deepest, 2, int(attention)),
             norm_out=_new_norm(deepest),
             conv_out=conv(deepest, code_dim),
@@ -351,19 +351,19 @@ def init(
         decoder=dict(
             conv_in=conv(code_dim, deepest),
             middle=_new_level(conv, deepest, deepest, 2, int(attention)),
-            up=_new_levels(conv, deepest, levels[::-1], residual_blocks + 1, "upsample"),
+            up=_new_levels(conv, deepest, kinds[::-1], residual_blocks + 1, "upsample"),
             norm_out=_new_norm(widths[0]),
             conv_out=conv(widths[0], 3 * fold**2),
         ),
     )
 
 
-def _new_levels(conv, inputs, levels, count, resize):
+def _new_levels(conv, inputs, kinds, count, resize):
     """[level, ...] of (width, attended) each; all but the last also resize."""
     trees = []
-    for width, attended in levels:
+    for width, attended in kinds:
         tree = _new_level(conv, inputs, width, count, count if attended else 0)
-        if len(trees) + 1 < len(levels):
+        if len(trees) + 1 < len(kinds):
             tree[resize] = conv(width, width)
         trees.append(tree)
         inputs = width
@@ -488,6 +488,4 @@ def _make_lists(node):
     if not isinstance(node, dict):
         return node
     node = {key: _make_lists(child) for key, child in node.items()}
-    if "0" not in node:
-        return node
-    return [node[str(i)] for i in range(len(node))]
+    return [node[str(i)] for i in range(len(node))] if "0" in node else node

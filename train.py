@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import collections
 import colorsys
-import contextlib
 import ctypes
 import datetime
 import fcntl
@@ -47,8 +46,7 @@ STAGES = {"tokenizer": "tokenizer.pt", "next-scale": "next-scale.pt", "masked": 
 COOL_DOWN = 0.6  # last share of a stage's steps: the rate falls to zero
 WARM_UP = 0.06  # first share: the rate rises to its peak
 AVERAGED = 0.25  # share of the steps over which the moving average of the weights (EMA) reaches
-# share of the steps: so long without a better look, which judges held-out images, ends a stage
-PATIENCE = 1 / 3
+PATIENCE = 1 / 3  # a stage ends after this share of the steps without a better held-out loss
 CLIP = 1.0  # largest gradient norm
 # keys of AdamW's leaves: embeddings, codes, heads, modulation, convolutions of single channels
 NOT_FOR_MUON = {"classes", "start", "levels", "positions", "codebook", "head", "modulation"}
@@ -103,8 +101,8 @@ def dial(depth, size, images):
 def codec_sizes(depth, size):
     """(pixels a side of a latent position, arguments of `tokenizer.init`)."""
     is_large = depth >= 8
-    # squares of pixels become channels: at 64 pixels reconstructions are then 1.65 away in the time
-    # in which they were 3.55
+    # squares of pixels become channels: at 64 pixels reconstructions are at a Frechet distance of
+    # 1.65, where it was 3.55 in the same time
     fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
     halvings = cell.bit_length() - 1
@@ -127,7 +125,7 @@ def training_length(larger, size, images, is_folded, perceptual):
     # are larger, since each has more tokens, and no folder is worth more than 200 epochs
     seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
-    if perceptual:  # at 64 an image has twice the tokens
+    if perceptual:  # at 64 an image has twice the tokens, and fewer images were as good
         seen *= 0.69
         batch //= 2
     shares = {"tokenizer": 0.43 if is_folded else 0.35, "next-scale": 1, "masked": 1 / 11}
@@ -136,7 +134,7 @@ def training_length(larger, size, images, is_folded, perceptual):
 
 
 def default_scales(size, cell, growth, doubled=True):
-    """Published scales, else sides that grow by a factor; if doubled, last ones up to 8 twice."""
+    """Published scales, else sides that grow by a factor; if doubled, a last one up to 8 twice."""
     latent = size // cell
     if size in hmar.SCALES and hmar.SCALES[size][-1][0] == latent:
         return hmar.SCALES[size]
@@ -167,7 +165,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
 
     loss(tree, **batch) -> (mean over its images, {name: tensor} to log, trace); batch(step, which
     of its images) -> {name: tensor}; look(tree) -> {name: number or list} of held-out images, least
-    "loss" is best; after_step(step, traces, parameters, adamw) may write into its last two.
+    "loss" is best; after_step(step, traces, parameters, adamw) may change two and extra, saved too.
     """
     parameters = pytree.tree_map(new_parameter, tree)
     leaves = pytree.tree_leaves(parameters)
@@ -175,7 +173,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     optimizers = new_optimizers(tree, leaves, stage.decay)
     kept = dict(leaves=leaves, ema=ema, best=best, extra=list(extra))
     at = resume_or_begin(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
-    part_size, window = stage.images // sample.world(), []
+    window, part_size = [], stage.images // sample.world()  # images that pass at once
     saved = time.monotonic()
     start = at["step"], saved
 
@@ -204,7 +202,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
                 torch._foreach_copy_(best, ema)
         is_over = is_look and step - at["best_step"] >= PATIENCE * stage.steps
         if is_look or time.monotonic() - saved > SAVE_SECONDS:
-            at["step"] = stage.steps if is_over else step  # one that is over has none left
+            at["step"] = stage.steps if is_over else step  # resumed, what is over takes none
             save_checkpoint(stage, at, kept, optimizers)
             saved = time.monotonic()
         if is_over:
@@ -235,6 +233,7 @@ def add_gradients(stage, step, loss, batch, tree, leaves, part_size):
         if part_size == 1:
             raise
     # here, not in the handler, which would keep the tensors of the failed pass
+    value = report = trace = None
     for leaf in leaves:
         leaf.grad = None
     return add_gradients(stage, step, loss, batch, tree, leaves, (part_size + 1) // 2)
@@ -338,7 +337,7 @@ def resume_or_begin(stage, kept, optimizers):
             at = saved["at"]
             for name, tensors in kept.items():
                 for tensor, old in zip(tensors, saved[name], strict=True):
-                    tensor.copy_(old.view_as(tensor))
+                    tensor.copy_(old.view_as(tensor))  # which does not broadcast
             for optimizer, state in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
     except Exception as error:
@@ -373,7 +372,7 @@ def train_tokenizer(run, stage):
         fast = tokenizer.cast(codec, run.dtype)
         passed = tokenizer.training_pass(fast, images, run.scales, coarse, stops)
         errors = (passed["coarse_images"] - images[coarse]).square().mean((1, 2, 3))
-        # a part of a batch may have fewer coarse images: by this divisor parts add up to the mean
+        # not by len(coarse), which parts of a batch have more or less of: they add up to its mean
         coarse_error = COARSE_EVERY * errors.sum() / len(images)
         total = reconstruction_loss(passed["images"], images, variance, levels)
         total = total + COARSE_WEIGHT * coarse_error + passed["loss"]
@@ -384,7 +383,7 @@ def train_tokenizer(run, stage):
         rows, crops, generator = draw_rows(run, stage.name, step, len(training))
         stops = torch.randint(len(run.scales) - 1, (run.batch,), generator=generator)
         images = to_unit(training[rows[positions], crops[positions]])
-        coarse = torch.from_numpy(np.flatnonzero(positions % COARSE_EVERY == 0))  # of this part
+        coarse = torch.from_numpy(np.flatnonzero(positions % COARSE_EVERY == 0))  # in this part
         made = dict(images=images, coarse=coarse, stops=stops[positions][coarse])
         return to_device(made, run.device)
 
@@ -540,7 +539,7 @@ def train_transformer(run, stage):
     """Tokens -> a transformer that predicts each scale from the coarser ones, or its masked branch.
 
     The masked stage trains that branch alone, to predict hidden tokens from the others of their
-    scale too (HMAR, stage two); beside that, the mask in its batches is all that differs.
+    scale too (HMAR, stage two): its batches have a mask, and what learns is less.
     """
     codec = load_stage(run, "tokenizer")
     held_out_labels, labels = load_labels(run)
@@ -569,7 +568,7 @@ def train_transformer(run, stage):
         if is_masked:
             own_inputs = tokenizer.masked_inputs(codec, tokens, run.scales, mask)
             losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask)  # (hidden,)
-            # half are hidden on average: by this divisor, alike for all, parts add up to the mean
+            # half are hidden on average; not by their number: parts of a batch add up to its mean
             total = losses.sum() / (0.5 * mask.numel())
             return total, dict(loss=total), None
         losses = hmar.next_scale_losses(fast, labels, tokens, inputs, run.causal).mean(0)  # (L,)
@@ -582,7 +581,8 @@ def train_transformer(run, stage):
         judged = held_out_labels[:JUDGED], held_out[:JUDGED, 0]
         return measure_transformer(run, functools.partial(loss, tree), *judged, is_masked)
 
-    return params | fit(stage, learning, torch.compile(loss) if run.compile else loss, batch, look)
+    compiled = torch.compile(loss) if run.compile else loss
+    return params | fit(stage, learning, compiled, batch, look)
 
 
 def start_masked(run):
@@ -634,6 +634,8 @@ def draw_samples(run, name, params, codec):
     images, few = [], sample.images_at_once(run.size**2)
     for number, part in enumerate(labels.split(few)):
         options = dict(seed=few * number, is_causal=run.causal)
+        if name == "masked":  # that branch is to be seen, even if no pass is the default
+            options["schedule"] = 1
         images.append(sample.generate(params, fast, part, **options)[0])
     page = sample.sheet(torch.cat(images).split(8), names)
     sample.save_sheets(run.out / f"samples/{name}.png", "PNG", [page])
@@ -761,24 +763,21 @@ def prepare(run):
     """Writes images.bin, labels.npy, with --tokenizer tokens.npy too, and args.json last of all.
 
     images.bin: uint8 (N, crops, 3, size, size), in an order by the seed, held-out ones first. With
-    --tokenizer all are encoded as they are read, and held-out ones alone kept, for who judges. A
-    file that cannot be decoded is named and left out; ValueError where the system cannot read one.
+    --tokenizer all are encoded as they are read, and held-out ones kept, for tests/judge.py. A file
+    that cannot be decoded is named and left out; ValueError where the system cannot read one.
     """
-    if run.images.files is None:
-        raise ValueError(f"--data: expected, to prepare {run.out} anew with other flags")
     codec, labels, tokens = run.given.get("--tokenizer"), [], []
-
-    def write(file):
-        kept = len(run.images.files) if codec is None else count_held_out(len(run.images.files))
-        for pairs in say_progress(read_images(run), len(run.images.files), "images prepared"):
+    count = len(run.images.files)
+    kept = count if codec is None else count_held_out(count)
+    with sample.whole_file(run.out / "images.bin") as file:
+        for pairs in say_progress(read_images(run), count, "images prepared"):
             pixels = np.stack([crops for crops, _ in pairs])  # (n, crops, 3, size, size)
-            labels.extend(label for _, label in pairs)
+            labels += [label for _, label in pairs]
             file.write(pixels[:kept])
             kept = max(0, kept - len(pixels))
             if codec is not None:
                 tokens.append(encode_crops(run, codec, pixels))
 
-    sample.write_whole(run.out / "images.bin", write)
     if len(labels) < 2:
         raise ValueError(f"--data: {len(labels)} images can be read, expected two or more")
     if codec is not None:
@@ -895,7 +894,8 @@ def encode_crops(run, codec, pixels):
 
 def save_array(path, array):
     """Writes an .npy file, whole or not at all."""
-    sample.write_whole(path, lambda file: np.save(file, array))
+    with sample.whole_file(path) as file:
+        np.save(file, array)
 
 
 def load_array(path, below, shape=None):
@@ -951,7 +951,7 @@ def to_unit(images):
 
 
 def lock_folder(out):
-    """A file that is locked as long as it is open. ValueError where another process works."""
+    """Makes the run folder; a file in it, locked while it is open. ValueError if another has it."""
     (out / "samples").mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "a")  # noqa: SIM115
     try:
@@ -973,6 +973,9 @@ def prepare_once(run):
     if is_begun and old != new:
         text = f"begun with other flags or images: {sample.differences(old, new)}"
         raise ValueError(f"{run.out}: {text}; give another --out, or remove the folder")
+
+    if old != new and run.images.files is None:
+        raise ValueError(f"--data: expected, to prepare {run.out} anew with other flags")
 
     unfinished = "*." + 16 * "[0-9a-f]" + ".tmp"  # what a kill left half written
     for path in (*run.out.glob(unfinished), *run.out.glob(f"samples/{unfinished}")):
@@ -1003,12 +1006,9 @@ def load_stage(run, name):
 
 
 def save_tree(path, tree):
-    """Writes a tree of tensors: there is the old file or the whole new one."""
-
-    def write(file):
+    """Writes a tree of tensors, whole or not at all."""
+    with sample.whole_file(path) as file:
         torch.save(pytree.tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), tree), file)
-
-    sample.write_whole(path, write)
 
 
 def to_device(tree, device):
@@ -1074,11 +1074,9 @@ def average_gradients(leaves):
         if leaf.grad is None:
             leaf.grad = torch.zeros_like(leaf)
     if sample.world() > 1:
-        vector = torch.cat([leaf.grad.flatten() for leaf in leaves])
-        mean = add_over_processes(vector) / sample.world()
-        parts = mean.split([leaf.numel() for leaf in leaves])
-        for leaf, part in zip(leaves, parts):
-            leaf.grad = part.view_as(leaf)
+        gradients = [leaf.grad for leaf in leaves]
+        total = add_over_processes(torch.nn.utils.parameters_to_vector(gradients))
+        torch.nn.utils.vector_to_parameters(total / sample.world(), gradients)
 
 
 def say(line, renewed=False):
@@ -1112,8 +1110,6 @@ def parser():
     add("--causal", action="store_true", help="VAR: attend to coarser scales, no masked stage")
     add("--tokenizer", help="use this finished tokenizer, ours or published")
     add("--init", help="start the stage that they fit from these weights, ours or published")
-    add("--device", choices=("cuda", "cpu"), help="(cuda if there is one)")
-    add("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     add("--compile", action="store_true", help="torch.compile the loss")
     return top
 
@@ -1187,30 +1183,22 @@ def make_run(args, device):
     given = load_given(args)
     name = os.path.basename(os.path.abspath(args.data or "shapes"))
     out = Path(args.out or os.path.join("runs", name))
-    if args.flip and args.data is None:
-        raise ValueError("--flip: drawings are not mirrored; expected with --data")
     if args.data and out.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out: got {out}, inside --data, whose images would be more")
 
     images = choose_images(args.data, out)
+    if args.flip and images.fingerprint is None:
+        raise ValueError("--flip: drawings are not mirrored; expected with --data")
     settings = choose_settings(args, given, images.count, is_drawn=images.fingerprint is None)
     dtype = sample.find_dtype(args.dtype, device)
     flags = settings | dict(images=images.fingerprint, dtype=str(dtype))
     for name, tree in given.items():
         flags[name if name == "--tokenizer" else "--init"] = sample.digest(tree)
 
-    record = dict(class_names=images.class_names, count=images.count, newest=images.newest)
-    record |= dict(flags=flags)
-    return Run(
-        **settings,
-        images=images,
-        class_names=images.class_names,
-        given=given,
-        out=out,
-        device=device,
-        dtype=dtype,
-        record=record,
-    )
+    names = dict(class_names=images.class_names)
+    record = names | dict(count=images.count, newest=images.newest, flags=flags)
+    made = names | dict(images=images, given=given, out=out, record=record)
+    return Run(**settings, **made, device=device, dtype=dtype)
 
 
 def choose_settings(args, given, count, is_drawn):
@@ -1251,11 +1239,10 @@ def check_sizes(settings, given):
     size, cell, batch = (settings[name] for name in ("size", "cell", "batch"))
     if size % cell or size < 2 * cell:
         raise ValueError(f"--size: got {size}, expected a multiple of {cell}, two at least")
-    if batch % sample.world():
-        fits = math.ceil(batch / sample.world()) * sample.world()
-        raise ValueError(
-            f"--batch: got {batch} for {sample.world()} processes, expected say {fits}"
-        )
+    world = sample.world()
+    if batch % world:
+        fits = math.ceil(batch / world) * world
+        raise ValueError(f"--batch: got {batch} for {world} processes, expected say {fits}")
     if "next-scale" in given:
         params, codec = given["next-scale"], settings["codec"]
         got = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
@@ -1274,40 +1261,33 @@ def train(args):
 
     names = [name for name in STAGES if not (run.causal and name == "masked")]
     for number, name in enumerate(names, 1):
-        path, place = run.out / STAGES[name], f"{number} of {len(names)}"
-        numbers = run.steps[name], run.batch, run.lr[name], run.decay, run.looks
-        stage = Stage(name, place, run.out, *numbers)
+        path = run.out / STAGES[name]
+        stage = Stage(
+            name,
+            place=f"{number} of {len(names)}",
+            out=run.out,
+            steps=run.steps[name],
+            images=run.batch,
+            peak=run.lr[name],
+            decay=run.decay,
+            looks=run.looks,
+        )
         if broadcast(path.exists):
             load_stage(run, name)  # it is whole, and of this run
             say(f"{name}: finished before, {path}")
             continue
-        with report_stop(run.out):
-            if name != "tokenizer":
-                tree = train_transformer(run, stage)
-            elif "--tokenizer" in run.given:
-                tree = run.given["--tokenizer"]
-            else:
-                tree = train_tokenizer(run, stage)
-            broadcast(functools.partial(save_stage, run, name, tree))
+        if name != "tokenizer":
+            tree = train_transformer(run, stage)
+        elif "--tokenizer" in run.given:
+            tree = run.given["--tokenizer"]
+        else:
+            tree = train_tokenizer(run, stage)
+        broadcast(functools.partial(save_stage, run, name, tree))
 
     broadcast(lambda: (run.out / "checkpoint.pt").unlink(missing_ok=True))
     say(f"finished; next: python sample.py {run.out}")
     say(f"CPU seconds {time.process_time():.6g}")
     locks.clear()
-
-
-@contextlib.contextmanager
-def report_stop(out):
-    """A context in which KeyboardInterrupt says from where the run goes on."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        path = out / "checkpoint.pt"
-        place = "its start"
-        if path.exists():
-            saved = sample.load_file(path)
-            place = f"{saved['stage']}, step {saved['at']['step']}"
-        raise KeyboardInterrupt(f"stopped; the same command goes on from {place}") from stop
 
 
 def say_run(run):
@@ -1328,7 +1308,8 @@ def main(argv=None):
     """The command; SystemExit: status 2 and a line for bad input, 130 where it is interrupted."""
     args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with sample.report_errors("train.py"):
+    stopped = "stopped; the same command goes on from the last checkpoint"
+    with sample.report_errors("train.py", stopped):
         train(args)
     if torch.distributed.is_initialized():  # after an error it would wait for the others
         torch.distributed.destroy_process_group()

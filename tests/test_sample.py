@@ -530,13 +530,13 @@ def test_the_command_draws_the_same_images_in_every_form(run):
 
 def test_an_interrupted_folder_goes_on_in_two_processes(run, capsys, monkeypatch):
     """Files are written two at a time; whoever then finds all of them there packs them."""
-    together, write = threading.Barrier(2), sample.write_whole
+    together, whole_file = threading.Barrier(2), sample.whole_file
     flags = (run, "--count", 2, "--out", "a.npz")
 
-    def write_together(path, work):
+    def write_together(path):
         if path.suffix == ".png":
             together.wait(timeout=20)
-        write(path, work)
+        return whole_file(path)
 
     def stopped(effects, status, said, room=10**9):
         """How many images are there when `generate` had these effects."""
@@ -546,7 +546,7 @@ def test_an_interrupted_folder_goes_on_in_two_processes(run, capsys, monkeypatch
         return len([*Path("a").glob("*.png")])
 
     monkeypatch.setattr(sample, "images_at_once", lambda pixels: 2)
-    monkeypatch.setattr(sample, "write_whole", write_together)
+    monkeypatch.setattr(sample, "whole_file", write_together)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     some = sample.generate(PARAMS, CODEC, torch.tensor([0, 0]))
     assert stopped([some], 2, "settings.json.*: cannot be written: ", room=20) == 0
@@ -589,24 +589,23 @@ def test_a_folder_is_of_one_setting(run, capsys):
 
 
 def test_a_file_is_the_old_one_or_a_whole_new_one():
-    path, write = Path("a.pt"), sample.write_whole
+    path = Path("a.pt")
     path.write_text("old")
 
-    def killed(file):
+    killed = mock.patch.object(Path, "unlink"), pytest.raises(KeyboardInterrupt)
+    with killed[0], killed[1], sample.whole_file(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
-
-    def slow(file):  # another writer comes and goes meanwhile
-        file.write(b"whole ")
-        write(path, lambda other: other.write(b"another"))
-        file.write(b"file")
-
-    with mock.patch.object(Path, "unlink"), pytest.raises(KeyboardInterrupt):
-        write(path, killed)
-    with full_disk(), pytest.raises(OSError, match="a.pt: cannot be written: .*too large"):
-        write(path, lambda file: torch.save(torch.zeros(10**6), file))
+    refused = pytest.raises(OSError, match="a.pt: cannot be written: .*too large")
+    with full_disk(), refused, sample.whole_file(path) as file:
+        torch.save(torch.zeros(10**6), file)
     assert len(contents(".")) == 2 and path.read_text() == "old"
-    write(path, slow)
+
+    with sample.whole_file(path) as file:  # another writer comes and goes meanwhile
+        file.write(b"whole ")
+        with sample.whole_file(path) as other:
+            other.write(b"another")
+        file.write(b"file")
     assert len(contents(".")) == 2 and path.read_text() == "whole file"
 
 

@@ -29,6 +29,7 @@ from helpers import captured, contents, full_disk, prepared, small_codec, status
 from torch.utils import _pytree as pytree
 
 import hmar
+import sample
 import tokenizer
 import train
 
@@ -181,9 +182,7 @@ def test_a_run_that_is_stopped_says_in_a_line_where_it_goes_on(base):
             time.sleep(0.01)
         os.kill(process.pid, number)
         *_, line = ended(process, 130).splitlines()
-        saved = torch.load("run/checkpoint.pt")
-        place = f"{saved['stage']}, step {saved['at']['step']}"
-        assert line == f"train.py: stopped; the same command goes on from {place}"
+        assert line == "train.py: stopped; the same command goes on from the last checkpoint"
     ended(start("run"))
     assert contents("run") == contents(base)
 
@@ -701,6 +700,25 @@ def test_a_stage_is_finished_while_its_file_exists(base, out):
         (out / name).unlink()
     run(out)
     assert (np.load(out / "tokens.npy") == tokens).all()
+
+
+def test_prepared_images_stay_where_their_data_is_gone(refused):
+    data = shutil.copytree("data", "copy")
+    captured("run", "--data", data)
+    before = contents("run")
+    shutil.rmtree(data)
+    assert refused("run", "--data", data, "--seed", 3) == (
+        "train.py: --data: expected, to prepare run anew with other flags"
+    )
+    captured("run", "--data", data)
+    assert contents("run") == before
+
+
+def test_the_masked_stage_draws_by_its_branch():
+    with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
+        run("run", *SHORT)
+    schedules = [call.kwargs.get("schedule") for call in generate.call_args_list]
+    assert {None, 1} == set(schedules) and schedules[-1] == 1
 
 
 def test_other_flags_or_images_are_refused(base, out, refused):
