@@ -355,7 +355,7 @@ def own_options(params, is_causal=False, is_edit=False):
     # what is trained longer needs less guidance; published models have 1.5 to 2.1
     return dict(
         schedule=schedule,
-        guidance=max(1.5, by_depth * min(7, guidance * math.sqrt(150 / count))),
+        guidance=max(1.5, by_depth * guidance * min(1, math.sqrt(150 / count))),
         mask_guidance=max(1.5, by_depth * mask_guidance),
         temperature=temperature,
         is_causal=is_causal,
@@ -633,7 +633,7 @@ def parser():
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
-    add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 7)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 5.2)")
     add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, help="below .001: arg max (by the model, to 1)")

@@ -63,9 +63,7 @@ EDGE_WEIGHT, TEXTURE_WEIGHT, PERCEPTUAL_WEIGHT, HUE_WEIGHT = 0.25, 0.5, 0.08, 0.
 LEVELS_STEPS = 400  # in which the perceptual network is learned
 LEVELS_WIDTHS = 3, 32, 64, 96, 128  # its colours and channels
 DRAWINGS = 20_500  # where there is no --data
-# of drawings, which are plain: so many of other images' steps, each of twice the images, which two
-# processors share better, at a higher rate
-DRAWN_STEPS, DRAWN_BATCH, DRAWN_RATE = 0.43, 2, 1.5
+DRAWN_STEPS = 0.75  # of other images' steps, for drawings are plain
 CROPS = 20_000  # in all: a small folder's images are learned in up to 16 crops each, at least 2
 JUDGED = 128  # of the held-out images, at a look
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -1212,12 +1210,10 @@ def choose_settings(args, given, count, is_drawn):
         depth = hmar.depth(given["next-scale"])
     settings = dial(depth, size, count - count_held_out(count)) | dict(size=size, depth=depth)
 
-    if is_drawn:
-        steps, lr = settings["steps"], settings["lr"]
-        settings["steps"] = {stage: math.ceil(DRAWN_STEPS * steps[stage]) for stage in steps}
-        settings["lr"] = {stage: DRAWN_RATE * lr[stage] for stage in lr}
-        settings["batch"] *= DRAWN_BATCH
     settings["batch"] = args.batch or settings["batch"]
+    if is_drawn:
+        steps = settings["steps"]
+        settings["steps"] = {stage: math.ceil(DRAWN_STEPS * steps[stage]) for stage in steps}
     for name in ("steps", "lr"):  # one number for all stages
         if getattr(args, name) is not None:
             settings[name] = dict.fromkeys(STAGES, getattr(args, name))
