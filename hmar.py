@@ -176,7 +176,8 @@ def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     parts = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
-    qk, (v,) = parts.permute(2, 0, 3, 1, 4).split([2, 1])  # v (B, heads, n, head_dim)
+    parts = parts.permute(2, 0, 3, 1, 4)  # (3, B, heads, n, head_dim)
+    qk, (v,) = parts.split([2, 1])
 
     # queries, of length temperature, and keys, of length 1
     temperature = log_temperature.clamp(max=math.log(100)).exp().view(1, -1, 1, 1)
@@ -271,7 +272,7 @@ def near_tokens(params, tokens, k=None):
 def waves(params, k):
     """[positions (m,), ...] of scale k that are drawn together: all, if the head does not look.
 
-    Else those of equal x + 2 y: what is near is of earlier waves.
+    Else a wave for each value of x + 2 y: the neighbours that the head sees are of earlier waves.
     """
     if "neighbours" not in params["next_scale"]:
         return [slice(None)]
@@ -325,8 +326,8 @@ def scale_weights(scales, kind):
     """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
 
     kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", as HMAR calls it:
-    a scale weighs exp(-z^2 / 2), z the standardised side of the scale as far from the other end, as
-    in the published code.
+    a scale weighs exp(-z^2 / 2), z being the standardised side of another, for as in the published
+    code their order is reversed.
     """
     counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
     sides = (counts / counts[-1]).sqrt().flip(0)
@@ -364,8 +365,8 @@ def init(
     heads = heads or max(1, width // 64)
     if gamma is None:
         gamma = 1e-3 * 0.1 ** ((depth >= 24) + (depth >= 30))
-    normal = partial(_normal, width, torch.Generator().manual_seed(seed))
-    affine = partial(_affine, normal)
+    normal = partial(_normal, width, torch.Generator().manual_seed(seed))  # (*shape)
+    affine = partial(_affine, normal)  # (inputs, outputs, gain)
 
     params = dict(
         classes=normal(classes + 1, width),
@@ -468,7 +469,7 @@ def check(params):
         inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
         mask = torch.zeros_like(inputs[..., 0], dtype=torch.bool)
         ks = range(len(params["positions"]))
-        for branch, own in dict(next_scale=(), masked=(inputs, mask)).items():
+        for branch, own in dict(next_scale=(), masked=(inputs, mask)).items():  # zeros, for any
             if branch not in params:
                 continue
             features = branch_features(params, branch, labels, None, k=0)

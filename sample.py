@@ -95,8 +95,8 @@ def steps(
     labels (B,) int64. An option that is None is the tree's own, by `own_options`.
 
     schedule: for each scale the tokens kept at each pass, or how many masked passes a scale has.
-    guidance, mask_guidance: strength at the last scale, of next-scale and of masked passes; 0: off,
-        which halves the cost, but not with is_causal, whose cache holds both halves.
+    guidance, mask_guidance: strength at the last scale, of next-scale and of masked passes; 0 turns
+        it off and halves the cost, but not with is_causal, whose cache always has both halves.
     soften: nats a token at which guidance is halved, 0: never.
     temperature: divides the logits; below .001: arg max.
     top_k: then the best so many codes stay, 0 or less: all.
@@ -264,7 +264,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     least = best[..., -1:]
     if top_p < 1:
         weight = (best - best[..., :1]).exp()
-        # codes as good as the last of these that topk left out: they stay, so the total has them
+        # how many codes equal the last of these but were cut off by topk: they stay, and count
         ties = (logits == least).sum(-1, keepdim=True) - (best == least).sum(-1, keepdim=True)
         total = weight.sum(-1, keepdim=True) + ties * weight[..., -1:]
         before = (weight.cumsum(-1) - weight) / total  # what better codes hold: of the best, 0
@@ -301,8 +301,8 @@ def draw(logits, uniform=None):
 def masked_schedule(scales, masked_passes):
     """For each scale the tokens kept at each pass, [[1], ...]: a draw, then masked passes.
 
-    Few are kept at first, most last, after a cosine (MaskGIT, section 3.3): of 16 tokens, in 3
-    masked passes, 1 4 5 6.
+    Few are kept at first, most last, after a cosine (MaskGIT, section 3.3): of 16 tokens the draw
+    keeps 1, then 3 masked passes 4, 5, 6.
     """
     if masked_passes < 0:
         raise ValueError(f"masked passes: got {masked_passes}, expected 0 or more")
@@ -341,7 +341,8 @@ def own_options(params, is_causal=False, is_edit=False):
         # of edits 98 % are right, without it 96 % (drawings); 77 %, without 73 % (CIFAR-10)
         masked_passes = 1 if is_edit else 0
         guidance, mask_guidance, by_depth = 5.2, 3, min(1, 2 / depth)
-        temperature = 0.95 if depth <= 2 else 0.9  # CIFAR-10's distance is 3.3, at 1 3.6
+        # Frechet distances of CIFAR-10: depth 2 3.3, at temperature 1 3.6; depth 3 2.5, at .95 2.8
+        temperature = 0.95 if depth <= 2 else 0.9
     else:
         masked_passes = 2 if depth > 2 else 1
         guidance, mask_guidance, by_depth = 4.5, 5, min(1, (2 / depth) ** 1.5)
@@ -381,9 +382,9 @@ def edit(params, codec, images, mask, labels, **options):
 
     mask (B, 1, H, W) bool, True = repaint; what it hides changes nothing. At each scale the tokens
     whose cells lie outside are the image's; the others are drawn, then refined by the masked
-    branch, which sees the given ones (HMAR, editing). Pixels outside are the original ones; the
-    decoder's error at the mask's edge is carried on into it and subtracted, fading over two latent
-    cells. options: of `steps`.
+    branch, which sees the given ones (HMAR, editing). Pixels outside are the original ones. The
+    decoder's error just outside is known; extrapolated, it is subtracted inside, fading over two
+    latent cells. options: of `steps`.
     """
     scales = hmar.scales(params)
     tokenizer.check_images(codec, images, scales)
@@ -430,8 +431,8 @@ def shares_of_hidden(keeps, hidden, has_masked_branch):
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
-    # the first pass sees no given tokens. Where it is the only one, images that have some keep
-    # nothing of it: they draw again in a masked pass, which sees them; images without keep all
+    # The first pass sees no given tokens. If it is the only one, an image with given tokens keeps
+    # nothing of it, and a masked pass, which sees them, draws again; an image without keeps all.
     is_partly = (count > 0) & (count < total)
     if len(keeps) == 1 and has_masked_branch and is_partly.any():
         return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]
@@ -445,8 +446,8 @@ def evidence(codebook, residual, outside, size):
 
     residual (B, code_dim, h, w) is what is left to quantise, known where outside (B, 1, h, w). Of a
     cell's m places a share s is seen, with mean a and variance v. If places are independent and
-    Gaussian, the others' mean is a with variance v / (m s) + v / (m (1 - s)), so the cell's is a
-    with variance v (1 - s) / (m s): the logits are that density at each code.
+    Gaussian, the others' mean is a with variance v / (m s) + v / (m (1 - s)), of which the cell's
+    has (1 - s)^2, v (1 - s) / (m s): the logits are that density at each code.
     """
     seen = outside.to(residual.dtype)
     share = tokenizer.resize_to_scale(seen, size)  # (B, n, 1)
@@ -467,7 +468,9 @@ def extrapolate(images, known, reach):
     carried = torch.zeros_like(images)
     for ring in range(1, reach + 1):
         share = F.avg_pool2d(known.to(images.dtype), 3, stride=1, padding=1)
-        near = F.avg_pool2d(images, 3, stride=1, padding=1) / share.clamp(min=0.1)  # 1/9 or more
+        near = F.avg_pool2d(images, 3, stride=1, padding=1) / share.clamp(
+            min=0.1
+        )  # it is 0, or 1/9 and more
         fresh = ~known & (share > 0)
         images = torch.where(fresh, near, images)
         carried = torch.where(fresh, near * (1 - ring / (reach + 1)), carried)
@@ -548,7 +551,7 @@ def open_image(content, shortest):
     """A PIL image, of whose bytes the header is read; with shortest a JPEG at a fraction."""
     if not shortest or not content.startswith(b"\xff\xd8\xff"):
         return Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF"))
-    image = JpegImageFile(io.BytesIO(content))  # Image.open asks for the size before draft
+    image = JpegImageFile(io.BytesIO(content))  # Image.open refuses a size that draft would shrink
     image.draft(None, (shortest, shortest))
     if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"got {image.width} x {image.height} pixels")
@@ -696,7 +699,7 @@ class Job(NamedTuple):
     options: dict  # of `steps`
     edited: tuple  # (photo (1, 3, H, W), mask (1, 1, H, W)), or () where nothing is
     batch: int  # images that are drawn together
-    settings: dict  # what a later command must have alike to go on with a folder
+    settings: dict  # what decides the images: a folder goes on only with equal ones
 
 
 def read_job(args):
@@ -769,7 +772,7 @@ def write_sheet(out, job):
     """Draws all images into one, a row a label, or a GIF of that after each pass."""
     batches = split_numbers(job, range(len(job.labels)))
     if job.kind == "GIF":
-        frames = zip(*(draw_passes(job, numbers) for numbers in batches))
+        frames = zip(*(draw_passes(job, numbers) for numbers in batches))  # passes of batches
     else:
         frames = [[draw_images(job, numbers) for numbers in batches]]
     # a frame: the images after a pass, in batches; a page: these joined and cut into rows by label
@@ -823,7 +826,7 @@ def begin_folder(folder, settings):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"settings.json.{secrets.token_hex(8)}.tmp"
         write_json(temporary, settings)
-        with contextlib.suppress(OSError):  # it is there, or the file system has no links
+        with contextlib.suppress(OSError):  # another was first, or the file system has no links
             os.link(temporary, path)
         if not path.exists():
             os.replace(temporary, path)
@@ -834,7 +837,7 @@ def begin_folder(folder, settings):
 def check_folder(folder, settings):
     """ValueError unless a folder is empty or of these settings."""
     settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
-    # the folder first: who begins it meanwhile writes settings.json before any image
+    # the folder is listed first: who begins it meanwhile writes settings.json before any image
     is_empty = not folder.exists() or all(file.suffix == ".tmp" for file in folder.iterdir())
     before = read_json(folder / "settings.json")
     if before != settings and not is_empty:
@@ -891,7 +894,7 @@ def load_models(args):
 
 
 def run_is_causal(weights, record, params, codec):
-    """Whether it is, by its args.json, the record. ValueError where that is of another run."""
+    """Whether a run is --causal, as its record, args.json, says. ValueError if of another run."""
     if not record and "masked" not in params:
         raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
     is_causal = record.get("flags", {}).get("causal", False)
@@ -903,7 +906,7 @@ def run_is_causal(weights, record, params, codec):
 
 
 def class_numbers(texts, names, most):
-    """The numbers of the classes of --labels, of "all" at most so many; a name goes first."""
+    """The numbers of the classes in texts, of "all" the first `most`; names go before numbers."""
     if texts == ["all"] and "all" not in names:
         return list(range(len(names)))[:most]
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
@@ -966,7 +969,7 @@ def read_record(path):
     if not record:
         return {}
     kinds = dict(flags=dict, class_names=list, count=int, digests=dict)
-    record = {name: kind() for name, kind in kinds.items()} | dict(newest=0) | record
+    record = dict(newest=0) | {name: kind() for name, kind in kinds.items()} | record
     for name, kind in kinds.items():
         if not isinstance(record[name], kind):
             raise ValueError(f"{path}: {name}: got {record[name]!r:.80}, expected {kind}")

@@ -152,7 +152,7 @@ def resize_to_scale(f_hat, size):
 
 
 def enlarge(x, size):
-    """Bicubic (B, C, h_k, w_k) -> (B, C, h, w), as products: deterministic, fast backward."""
+    """Bicubic (B, C, h_k, w_k) -> (B, C, h, w), rows @ x @ columns.mT: deterministic, fast."""
     if x.shape[2:] == size:
         return x
     rows, columns = (_bicubic(x, *pair) for pair in zip(x.shape[2:], size))
@@ -278,10 +278,10 @@ def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
     loss = loss + commitment * F.mse_loss(targets, f_hats.detach())
 
     # the gradient of a coarse image goes only to what its last scale can express: the means of that
-    # scale's cells, enlarged as codes are. Gradients to each position cost the finest scale 3.5 dB.
+    # scale's cells, enlarged as codes are. Gradients to all positions cost the finest 3.5 dB.
     cells = [F.interpolate(features[coarse], size, mode="area") for size in scales]
     means = torch.stack([enlarge(cell, scales[-1]) for cell in cells])  # (S, n, code_dim, h, w)
-    # f_hats are of all images, means of the coarse ones: coarse counts in those, rows in these
+    # f_hats have an index into the batch, means one into coarse
     rows = torch.arange(len(coarse), device=coarse.device)
     coarse_maps = straight_through(f_hats[stops, coarse], means[stops, rows])
     whole_maps = straight_through(f_hats[-1], features)
@@ -323,10 +323,9 @@ def init(
 ):
     """A new codec, fp32; the defaults are the published sizes, with 108,948,355 parameters.
 
-    A level has channels (a multiple of 32) * multiplier channels; every level but the last halves
-    the sides. The decoder has one residual block a level more than the encoder; with attention, an
-    attention follows each block of the deepest level. fold: the side of the squares of pixels that
-    are channels.
+    Level i has channels * multipliers[i] channels, channels being a multiple of 32; every level but
+    the last halves the sides. Levels of the decoder have residual_blocks + 1 blocks. With attention
+    one follows each block of the deepest level. fold: squares of fold x fold pixels are channels.
     """
     generator = torch.Generator().manual_seed(seed)
     conv = partial(_new_convolution, generator)
@@ -398,7 +397,10 @@ def _new_convolution(generator, inputs, outputs, size=3):
 
 
 def cast(codec, dtype):
-    """The same tree, the encoder's and decoder's convolutions in dtype; gradients pass through."""
+    """The same tree, the encoder's and decoder's convolutions in dtype; gradients pass through.
+
+    What quantises stays fp32: tokens would be others.
+    """
     nets = dict(encoder=codec["encoder"], decoder=codec["decoder"])
     return codec | pytree.tree_map(lambda leaf: leaf.to(dtype) if leaf.ndim == 4 else leaf, nets)
 

@@ -60,8 +60,8 @@ COARSE_EVERY = 4  # every fourth image of the tokenizer's is decoded from coarse
 COARSE_WEIGHT = 0.5  # of their squared error
 # of errors in `reconstruction_loss`, beside 1 of the squared and .5 of the absolute one
 EDGE_WEIGHT, TEXTURE_WEIGHT, PERCEPTUAL_WEIGHT, HUE_WEIGHT = 0.25, 0.5, 0.08, 0.28
-LEVELS_STEPS = 400  # in which the perceptual network is learned
-LEVELS_WIDTHS = 3, 32, 64, 96, 128  # its colours and channels
+PERCEPTUAL_STEPS = 400  # in which the perceptual network is learned
+PERCEPTUAL_WIDTHS = 3, 32, 64, 96, 128  # its colours and channels
 DRAWINGS = 20_500  # where there is no --data
 DRAWN_STEPS = 0.75  # of other images' steps, for drawings are plain
 CROPS = 20_000  # in all: a small folder's images are learned in up to 16 crops each, at least 2
@@ -104,10 +104,11 @@ def codec_sizes(depth, size):
     fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
     halvings = cell.bit_length() - 1
-    # a level more than halvings, but for the one that the fold does
+    # every level but the last halves, and the fold halves once
     multipliers = halvings * (1,) if fold > 1 else (1, 1, 2, 2, 4)[: halvings + 1]
     return cell, dict(
-        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(depth / 2))),  # 128 to the published ones
+        # 128 at depth 1, 256 at 2, 512 at 3; from 16 on 4,096, as published
+        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(depth / 2))),
         code_dim=32 if is_large else 16,
         channels=fold * max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
         multipliers=multipliers,
@@ -158,22 +159,27 @@ class Stage(NamedTuple):
     looks: int  # at held-out images
 
 
-def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
-    """All leaves of the tree learn; returns their moving average (EMA) at the best look.
+# What a stage gives to `fit`:
+#
+#     loss(tree, **batch)     -> (mean over its images, {name: tensor} to log, trace)
+#     batch(step, positions)  -> {name: tensor}, of these images of a step's batch
+#     look(tree)              -> {name: number or list} of held-out images; least "loss" is best
+#     after_step(step, traces, parameters, averages, adamw)  may change the last three in place,
+#                                and extra: tensors that go into the checkpoint too
 
-    loss(tree, **batch) -> (mean over its images, {name: tensor} to log, trace); batch(step, which
-    of its images) -> {name: tensor}; look(tree) -> {name: number or list} of held-out images, least
-    "loss" is best; after_step(step, traces, parameters, adamw) may change two and extra, saved too.
-    """
+
+def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
+    """All leaves of the tree learn; returns their moving average (EMA) at the best look."""
     parameters = pytree.tree_map(new_parameter, tree)
     leaves = pytree.tree_leaves(parameters)
     ema, best = ([leaf.detach().clone() for leaf in leaves] for _ in range(2))
+    averages = replace_leaves(tree, ema)  # the same tensors, as a tree
     optimizers = new_optimizers(tree, leaves, stage.decay)
     kept = dict(leaves=leaves, ema=ema, best=best, extra=list(extra))
     at = resume_or_begin(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
     window, part_size = [], stage.images // sample.world()  # images that pass at once
-    saved = time.monotonic()
-    start = at["step"], saved
+    last_save = time.monotonic()
+    start = at["step"], last_save
 
     for step in range(at["step"] + 1, stage.steps + 1):
         report, traces, part_size = add_gradients(stage, step, loss, batch, tree, leaves, part_size)
@@ -184,7 +190,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
             optimizer.step()
             optimizer.zero_grad()
         update_average(ema, leaves, step, stage.steps)
-        after_step(step, traces, parameters, optimizers[1])
+        after_step(step, traces, parameters, averages, optimizers[1])
 
         is_look = step == stage.steps or step % math.ceil(stage.steps / stage.looks) == 0
         if step % LOG_EVERY and not is_look:
@@ -193,16 +199,16 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
         window.clear()
 
         if is_look:
-            found = broadcast(lambda: look(replace_leaves(tree, ema)))
+            found = broadcast(lambda: look(averages))
             log(stage, step, start, {f"held_out_{name}": found[name] for name in found})
             if found["loss"] < at["best_loss"]:
                 at |= dict(best_step=step, best_loss=found["loss"])
                 torch._foreach_copy_(best, ema)
         is_over = is_look and step - at["best_step"] >= PATIENCE * stage.steps
-        if is_look or time.monotonic() - saved > SAVE_SECONDS:
+        if is_look or time.monotonic() - last_save > SAVE_SECONDS:
             at["step"] = stage.steps if is_over else step  # resumed, what is over takes none
             save_checkpoint(stage, at, kept, optimizers)
-            saved = time.monotonic()
+            last_save = time.monotonic()
         if is_over:
             break
 
@@ -238,7 +244,10 @@ def add_gradients(stage, step, loss, batch, tree, leaves, part_size):
 
 
 def new_parameter(leaf):
-    """A leaf that learns: of a convolution the matrix of its outputs, as Muon wants it."""
+    """A leaf that learns. torch's Muon takes matrices alone, so a convolution is one here.
+
+    `replace_leaves` gives it its shape back.
+    """
     leaf = leaf.detach().clone()
     return torch.nn.Parameter(leaf.flatten(1) if leaf.ndim == 4 else leaf)
 
@@ -364,13 +373,14 @@ def train_tokenizer(run, stage):
     codec = to_device(init or tokenizer.init(**run.codec, seed=run.seed), run.device)
     chosen = torch.zeros(len(codec["codebook"]), dtype=torch.int64, device=run.device)
     variance = hues(to_unit(training[:JUDGED, 0])).var((1, 2, 3), correction=0).mean().item()
-    levels = learn_levels(run, training, load_labels(run)[1], min(LEVELS_STEPS, stage.steps))
+    levels = learn_levels(run, training, load_labels(run)[1], min(PERCEPTUAL_STEPS, stage.steps))
 
     def loss(codec, images, coarse, stops):
         fast = tokenizer.cast(codec, run.dtype)
         passed = tokenizer.training_pass(fast, images, run.scales, coarse, stops)
         errors = (passed["coarse_images"] - images[coarse]).square().mean((1, 2, 3))
-        # not by len(coarse), which parts of a batch have more or less of: they add up to its mean
+        # divided by what is expected, not by len(coarse): parts of a batch have more or less of
+        # them, and the parts' losses are to add up to the batch's
         coarse_error = COARSE_EVERY * errors.sum() / len(images)
         total = reconstruction_loss(passed["images"], images, variance, levels)
         total = total + COARSE_WEIGHT * coarse_error + passed["loss"]
@@ -381,7 +391,8 @@ def train_tokenizer(run, stage):
         rows, crops, generator = draw_rows(run, stage.name, step, len(training))
         stops = torch.randint(len(run.scales) - 1, (run.batch,), generator=generator)
         images = to_unit(training[rows[positions], crops[positions]])
-        coarse = torch.from_numpy(np.flatnonzero(positions % COARSE_EVERY == 0))  # in this part
+        # positions count in the batch, coarse counts in this part of it
+        coarse = torch.from_numpy(np.flatnonzero(positions % COARSE_EVERY == 0))
         made = dict(images=images, coarse=coarse, stops=stops[positions][coarse])
         return to_device(made, run.device)
 
@@ -398,7 +409,7 @@ def train_tokenizer(run, stage):
     return fit(stage, codec, loss, batch, look, replace, [chosen])
 
 
-def replace_dead_codes(run, stage, chosen, step, traces, parameters, adamw):
+def replace_dead_codes(run, stage, chosen, step, traces, parameters, averages, adamw):
     """After a step: counts the codes in chosen (V,); now and then those never chosen become others.
 
     In the first step that initialises a codebook from data.
@@ -414,6 +425,7 @@ def replace_dead_codes(run, stage, chosen, step, traces, parameters, adamw):
         codebook, generator = parameters["codebook"], generator_of(run.seed, "revive", step)
         codes, dead = tokenizer.revive_codes(codebook.data, chosen, residuals, generator)
         codebook.data.copy_(codes)
+        averages["codebook"][dead] = codes[dead]  # else it would long remember the dead ones
         for name in ("exp_avg", "exp_avg_sq"):
             adamw.state[codebook][name][dead] = 0
         chosen.zero_()
@@ -479,11 +491,11 @@ def learn_levels(run, images, labels, steps):
     net = torch.nn.ModuleList()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        for inputs, width in itertools.pairwise(LEVELS_WIDTHS):
+        for inputs, width in itertools.pairwise(PERCEPTUAL_WIDTHS):
             convolution = torch.nn.Conv2d(inputs, width, 3, padding=1, bias=False)
             layers = convolution, torch.nn.BatchNorm2d(width), torch.nn.ReLU()
             net.append(torch.nn.Sequential(*layers))
-        net.append(torch.nn.Linear(LEVELS_WIDTHS[-1], len(run.class_names)))
+        net.append(torch.nn.Linear(PERCEPTUAL_WIDTHS[-1], len(run.class_names)))
     *levels, head = net.to(run.device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
 
@@ -501,7 +513,7 @@ def learn_levels(run, images, labels, steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 3e-3)
         optimizer.step()
         optimizer.zero_grad()
-    net.eval().requires_grad_(False).to(run.dtype)  # the levels too
+    net.eval().requires_grad_(False).to(run.dtype)  # and so the levels, which are its parts
     return levels
 
 
@@ -566,7 +578,7 @@ def train_transformer(run, stage):
         if is_masked:
             own_inputs = tokenizer.masked_inputs(codec, tokens, run.scales, mask)
             losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask)  # (hidden,)
-            # half are hidden on average; not by their number: parts of a batch add up to its mean
+            # divided by what is expected, half of all, not by their number: see train_tokenizer
             total = losses.sum() / (0.5 * mask.numel())
             return total, dict(loss=total), None
         losses = hmar.next_scale_losses(fast, labels, tokens, inputs, run.causal).mean(0)  # (L,)
@@ -602,7 +614,7 @@ def start_next_scale(run):
     params.pop("masked", None)
     if hmar.scales(params) != run.scales:
         params = hmar.resize_positions(params, run.scales)
-    if len(params["classes"]) != classes + 1:  # new embeddings, out of a small tree
+    if len(params["classes"]) != classes + 1:  # new embeddings, those of an untrained tree
         width = params["classes"].shape[1]
         new = hmar.init(depth=1, width=width, classes=classes, seed=run.seed)
         params["classes"] = new["classes"]
@@ -766,13 +778,13 @@ def prepare(run):
     """
     codec, labels, tokens = run.given.get("--tokenizer"), [], []
     count = len(run.images.files)
-    kept = count if codec is None else count_held_out(count)
+    room = count if codec is None else count_held_out(count)  # for images still to be kept
     with sample.whole_file(run.out / "images.bin") as file:
         for pairs in say_progress(read_images(run), count, "images prepared"):
             pixels = np.stack([crops for crops, _ in pairs])  # (n, crops, 3, size, size)
             labels += [label for _, label in pairs]
-            file.write(pixels[:kept])
-            kept = max(0, kept - len(pixels))
+            file.write(pixels[:room])
+            room = max(0, room - len(pixels))
             if codec is not None:
                 tokens.append(encode_crops(run, codec, pixels))
 
@@ -987,7 +999,7 @@ def prepare_once(run):
 
 
 def save_stage(run, name, tree):
-    """Writes the weights of a finished stage, before that their digest, into args.json."""
+    """Writes a finished stage's digest into args.json, then its weights: none is without one."""
     if name == "tokenizer" and "--tokenizer" not in run.given:
         (run.out / "tokens.npy").unlink(missing_ok=True)  # of a tokenizer that was removed
     record = sample.read_record(run.out / "args.json")
@@ -1145,18 +1157,18 @@ def choose_images(data, out):
 class Run(NamedTuple):
     """All that a run is, made once and then only read."""
 
-    # of the flags and of `dial`; where it says a stage, {stage: number}
+    # of the flags and of `dial`
     size: int  # pixels a side
     depth: int
     seed: int
     flip: bool
     causal: bool
     compile: bool
-    steps: dict  # of a stage
-    lr: dict  # of a stage
+    steps: dict  # {stage: number}
+    lr: dict  # {stage: peak of the rate}
     batch: int
     decay: float  # of Muon's weights
-    looks: int  # of a stage
+    looks: int  # in each stage
     crops: int  # of an image
     scales: tuple
     cell: int  # pixels a side of a latent position
@@ -1190,8 +1202,8 @@ def make_run(args, device):
     settings = choose_settings(args, given, images.count, is_drawn=images.fingerprint is None)
     dtype = sample.find_dtype(args.dtype, device)
     flags = settings | dict(images=images.fingerprint, dtype=str(dtype))
-    for name, tree in given.items():
-        flags[name if name == "--tokenizer" else "--init"] = sample.digest(tree)
+    for key, tree in given.items():
+        flags["--tokenizer" if key == "--tokenizer" else "--init"] = sample.digest(tree)
 
     names = dict(class_names=images.class_names)
     record = names | dict(count=images.count, newest=images.newest, flags=flags)

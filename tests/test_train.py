@@ -543,11 +543,13 @@ def test_dead_codes_and_moments_are_replaced(monkeypatch):
     adamw, sums = mock.Mock(state={codebook: moments}), []
     for step in range(1, 25):
         before = codebook.detach().clone()
+        averages = dict(codebook=before.clone())  # which a revived code enters at once
         *_, trace = given["loss"](given["tree"], **given["batch"](step, np.arange(4)))
         tokens = torch.cat([x.flatten() for x in trace[0]])
         chosen_by_now = chosen.clone().index_add_(0, tokens, torch.ones_like(tokens))
-        given["after_step"](step, [trace], parameters, adamw)
+        given["after_step"](step, [trace], parameters, averages, adamw)
         changed = (codebook != before).any(1)
+        assert torch.equal(averages["codebook"], codebook)
         if chosen.any():
             assert not changed.any()
             continue
