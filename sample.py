@@ -348,9 +348,8 @@ def own_options(params, is_causal=False, is_edit=False):
         guidance, mask_guidance, by_depth = 4.5, 5, min(1, (2 / depth) ** 1.5)
 
     schedule = masked_schedule(hmar.scales(params), masked_passes if "masked" in params else 0)
-    if (
-        not has_neighbours
-    ):  # at scales of few tokens masked passes make images plain: one pass there
+    # at scales of few tokens masked passes make images plain: one pass there
+    if not has_neighbours:
         few = sum(schedule[-1]) / 16
         schedule = [keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule]
     # what is trained longer needs less guidance; published models have 1.5 to 2.1

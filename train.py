@@ -351,6 +351,7 @@ def resume_or_begin(stage, kept, optimizers):
         hint = f"once it is removed, {stage.name} begins anew"
         raise ValueError(f"{path}: not of this run; {hint}") from error
 
+    add_over_processes(torch.zeros_like(kept["leaves"][0]))  # waits until all have read it
     if not is_begun:
         save_checkpoint(stage, at, kept, optimizers)
     elif sample.rank() == 0:

@@ -337,7 +337,8 @@ def test_a_batch_is_halved_where_memory_is_small(monkeypatch):
     assert difference(halved, whole) < 1e-2  # Muon is in bf16
     for world in "1", "4":  # four processes have an image each
         monkeypatch.setenv("WORLD_SIZE", world)
-        alone = mock.patch.object(torch.distributed, "broadcast_object_list")
+        names = dict.fromkeys(("broadcast_object_list", "all_reduce"), mock.DEFAULT)
+        alone = mock.patch.multiple(torch.distributed, **names)
         with alone, pytest.raises(torch.OutOfMemoryError):
             toy_fit(f"none {world}", loss=mock.Mock(side_effect=torch.OutOfMemoryError))
 
