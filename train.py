@@ -370,7 +370,7 @@ def train_tokenizer(run, stage):
     """Images -> a codec each of whose scales is an image; dead codes are replaced on the way."""
     held_out, training = split_held_out(load_images(run))  # (n, crops, 3, H, W)
     judged = to_unit(held_out[:JUDGED, 0]).to(run.device)
-    init = run.given.get("tokenizer")
+    init = run.given.start_tokenizer
     codec = to_device(init or tokenizer.init(**run.codec, seed=run.seed), run.device)
     chosen = torch.zeros(len(codec["codebook"]), dtype=torch.int64, device=run.device)
     variance = hues(to_unit(training[:JUDGED, 0])).var((1, 2, 3), correction=0).mean().item()
@@ -419,7 +419,7 @@ def replace_dead_codes(run, stage, chosen, step, traces, parameters, averages, a
     tokens = torch.cat([x.flatten() for x in pytree.tree_leaves(tokens)])
     counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
     chosen.add_(add_over_processes(counts))
-    is_first = step == 1 and "tokenizer" not in run.given
+    is_first = step == 1 and run.given.start_tokenizer is None
     is_late = step > REVIVE_UNTIL * stage.steps
     if is_first or (step % REVIVE_EVERY == 0 and not is_late):
         residuals = [gather(torch.cat(parts)) for parts in zip(*residuals)]  # of each scale
@@ -604,7 +604,7 @@ def start_masked(run):
 
 def start_next_scale(run):
     """An untrained tree, or --init's made to fit: all blocks a trunk, these scales and classes."""
-    classes, params = len(run.class_names), run.given.get("next-scale")
+    classes, params = len(run.class_names), run.given.start_transformer
     if params is None:
         sizes = dict(codes=run.codec["codes"], code_dim=run.codec["code_dim"], scales=run.scales)
         params = hmar.init(**run.transformer, **sizes, classes=classes, seed=run.seed)
@@ -777,7 +777,7 @@ def prepare(run):
     --tokenizer all are encoded as they are read, and held-out ones kept, for tests/judge.py. A file
     that cannot be decoded is named and left out; ValueError where the system cannot read one.
     """
-    codec, labels, tokens = run.given.get("--tokenizer"), [], []
+    codec, labels, tokens = run.given.tokenizer, [], []
     count = len(run.images.files)
     room = count if codec is None else count_held_out(count)  # for images still to be kept
     with sample.whole_file(run.out / "images.bin") as file:
@@ -1001,7 +1001,7 @@ def prepare_once(run):
 
 def save_stage(run, name, tree):
     """Writes a finished stage's digest into args.json, then its weights: none is without one."""
-    if name == "tokenizer" and "--tokenizer" not in run.given:
+    if name == "tokenizer" and run.given.tokenizer is None:
         (run.out / "tokens.npy").unlink(missing_ok=True)  # of a tokenizer that was removed
     record = sample.read_record(run.out / "args.json")
     digests = record.get("digests", {}) | {STAGES[name]: sample.digest(tree)}
@@ -1125,22 +1125,33 @@ def parser():
     return top
 
 
+class Given(NamedTuple):
+    """Trees of other files, None where there is none."""
+
+    tokenizer: dict = None  # of --tokenizer: it is not trained
+    start_tokenizer: dict = None  # of --init: a stage begins with it
+    start_transformer: dict = None
+
+
 def load_given(args):
-    """{"--tokenizer": its tree, and the stage that --init starts: its tree}."""
-    given = {}
+    """The Given of these flags. ValueError where they do not go together."""
+    codec = codec_to_start = params = None
     if args.tokenizer is not None:
-        given["--tokenizer"], _ = sample.load(args.tokenizer, tokenizer)
+        codec, _ = sample.load(args.tokenizer, tokenizer)
     if args.init is not None:
         tree, _ = sample.load(args.init)
-        given["tokenizer" if "codebook" in tree else "next-scale"] = tree
-        if "--tokenizer" in given:  # codes mean what they meant
+        if "codebook" in tree:
+            codec_to_start = tree
+        else:
+            params = tree
+        if codec is not None:  # codes mean what they meant
             path = Path(args.init).with_name("args.json")
-            sample.check_digest(path, "tokenizer.pt", given["--tokenizer"])
-    if "--tokenizer" in given and "tokenizer" in given:
+            sample.check_digest(path, "tokenizer.pt", codec)
+    if codec is not None and codec_to_start is not None:
         raise ValueError("--init: got a tokenizer beside --tokenizer, which is not trained")
-    if "next-scale" in given and args.depth is not None:
+    if params is not None and args.depth is not None:
         raise ValueError(f"--depth: got {args.depth}, but --init decides it")
-    return given
+    return Given(codec, codec_to_start, params)
 
 
 def choose_images(data, out):
@@ -1182,7 +1193,7 @@ class Run(NamedTuple):
 
     images: Images
     class_names: list
-    given: dict  # trees of other files, see `load_given`
+    given: Given
     out: Path
     device: torch.device
     dtype: torch.dtype
@@ -1203,8 +1214,10 @@ def make_run(args, device):
     settings = choose_settings(args, given, images.count, is_drawn=images.fingerprint is None)
     dtype = sample.find_dtype(args.dtype, device)
     flags = settings | dict(images=images.fingerprint, dtype=str(dtype))
-    for key, tree in given.items():
-        flags["--tokenizer" if key == "--tokenizer" else "--init"] = sample.digest(tree)
+    start = given.start_tokenizer or given.start_transformer
+    for flag, tree in ("--tokenizer", given.tokenizer), ("--init", start):
+        if tree is not None:
+            flags[flag] = sample.digest(tree)
 
     names = dict(class_names=images.class_names)
     record = names | dict(count=images.count, newest=images.newest, flags=flags)
@@ -1219,8 +1232,8 @@ def choose_settings(args, given, count, is_drawn):
     """
     size = args.size or (32 if is_drawn else 64)
     depth = args.depth or 2
-    if "next-scale" in given:
-        depth = hmar.depth(given["next-scale"])
+    if given.start_transformer is not None:
+        depth = hmar.depth(given.start_transformer)
     settings = dial(depth, size, count - count_held_out(count)) | dict(size=size, depth=depth)
 
     settings["batch"] = args.batch or settings["batch"]
@@ -1231,7 +1244,7 @@ def choose_settings(args, given, count, is_drawn):
         if getattr(args, name) is not None:
             settings[name] = dict.fromkeys(STAGES, getattr(args, name))
 
-    codec = given.get("--tokenizer", given.get("tokenizer"))
+    codec = given.tokenizer or given.start_tokenizer
     if codec is not None:  # it has sizes of its own
         settings["codec"] = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
         settings["cell"] = tokenizer.downsampling(codec)
@@ -1252,8 +1265,8 @@ def check_sizes(settings, given):
     if batch % world:
         fits = math.ceil(batch / world) * world
         raise ValueError(f"--batch: got {batch} for {world} processes, expected say {fits}")
-    if "next-scale" in given:
-        params, codec = given["next-scale"], settings["codec"]
+    if given.start_transformer is not None:
+        params, codec = given.start_transformer, settings["codec"]
         got = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
         wanted = codec["codes"], codec["code_dim"]
         if got != wanted:
@@ -1287,8 +1300,8 @@ def train(args):
             continue
         if name != "tokenizer":
             tree = train_transformer(run, stage)
-        elif "--tokenizer" in run.given:
-            tree = run.given["--tokenizer"]
+        elif run.given.tokenizer is not None:
+            tree = run.given.tokenizer
         else:
             tree = train_tokenizer(run, stage)
         broadcast(functools.partial(save_stage, run, name, tree))
@@ -1306,7 +1319,7 @@ def say_run(run):
         say(note)
     for label in set(range(len(run.class_names))).difference(labels.tolist()):
         say(f"class {run.class_names[label]}: none of its images is left to train on")
-    if "next-scale" in run.given and "--tokenizer" not in run.given:
+    if run.given.start_transformer is not None and run.given.tokenizer is None:
         say("--init: without --tokenizer its codes get new meanings")
     counts = f"{len(labels)} images to train on, {len(held_out)} held out, "
     counts += f"{len(run.class_names)} classes; {run.device}, {str(run.dtype)[6:]}, "

@@ -435,7 +435,7 @@ def test_drawings_take_fewer_steps_and_scales_than_images_of_ones_own():
     runs = []
     for flags, is_drawn in ([], True), (["--data", "images", "--size", "32"], False):
         args = train.parser().parse_args(flags)
-        runs.append(train.choose_settings(args, {}, train.DRAWINGS, is_drawn))
+        runs.append(train.choose_settings(args, train.Given(), train.DRAWINGS, is_drawn))
     drawn, own = runs
     assert [h for h, _ in drawn["scales"]] == [1, 2, 4, 8]
     assert [h for h, _ in own["scales"]] == [1, 2, 4, 8, 8]
