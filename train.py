@@ -981,17 +981,18 @@ def prepare_once(run):
     old = before.get("flags", {})
     names = (*STAGES.values(), "checkpoint.pt", "metrics.jsonl")
     is_begun = any((run.out / name).exists() for name in names)
-    if is_begun and old != new:
+    is_prepared = old == new
+    if is_begun and not is_prepared:
         text = f"begun with other flags or images: {sample.differences(old, new)}"
         raise ValueError(f"{run.out}: {text}; give another --out, or remove the folder")
 
-    if old != new and run.images.files is None:
+    if run.images.files is None and not is_prepared:
         raise ValueError(f"--data: expected, to prepare {run.out} anew with other flags")
 
     unfinished = "*." + 16 * "[0-9a-f]" + ".tmp"  # what a kill left half written
     for path in (*run.out.glob(unfinished), *run.out.glob(f"samples/{unfinished}")):
         path.unlink()
-    if old != new:
+    if not is_prepared:
         for name in ("args.json", "tokens.npy"):  # of other flags
             (run.out / name).unlink(missing_ok=True)
         prepare(run)
