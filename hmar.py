@@ -256,7 +256,7 @@ def near_tokens(params, tokens, k=None):
     (B, n, 0), or None for tokens None.
     """
     if "neighbours" not in params["next_scale"]:
-        return tokens if tokens is None else tokens.new_empty(*tokens.shape, 0)
+        return None if tokens is None else tokens.new_empty(*tokens.shape, 0)
     if tokens is None:
         raise ValueError("tokens: expected, for a head that looks at neighbours")
     sizes = scales(params) if k is None else [scales(params)[k]]
@@ -326,8 +326,8 @@ def scale_weights(scales, kind):
     """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
 
     kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", as HMAR calls it:
-    a scale weighs exp(-z^2 / 2), z being the standardised side of another, for as in the published
-    code their order is reversed.
+    scale k weighs exp(-z^2 / 2), z being the standardised side of scale S - 1 - k: the order is
+    reversed, as in the published code.
     """
     counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
     sides = (counts / counts[-1]).sqrt().flip(0)

@@ -1029,15 +1029,15 @@ def whole_file(path):
 
 
 @contextlib.contextmanager
-def report_errors(name, stopped="stopped"):
+def report_errors(name):
     """Errors end the process with a line: 2 for bad input or a system that refuses, 130: Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are told all the same
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         return
-    except KeyboardInterrupt:
-        text, status = stopped, 130
+    except KeyboardInterrupt as interrupt:
+        text, status = str(interrupt) or "stopped", 130
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text, status = str(error) or type(error).__name__, 2
     print(f"{name}: {replace_unprintable(text)}", file=sys.stderr)

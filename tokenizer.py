@@ -399,7 +399,7 @@ def _new_convolution(generator, inputs, outputs, size=3):
 def cast(codec, dtype):
     """The same tree, the encoder's and decoder's convolutions in dtype; gradients pass through.
 
-    What quantises stays fp32: tokens would be others.
+    What quantises stays fp32: in bf16 other tokens would be chosen.
     """
     nets = dict(encoder=codec["encoder"], decoder=codec["decoder"])
     return codec | pytree.tree_map(lambda leaf: leaf.to(dtype) if leaf.ndim == 4 else leaf, nets)

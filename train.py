@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import collections
 import colorsys
+import contextlib
 import ctypes
 import datetime
 import fcntl
@@ -351,7 +352,8 @@ def resume_or_begin(stage, kept, optimizers):
         hint = f"once it is removed, {stage.name} begins anew"
         raise ValueError(f"{path}: not of this run; {hint}") from error
 
-    add_over_processes(torch.zeros_like(kept["leaves"][0]))  # waits until all have read it
+    if sample.world() > 1:
+        torch.distributed.barrier()  # all have read it before the first writes another
     if not is_begun:
         save_checkpoint(stage, at, kept, optimizers)
     elif sample.rank() == 0:
@@ -1220,10 +1222,17 @@ def make_run(args, device):
         if tree is not None:
             flags[flag] = sample.digest(tree)
 
-    names = dict(class_names=images.class_names)
-    record = names | dict(count=images.count, newest=images.newest, flags=flags)
-    made = names | dict(images=images, given=given, out=out, record=record)
-    return Run(**settings, **made, device=device, dtype=dtype)
+    record = dict(class_names=images.class_names, count=images.count, newest=images.newest)
+    return Run(
+        **settings,
+        images=images,
+        class_names=images.class_names,
+        given=given,
+        out=out,
+        device=device,
+        dtype=dtype,
+        record=record | dict(flags=flags),
+    )
 
 
 def choose_settings(args, given, count, is_drawn):
@@ -1299,18 +1308,33 @@ def train(args):
             load_stage(run, name)  # it is whole, and of this run
             say(f"{name}: finished before, {path}")
             continue
-        if name != "tokenizer":
-            tree = train_transformer(run, stage)
-        elif run.given.tokenizer is not None:
-            tree = run.given.tokenizer
-        else:
-            tree = train_tokenizer(run, stage)
-        broadcast(functools.partial(save_stage, run, name, tree))
+        with report_stop(run.out):
+            if name != "tokenizer":
+                tree = train_transformer(run, stage)
+            elif run.given.tokenizer is not None:
+                tree = run.given.tokenizer
+            else:
+                tree = train_tokenizer(run, stage)
+            broadcast(functools.partial(save_stage, run, name, tree))
 
     broadcast(lambda: (run.out / "checkpoint.pt").unlink(missing_ok=True))
     say(f"finished; next: python sample.py {run.out}")
     say(f"CPU seconds {time.process_time():.6g}")
     locks.clear()
+
+
+@contextlib.contextmanager
+def report_stop(out):
+    """A context in which KeyboardInterrupt says from where the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        path = out / "checkpoint.pt"
+        place = "its start"
+        if path.exists():
+            saved = sample.load_file(path)
+            place = f"{saved['stage']}, step {saved['at']['step']}"
+        raise KeyboardInterrupt(f"stopped; the same command goes on from {place}") from stop
 
 
 def say_run(run):
@@ -1331,8 +1355,7 @@ def main(argv=None):
     """The command; SystemExit: status 2 and a line for bad input, 130 where it is interrupted."""
     args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    stopped = "stopped; the same command goes on from the last checkpoint"
-    with sample.report_errors("train.py", stopped):
+    with sample.report_errors("train.py"):
         train(args)
     if torch.distributed.is_initialized():  # after an error it would wait for the others
         torch.distributed.destroy_process_group()
