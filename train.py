@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -300,13 +299,13 @@ def means(window):
 def log(stage, step, start, numbers):
     """Adds a line to metrics.jsonl and says it, with the time left at the pace since start.
 
-    start: (step, seconds).
-    ValueError where a number is not finite.
+    start: (step, seconds). ValueError where a number is not finite, which JSON cannot hold.
     """
-    line = json.dumps(dict(stage=stage.name, step=step) | numbers)
-    if re.search("NaN|Infinity", line):
+    try:
+        line = json.dumps(dict(stage=stage.name, step=step) | numbers, allow_nan=False)
+    except ValueError as error:
         text = "loss or gradient is not finite; a lower --lr may help"
-        raise ValueError(f"{stage.name}, step {step}: {text}")
+        raise ValueError(f"{stage.name}, step {step}: {text}") from error
     if sample.rank() == 0:
         with open(stage.out / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
@@ -723,12 +722,13 @@ def draw_shape(index, size=32):
 class Images(NamedTuple):
     """What a run trains on."""
 
-    files: object  # [(path, label), ...]; of drawings a range; None where they are gone
+    kind: str  # "drawings", "files" or, if these are prepared and may be gone, "prepared"
     class_names: list
-    count: int  # of files
-    fingerprint: str  # of their names and sizes; of drawings None
-    newest: float  # the latest time of theirs
-    notes: list  # lines to say of what was passed over
+    count: int
+    fingerprint: str = None  # of the files' names and sizes
+    newest: float = 0  # the latest time of theirs
+    files: list = ()  # [(path, label), ...]
+    notes: list = ()  # lines to say of what was passed over
 
 
 def list_images(folder):
@@ -769,7 +769,7 @@ def list_images(folder):
         refuse(f"got {folder!r}, with images beside sub-folders of images")
     files = [(path, label) for label, paths in enumerate(groups.values()) for path in paths]
     names = [Path(folder).resolve().name] if "." in groups else [*groups]
-    return Images(files, names, len(files), digest.hexdigest()[:16], newest, notes)
+    return Images("files", names, len(files), digest.hexdigest()[:16], newest, files, notes)
 
 
 def prepare(run):
@@ -780,7 +780,7 @@ def prepare(run):
     that cannot be decoded is named and left out; ValueError where the system cannot read one.
     """
     codec, labels, tokens = run.given.tokenizer, [], []
-    count = len(run.images.files)
+    count = run.images.count
     room = count if codec is None else count_held_out(count)  # for images still to be kept
     with sample.whole_file(run.out / "images.bin") as file:
         for pairs in say_progress(read_images(run), count, "images prepared"):
@@ -810,7 +810,7 @@ def read_images(run):
         except OSError as error:  # of the system, not of the file
             raise ValueError(f"--data: {run.images.files[number][0]}: {error}") from error
 
-    order = torch.randperm(len(run.images.files), generator=generator_of(run.seed, "rows"))
+    order = torch.randperm(run.images.count, generator=generator_of(run.seed, "rows"))
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow frees Python's lock
         for numbers in order.split(64):
             pairs = [pair for pair in pool.map(read, numbers.tolist()) if pair]
@@ -823,7 +823,7 @@ def read_crops(run, number):
 
     With --flip every second one is mirrored. ValueError where it cannot be decoded.
     """
-    if isinstance(run.images.files, range):  # drawings vary enough for one crop
+    if run.images.kind == "drawings":  # they vary enough for one crop
         image, label = draw_shape(number, run.size)
         crops = [image]
     else:
@@ -988,7 +988,7 @@ def prepare_once(run):
         text = f"begun with other flags or images: {sample.differences(old, new)}"
         raise ValueError(f"{run.out}: {text}; give another --out, or remove the folder")
 
-    if run.images.files is None and not is_prepared:
+    if run.images.kind == "prepared" and not is_prepared:
         raise ValueError(f"--data: expected, to prepare {run.out} anew with other flags")
 
     unfinished = "*." + 16 * "[0-9a-f]" + ".tmp"  # what a kill left half written
@@ -1160,13 +1160,13 @@ def load_given(args):
 def choose_images(data, out):
     """The Images of --data, or prepared ones, whose files may be gone, or drawings."""
     before = sample.read_record(out / "args.json")
-    fingerprint = before.get("flags", {}).get("images")  # of drawings None
+    fingerprint = before.get("flags", {}).get("images")  # none of drawings
     if data is not None and (os.path.exists(data) or not fingerprint):
         return list_images(data)
     if fingerprint:  # prepared, here or elsewhere
         names, count = before["class_names"], before["count"]
-        return Images(None, names, count, fingerprint, before["newest"], [])
-    return Images(range(DRAWINGS), [*SHAPES], DRAWINGS, None, 0, [])
+        return Images("prepared", names, count, fingerprint, before["newest"])
+    return Images("drawings", [*SHAPES], DRAWINGS)
 
 
 class Run(NamedTuple):
@@ -1212,9 +1212,10 @@ def make_run(args, device):
         raise ValueError(f"--out: got {out}, inside --data, whose images would be more")
 
     images = choose_images(args.data, out)
-    if args.flip and images.fingerprint is None:
+    is_drawn = images.kind == "drawings"
+    if args.flip and is_drawn:
         raise ValueError("--flip: drawings are not mirrored; expected with --data")
-    settings = choose_settings(args, given, images.count, is_drawn=images.fingerprint is None)
+    settings = choose_settings(args, given, images.count, is_drawn)
     dtype = sample.find_dtype(args.dtype, device)
     flags = settings | dict(images=images.fingerprint, dtype=str(dtype))
     start = given.start_tokenizer or given.start_transformer
