@@ -436,14 +436,15 @@ def replace_dead_codes(run, stage, chosen, step, traces, parameters, averages, a
 def reconstruction_loss(decoded, images, variance, levels=()):
     """Squared, absolute, edge, texture, hue and perceptual errors of reconstructions (B, 3, H, W).
 
-    The first three favour a blur where detail cannot be told; the error of texture asks for as much
-    grain as there was. The error of hues is relative to the data's variance of hue: in photographs
-    green varies so little beside brightness that no code was spent on it otherwise.
+    The first three favour a blur where detail cannot be told; the errors of texture ask for as much
+    grain as there was, in as many directions and widths. The error of hues is relative to the
+    data's variance of hue: in photographs green varies so little beside brightness that no code was
+    spent on it otherwise.
     """
     error = decoded - images
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
     plain = error.square().mean() + 0.5 * error.abs().mean() + EDGE_WEIGHT * edges
-    grain = (texture(decoded) - texture(images)).abs().mean()
+    grain = sum((see(decoded) - see(images)).abs().mean() for see in (texture, bands))
     hue = hues(error).square().mean() / (variance + 0.01)  # .01: grey images
     seen = perceptual_error(levels, decoded, images)
     return plain + TEXTURE_WEIGHT * grain + HUE_WEIGHT * hue + PERCEPTUAL_WEIGHT * seen
@@ -453,6 +454,21 @@ def texture(images):
     """(B, 1, H / 4, W / 4): how much a blur takes from cells of 4 x 4, the root of mean squares."""
     blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     return (cell_means((images - blurred).square().sum(1, True)) + 1e-4).sqrt()
+
+
+def bands(images):
+    """(B, 15, H / 8, W / 8): root energies of a 4 x 4 DCT's bands, in cells of 8 x 8 pixels.
+
+    For `texture` alone stripes of three pixels would do wherever there is grain, a weave.
+    """
+    places = torch.arange(4).to(images)
+    waves = torch.cos(math.pi / 4 * places[:, None] * (places + 0.5)) / 2**0.5  # a wave a row
+    waves[0] = 0.5
+    kernels = torch.einsum("iy,jx->ijyx", waves, waves).reshape(16, 1, 4, 4)[1:]  # but the mean
+    maps = F.conv2d(images.flatten(0, 1)[:, None], kernels, stride=2)  # (3 B, 15, h, w)
+    energy = maps.square().unflatten(0, (-1, 3)).sum(1)  # of the three colours
+    cells = [max(1, side // 8) for side in images.shape[2:]]
+    return (F.adaptive_avg_pool2d(energy, cells) + 1e-3).sqrt()
 
 
 def hues(images):
