@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -311,7 +310,9 @@ def training(size, batch, **sizes):
         "ours": partial(ours, dtype, is_causal=False),
         "ours, VAR mode": partial(ours, dtype, is_causal=True),
     }
-    return timed(contestants, 2, cost(params)["flops"] * batch)
+    with FakeTensorMode():
+        flops = batch * transformer_flops(without_values(params))
+    return timed(contestants, 2, flops)
 
 
 def sampling(size, batch, **sizes):
@@ -404,183 +405,114 @@ def measure(runs, sizes):
     return int("FAILED" in str(rows))
 
 
-# ---- what training takes, computed on tensors without values
+# ---- what training takes, counted on tensors without values
 
 
-class Launches(TorchDispatchMode):
-    """count: operators that compute."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        is_free = operator.is_view or re.match("prim|profiler|aten._unsafe|.*empty", str(operator))
-        self.count += not is_free
-        return operator(*args, **(kwargs or {}))
-
-
-def counted(function):
-    """(FLOPs, launches) of a call."""
-    with FlopCounterMode(display=False) as flops, Launches() as launches:
+def count_flops(function):
+    with FlopCounterMode(display=False) as counter:
         function()
-    return flops.get_total_flops(), launches.count
+    return counter.get_total_flops()
 
 
-def saved_bytes(function, weights):
-    """Bytes that a call keeps for its backward pass, without `weights`."""
-    storages = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function()
-    for tensor in weights:
-        storages.pop(tensor.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def staged(params):
-    """(the tree as its last branch's stage has it, the parameters that are trained)."""
-    branch = dict(masked=params["masked"]) if "masked" in params else params
-    params = params | trainable(branch)
-    return params, [leaf for leaf in pytree.tree_leaves(params) if leaf.requires_grad]
-
-
-def cost(params):
-    """`step_cost` of a tree's last branch, one image, half of whose tokens are hidden by a mask."""
-    branch = "masked" if "masked" in params else "next_scale"
-    lengths = tokenizer.lengths(hmar.scales(params))
-    later = sum(lengths[1:])
-    width, code_dim = params["input"]["weight"].shape[:2]
-    kernels = mock.patch.object(attention_kernels, "INTERPRETED", True)  # not the CPU's path
-    with FakeTensorMode(), kernels:
-        params, trained = staged(pytree.tree_map(lambda leaf: torch.empty(leaf.shape), params))
-        labels, inputs = torch.tensor([0]), torch.empty(1, later, code_dim)
-        own = (inputs, torch.ones(1, later, dtype=torch.bool)) if branch == "masked" else ()
-
-        def logits(fast):  # the loss has no products, and keeps but a slice of them
-            x = hmar.branch_features(fast, branch, labels, inputs, *own)[0]
-            if own:
-                x = x.index_select(0, torch.arange(later // 2))
-            return hmar.branch_logits(fast, branch, x, labels.new_zeros(len(x), 4)).sum()
-
-        numbers = step_cost(params, trained, hmar.cast, logits)
-    blocks = len(params["trunk"] + params[branch]["blocks"])
-    numbers["flops"] += 12 * width * sum(n**2 for n in lengths) * blocks  # attention's six products
-    return numbers
-
-
-def tokenizer_cost(size, scales, **sizes):
-    """`step_cost` of the tokenizer; encoding: FLOPs of an image."""
-    with FakeTensorMode():
-        codec = trainable(tokenizer.init(**sizes))
-        count = train.COARSE_EVERY  # images, one of them coarse
-        images = torch.empty(count, 3, size, size)
-
-        def loss(fast):
-            made = tokenizer.training_pass(fast, images, scales, *torch.tensor([[0], [0]]))
-            return made["images"].sum() + made["coarse_images"].sum() + made["loss"]
-
-        numbers = step_cost(codec, pytree.tree_leaves(codec), tokenizer.cast, loss)
-        numbers["encoding"], _ = counted(lambda: tokenizer.encode_features(codec, images))
-    means = {name: numbers[name] // count for name in ("flops", "activations", "encoding")}
-    return numbers | means
-
-
-def step_cost(tree, trained, cast, loss):
-    """{what: number} of a training step in bf16.
-
-    flops, activations: an image's, and the bytes that its backward pass waits for; muon: FLOPs of
-    the optimizer; state: bytes of weights, gradients, moments and average.
-    """
-    fast = cast(tree, torch.bfloat16)
-    activations = saved_bytes(lambda: loss(fast), pytree.tree_leaves((tree, fast)))
-    flops, launches = counted(lambda: loss(cast(tree, torch.bfloat16)).backward())
-    learning = dict(masked=tree["masked"]) if "masked" in tree else tree
-    leaves = [train.new_parameter(leaf) for leaf in trained]
-    optimizers = train.new_optimizers(learning, leaves, 0)
-    for leaf in leaves:
-        leaf.grad = torch.zeros_like(leaf)
-
-    def step():
-        torch.nn.utils.clip_grad_norm_(leaves, train.CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-
-    muon, more = counted(step)
-    groups = tree, trained, *(optimizer.param_groups[0]["params"] for optimizer in optimizers)
-    parameters, moving, matrices, others = map(count_numbers, groups)
-    checkpoint = 4 * (3 * moving + matrices + 2 * others)
-    state = checkpoint + 4 * (parameters - moving)
-    numbers = dict(parameters=parameters, trained=moving, state=state, checkpoint=checkpoint)
-    return numbers | dict(flops=flops, muon=muon, launches=launches + more, activations=activations)
+def without_values(trees):
+    """Empty tensors of the same shapes; in FakeTensorMode fake ones."""
+    return pytree.tree_map(lambda leaf: torch.empty(leaf.shape), trees)
 
 
 def count_numbers(tree):
     return sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
 
 
-def hours(stage, gpus, speed):
-    """{part: hours} of a stage on so many GPUs of so many FLOP/s each; hours: of them all."""
-    share = stage["batch"] / gpus
-    seconds = {
-        "products": share * stage["flops"] / speed,
-        "optimizer": stage["muon"] / speed,  # every process steps alike
-        "all-reduce": 12 * stage["trained"] * (gpus - 1) / gpus / 24e9,
-        "launches": 5e-6 * stage["launches"],
-    }
-    *device, launches = seconds.values()
-    total = stage["steps"] * max(sum(device), launches)
-    saving = stage["checkpoint"] / 1e9 * (stage["looks"] + total / train.SAVE_SECONDS)
-    parts = {name: stage["steps"] * number / 3600 for name, number in seconds.items()}
-    return dict(hours=(total + saving) / 3600) | parts | dict(saving=saving / 3600)
+def tokenizer_flops(codec, size, scales):
+    """FLOPs of an image in the tokenizer's stage, and of one that is encoded."""
+    codec, count = trainable(codec), train.COARSE_EVERY  # images, one of them coarse
+    images = torch.empty(count, 3, size, size)
+
+    def step():
+        made = tokenizer.training_pass(codec, images, scales, *torch.tensor([[0], [0]]))
+        (made["images"].sum() + made["coarse_images"].sum() + made["loss"]).backward()
+
+    works = step, lambda: tokenizer.encode_features(codec, images)
+    return [count_flops(work) // count for work in works]
+
+
+def transformer_flops(params):
+    """FLOPs of an image in the stage of a tree's last branch; a mask hides half of its tokens."""
+    branch = "masked" if "masked" in params else "next_scale"
+    lengths = tokenizer.lengths(hmar.scales(params))
+    later = sum(lengths[1:])
+    width, code_dim = params["input"]["weight"].shape[:2]
+    params = params | trainable(learning(params))
+    labels, inputs = torch.tensor([0]), torch.empty(1, later, code_dim)
+    own = (inputs, torch.ones(1, later, dtype=torch.bool)) if branch == "masked" else ()
+
+    def step():
+        x = hmar.branch_features(params, branch, labels, inputs, *own)[0]
+        if own:  # the head runs on what is hidden
+            x = x.index_select(0, torch.arange(later // 2))
+        hmar.branch_logits(params, branch, x, labels.new_zeros(len(x), 4)).sum().backward()
+
+    with mock.patch.object(attention_kernels, "INTERPRETED", True):  # not the CPU's path
+        flops = count_flops(step)
+    blocks = len(params["trunk"] + params[branch]["blocks"])
+    return flops + 12 * width * sum(n**2 for n in lengths) * blocks  # attention's six products
+
+
+def learning(params):
+    """The part of a tree that its last branch's stage trains."""
+    return dict(masked=params["masked"]) if "masked" in params else params
+
+
+def optimizer_flops(tree):
+    """FLOPs of Muon's step."""
+    leaves = [train.new_parameter(leaf) for leaf in pytree.tree_leaves(tree)]
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)
+    return count_flops(train.new_optimizers(tree, leaves, 0)[0].step)
 
 
 COSTS = """\
-Computed: tokenizer / next-scale / masked stage in bf16 on ImageNet. Thousands, billions, 1e-3, \
-EFLOP, millions, TFLOP an image, TFLOP and thousands a step, GB, MB an image. Hours at 66 TFLOP/s, \
-40 % of a 24 GB card; 5 us a launch, where they outlast the device; 12 bytes a parameter exchanged \
-at 24 GB/s; checkpoints at 1 GB/s; no looks.
+Computed, on ImageNet: tokenizer / next-scale / masked stage. EFLOP; parameters in millions; hours \
+at 66 TFLOP/s, 40 % of a 24 GB card, 12 bytes a parameter exchanged at 24 GB/s; no looks.
 """
-UNITS = dict(steps=1e3, tokens=1e9, rate=1e-3, training=1e18, parameters=1e6, flops=1e12)
-UNITS |= dict(muon=1e12, launches=1e3, state=1e9, activations=1e6)
 
 
 def print_costs(depths):
-    sizes, times, images = [], [], 1_281_167  # ImageNet's
+    rows, images = [], 1_281_167  # ImageNet's
     for depth in depths:
         size = 64 if depth < 8 else 256
         dial = train.dial(depth, size, images)
-        codec, batch = dial["codec"], dial["batch"]
+        batch, steps = dial["batch"], [*dial["steps"].values()]
         scales = train.default_scales(size, dial["cell"], dial["growth"])
-        shapes = dict(codes=codec["codes"], code_dim=codec["code_dim"], scales=scales)
         with torch.device("meta"):
+            codec = tokenizer.init(**dial["codec"])
+            codes, code_dim = codec["codebook"].shape
+            shapes = dict(codes=codes, code_dim=code_dim, scales=scales)
             params = hmar.init(**dial["transformer"], **shapes)
             masked = hmar.add_masked_branch(params, dial["masked_blocks"])
-        stages = [tokenizer_cost(size, scales, **codec), cost(params), cost(masked)]
-        for stage, (name, steps) in zip(stages, dial["steps"].items()):
-            stage |= dict(steps=steps, batch=batch, rate=dial["lr"][name], looks=dial["looks"])
-            stage["tokens"] = steps * batch * sum(tokenizer.lengths(scales))
-            stage["training"] = steps * (batch * stage["flops"] + stage["muon"])
-        cells = []
-        for name, unit in UNITS.items():
-            cells.append(" / ".join(f"{stage[name] / unit:.3g}" for stage in stages))
-        sizes.append((depth, batch, *cells, f"{size} pixels"))
+        with FakeTensorMode():
+            codec, params, masked = without_values((codec, params, masked))
+            first, encoding = tokenizer_flops(codec, size, scales)
+            flops = first, transformer_flops(params), transformer_flops(masked)
+            trees = codec, params, learning(masked)
+            muon = [optimizer_flops(tree) for tree in trees]
 
-        work = dict(flops=stages[0]["encoding"], batch=images, steps=1)
-        encoding = dict.fromkeys(stages[0], 0) | work
-        for gpus in (1, 8):
-            each = [hours(stage, gpus, 66e12) for stage in (*stages, encoding)]
-            parts = {name: sum(stage[name] for stage in each) for name in each[0]}
-            epochs = batch * stages[1]["steps"] / images
-            times.append((depth, gpus, *parts.values(), f"{20 * each[1]['hours'] / epochs:,.2f}"))
+        totals = [n * (batch * x + y) for n, x, y in zip(steps, flops, muon, strict=True)]
+        hours = []
+        for gpus in 1, 8:  # each takes a share of the batch, and Muon's whole step
+            work = images * encoding / gpus
+            work += sum(n * (batch / gpus * x + y) for n, x, y in zip(steps, flops, muon))
+            numbers = sum(n * count_numbers(tree) for n, tree in zip(steps, trees))
+            seconds = work / 66e12 + 12 * numbers * (gpus - 1) / gpus / 24e9
+            hours.append(seconds / 3600)
+        cells = [[n / 1e3 for n in steps], [total / 1e18 for total in totals]]
+        cells.append([count_numbers(tree) / 1e6 for tree in (codec, params, masked)])
+        cells = [" / ".join(f"{x:.3g}" for x in cell) for cell in cells]
+        rows.append((depth, batch, *cells, *hours, f"{size} pixels"))
 
+    header = ("depth", "batch", "thousand steps", "EFLOP", "parameters", "hours", "on 8", "of")
     print(COSTS)
-    print_table(("depth", "batch", *UNITS, "of"), sizes)
-    print()
-    print_table(("depth", "GPUs", *parts, "20 epochs, next-scale"), times)
+    print_table(header, rows)
 
 
 # ---- the kernels
