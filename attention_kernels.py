@@ -116,7 +116,7 @@ def _attention(query, key, value, scale):
 # A program owns a tile of rows of one head (queries; for dK and dV, keys) and walks over the
 # columns that its rows see. The rows of a tile lie in one block, or in a run of tiny ones:
 #
-#     the first two rows of a tile, # where they see something:
+#     the first two rows of a tile; what they see is #:
 #     one block of 9, full steps of 4     blocks of 1 and 4, causal
 #     ########|#                          |#               down: rows (queries)
 #     ########|#                          |#####           across: columns (keys)
@@ -125,7 +125,7 @@ def _attention(query, key, value, scale):
 # With a mask a step is half as wide, since less of it is seen, but 16 at least, as tl.dot wants. A
 # kernel's arguments are tuples, as `_launch` makes them:
 #
-#     tensor      pointer; strides of batch, head, token in bytes (see `_launch`), of a feature not
+#     tensor      pointer; strides of batch, head, token (bytes, see `_launch`), feature (elements)
 #     statistics  tensors (batch, heads, tokens): logsumexp, delta
 #     work        tiles, bounds, how many tiles; heads, tokens
 #
@@ -158,9 +158,8 @@ def tile_table(block_lengths, is_causal, transposed, rows, columns, device="cpu"
         while last + 1 < count and edges[last + 2] - edges[first] <= rows:
             last += 1
 
-        # all of its rows see columns low[last] to high[first]. For queries these come first, then
-        # those that only some rows see; for keys (transposed) it is the other way round. If there
-        # are any, low is the same for all queries of the tile, high for all keys
+        # all of the tile's rows see columns low[last] to high[first]. If there are any, its queries
+        # share low, so these come first; its keys (transposed) share high, so these come last
         start, stop = low[first], high[last]
         full = max(high[first] - low[last], 0) // columns * columns
         if transposed:
@@ -184,8 +183,8 @@ jit = triton.jit if triton else lambda function: function
 
 @jit
 def _program(work, ROWS):
-    """Its tile; place (batch, head); first, where that begins in statistics; rows; inside, which of
-    them exist; bounds (the first column that each sees, the first behind).
+    """Its tile; place (batch, head); first, that head's start in statistics; rows; inside, which
+    of them exist; bounds (the first column that each row sees, the first behind).
     """
     tiles, bounds, tile_count, heads, tokens = work
     program = tl.program_id(0)  # a head's tiles run side by side and find its keys in the cache
@@ -240,8 +239,8 @@ def _visible(bounds, column):
     return (low[:, None] <= column[None, :]) & (column[None, :] < high[:, None])  # (rows, columns)
 
 
-# Blocks that share a tile must not infect each other, and 0 * inf is nan. So inf and nan become 0
-# in every product; rows that do see them get p = nan, hence a result of nan, as they should.
+# Blocks that share a tile must not infect each other, and 0 * inf is nan. So under a mask inf and
+# nan become 0 before products with p and ds, which are nan in rows that see them, as they should.
 
 
 @jit
@@ -264,7 +263,7 @@ def _products(a, b, ACC, PRECISION):
 
 @jit
 def _add_product(total, p, x, tensor, PRECISION):
-    """total + p @ x; p is first rounded to tensor's dtype: interpreted, x is wider than that."""
+    """total + p @ x; p in the dtype that tensor has in memory: interpreted, x is wider."""
     p = p.to(tensor[0].dtype.element_ty).to(x.dtype)
     return tl.dot(p, x, total, input_precision=PRECISION, out_dtype=total.dtype)
 
@@ -382,7 +381,7 @@ def _key_value_gradient_kernel(
                 ds = tl.where(visible, ds, 0)
                 q = _replace_bad(q)
 
-            dv = _add_product(dv, p, do, query, PRECISION)
+            dv = _add_product(dv, p, do, output_gradient, PRECISION)
             dk = _add_product(dk, ds, q, query, PRECISION)
 
     _store(key_gradient, dk * scale, place, rows, inside, DIM)
@@ -430,7 +429,7 @@ def _constants(which, head_dim, dtype, architecture, longest):
 
     accumulator = tl.float64 if dtype == torch.float64 else tl.float32
     operand = accumulator
-    if architecture:  # numpy, which interprets, has no bfloat16
+    if architecture:  # else numpy interprets, which has no bfloat16
         operand = getattr(tl, str(dtype).removeprefix("torch."))
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -543,7 +542,8 @@ def _check(query, key, value, block_lengths, scale):
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        query, key, value = (_cast(x, dtype) for x in (query, key, value))
+        tensors = query, key, value
+        query, key, value = (x.to(dtype) if x.dtype in DTYPES[:3] else x for x in tensors)
 
     shape = tuple(query.shape)
     if len(shape) != 4 or shape[2] == 0:
@@ -569,7 +569,3 @@ def _check(query, key, value, block_lengths, scale):
     if not isinstance(scale, (int, float)) or not 0 < scale < torch.inf:
         raise ValueError(f"scale is {scale!r}, expected a positive number")
     return query, key, value, tuple(block_lengths), float(scale)
-
-
-def _cast(x, dtype):
-    return x.to(dtype) if x.dtype in DTYPES[:3] else x

@@ -117,7 +117,7 @@ def steps(
     if isinstance(seed, (int, np.integer)):
         seed = [int(seed) + i for i in range(len(labels))]
     check_options(params, codec, labels, seed, options)
-    # the generator is another function, so that what is checked raises here, not at its first pass
+    # another function is the generator, so that what `check_options` refuses raises here
     return passes(params, codec, labels, seed, known, options)
 
 
@@ -243,8 +243,9 @@ def uniform_numbers(seeds, k, number, tokens):
 def choose_tokens(logits, uniform, options):
     """(tokens, confidence), (B, m) each, of logits (B, m, codes) and uniform numbers (B, m)."""
     if options.temperature < 0.001:  # arg max, before the division overflows
-        return draw(filter_logits(logits, options.top_k, options.top_p))
-    logits = logits / options.temperature
+        uniform = None
+    else:
+        logits = logits / options.temperature
     return draw(filter_logits(logits, options.top_k, options.top_p), uniform)
 
 
@@ -341,7 +342,7 @@ def own_options(params, is_causal=False, is_edit=False):
         # of edits 98 % are right, without it 96 % (drawings); 77 %, without 73 % (CIFAR-10)
         masked_passes = 1 if is_edit else 0
         guidance, mask_guidance, by_depth = 5.2, 3, min(1, 2 / depth)
-        # Frechet distances of CIFAR-10: depth 2 3.3, at temperature 1 3.6; depth 3 2.5, at .95 2.8
+        # Frechet distances of CIFAR-10: depth 2: 3.3 (at 1: 3.6); depth 3: 2.5 (at .95: 2.8)
         temperature = 0.95 if depth <= 2 else 0.9
     else:
         masked_passes = 2 if depth > 2 else 1
@@ -389,9 +390,7 @@ def edit(params, codec, images, mask, labels, **options):
     tokenizer.check_images(codec, images, scales)
     expected = (len(labels), 1, *images.shape[2:])
     if len(images) != len(labels):
-        raise ValueError(
-            f"labels: got {len(labels)}, expected one for each of {len(images)} images"
-        )
+        raise ValueError(f"labels: got {len(labels)}, expected {len(images)}, one an image")
     if mask.dtype != torch.bool or mask.shape != expected:
         raise ValueError(f"mask: expected a bool tensor {expected}")
 
@@ -467,9 +466,8 @@ def extrapolate(images, known, reach):
     carried = torch.zeros_like(images)
     for ring in range(1, reach + 1):
         share = F.avg_pool2d(known.to(images.dtype), 3, stride=1, padding=1)
-        near = F.avg_pool2d(images, 3, stride=1, padding=1) / share.clamp(
-            min=0.1
-        )  # it is 0, or 1/9 and more
+        # a share is 0, or 1/9 and more
+        near = F.avg_pool2d(images, 3, stride=1, padding=1) / share.clamp(min=0.1)
         fresh = ~known & (share > 0)
         images = torch.where(fresh, near, images)
         carried = torch.where(fresh, near * (1 - ring / (reach + 1)), carried)
@@ -572,8 +570,8 @@ def convert_to_rgb(image):
 def load(path, module=None, **options):
     """(tree, origin) of a file of weights, the tree in fp32, on the CPU.
 
-    module: `tokenizer` or `hmar`, None for what the file holds. origin: "ours" or, of a published
-    transformer, "HMAR" or "VAR", of a published tokenizer "HMAR"; options: of from_published.
+    module: `tokenizer` or `hmar`, None for what the file holds. origin: "ours"; of
+    published files "VAR" if block-causal, else "HMAR". options: of from_published.
     """
     tree, origin = load_file(path), "ours"
     try:
@@ -739,7 +737,7 @@ def find_kind(args):
     if suffix in ("", ".npz") or args.out.is_dir():
         return "folder"
     if suffix not in SHEETS or (suffix == ".gif" and args.edit):
-        expected = f"{', '.join(SHEETS)} (but of edits), .npz or a folder without a suffix"
+        expected = f"{', '.join(SHEETS)} (not of edits), .npz or a folder without a suffix"
         raise ValueError(f"--out: got {args.out}, expected {expected}")
     if args.count > 50:
         raise ValueError(f"--count: got {args.count}, expected at most 50 in a row of a sheet")
@@ -894,9 +892,9 @@ def load_models(args):
 
 def run_is_causal(weights, record, params, codec):
     """Whether a run is --causal, as its record, args.json, says. ValueError if of another run."""
-    if not record and "masked" not in params:
+    if not record["flags"] and "masked" not in params:
         raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
-    is_causal = record.get("flags", {}).get("causal", False)
+    is_causal = record["flags"].get("causal", False)
     if "masked" not in params and not is_causal:
         print(f"{weights}: without masked passes, which hmar.pt would have", file=sys.stderr)
     for name, tree in (weights.name, params), ("tokenizer.pt", codec):
@@ -963,12 +961,9 @@ def world():
 
 
 def read_record(path):
-    """A run's args.json, {} where there is none. ValueError where an entry has another type."""
-    record = read_json(path)
-    if not record:
-        return {}
+    """A run's args.json, empty where there is none. ValueError where an entry has another type."""
     kinds = dict(flags=dict, class_names=list, count=int, digests=dict)
-    record = dict(newest=0) | {name: kind() for name, kind in kinds.items()} | record
+    record = dict(newest=0) | {name: kind() for name, kind in kinds.items()} | read_json(path)
     for name, kind in kinds.items():
         if not isinstance(record[name], kind):
             raise ValueError(f"{path}: {name}: got {record[name]!r:.80}, expected {kind}")
@@ -979,7 +974,7 @@ def read_record(path):
 
 def check_digest(path, name, tree):
     """ValueError where a run's args.json, at path, tells of other weights in a file so named."""
-    own = read_record(path).get("digests", {}).get(name)
+    own = read_record(path)["digests"].get(name)
     if own is not None and own != digest(tree):
         raise ValueError(f"{path}: tells of another {name} than this")
 

@@ -2,8 +2,8 @@
 
     images, prepared once -> tokenizer stage -> tokens (N, crops, L) -> next-scale, masked stage
 
-A step's batch is a function of the seed and its number, so a killed run goes on bit for bit. There
-is no adversarial loss; the perceptual one uses no weights of others (`learn_levels`).
+A step's batch follows from seed and number: on a CPU a killed run goes on bit for bit. There is no
+adversarial loss; the perceptual one uses no weights of others (`learn_levels`).
 """
 
 import signal
@@ -74,25 +74,27 @@ def dial(depth, size, images):
 
     Measured at depths 2 and 3; extrapolated to meet the published settings at 16.
     """
-    larger = depth / 2
+    ratio = depth / 2
     is_large = depth >= 8  # the published sizes and layers
     # convolutions gain .16 nats a token, neighbours .24
     local = dict(gamma=0.1, convolutions=True, neighbours=True)
-    rate = 4e-3 * larger**-0.7  # deeper wants less, a larger batch more (HyperP 2603.28743)
+    rate = 4e-3 * ratio**-0.7  # deep wants less, its large batch more (HyperP 2603.28743)
     cell, codec = codec_sizes(depth, size)
-    perceptual = size >= 48 and codec["fold"] > 1  # at 32 it is not worth its time
+    perceptual = size >= 48 and not is_large  # at 32 it is not worth its time
     return dict(
         cell=cell,
         codec=codec,
-        growth=2 if depth <= 2 else math.sqrt(2),  # of scales' sides; at depth 3 nearer than by 2
+        growth=2
+        if depth <= 2
+        else math.sqrt(2),  # of scales' sides; at depth 3 doubled ones draw worse
         transformer=dict(depth=depth) | ({} if is_large else local),
         masked_blocks=(depth + 1) // 2,
         loss_weights="lognormal" if is_large else "token",
         lr={"tokenizer": rate, "next-scale": rate, "masked": rate / 4},
         perceptual=perceptual,
-        decay=0.05 * larger**-0.8,  # over a run alike at all depths (Wang and Aitchison 2024)
+        decay=0.05 * ratio**-0.8,  # rate * decay * steps are constant (Wang and Aitchison 2024)
         looks=3 * depth,  # of a stage
-        **training_length(larger, size, images, codec["fold"] > 1, perceptual),
+        **training_length(ratio, size, images, codec["fold"] > 1, perceptual),
     )
 
 
@@ -118,13 +120,13 @@ def codec_sizes(depth, size):
     )
 
 
-def training_length(larger, size, images, is_folded, perceptual):
+def training_length(ratio, size, images, is_folded, perceptual):
     """{"batch": images a step, "steps": {stage: number}}."""
     # images seen grow as the parameters, by depth^3 (Hoffmann et al. 2022); they are fewer if they
     # are larger, since each has more tokens, and no folder is worth more than 200 epochs
-    seen = min(50_000 * larger**3 * math.sqrt(32 / size), 200 * images)
-    batch = 8 * round(2 * larger**1.5)  # as the root of what is seen (McCandlish et al. 2018)
-    if perceptual:  # at 64 an image has twice the tokens, and fewer images were as good
+    seen = min(50_000 * ratio**3 * math.sqrt(32 / size), 200 * images)
+    batch = 8 * round(2 * ratio**1.5)  # as the root of what is seen (McCandlish et al. 2018)
+    if perceptual:  # such images have more tokens, and fewer were as good
         seen *= 0.69
         batch //= 2
     shares = {"tokenizer": 0.43 if is_folded else 0.35, "next-scale": 1, "masked": 1 / 11}
@@ -133,7 +135,7 @@ def training_length(larger, size, images, is_folded, perceptual):
 
 
 def default_scales(size, cell, growth, doubled=True):
-    """Published scales, else sides that grow by a factor; if doubled, a last one up to 8 twice."""
+    """Published scales, else sides that grow by a factor; doubled: the last twice, if up to 8."""
     latent = size // cell
     if size in hmar.SCALES and hmar.SCALES[size][-1][0] == latent:
         return hmar.SCALES[size]
@@ -153,7 +155,7 @@ class Stage(NamedTuple):
     place: str  # "1 of 3"
     out: Path  # the run folder
     steps: int
-    images: int  # of a step's batch, over all processes
+    batch: int  # images a step, over all processes
     peak: float  # of the learning rate
     decay: float  # of Muon's weights
     looks: int  # at held-out images
@@ -161,7 +163,7 @@ class Stage(NamedTuple):
 
 # What a stage gives to `fit`:
 #
-#     loss(tree, **batch)     -> (mean over its images, {name: tensor} to log, trace)
+#     loss(tree, **batch)     -> (mean over its images, {name: tensor} to log, one of traces)
 #     batch(step, positions)  -> {name: tensor}, of these images of a step's batch
 #     look(tree)              -> {name: number or list} of held-out images; least "loss" is best
 #     after_step(step, traces, parameters, averages, adamw)  may change the last three in place,
@@ -177,7 +179,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     optimizers = new_optimizers(tree, leaves, stage.decay)
     kept = dict(leaves=leaves, ema=ema, best=best, extra=list(extra))
     at = resume_or_begin(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
-    window, part_size = [], stage.images // sample.world()  # images that pass at once
+    window, part_size = [], stage.batch // sample.world()  # images that pass at once
     last_save = time.monotonic()
     start = at["step"], last_save
 
@@ -206,7 +208,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
                 torch._foreach_copy_(best, ema)
         is_over = is_look and step - at["best_step"] >= PATIENCE * stage.steps
         if is_look or time.monotonic() - last_save > SAVE_SECONDS:
-            at["step"] = stage.steps if is_over else step  # resumed, what is over takes none
+            at["step"] = stage.steps if is_over else step  # if over, resuming takes none
             save_checkpoint(stage, at, kept, optimizers)
             last_save = time.monotonic()
         if is_over:
@@ -222,7 +224,7 @@ def add_gradients(stage, step, loss, batch, tree, leaves, part_size):
     tree says the shapes of the leaves. part_size: how many images pass the networks together.
     Returns (means to log, [trace, ...] of the parts, part_size, halved after OutOfMemoryError).
     """
-    own = np.arange(stage.images).reshape(sample.world(), -1)[sample.rank()]
+    own = np.arange(stage.batch).reshape(sample.world(), -1)[sample.rank()]
     numbers, traces = {}, []
     try:
         for part in np.array_split(own, math.ceil(len(own) / part_size)):
@@ -311,8 +313,7 @@ def log(stage, step, start, numbers):
             file.write(line + "\n")
     pace = (time.monotonic() - start[1]) / (step - start[0])  # seconds a step
     left = datetime.timedelta(seconds=round(pace * (stage.steps - step)))
-    single = [name for name in numbers if isinstance(numbers[name], float)]
-    words = "  ".join(f"{name} {numbers[name]:.4g}" for name in single)
+    words = "  ".join(f"{name} {x:.4g}" for name, x in numbers.items() if isinstance(x, float))
     say(f"{stage.name} ({stage.place}) {step}/{stage.steps}  {left} left  {words}", renewed=True)
 
 
@@ -324,7 +325,7 @@ def save_checkpoint(stage, at, kept, optimizers):
     metrics.touch()
     states = [optimizer.state_dict() for optimizer in optimizers]
     saved = dict(stage=stage.name, at=at, optimizers=states, metrics=metrics.stat().st_size)
-    saved["flags"] = sample.read_record(stage.out / "args.json").get("flags")
+    saved["flags"] = sample.read_record(stage.out / "args.json")["flags"]
     save_tree(stage.out / "checkpoint.pt", saved | kept)
 
 
@@ -339,12 +340,12 @@ def resume_or_begin(stage, kept, optimizers):
     try:
         is_begun = saved["stage"] == stage.name
         if is_begun:
-            if saved["flags"] != sample.read_record(stage.out / "args.json").get("flags"):
+            if saved["flags"] != sample.read_record(stage.out / "args.json")["flags"]:
                 raise ValueError("of other flags")
             at = saved["at"]
             for name, tensors in kept.items():
                 for tensor, old in zip(tensors, saved[name], strict=True):
-                    tensor.copy_(old.view_as(tensor))  # which does not broadcast
+                    tensor.copy_(old.view_as(tensor))  # view_as does not broadcast
             for optimizer, state in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
     except Exception as error:
@@ -359,7 +360,7 @@ def resume_or_begin(stage, kept, optimizers):
         with open(stage.out / "metrics.jsonl", "ab") as file:
             file.truncate(min(file.tell(), saved["metrics"]))
     size = sum(leaf.numel() for leaf in kept["leaves"]) / 1e6
-    work = f"{size:.3g} M parameters, {stage.steps} steps of {stage.images} images"
+    work = f"{size:.3g} M parameters, {stage.steps} steps of {stage.batch} images"
     say(f"{stage.name} ({stage.place}): {work}, {at['step']} done")
     return at
 
@@ -436,15 +437,14 @@ def replace_dead_codes(run, stage, chosen, step, traces, parameters, averages, a
 def reconstruction_loss(decoded, images, variance, levels=()):
     """Squared, absolute, edge, texture, hue and perceptual errors of reconstructions (B, 3, H, W).
 
-    The first three favour a blur where detail cannot be told; the errors of texture ask for as much
-    grain as there was, in as many directions and widths. The error of hues is relative to the
-    data's variance of hue: in photographs green varies so little beside brightness that no code was
-    spent on it otherwise.
+    The first three favour a blur where detail cannot be told; the error of texture asks for as much
+    grain as there was. The error of hues is relative to the data's variance of hue: in photographs
+    green varies so little beside brightness that no code was spent on it otherwise.
     """
     error = decoded - images
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
     plain = error.square().mean() + 0.5 * error.abs().mean() + EDGE_WEIGHT * edges
-    grain = sum((see(decoded) - see(images)).abs().mean() for see in (texture, bands))
+    grain = (texture(decoded) - texture(images)).abs().mean()
     hue = hues(error).square().mean() / (variance + 0.01)  # .01: grey images
     seen = perceptual_error(levels, decoded, images)
     return plain + TEXTURE_WEIGHT * grain + HUE_WEIGHT * hue + PERCEPTUAL_WEIGHT * seen
@@ -454,21 +454,6 @@ def texture(images):
     """(B, 1, H / 4, W / 4): how much a blur takes from cells of 4 x 4, the root of mean squares."""
     blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     return (cell_means((images - blurred).square().sum(1, True)) + 1e-4).sqrt()
-
-
-def bands(images):
-    """(B, 15, H / 8, W / 8): root energies of a 4 x 4 DCT's bands, in cells of 8 x 8 pixels.
-
-    For `texture` alone stripes of three pixels would do wherever there is grain, a weave.
-    """
-    places = torch.arange(4).to(images)
-    waves = torch.cos(math.pi / 4 * places[:, None] * (places + 0.5)) / 2**0.5  # a wave a row
-    waves[0] = 0.5
-    kernels = torch.einsum("iy,jx->ijyx", waves, waves).reshape(16, 1, 4, 4)[1:]  # but the mean
-    maps = F.conv2d(images.flatten(0, 1)[:, None], kernels, stride=2)  # (3 B, 15, h, w)
-    energy = maps.square().unflatten(0, (-1, 3)).sum(1)  # of the three colours
-    cells = [max(1, side // 8) for side in images.shape[2:]]
-    return (F.adaptive_avg_pool2d(energy, cells) + 1e-3).sqrt()
 
 
 def hues(images):
@@ -573,7 +558,11 @@ def train_transformer(run, stage):
     held_out_labels, labels = load_labels(run)
     held_out, training = split_held_out(load_or_write_tokens(run, codec))  # (n, crops, L)
     is_masked = stage.name == "masked"
-    params = start_masked(run) if is_masked else start_next_scale(run)
+    if is_masked:
+        params = load_stage(run, "next-scale")
+        params = hmar.add_masked_branch(params, run.masked_blocks, seed=run.seed)
+    else:
+        params = start_next_scale(run)
     learning = dict(masked=params["masked"]) if is_masked else params  # the part that `fit` trains
     weights = hmar.scale_weights(run.scales, run.loss_weights).to(run.device)  # (L,)
     lengths = tokenizer.lengths(run.scales)
@@ -611,12 +600,6 @@ def train_transformer(run, stage):
 
     compiled = torch.compile(loss) if run.compile else loss
     return params | fit(stage, learning, compiled, batch, look)
-
-
-def start_masked(run):
-    """next-scale.pt with a masked branch, a copy that is to learn."""
-    params = load_stage(run, "next-scale")
-    return hmar.add_masked_branch(params, run.masked_blocks, seed=run.seed)
 
 
 def start_next_scale(run):
@@ -852,10 +835,10 @@ def read_crops(run, number):
     return np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2)), label
 
 
-def crop(image, size, seed=None):
-    """An image -> size x size: the largest square at its centre, resized.
+def crop(image, size, seed):
+    """An image -> size x size: a random square, from the largest down to 1 / 1.125 of it, resized.
 
-    With a seed a random square, down to 1 / 1.125 of that.
+    seed None: the largest, at the centre.
     """
     width, height = image.size
     reach = min(width, height)  # the square's side
@@ -996,7 +979,7 @@ def prepare_once(run):
     """Prepares the images of a folder in which that was not done. ValueError if it is another's."""
     new = json.loads(json.dumps(run.record["flags"]))  # lists for tuples, as in the file
     before = sample.read_record(run.out / "args.json")
-    old = before.get("flags", {})
+    old = before["flags"]
     names = (*STAGES.values(), "checkpoint.pt", "metrics.jsonl")
     is_begun = any((run.out / name).exists() for name in names)
     is_prepared = old == new
@@ -1020,11 +1003,13 @@ def prepare_once(run):
 
 def save_stage(run, name, tree):
     """Writes a finished stage's digest into args.json, then its weights: none is without one."""
-    if name == "tokenizer" and run.given.tokenizer is None:
-        (run.out / "tokens.npy").unlink(missing_ok=True)  # of a tokenizer that was removed
     record = sample.read_record(run.out / "args.json")
-    digests = record.get("digests", {}) | {STAGES[name]: sample.digest(tree)}
-    sample.write_json(run.out / "args.json", record | dict(digests=digests))
+    old, new = record["digests"].get(STAGES[name]), sample.digest(tree)
+    if name == "tokenizer" and old not in (None, new):  # it was removed: codes get other meanings
+        for file in ("tokens.npy", "next-scale.pt", "hmar.pt"):
+            (run.out / file).unlink(missing_ok=True)
+    record["digests"][STAGES[name]] = new
+    sample.write_json(run.out / "args.json", record)
     save_tree(run.out / STAGES[name], tree)
 
 
@@ -1087,7 +1072,7 @@ def gather(rows):
     if sample.world() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(sample.world())]
-    torch.distributed.all_gather(parts, rows.contiguous())
+    torch.distributed.all_gather(parts, rows)
     return torch.cat(parts)
 
 
@@ -1163,7 +1148,7 @@ def load_given(args):
             codec_to_start = tree
         else:
             params = tree
-        if codec is not None:  # codes mean what they meant
+        if codec is not None:  # which those weights learned
             path = Path(args.init).with_name("args.json")
             sample.check_digest(path, "tokenizer.pt", codec)
     if codec is not None and codec_to_start is not None:
@@ -1176,7 +1161,7 @@ def load_given(args):
 def choose_images(data, out):
     """The Images of --data, or prepared ones, whose files may be gone, or drawings."""
     before = sample.read_record(out / "args.json")
-    fingerprint = before.get("flags", {}).get("images")  # none of drawings
+    fingerprint = before["flags"].get("images")  # None: drawings
     if data is not None and (os.path.exists(data) or not fingerprint):
         return list_images(data)
     if fingerprint:  # prepared, here or elsewhere
@@ -1278,7 +1263,9 @@ def choose_settings(args, given, count, is_drawn):
     check_sizes(settings, given)
 
     cell, growth = settings["cell"], settings["growth"]
-    settings["scales"] = default_scales(size, cell, growth, doubled=not is_drawn)  # for their grain
+    settings["scales"] = default_scales(
+        size, cell, growth, doubled=not is_drawn
+    )  # photographs have grain
     settings["crops"] = 1 if is_drawn else min(16, max(2, CROPS // max(1, count)))
     return settings | {name: getattr(args, name) for name in ("seed", "flip", "causal", "compile")}
 
@@ -1316,7 +1303,7 @@ def train(args):
             place=f"{number} of {len(names)}",
             out=run.out,
             steps=run.steps[name],
-            images=run.batch,
+            batch=run.batch,
             peak=run.lr[name],
             decay=run.decay,
             looks=run.looks,
@@ -1325,7 +1312,7 @@ def train(args):
             load_stage(run, name)  # it is whole, and of this run
             say(f"{name}: finished before, {path}")
             continue
-        with report_stop(run.out):
+        with report_stop(run.out, name):
             if name != "tokenizer":
                 tree = train_transformer(run, stage)
             elif run.given.tokenizer is not None:
@@ -1341,16 +1328,16 @@ def train(args):
 
 
 @contextlib.contextmanager
-def report_stop(out):
+def report_stop(out, name):
     """A context in which KeyboardInterrupt says from where the run goes on."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        path = out / "checkpoint.pt"
-        place = "its start"
+        path, saved = out / "checkpoint.pt", dict(stage=None)
         if path.exists():
             saved = sample.load_file(path)
-            place = f"{saved['stage']}, step {saved['at']['step']}"
+        step = saved["at"]["step"] if saved["stage"] == name else 0
+        place = f"{name}, step {step}"
         raise KeyboardInterrupt(f"stopped; the same command goes on from {place}") from stop
 
 
