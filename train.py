@@ -177,7 +177,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     ema, best = ([leaf.detach().clone() for leaf in leaves] for _ in range(2))
     averages = replace_leaves(tree, ema)  # the same tensors, as a tree
     optimizers = new_optimizers(tree, leaves, stage.decay)
-    kept = dict(leaves=leaves, ema=ema, best=best, extra=list(extra))
+    kept = dict(leaves=leaves, ema=ema, best=best, extra=extra)
     at = resume_or_begin(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
     window, part_size = [], stage.batch // sample.world()  # images that pass at once
     last_save = time.monotonic()
@@ -402,9 +402,8 @@ def train_tokenizer(run, stage):
     def look(codec):
         numbers, rows = measure_tokenizer(tokenizer.cast(codec, run.dtype), judged, run.scales)
         names = ["original", *(f"after {h}x{w}" for h, w in run.scales)]
-        sample.save_sheets(
-            run.out / "samples/reconstructions.png", "PNG", [sample.sheet(rows, names)]
-        )
+        page = sample.sheet(rows, names)
+        sample.save_sheets(run.out / "samples/reconstructions.png", "PNG", [page])
         return numbers
 
     replace = functools.partial(replace_dead_codes, run, stage, chosen)
