@@ -341,12 +341,12 @@ def own_options(params, is_causal=False, is_edit=False):
     if has_neighbours:  # tokens of a scale match: a masked pass serves edits alone
         # of edits 98 % are right, without it 96 % (drawings); 77 %, without 73 % (CIFAR-10)
         masked_passes = 1 if is_edit else 0
-        guidance, mask_guidance, by_depth = 5.2, 3, min(1, 2 / depth)
+        guidance, tokens, mask_guidance, by_depth = 6.9, 85, 3, min(1, 2 / depth)
         # Frechet distances of CIFAR-10: depth 2: 3.3 (at 1: 3.6); depth 3: 2.5 (at .95: 2.8)
         temperature = 0.95 if depth <= 2 else 0.9
     else:
         masked_passes = 2 if depth > 2 else 1
-        guidance, mask_guidance, by_depth = 4.5, 5, min(1, (2 / depth) ** 1.5)
+        guidance, tokens, mask_guidance, by_depth = 4.5, 150, 5, min(1, (2 / depth) ** 1.5)
 
     schedule = masked_schedule(hmar.scales(params), masked_passes if "masked" in params else 0)
     # at scales of few tokens masked passes make images plain: one pass there
@@ -356,7 +356,7 @@ def own_options(params, is_causal=False, is_edit=False):
     # what is trained longer needs less guidance; published models have 1.5 to 2.1
     return dict(
         schedule=schedule,
-        guidance=max(1.5, by_depth * guidance * min(1, math.sqrt(150 / count))),
+        guidance=max(1.5, by_depth * guidance * min(1, math.sqrt(tokens / count))),
         mask_guidance=max(1.5, by_depth * mask_guidance),
         temperature=temperature,
         is_causal=is_causal,
@@ -633,7 +633,7 @@ def parser():
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
-    add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 5.2)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 6.9)")
     add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, help="below .001: arg max (by the model, to 1)")

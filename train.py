@@ -63,7 +63,7 @@ EDGE_WEIGHT, TEXTURE_WEIGHT, PERCEPTUAL_WEIGHT, HUE_WEIGHT = 0.25, 0.5, 0.08, 0.
 PERCEPTUAL_STEPS = 400  # in which the perceptual network is learned
 PERCEPTUAL_WIDTHS = 3, 32, 64, 96, 128  # its colours and channels
 DRAWINGS = 20_500  # where there is no --data
-DRAWN_STEPS = 0.75  # of other images' steps, for drawings are plain
+DRAWN_STEPS = 0.68  # of other images' steps, for drawings are plain
 CROPS = 20_000  # in all: a small folder's images are learned in up to 16 crops each, at least 2
 JUDGED = 128  # of the held-out images, at a look
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -272,7 +272,9 @@ def new_optimizers(tree, leaves, decay):
         embeds_codes = old.ndim == 2 and keys & {"input", "own_input"}  # of published trees
         is_other = old.ndim < 2 or embeds_codes or keys & NOT_FOR_MUON
         (others if is_other else matrices).append(leaf)
-    muon = torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    # three Newton-Schulz steps are as good as torch's five, in two thirds of the time
+    options = dict(weight_decay=decay, adjust_lr_fn="match_rms_adamw", ns_steps=3)
+    muon = torch.optim.Muon(matrices, **options)
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)]
 
 

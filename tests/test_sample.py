@@ -278,19 +278,19 @@ def test_published_trees_are_sampled_as_published():
 
 
 def test_own_options_follow_depth_and_scales():
-    sides, fades = (1, 4, 5, 16), (150 / 298) ** 0.5
+    sides = (1, 4, 5, 16)  # 298 tokens
     positions = [torch.zeros(side, side, 1) for side in sides]
     once = sample.masked_schedule([(side, side) for side in sides], 1)
     for depth in (1, 2, 3, 9):
         blind = PARAMS | blocks(depth)
         looks = blind | dict(next_scale=blind["next_scale"] | dict(neighbours={}))
-        for params, strengths, power in ((blind, [4.5, 5], 1.5), (looks, [5.2, 3], 1)):
+        for params, *numbers in (blind, 4.5, 150, 5, 1.5), (looks, 6.9, 85, 3, 1):
             options = sample.own_options(params | dict(positions=positions))
             few = sample.own_options(params)  # of 17 tokens
             seen = [options["guidance"], few["guidance"], options["mask_guidance"]]
-            t, mask_t = strengths
+            t, tokens, mask_t, power = numbers
             weaker = min(1, (2 / depth) ** power)
-            expected = [max(1.5, weaker * x) for x in (fades * t, t, mask_t)]
+            expected = [max(1.5, weaker * x) for x in (t * (tokens / 298) ** 0.5, t, mask_t)]
             assert seen == pytest.approx(expected)
 
             edits = sample.own_options(params | dict(positions=positions), is_edit=True)

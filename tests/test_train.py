@@ -253,7 +253,7 @@ def test_the_loop_equals_one_written_out(monkeypatch):
     leaves = pytree.tree_leaves(theirs)
     average = [leaf.detach().clone() for leaf in leaves]
     matrices = [torch.nn.Parameter(leaf.detach().flatten(1)) for leaf in leaves[:-1]]
-    muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw", ns_steps=3)
     adamw = torch.optim.AdamW(leaves[-1:], betas=(0.9, 0.95), weight_decay=0)
 
     for step in range(1, 13):
@@ -444,7 +444,7 @@ def test_drawings_take_fewer_steps_and_scales_than_images_of_ones_own():
     assert [h for h, _ in drawn["scales"]] == [1, 2, 4, 8]
     assert [h for h, _ in own["scales"]] == [1, 2, 4, 8, 8]
     for stage in train.STAGES:
-        assert drawn["steps"][stage] == math.ceil(0.75 * own["steps"][stage])
+        assert drawn["steps"][stage] == math.ceil(0.68 * own["steps"][stage])
     assert drawn | {name: own[name] for name in ("steps", "scales", "crops")} == own
 
 
