@@ -559,11 +559,7 @@ def train_transformer(run, stage):
     held_out_labels, labels = load_labels(run)
     held_out, training = split_held_out(load_or_write_tokens(run, codec))  # (n, crops, L)
     is_masked = stage.name == "masked"
-    if is_masked:
-        params = load_stage(run, "next-scale")
-        params = hmar.add_masked_branch(params, run.masked_blocks, seed=run.seed)
-    else:
-        params = start_next_scale(run)
+    params = start_masked(run) if is_masked else start_next_scale(run)
     learning = dict(masked=params["masked"]) if is_masked else params  # the part that `fit` trains
     weights = hmar.scale_weights(run.scales, run.loss_weights).to(run.device)  # (L,)
     lengths = tokenizer.lengths(run.scales)
@@ -601,6 +597,12 @@ def train_transformer(run, stage):
 
     compiled = torch.compile(loss) if run.compile else loss
     return params | fit(stage, learning, compiled, batch, look)
+
+
+def start_masked(run):
+    """next-scale.pt with a masked branch, a copy that is to learn."""
+    params = load_stage(run, "next-scale")
+    return hmar.add_masked_branch(params, run.masked_blocks, seed=run.seed)
 
 
 def start_next_scale(run):
@@ -870,13 +872,18 @@ def load_labels(run):
 
 
 def load_images(run):
-    """uint8 (N, crops, 3, size, size): images.bin, mapped. ValueError unless it is whole."""
-    path = run.out / "images.bin"
-    shape = sum(map(len, load_labels(run))), run.crops, 3, run.size, run.size
-    got = path.stat().st_size
-    if got != math.prod(shape):
-        raise ValueError(f"{path}: got {got} bytes, expected {math.prod(shape)}; remove {run.out}")
-    return np.memmap(path, np.uint8, mode="c", shape=shape)  # torch wants it writable
+    """uint8 (N, crops, 3, size, size): images.bin, mapped. ValueError unless it is whole.
+
+    With --tokenizer the held-out ones, which alone are kept.
+    """
+    path, shape = run.out / "images.bin", (run.crops, 3, run.size, run.size)
+    few, rest = map(len, load_labels(run))
+    count = path.stat().st_size / math.prod(shape)
+    if count not in (few, few + rest):
+        raise ValueError(f"{path}: got {count:g} images, expected {few + rest}; remove {run.out}")
+    return np.memmap(
+        path, np.uint8, mode="c", shape=(int(count), *shape)
+    )  # torch wants it writable
 
 
 def load_or_write_tokens(run, codec):

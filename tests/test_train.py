@@ -664,6 +664,8 @@ def test_a_given_tokenizer_is_taken_or_trained_on(refused):
     images = torch.from_numpy(held_out.reshape(48, 3, 16, 16) / np.float32(127.5) - 1)
     expected = tokenizer.encode(CODEC, images, train.default_scales(16, 2, 2))
     assert np.array_equal(tokens[:3].reshape(48, -1), expected)
+    sizes = dict(class_names=["a", "b", "c"], crops=16, size=16)
+    assert np.array_equal(train.load_images(mock.Mock(out=Path("run"), **sizes)), held_out)
     run("run", *SHORT, "--tokenizer", shutil.copy("given.pt", "copy.pt"))
     assert "other flags or images: --tokenizer " in refused("run", *SHORT)
 
@@ -779,7 +781,7 @@ def test_what_is_cut_or_of_another_run_is_refused_by_name(out, refused):
     assert f"{out}/tokens.npy: " in refused(out)
     (out / "tokens.npy").unlink()
     os.truncate(out / "images.bin", 1000)
-    assert f"{out}/images.bin: got 1000 bytes, expected 368640" in refused(out)
+    assert f"{out}/images.bin: got 0.0813802 images, expected 30" in refused(out)
     np.save(out / "tokens.npy", tokens)
 
     with mock.patch.object(train, "save_stage", side_effect=KeyboardInterrupt):
