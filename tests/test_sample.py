@@ -705,7 +705,7 @@ plain --tokenizer decoder.pt  images: got nan
 . --tokenizer codec.pt  args.json: tells of another tokenizer.pt than this
 . --pad 0.2  --edit: expected with --mask, or --pad
 . --edit photo.png --mask black.png  --mask: expected white
-. --edit photo.png --pad 0.2 --out a.gif  .gif (but of edits)
+. --edit photo.png --pad 0.2 --out a.gif  .gif (not of edits)
 . --soften -1  soften: got -1.0
 deep  deep/args.json: expected a JSON object
 typed  typed/args.json: class_names: got 3
