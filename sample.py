@@ -341,6 +341,7 @@ def own_options(params, is_causal=False, is_edit=False):
     if has_neighbours:  # tokens of a scale match: a masked pass serves edits alone
         # of edits 98 % are right, without it 96 % (drawings); 77 %, without 73 % (CIFAR-10)
         masked_passes = 1 if is_edit else 0
+        # drawings, of 85 tokens, at 6.9: 98.2 % right, at 5.2 97.7, as near
         guidance, tokens, mask_guidance, by_depth = 6.9, 85, 3, min(1, 2 / depth)
         # Frechet distances of CIFAR-10: depth 2: 3.3 (at 1: 3.6); depth 3: 2.5 (at .95: 2.8)
         temperature = 0.95 if depth <= 2 else 0.9

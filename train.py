@@ -84,9 +84,7 @@ def dial(depth, size, images):
     return dict(
         cell=cell,
         codec=codec,
-        growth=2
-        if depth <= 2
-        else math.sqrt(2),  # of scales' sides; at depth 3 doubled ones draw worse
+        growth=2 if depth <= 2 else math.sqrt(2),  # of scales' sides; 2 is worse at depth 3
         transformer=dict(depth=depth) | ({} if is_large else local),
         masked_blocks=(depth + 1) // 2,
         loss_weights="lognormal" if is_large else "token",
@@ -881,9 +879,8 @@ def load_images(run):
     count = path.stat().st_size / math.prod(shape)
     if count not in (few, few + rest):
         raise ValueError(f"{path}: got {count:g} images, expected {few + rest}; remove {run.out}")
-    return np.memmap(
-        path, np.uint8, mode="c", shape=(int(count), *shape)
-    )  # torch wants it writable
+    shape = int(count), *shape
+    return np.memmap(path, np.uint8, mode="c", shape=shape)  # torch wants it writable
 
 
 def load_or_write_tokens(run, codec):
@@ -1271,9 +1268,8 @@ def choose_settings(args, given, count, is_drawn):
     check_sizes(settings, given)
 
     cell, growth = settings["cell"], settings["growth"]
-    settings["scales"] = default_scales(
-        size, cell, growth, doubled=not is_drawn
-    )  # photographs have grain
+    # a last scale twice, for the grain of photographs
+    settings["scales"] = default_scales(size, cell, growth, doubled=not is_drawn)
     settings["crops"] = 1 if is_drawn else min(16, max(2, CROPS // max(1, count)))
     return settings | {name: getattr(args, name) for name in ("seed", "flip", "causal", "compile")}
 
