@@ -74,11 +74,11 @@ def dial(depth, size, images):
 
     Measured at depths 2 and 3; extrapolated to meet the published settings at 16.
     """
-    ratio = depth / 2
+    relative_depth = depth / 2
     is_large = depth >= 8  # the published sizes and layers
     # convolutions gain .16 nats a token, neighbours .24
     local = dict(gamma=0.1, convolutions=True, neighbours=True)
-    rate = 4e-3 * ratio**-0.7  # deep wants less, its large batch more (HyperP 2603.28743)
+    rate = 4e-3 * relative_depth**-0.7  # deep wants less, its large batch more (HyperP 2603.28743)
     cell, codec = codec_sizes(depth, size)
     perceptual = size >= 48 and not is_large  # at 32 it is not worth its time
     return dict(
@@ -90,9 +90,10 @@ def dial(depth, size, images):
         loss_weights="lognormal" if is_large else "token",
         lr={"tokenizer": rate, "next-scale": rate, "masked": rate / 4},
         perceptual=perceptual,
-        decay=0.05 * ratio**-0.8,  # rate * decay * steps are constant (Wang and Aitchison 2024)
+        # rate * decay * steps are constant (Wang and Aitchison 2024)
+        decay=0.05 * relative_depth**-0.8,
         looks=3 * depth,  # of a stage
-        **training_length(ratio, size, images, codec["fold"] > 1, perceptual),
+        **training_length(relative_depth, size, images, codec["fold"] > 1, perceptual),
     )
 
 
@@ -118,12 +119,13 @@ def codec_sizes(depth, size):
     )
 
 
-def training_length(ratio, size, images, is_folded, perceptual):
+def training_length(relative_depth, size, images, is_folded, perceptual):
     """{"batch": images a step, "steps": {stage: number}}."""
     # images seen grow as the parameters, by depth^3 (Hoffmann et al. 2022); they are fewer if they
     # are larger, since each has more tokens, and no folder is worth more than 200 epochs
-    seen = min(50_000 * ratio**3 * math.sqrt(32 / size), 200 * images)
-    batch = 8 * round(2 * ratio**1.5)  # as the root of what is seen (McCandlish et al. 2018)
+    seen = min(50_000 * relative_depth**3 * math.sqrt(32 / size), 200 * images)
+    # as the root of what is seen (McCandlish et al. 2018)
+    batch = 8 * round(2 * relative_depth**1.5)
     if perceptual:  # such images have more tokens, and fewer were as good
         seen *= 0.69
         batch //= 2
@@ -870,16 +872,12 @@ def load_labels(run):
 
 
 def load_images(run):
-    """uint8 (N, crops, 3, size, size): images.bin, mapped. ValueError unless it is whole.
-
-    With --tokenizer the held-out ones, which alone are kept.
-    """
-    path, shape = run.out / "images.bin", (run.crops, 3, run.size, run.size)
-    few, rest = map(len, load_labels(run))
-    count = path.stat().st_size / math.prod(shape)
-    if count not in (few, few + rest):
-        raise ValueError(f"{path}: got {count:g} images, expected {few + rest}; remove {run.out}")
-    shape = int(count), *shape
+    """uint8 (N, crops, 3, size, size): images.bin, mapped. ValueError unless it is whole."""
+    path = run.out / "images.bin"
+    shape = sum(map(len, load_labels(run))), run.crops, 3, run.size, run.size
+    got = path.stat().st_size
+    if got != math.prod(shape):
+        raise ValueError(f"{path}: got {got} bytes, expected {math.prod(shape)}; remove {run.out}")
     return np.memmap(path, np.uint8, mode="c", shape=shape)  # torch wants it writable
 
 
@@ -1007,10 +1005,13 @@ def prepare_once(run):
 
 
 def save_stage(run, name, tree):
-    """Writes a finished stage's digest into args.json, then its weights: none is without one."""
+    """Writes a finished stage's digest into args.json, then its weights: none is without one.
+
+    Removes what was made of another tokenizer.
+    """
     record = sample.read_record(run.out / "args.json")
     old, new = record["digests"].get(STAGES[name]), sample.digest(tree)
-    if name == "tokenizer" and old not in (None, new):  # it was removed: codes get other meanings
+    if name == "tokenizer" and old not in (None, new):  # its codes mean something else
         for file in ("tokens.npy", "next-scale.pt", "hmar.pt"):
             (run.out / file).unlink(missing_ok=True)
     record["digests"][STAGES[name]] = new

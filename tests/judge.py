@@ -235,10 +235,12 @@ def chosen_guidances(judge, run, guidances, flags):
     nearest to them, "as sure": the one whose samples are right most nearly as often as they}.
     """
     record = sample.read_record(Path(run, "args.json"))
-    shape = {name: record["flags"][name] for name in ("crops", "size")}
-    place = SimpleNamespace(out=Path(run), class_names=record["class_names"], **shape)
-    labels = train.load_labels(place)[0]
-    images = train.to_unit(train.load_images(place)[: len(labels), 0])
+    place = SimpleNamespace(out=Path(run), class_names=record["class_names"])
+    labels, size = train.load_labels(place)[0], record["flags"]["size"]
+    # they come first; with --tokenizer there are no others
+    shape = len(labels), record["flags"]["crops"], 3, size, size
+    pixels = np.memmap(Path(run, "images.bin"), np.uint8, mode="c", shape=shape)
+    images = train.to_unit(pixels[:, 0])
     held_out, real = features(judge, images), accuracy(judge, images, labels)
     print(f"held-out training images: right {real:.4g}")
 
