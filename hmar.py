@@ -17,7 +17,7 @@ A model is a tree of tensors: keys are argument names of functions, shapes are t
     input {weight, bias}; trunk [block, ...]
     next_scale {blocks [block, ...], modulation, head}
     masked {blocks, modulation, head, mask_embedding (C,); ours: own_input}
-    both branches, if init was asked: neighbours {embedding (4, codes + 1, C), expand, contract}
+    both branches, if init was asked: neighbours {embedding (M, codes + 1, C), expand, contract}
     block {modulation, attention, mlp; ours: depthwise}; see the functions of these names
 
 Small models of ours have 3 x 3 convolutions as input, own_input and depthwise, each scale's map by
@@ -46,6 +46,8 @@ from torch.utils import _pytree as pytree
 
 from attention_kernels import block_sparse_attention
 
+# (x, y) from a token to those that the head sees, all drawn before it: see `waves`
+NEAR = (-1, 0), (-1, -1), (0, -1), (1, -1), (-2, 0), (0, -2)
 SCALES = {  # published, by an image's side in pixels, for a tokenizer that downsamples by 16
     16 * sides[-1]: tuple(zip(sides, sides))
     for sides in (
@@ -228,7 +230,7 @@ def linear(x, weight, bias):
 
 
 def branch_logits(params, branch, features, near=None):
-    """Logits (..., codes), fp32 at least, of a branch's features (..., C), near (..., 4)."""
+    """Logits (..., codes), fp32 at least, of a branch's features (..., C), near (..., N)."""
     head, neighbours = params[branch]["head"], params[branch].get("neighbours")
     if neighbours is not None:
         features = look_at_neighbours(features, near, **neighbours)
@@ -237,7 +239,10 @@ def branch_logits(params, branch, features, near=None):
 
 
 def look_at_neighbours(features, near, embedding, expand, contract):
-    """features (..., C) and what the tokens near (..., 4) say: tokens of a scale then match."""
+    """features (..., C) and what the tokens near (..., N) say: tokens of a scale then match.
+
+    embedding (M, codes + 1, C) is of the first M <= N.
+    """
     x = F.layer_norm(features, features.shape[-1:], eps=1e-6)
     for table, codes in zip(embedding, near.unbind(-1)):
         x = x + F.embedding(codes, table)
@@ -245,9 +250,9 @@ def look_at_neighbours(features, near, embedding, expand, contract):
 
 
 def near_tokens(params, tokens, k=None):
-    """(B, n, 4): those left, above left, above and above right of each of tokens (B, n).
+    """(B, n, N): those at NEAR beside each of tokens (B, n), of scale k, or of all.
 
-    Of scale k, or of all; beyond a map's edge the number `codes`. Of tokens None: None.
+    Beyond a map's edge the number `codes`. Of tokens None: None.
     """
     if tokens is None:
         if "neighbours" in params["next_scale"]:
@@ -256,10 +261,10 @@ def near_tokens(params, tokens, k=None):
     sizes = scales(params) if k is None else [scales(params)[k]]
     codes, near = len(params["next_scale"]["head"]["bias"]), []
     for part, (h, w) in zip(tokens.split([h * w for h, w in sizes], 1), sizes, strict=True):
-        # token (y, x) of the map stands at (y + 1, x + 1)
-        maps = F.pad(part.unflatten(1, (h, w)), (1, 1, 1, 0), value=codes)  # (B, h + 1, w + 2)
-        above = [maps[:, :h, x : x + w] for x in range(3)]
-        near.append(torch.stack([maps[:, 1:, :w], *above], -1).flatten(1, 2))  # (B, h w, 4)
+        # token (y, x) of the map stands at (y + 2, x + 2)
+        maps = F.pad(part.unflatten(1, (h, w)), (2, 2, 2, 0), value=codes)
+        shifted = [maps[:, 2 + y : 2 + y + h, 2 + x : 2 + x + w] for x, y in NEAR]
+        near.append(torch.stack(shifted, -1).flatten(1, 2))  # (B, h w, N)
     return torch.cat(near, 1)
 
 
@@ -378,7 +383,7 @@ def init(
         for tree in params["trunk"]:
             tree["depthwise"] = dict(weight=normal(width, 1, 3, 3), bias=torch.zeros(width))
     if neighbours:
-        look = dict(embedding=normal(4, codes + 1, width), expand=affine(width, 2 * width))
+        look = dict(embedding=normal(len(NEAR), codes + 1, width), expand=affine(width, 2 * width))
         look["contract"] = affine(2 * width, width, 0.02)
         params["next_scale"]["neighbours"] = look
     return params

@@ -157,7 +157,7 @@ def passes(params, codec, labels, seeds, known, options):
             uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
             tokens, confidence = tokens.clone(), torch.zeros_like(uniform)  # fp64
             for wave in hmar.waves(params, k):  # m positions, which see what is drawn before
-                near = hmar.near_tokens(params, tokens, k)  # (B, n_k, 4)
+                near = hmar.near_tokens(params, tokens, k)  # (B, n_k, N)
                 logits = head(features[:, :, wave], near[:, wave])  # (B, m, codes)
                 if known is not None:
                     logits = logits + seen_logits[:, wave]
@@ -215,7 +215,7 @@ def guided_features(params, branch, labels, seen, k, strength, cache):
 
 
 def guided_logits(params, branch, features, near, strength, soften):
-    """Logits (B, m, codes) of `guided_features` (1 or 2, B, m, C) and near (B, m, 4)."""
+    """Logits (B, m, codes) of `guided_features` (1 or 2, B, m, C) and near (B, m, N)."""
     logits = hmar.branch_logits(params, branch, features, near)
     return logits[0] if len(logits) == 1 else classifier_free_guidance(*logits, strength, soften)
 

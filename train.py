@@ -166,16 +166,14 @@ class Stage(NamedTuple):
 #     loss(tree, **batch)     -> (mean over its images, {name: tensor} to log, one of traces)
 #     batch(step, positions)  -> {name: tensor}, of these images of a step's batch
 #     look(tree)              -> {name: number or list} of held-out images; least "loss" is best
-#     after_step(step, traces, parameters, averages, adamw)  may change the last three in place,
-#                                and extra: tensors that go into the checkpoint too
+#     after_step(step, traces, weights, averages)  may change the last two, which are trees, in
+#                                place, and extra: tensors that go into the checkpoint too
 
 
 def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     """All leaves of the tree learn; returns their moving average (EMA) at the best look."""
-    parameters = pytree.tree_map(new_parameter, tree)
-    leaves = pytree.tree_leaves(parameters)
+    leaves = [new_parameter(leaf) for leaf in pytree.tree_leaves(tree)]
     ema, best = ([leaf.detach().clone() for leaf in leaves] for _ in range(2))
-    averages = replace_leaves(tree, ema)  # the same tensors, as a tree
     optimizers = new_optimizers(tree, leaves, stage.decay)
     kept = dict(leaves=leaves, ema=ema, best=best, extra=extra)
     at = resume_or_begin(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
@@ -192,7 +190,8 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
             optimizer.step()
             optimizer.zero_grad()
         update_average(ema, leaves, step, stage.steps)
-        after_step(step, traces, parameters, averages, optimizers[1])
+        with torch.no_grad():
+            after_step(step, traces, replace_leaves(tree, leaves), replace_leaves(tree, ema))
 
         is_look = step == stage.steps or step % math.ceil(stage.steps / stage.looks) == 0
         if step % LOG_EVERY and not is_look:
@@ -201,7 +200,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
         window.clear()
 
         if is_look:
-            found = broadcast(lambda: look(averages))
+            found = broadcast(lambda: look(replace_leaves(tree, ema)))
             log(stage, step, start, {f"held_out_{name}": found[name] for name in found})
             if found["loss"] < at["best_loss"]:
                 at |= dict(best_step=step, best_loss=found["loss"])
@@ -255,7 +254,7 @@ def new_parameter(leaf):
 
 
 def replace_leaves(tree, leaves):
-    """The tree with these leaves, in its own shapes."""
+    """The tree with these leaves, in its own shapes, without a copy."""
     own, structure = pytree.tree_flatten(tree)
     return pytree.tree_unflatten([leaf.view_as(old) for leaf, old in zip(leaves, own)], structure)
 
@@ -413,7 +412,7 @@ def train_tokenizer(run, stage):
     return fit(stage, codec, loss, batch, look, replace, [chosen])
 
 
-def replace_dead_codes(run, stage, chosen, step, traces, parameters, averages, adamw):
+def replace_dead_codes(run, stage, chosen, step, traces, weights, averages):
     """After a step: counts the codes in chosen (V,); now and then those never chosen become others.
 
     In the first step that initialises a codebook from data.
@@ -426,12 +425,10 @@ def replace_dead_codes(run, stage, chosen, step, traces, parameters, averages, a
     is_late = step > REVIVE_UNTIL * stage.steps
     if is_first or (step % REVIVE_EVERY == 0 and not is_late):
         residuals = [gather(torch.cat(parts)) for parts in zip(*residuals)]  # of each scale
-        codebook, generator = parameters["codebook"], generator_of(run.seed, "revive", step)
-        codes, dead = tokenizer.revive_codes(codebook.data, chosen, residuals, generator)
-        codebook.data.copy_(codes)
+        codebook, generator = weights["codebook"], generator_of(run.seed, "revive", step)
+        codes, dead = tokenizer.revive_codes(codebook, chosen, residuals, generator)
+        codebook.copy_(codes)
         averages["codebook"][dead] = codes[dead]  # else it would long remember the dead ones
-        for name in ("exp_avg", "exp_avg_sq"):
-            adamw.state[codebook][name][dead] = 0
         chosen.zero_()
 
 

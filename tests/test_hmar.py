@@ -85,12 +85,13 @@ def slow_block(x, scales, condition, visible, modulation, attention, mlp, depthw
 
 
 def slow_look(x, scales, tokens, embedding, expand, contract):
-    """x (L, C) after each has looked at four of tokens (L,), by place."""
+    """x (L, C) after each has looked at those of tokens (L,) near it, by place."""
     rows = []
     for own, codes, (h, w) in zip(x.split(lengths(scales)), tokens.split(lengths(scales)), scales):
         for place, (y, z) in enumerate(np.ndindex(h, w)):
             seen = slow_norm(own[place : place + 1], 0, 0)[0]
-            for table, (up, side) in zip(embedding, ((0, -1), (1, -1), (1, 0), (1, 1))):
+            near = (0, -1), (1, -1), (1, 0), (1, 1), (0, -2), (2, 0)
+            for table, (up, side) in zip(embedding, near, strict=True):
                 is_inside = y >= up and 0 <= z + side < w
                 seen = seen + table[codes[place - up * w + side] if is_inside else -1]
             hidden = F.gelu(F.linear(seen, **expand), approximate="tanh")

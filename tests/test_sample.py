@@ -88,8 +88,8 @@ def slow_shares(keeps, k, hidden, total):
 
 
 def slow_near(tokens, y, x, w, none):
-    """[left, above left, above, above right] of a place in a map of width w."""
-    beside = (y, x - 1), (y - 1, x - 1), (y - 1, x), (y - 1, x + 1)
+    """[left, above left, above, above right, two left, two above] in a map of width w."""
+    beside = (y, x - 1), (y - 1, x - 1), (y - 1, x), (y - 1, x + 1), (y, x - 2), (y - 2, x)
     return [tokens[i * w + j] if i >= 0 and 0 <= j < w else none for i, j in beside]
 
 

@@ -400,6 +400,7 @@ def test_two_processes_are_one_and_go_on_when_one_is_killed():
         processes[rank].kill()  # torchrun ends the other
         processes[1 - rank].join(1)
         processes[1 - rank].kill()
+        processes[1 - rank].join()  # else it may still hold the lock
     for process in start_two("cut", *flags):
         ended(process)
     assert contents("cut") == contents("two")
@@ -543,20 +544,17 @@ def test_the_perceptual_network_learns_classes_in_all_crops():
     assert train.learn_levels(run, images, labels, 60) == []
 
 
-def test_dead_codes_and_moments_are_replaced(monkeypatch):
+def test_dead_codes_are_replaced(monkeypatch):
     monkeypatch.setattr(train, "REVIVE_EVERY", 4)
     given = captured("run", *FLAGS)
-    parameters = pytree.tree_map(train.new_parameter, given["tree"])
-    codebook, (chosen,) = parameters["codebook"], given["extra"]
-    moments = dict(exp_avg=torch.ones_like(codebook), exp_avg_sq=torch.ones_like(codebook))
-    adamw, sums = mock.Mock(state={codebook: moments}), []
+    codebook, (chosen,), sums = given["tree"]["codebook"], given["extra"], []
     for step in range(1, 25):
-        before = codebook.detach().clone()
+        before = codebook.clone()
         averages = dict(codebook=before.clone())  # which a revived code enters at once
         *_, trace = given["loss"](given["tree"], **given["batch"](step, np.arange(4)))
         tokens = torch.cat([x.flatten() for x in trace[0]])
         chosen_by_now = chosen.clone().index_add_(0, tokens, torch.ones_like(tokens))
-        given["after_step"](step, [trace], parameters, averages, adamw)
+        given["after_step"](step, [trace], given["tree"], averages)
         changed = (codebook != before).any(1)
         assert torch.equal(averages["codebook"], codebook)
         if chosen.any():
@@ -567,9 +565,6 @@ def test_dead_codes_and_moments_are_replaced(monkeypatch):
         vectors = torch.cat([x.flatten(0, 1) for x in trace[1]])
         fresh = codebook[changed][:, None] - vectors
         assert (fresh.abs().amax(2).amin(1) == 0).all()
-        for moment in moments.values():
-            assert torch.equal(moment[:, 0] == 0, changed)
-            moment.fill_(1)
     # at step 1 and every fourth, not after 80 %
     assert sums == [(1, 148), (4, 444), (8, 592), (12, 592), (16, 592)]
 
