@@ -117,7 +117,7 @@ def slow_steps(params, codec, label, seed, options, known=None):
                 own = tokenizer.own_inputs_of_scale(codec, own, k, scales, zeroed)
                 t, branch, given = options["mask_guidance"], "masked", [inputs, own, mask]
             if len(scales) > 1:
-                t = t * k / (len(scales) - 1)
+                t = t * (k / (len(scales) - 1)) ** options["rise"]
             both = [hmar.branch_features(params, branch, row, *given, k=k)[0] for row in rows]
             heat, numbers = options["temperature"], np.random.default_rng((seed, k, number))
             numbers, confidence = numbers.random(h * w), {}
@@ -172,6 +172,7 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks,
         schedule=data.draw(schedules(scales)),
         guidance=data.draw(st.sampled_from([0, 1.5, 4])),
         mask_guidance=data.draw(st.sampled_from([0, 1.5])),
+        rise=data.draw(st.sampled_from([0, 1, 2])),
         soften=data.draw(st.sampled_from([0, 0.1, 2])),
         temperature=data.draw(st.sampled_from([0, 0.5, 1.0, 3.0])),
         top_k=data.draw(st.integers(0, 6)),
@@ -284,7 +285,7 @@ def test_own_options_follow_depth_and_scales():
     for depth in (1, 2, 3, 9):
         blind = PARAMS | blocks(depth)
         looks = blind | dict(next_scale=blind["next_scale"] | dict(neighbours={}))
-        for params, *numbers in (blind, 4.5, 150, 5, 1.5), (looks, 6.9, 85, 3, 1):
+        for params, *numbers in (blind, 4.5, 150, 5, 1.5), (looks, 7, 128, 3, 1):
             options = sample.own_options(params | dict(positions=positions))
             few = sample.own_options(params)  # of 17 tokens
             seen = [options["guidance"], few["guidance"], options["mask_guidance"]]
@@ -297,10 +298,11 @@ def test_own_options_follow_depth_and_scales():
             refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
             if params is looks:
                 assert options["temperature"] == (0.95 if depth <= 2 else 0.9)
+                assert options["rise"] == 2
                 assert options["schedule"] == [[1], [16], [25], [256]]
                 assert edits == options | dict(schedule=once)
             else:
-                assert options["temperature"] == 1
+                assert options["temperature"] == options["rise"] == 1
                 assert options["schedule"] == [[1], [16], *refined] and edits == options
 
 
