@@ -109,7 +109,7 @@ def nearest(codebook, vectors):
     """Index (...) of the code (V, code_dim) nearest to each of vectors (..., code_dim), by L2."""
     codebook = codebook.to(vectors.dtype)
     squares = codebook.square().sum(1)  # a vector's own is left out: it is the same for all codes
-    parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 128 MiB at a time
+    parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 2 x 128 MiB at a time
     with torch.autocast(vectors.device.type, enabled=False):
         indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
     return torch.cat(indices).view(vectors.shape[:-1])
@@ -343,7 +343,6 @@ def init(
             conv_out=conv(deepest, code_dim),
         ),
         quant_conv=conv(code_dim, code_dim),
-        # after the first step `revive_codes` replaces those that nobody chose
         codebook=torch.empty(codes, code_dim).normal_(generator=generator),
         phi=[conv(code_dim, code_dim) for _ in range(4)],
         post_quant_conv=conv(code_dim, code_dim),

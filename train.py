@@ -413,9 +413,9 @@ def train_tokenizer(run, stage):
 
 
 def replace_dead_codes(run, stage, chosen, step, traces, weights, averages):
-    """After a step: counts the codes in chosen (V,); now and then those never chosen become others.
+    """After a step: adds to the counts chosen (V,); now and then codes at 0 become residuals.
 
-    In the first step that initialises a codebook from data.
+    The counts begin again then. At step 1 this initialises a new codebook from data.
     """
     tokens, residuals = zip(*traces)  # of each part of the batch, a list by scale
     tokens = torch.cat([x.flatten() for x in pytree.tree_leaves(tokens)])

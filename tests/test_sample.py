@@ -588,6 +588,9 @@ def test_a_folder_is_of_one_setting(run, capsys):
             assert said in capsys.readouterr().err
             files = contents("a")
             assert len(files) == 51 and len(files["settings.json"]) < 2000
+    with mock.patch.object(sample, "own_options", return_value=dict(guidance=9)):  # a later version
+        assert call(*flags) == 2
+    assert "guidance 4.5 -> 9" in capsys.readouterr().err
 
 
 def test_a_file_is_the_old_one_or_a_whole_new_one():
@@ -635,7 +638,7 @@ def test_a_run_before_its_masked_stage_is_drawn_and_told(capsys):
     run_folder(Path("run"), PLAIN, "next-scale.pt", flags=dict(causal=False))
     os.symlink("nothing", "run/hmar.pt")
     assert_drawn(archived("run", "--count", 1), [0, 1, 2], schedule=0)
-    assert "next-scale.pt: without masked passes" in capsys.readouterr().err
+    assert "next-scale.pt: without the masked branch" in capsys.readouterr().err
 
 
 def test_a_name_goes_before_all_and_before_numbers():
