@@ -285,13 +285,13 @@ def test_own_options_follow_depth_and_scales():
     for depth in (1, 2, 3, 9):
         blind = PARAMS | blocks(depth)
         looks = blind | dict(next_scale=blind["next_scale"] | dict(neighbours={}))
-        for params, *numbers in (blind, 4.5, 150, 5, 1.5), (looks, 7, 128, 3, 1):
+        for params, *numbers in (blind, 4.5, 150, 0.5, 5, 1.5), (looks, 7.8, 149, 0.72, 3, 1):
             options = sample.own_options(params | dict(positions=positions))
             few = sample.own_options(params)  # of 17 tokens
             seen = [options["guidance"], few["guidance"], options["mask_guidance"]]
-            t, tokens, mask_t, power = numbers
+            t, tokens, fall, mask_t, power = numbers
             weaker = min(1, (2 / depth) ** power)
-            expected = [max(1.5, weaker * x) for x in (t * (tokens / 298) ** 0.5, t, mask_t)]
+            expected = [max(1.5, weaker * x) for x in (t * (tokens / 298) ** fall, t, mask_t)]
             assert seen == pytest.approx(expected)
 
             edits = sample.own_options(params | dict(positions=positions), is_edit=True)
