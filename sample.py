@@ -345,11 +345,12 @@ def own_options(params, is_causal=False, is_edit=False):
         # of edits 98 % are right, without it 96 % (drawings); 77 %, without 73 % (CIFAR-10)
         masked_passes = 1 if is_edit else 0
         by_depth, mask_guidance = min(1, 2 / depth), 3
-        # rising as a square (late: Wang et al. 2024) samples are nearer than by a line, as often
-        # right; the law is of drawings, CIFAR-10, photographs: 85, 149, 341 tokens
-        guidance, rise = 7.8 * min(1, (149 / count) ** 0.72), 2
         # CIFAR-10, Frechet distances to held-out images: 4.2 (at 1: 4.6); 2.5 (at .95: 2.8)
         temperature = 0.95 if depth <= 2 else 0.9
+        if depth <= 2:  # as a square, late (Wang et al. 2024): 7 % nearer for photographs
+            guidance, rise = 7.8 * min(1, (149 / count) ** 0.72), 2
+        else:
+            guidance = 6.9 * min(1, math.sqrt(85 / count))
     else:
         masked_passes = 2 if depth > 2 else 1
         by_depth, mask_guidance = min(1, (2 / depth) ** 1.5), 5

@@ -285,7 +285,8 @@ def test_own_options_follow_depth_and_scales():
     for depth in (1, 2, 3, 9):
         blind = PARAMS | blocks(depth)
         looks = blind | dict(next_scale=blind["next_scale"] | dict(neighbours={}))
-        for params, *numbers in (blind, 4.5, 150, 0.5, 5, 1.5), (looks, 7.8, 149, 0.72, 3, 1):
+        late = (7.8, 149, 0.72) if depth <= 2 else (6.9, 85, 0.5)
+        for params, *numbers in (blind, 4.5, 150, 0.5, 5, 1.5), (looks, *late, 3, 1):
             options = sample.own_options(params | dict(positions=positions))
             few = sample.own_options(params)  # of 17 tokens
             seen = [options["guidance"], few["guidance"], options["mask_guidance"]]
@@ -298,7 +299,7 @@ def test_own_options_follow_depth_and_scales():
             refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
             if params is looks:
                 assert options["temperature"] == (0.95 if depth <= 2 else 0.9)
-                assert options["rise"] == 2
+                assert options["rise"] == (2 if depth <= 2 else 1)
                 assert options["schedule"] == [[1], [16], [25], [256]]
                 assert edits == options | dict(schedule=once)
             else:
