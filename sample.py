@@ -348,7 +348,7 @@ def own_options(params, is_causal=False, is_edit=False):
         # CIFAR-10, Frechet distances to held-out images: 4.2 (at 1: 4.6); 2.5 (at .95: 2.8)
         temperature = 0.95 if depth <= 2 else 0.9
         if depth <= 2:  # as a square, late (Wang et al. 2024): 7 % nearer for photographs
-            guidance, rise = 7.8 * min(1, (149 / count) ** 0.72), 2
+            guidance, rise = 7 * min(1, (174 / count) ** 0.72), 2
         else:
             guidance = 6.9 * min(1, math.sqrt(85 / count))
     else:
@@ -642,7 +642,7 @@ def parser():
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
-    add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 7.8)")
+    add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 7)")
     add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 5)")
     add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
     add("--temperature", type=float, help="below .001: arg max (by the model, to 1)")

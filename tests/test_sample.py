@@ -285,7 +285,7 @@ def test_own_options_follow_depth_and_scales():
     for depth in (1, 2, 3, 9):
         blind = PARAMS | blocks(depth)
         looks = blind | dict(next_scale=blind["next_scale"] | dict(neighbours={}))
-        late = (7.8, 149, 0.72) if depth <= 2 else (6.9, 85, 0.5)
+        late = (7, 174, 0.72) if depth <= 2 else (6.9, 85, 0.5)
         for params, *numbers in (blind, 4.5, 150, 0.5, 5, 1.5), (looks, *late, 3, 1):
             options = sample.own_options(params | dict(positions=positions))
             few = sample.own_options(params)  # of 17 tokens
