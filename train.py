@@ -159,6 +159,7 @@ class Stage(NamedTuple):
     peak: float  # of the learning rate
     decay: float  # of Muon's weights
     looks: int  # at held-out images
+    newton_schulz: int = 5  # iterations of Muon's
 
 
 # What a stage gives to `fit`:
@@ -174,7 +175,7 @@ def fit(stage, tree, loss, batch, look, after_step=lambda *_: None, extra=()):
     """All leaves of the tree learn; returns their moving average (EMA) at the best look."""
     leaves = [new_parameter(leaf) for leaf in pytree.tree_leaves(tree)]
     ema, best = ([leaf.detach().clone() for leaf in leaves] for _ in range(2))
-    optimizers = new_optimizers(tree, leaves, stage.decay)
+    optimizers = new_optimizers(tree, leaves, stage.decay, stage.newton_schulz)
     kept = dict(leaves=leaves, ema=ema, best=best, extra=extra)
     at = resume_or_begin(stage, kept, optimizers)  # {"step", "best_step", "best_loss"}
     window, part_size = [], stage.batch // sample.world()  # images that pass at once
@@ -259,7 +260,7 @@ def replace_leaves(tree, leaves):
     return pytree.tree_unflatten([leaf.view_as(old) for leaf, old in zip(leaves, own)], structure)
 
 
-def new_optimizers(tree, leaves, decay):
+def new_optimizers(tree, leaves, decay, newton_schulz=5):
     """[Muon for matrices and convolutions (Jordan et al. 2024), AdamW for all others].
 
     Muon's steps are scaled to AdamW's size: one rate for both (Liu et al. 2025). It multiplies in
@@ -271,8 +272,7 @@ def new_optimizers(tree, leaves, decay):
         embeds_codes = old.ndim == 2 and keys & {"input", "own_input"}  # of published trees
         is_other = old.ndim < 2 or embeds_codes or keys & NOT_FOR_MUON
         (others if is_other else matrices).append(leaf)
-    # three Newton-Schulz steps are as good as torch's five, in two thirds of the time
-    options = dict(weight_decay=decay, adjust_lr_fn="match_rms_adamw", ns_steps=3)
+    options = dict(weight_decay=decay, adjust_lr_fn="match_rms_adamw", ns_steps=newton_schulz)
     muon = torch.optim.Muon(matrices, **options)
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)]
 
@@ -1188,6 +1188,7 @@ class Run(NamedTuple):
     batch: int
     decay: float  # of Muon's weights
     looks: int  # in each stage
+    newton_schulz: int  # iterations of Muon's
     crops: int  # of an image
     scales: tuple
     cell: int  # pixels a side of a latent position
@@ -1264,6 +1265,8 @@ def choose_settings(args, given, count, is_drawn):
         settings["codec"] = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
         settings["cell"] = tokenizer.downsampling(codec)
     check_sizes(settings, given)
+    # three take two thirds of the time; photographs are 4 to 12 % further away by them
+    settings["newton_schulz"] = 3 if is_drawn else 5
 
     cell, growth = settings["cell"], settings["growth"]
     # a last scale twice, for the grain of photographs
@@ -1309,6 +1312,7 @@ def train(args):
             peak=run.lr[name],
             decay=run.decay,
             looks=run.looks,
+            newton_schulz=run.newton_schulz,
         )
         if broadcast(path.exists):
             load_stage(run, name)  # it is whole, and of this run

@@ -257,7 +257,7 @@ def test_the_loop_equals_one_written_out(monkeypatch):
     leaves = pytree.tree_leaves(theirs)
     average = [leaf.detach().clone() for leaf in leaves]
     matrices = [torch.nn.Parameter(leaf.detach().flatten(1)) for leaf in leaves[:-1]]
-    muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw", ns_steps=3)
+    muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw", ns_steps=5)
     adamw = torch.optim.AdamW(leaves[-1:], betas=(0.9, 0.95), weight_decay=0)
 
     for step in range(1, 13):
