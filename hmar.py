@@ -262,7 +262,7 @@ def near_tokens(params, tokens, k=None):
     codes, near = len(params["next_scale"]["head"]["bias"]), []
     for part, (h, w) in zip(tokens.split([h * w for h, w in sizes], 1), sizes, strict=True):
         # token (y, x) of the map stands at (y + 2, x + 2)
-        maps = F.pad(part.unflatten(1, (h, w)), (2, 1, 2, 0), value=codes)
+        maps = F.pad(part.unflatten(1, (h, w)), (2, 1, 2, 0), value=codes)  # (B, h + 2, w + 3)
         shifted = [maps[:, 2 + y : 2 + y + h, 2 + x : 2 + x + w] for x, y in NEAR]
         near.append(torch.stack(shifted, -1).flatten(1, 2))  # (B, h w, N)
     return torch.cat(near, 1)

@@ -268,7 +268,7 @@ def blocks(depth):
 
 
 def test_published_trees_are_sampled_as_published():
-    common = dict(mask_guidance=0, soften=0)
+    common = dict(mask_guidance=0, rise=1, soften=0)
     for depth, guidance, top_k in ((2, 1.7, 1000), (20, 1.9, 950), (24, 2.1, 900), (30, 1.6, 650)):
         expected = common | dict(is_causal=False, guidance=guidance, top_k=top_k, top_p=0.99)
         assert sample.published_options(PLAIN | blocks(depth)) == expected

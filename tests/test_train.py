@@ -245,7 +245,7 @@ def toy_tree():
 
 def toy_fit(out, look=lambda tree: dict(loss=1.0), loss=toy_loss, steps=12, looks=1, **more):
     os.makedirs(out, exist_ok=True)
-    numbers = dict(steps=steps, batch=4, peak=0.1, decay=0.05, looks=looks)
+    numbers = dict(steps=steps, batch=4, peak=0.1, decay=0.05, looks=looks, newton_schulz=5)
     stage = train.Stage(name="toy", place="1 of 1", out=Path(out), **numbers)
     return train.fit(stage=stage, tree=toy_tree(), loss=loss, batch=toy_batch, look=look, **more)
 
