@@ -190,6 +190,20 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks,
             close(step.f_hat[i], f_hat)
 
 
+def test_guidance_rises_over_the_scales_by_a_power():
+    """The middle of three scales has a quarter of it as a square, half of it as a line."""
+    labels, one = torch.arange(60) % 3, [[1], [4], [12]]
+
+    def tokens(**options):
+        made = sample.steps(PARAMS, CODEC, labels, schedule=one, soften=0, **options)
+        return [step.tokens for step in made]
+
+    squared, linear, weaker = (tokens(guidance=t, rise=r) for t, r in ((4, 2), (4, 1), (2, 1)))
+    free, throughout = tokens(guidance=0), tokens(guidance=1, rise=0)
+    assert torch.equal(squared[0], free[0]) and not torch.equal(throughout[0], free[0])
+    assert torch.equal(squared[1], weaker[1]) and not torch.equal(squared[1], linear[1])
+
+
 TOP_P = st.sampled_from([1e-9, 0.3, 0.9, 0.999, 1.0])
 
 
@@ -432,6 +446,7 @@ def test_bad_options_are_told():
         "schedule: got several .* no masked branch": dict(is_causal=True, schedule=1),
         "masked passes: got -1": dict(schedule=-1),
         "top_p: got nan": dict(top_p=math.nan),
+        "rise: got -1": dict(rise=-1),
     }.items():
         options = dict(params=PARAMS, codec=CODEC, labels=LABELS) | options
         refused(f"^{message}", sample.generate, **options)
