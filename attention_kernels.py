@@ -79,7 +79,7 @@ def _block_by_block(query, key, value, block_lengths, is_causal, scale):
 
     queries = query.split(block_lengths, dim=1)
     keys, values = (_visible_parts(x, block_lengths, is_causal) for x in (key, value))
-    outputs = [_attention(*block, scale) for block in zip(queries, keys, values, strict=True)]
+    outputs = [_attention(*block, scale) for block in zip(queries, keys, values)]
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
@@ -318,9 +318,7 @@ def _score_gradient(q, k, do, v, scale, logsumexp, delta, PRECISION):
 
 
 @jit
-def _query_gradient_kernel(
-    tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, ACC, PRECISION
-):
+def _dq_kernel(tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, ACC, PRECISION):
     query, key, value, output, output_gradient, query_gradient = tensors
     logsumexp, delta = statistics
     tile, place, first, rows, inside, bounds = _program(work, ROWS)
@@ -352,9 +350,7 @@ def _query_gradient_kernel(
 
 
 @jit
-def _key_value_gradient_kernel(
-    tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, ACC, PRECISION
-):
+def _dkv_kernel(tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, ACC, PRECISION):
     # rows are keys here and columns are queries
     query, key, value, output_gradient, key_gradient, value_gradient = tensors
     logsumexp, delta = statistics
@@ -416,7 +412,7 @@ TILES = {
     },
 }
 LONG_BLOCK = 512  # from here on 8 warps take 128 rows where 4 took 64: half as many loads
-FORWARD, QUERY_GRADIENT, KEY_VALUE_GRADIENT = range(3)
+FORWARD, DQ, DKV = range(3)
 
 
 def _constants(which, head_dim, dtype, architecture, longest):
@@ -441,7 +437,7 @@ def _constants(which, head_dim, dtype, architecture, longest):
 
 def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
     """Run a kernel for every tile of every head."""
-    kernel = (_forward_kernel, _query_gradient_kernel, _key_value_gradient_kernel)[which]
+    kernel = (_forward_kernel, _dq_kernel, _dkv_kernel)[which]
     query = tensors[0]
     batch, heads, tokens, head_dim = query.shape
     if batch * heads == 0:
@@ -450,8 +446,7 @@ def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
     architecture = None if INTERPRETED else torch.cuda.get_device_capability(query.device)[0]
     constants = _constants(which, head_dim, query.dtype, architecture, max(block_lengths))
     tile = (constants["ROWS"].value, constants["COLUMNS"].value)
-    of_keys = which == KEY_VALUE_GRADIENT
-    tiles, bounds = tile_table(tuple(block_lengths), is_causal, of_keys, *tile, query.device)
+    tiles, bounds = tile_table(tuple(block_lengths), is_causal, which == DKV, *tile, query.device)
 
     # strides in bytes: Triton loads 16 bytes at once only where it sees that 16 divides a stride;
     # it divides 144 bytes, but not the 72 elements that are the same stride
@@ -472,17 +467,12 @@ def _empty(query):
 
 @torch.library.custom_op(f"{LIBRARY}::forward", mutates_args=())
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_lengths: Sequence[int],
-    is_causal: bool,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, and the base-2 logarithm of each row's sum of exponentials."""
     output, logsumexp = _new_outputs(query)
     tensors = (query, key, value, output)
-    _launch(FORWARD, tensors, (logsumexp,), block_lengths, is_causal, scale)
+    _launch(FORWARD, tensors, (logsumexp,), lengths, is_causal, scale)
     return output, logsumexp
 
 
@@ -495,20 +485,16 @@ def _new_outputs(query, *_):
 
 @torch.library.custom_op(f"{LIBRARY}::backward", mutates_args=())
 def _backward(
-    saved: Sequence[Tensor],
-    output_gradient: Tensor,
-    block_lengths: Sequence[int],
-    is_causal: bool,
-    scale: float,
+    saved: Sequence[Tensor], gradient: Tensor, lengths: Sequence[int], is_causal: bool, scale: float
 ) -> list[Tensor]:
     query, key, value, output, logsumexp = saved
     dq, dk, dv = gradients = _new_gradients(saved)
     statistics = (logsumexp, torch.empty_like(logsumexp))
-    pattern = (block_lengths, is_causal, scale)
-    tensors = (query, key, value, output, output_gradient, dq)
-    _launch(QUERY_GRADIENT, tensors, statistics, *pattern)
-    tensors = (query, key, value, output_gradient, dk, dv)
-    _launch(KEY_VALUE_GRADIENT, tensors, statistics, *pattern)
+    pattern = (lengths, is_causal, scale)
+    tensors = (query, key, value, output, gradient, dq)
+    _launch(DQ, tensors, statistics, *pattern)
+    tensors = (query, key, value, gradient, dk, dv)
+    _launch(DKV, tensors, statistics, *pattern)
     return gradients
 
 

@@ -313,8 +313,7 @@ def masked_losses(params, labels, tokens, inputs, own_inputs, mask):
 
 def token_losses(params, branch, features, tokens, chosen=None):
     """Cross entropy (N,) of tokens (B, L), or of chosen ones: the head runs on those alone."""
-    rows = features, near_tokens(params, tokens), tokens
-    rows = [x.flatten(0, 1) for x in rows]
+    rows = [x.flatten(0, 1) for x in (features, near_tokens(params, tokens), tokens)]
     if chosen is not None:
         rows = [x.index_select(0, chosen) for x in rows]
     *seen, targets = rows
@@ -443,7 +442,8 @@ def resize_positions(params, scales):
 
     def relative(sizes):
         areas = torch.tensor(sizes).prod(1)
-        return (areas / areas[-1]).sqrt()
+        order = torch.linspace(0, 1e-5, len(sizes))  # of two scales of one size
+        return (areas / areas[-1]).sqrt() + order
 
     def resample(grid, size):  # (h, w, C) -> (*size, C)
         planes = F.interpolate(grid.permute(2, 0, 1)[None], size, mode="bicubic")
@@ -467,14 +467,13 @@ def check(params):
         count = sum(h * w for h, w in scales(params)[1:])
         inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
         mask = torch.zeros_like(inputs[..., 0], dtype=torch.bool)
-        ks = range(len(params["positions"]))
         for branch, own in dict(next_scale=(), masked=(inputs, mask)).items():  # all zeros
             if branch not in params:
                 continue
             features = branch_features(params, branch, labels, None, k=0)
             tokens = torch.zeros_like(features[..., 0], dtype=torch.int64)
             branch_logits(params, branch, features, near_tokens(params, tokens, k=0))
-            embed_inputs(params, condition, inputs, own, ks)
+            embed_inputs(params, condition, inputs, own, range(len(params["positions"])))
     except Exception as error:
         raise _misfit("params", error) from error
 
@@ -548,8 +547,7 @@ def from_published(state_dict, scales=None):
         counts = [h * w for h, w in scales]
         if sum(counts) != len(rows):
             raise ValueError(f"scales: got {scales}, expected some of {len(rows)} tokens")
-        grids = zip(rows.split(counts), scales)
-        params["positions"] = [row.unflatten(0, size) for row, size in grids]
+        params["positions"] = [x.unflatten(0, hw) for x, hw in zip(rows.split(counts), scales)]
     except (AttributeError, LookupError, TypeError) as error:
         raise _misfit("state_dict", error) from error
     check(params)

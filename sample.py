@@ -83,10 +83,10 @@ def steps(
     guidance=None,
     mask_guidance=None,
     rise=None,
-    soften=0.1,
+    soften=None,
     temperature=None,
-    top_k=0,
-    top_p=1.0,
+    top_k=None,
+    top_p=None,
     seed=0,
     is_causal=False,
     known=None,
@@ -112,8 +112,8 @@ def steps(
     asked = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
     asked |= dict(rise=rise, temperature=temperature, soften=soften, top_k=top_k, top_p=top_p)
     own = own_options(params, is_causal, is_edit=known is not None)
-    options = own | {name: value for name, value in asked.items() if value is not None}
-    options = SimpleNamespace(**options)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    options = SimpleNamespace(**own | asked)
     if isinstance(options.schedule, (int, np.integer)):
         options.schedule = masked_schedule(hmar.scales(params), options.schedule)
     if isinstance(seed, (int, np.integer)):
@@ -135,9 +135,8 @@ def passes(params, codec, labels, seeds, known, options):
         tokens = torch.zeros(batch, math.prod(size), dtype=torch.int64, device=codebook.device)
         hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be drawn
         keeps = options.schedule[k]
-        progress = (
-            k / (len(scales) - 1) if len(scales) > 1 else 1.0
-        )  # from the first scale to the last
+        # from 0 at the first scale to 1 at the last
+        progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0
         if known is not None:  # an edit: some tokens are given, of others a part is seen
             f_hat = torch.where(known.outside, known.f_hats[k], f_hat)  # as it was before scale k
             tokens, hidden = known.tokens[k], ~known.given[k]
@@ -146,9 +145,9 @@ def passes(params, codec, labels, seeds, known, options):
 
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         for number, keep in enumerate(keeps):
-            # the blocks see coarser scales alone at first, later also what was kept of this one
-            branch, strength, seen = "next_scale", options.guidance, [inputs]
-            if number > 0:
+            if number == 0:  # the blocks see coarser scales alone
+                branch, strength, seen = "next_scale", options.guidance, [inputs]
+            else:  # and what was kept of this one
                 zeroed = hidden if hmar.zeroes_hidden(params) else None
                 own = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
                 branch, strength, seen = "masked", options.mask_guidance, [inputs, own, hidden]
@@ -156,13 +155,15 @@ def passes(params, codec, labels, seeds, known, options):
             strength *= progress**options.rise
             # the blocks run once a pass, the head in each wave
             features = guided_features(params, branch, labels, seen, k, strength, cache)
-            head = partial(guided_logits, params, branch, strength=strength, soften=options.soften)
 
             uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
             tokens, confidence = tokens.clone(), torch.zeros_like(uniform)  # fp64
             for wave in hmar.waves(params, k):  # m positions, which see what is drawn before
                 near = hmar.near_tokens(params, tokens, k)  # (B, n_k, N)
-                logits = head(features[:, :, wave], near[:, wave])  # (B, m, codes)
+                rows = features[:, :, wave], near[:, wave]
+                logits, *free = hmar.branch_logits(params, branch, *rows)  # (B, m, codes) each
+                if free:  # guided: of no class
+                    logits = classifier_free_guidance(logits, *free, strength, options.soften)
                 if known is not None:
                     logits = logits + seen_logits[:, wave]
                 drawn, probability = choose_tokens(logits, uniform[:, wave], options)
@@ -189,6 +190,7 @@ def hide_least_sure(confidence, hidden, keep):
 def check_options(params, codec, labels, seeds, options):
     """ValueError unless tokenizer and options of `steps` fit the transformer and the labels."""
     sizes = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
+    tokenizer.check_scales(hmar.scales(params))
     counts = tokenizer.lengths(hmar.scales(params))
     for name, got, expected in (
         ("codec: codes, code_dim", tuple(codec["codebook"].shape), sizes),
@@ -210,21 +212,13 @@ def check_options(params, codec, labels, seeds, options):
 
 
 def guided_features(params, branch, labels, seen, k, strength, cache):
-    """What the head of a branch reads, (1, B, n_k, C); if guided (2, B, n_k, C), the second of no
-    class.
-    """
+    """What the head of a branch reads, (1, B, n_k, C); if guided (2, ...), the last of no class."""
     halves = 1
     if strength != 0 or cache is not None:  # a cache holds both halves from the start
         halves, null = 2, torch.full_like(labels, len(params["classes"]) - 1)
         labels, seen = torch.cat([labels, null]), [torch.cat([x, x]) for x in seen]
     features = hmar.branch_features(params, branch, labels, *seen, k=k, cache=cache)
     return features.unflatten(0, (halves, -1))
-
-
-def guided_logits(params, branch, features, near, strength, soften):
-    """Logits (B, m, codes) of `guided_features` (1 or 2, B, m, C) and near (B, m, N)."""
-    logits = hmar.branch_logits(params, branch, features, near)
-    return logits[0] if len(logits) == 1 else classifier_free_guidance(*logits, strength, soften)
 
 
 def classifier_free_guidance(conditional, unconditional, strength, soften=0):
@@ -341,35 +335,32 @@ def published_options(params, is_causal=False):
 def own_options(params, is_causal=False, is_edit=False):
     """What measured best with our own trees, as keyword arguments of `steps`, or of `edit`."""
     depth, count = hmar.depth(params), sum(tokenizer.lengths(hmar.scales(params)))
-    has_neighbours = "neighbours" in params["next_scale"]
-    temperature, rise = 1.0, 1  # unless said otherwise
-    if has_neighbours:  # tokens of a scale match: a masked pass serves edits alone
-        # of edits 98 % are right, without it 96 % (drawings); 77 %, without 73 % (CIFAR-10)
-        masked_passes = 1 if is_edit else 0
-        by_depth, mask_guidance = min(1, 2 / depth), 3
-        # CIFAR-10 is .4 nearer to held-out images than at 1, at depth 3 .3 nearer than at .95
-        temperature = 0.95 if depth <= 2 else 0.9
-        guidance = 6.9 * min(1, math.sqrt(85 / count))
-        if depth <= 2:  # late (Wang et al. 2024) photographs are 7 % nearer; not at depth 3
-            rise = 2
-            guidance = 7 * min(1, (174 / count) ** 0.72)
-    else:
-        masked_passes = 2 if depth > 2 else 1
-        by_depth, mask_guidance = min(1, (2 / depth) ** 1.5), 5
-        guidance = 4.5 * min(1, math.sqrt(150 / count))
-
-    schedule = masked_schedule(hmar.scales(params), masked_passes if "masked" in params else 0)
-    # at scales of few tokens masked passes make images plain: one pass there
-    if not has_neighbours:
-        few = sum(schedule[-1]) / 16
-        schedule = [keeps if sum(keeps) > few else [sum(keeps)] for keeps in schedule]
     # what is trained longer needs less guidance; published models have 1.5 to 2.1
+    by_depth = min(1, 2 / depth)
+    if depth <= 2:
+        temperature = 0.95  # CIFAR-10 is .4 nearer to held-out images than at 1
+        rise = 2  # late (Wang et al. 2024) photographs are 7 % nearer, but not at depth 3
+        guidance = 7 * min(1, (174 / count) ** 0.72)
+    else:
+        temperature = 0.9  # .3 nearer than at .95
+        rise = 1
+        guidance = 6.9 * min(1, math.sqrt(85 / count))
+
+    # A head that looks at neighbours makes the tokens of a scale match, so a masked pass serves
+    # edits alone, of which 98 % are right, without it 96 % (drawings); 77, 73 % (CIFAR-10).
+    masked_passes = 1 if is_edit else 0
+    if "neighbours" not in params["next_scale"]:  # as from depth 8 on
+        temperature, masked_passes = 1.0, 2
+
     return dict(
-        schedule=schedule,
+        schedule=masked_schedule(hmar.scales(params), masked_passes if "masked" in params else 0),
         guidance=max(1.5, by_depth * guidance),
-        mask_guidance=max(1.5, by_depth * mask_guidance),
+        mask_guidance=max(1.5, by_depth * 3),
         rise=rise,
+        soften=0.1,
         temperature=temperature,
+        top_k=0,
+        top_p=1.0,
         is_causal=is_causal,
     )
 
@@ -381,7 +372,7 @@ class Known(NamedTuple):
     """What `edit` tells `steps` of the images, by scale."""
 
     tokens: tuple  # of (B, n_k) int64
-    given: tuple  # of (B, n_k) bool: outside of the mask
+    given: list  # of (B, n_k) bool: outside of the mask
     f_hats: list  # of (B, code_dim, h, w): before each scale, and after the last
     features: torch.Tensor  # (B, code_dim, h, w), what the images' tokens stand for
     outside: torch.Tensor  # (B, 1, h, w) bool
@@ -436,12 +427,12 @@ def replace_hidden(images, mask, reach):
 def shares_of_hidden(keeps, hidden, has_masked_branch):
     """[(B, 1), ...]: the tokens an image keeps at each pass, its share of the schedule's keeps.
 
-    Of (1, 1, 2, 4) an image with half of its tokens hidden (B, n) keeps 1 0 1 2.
+    Of (1, 1, 2, 4) an image with half of its tokens hidden (B, n) keeps 1 0 1 2. If there is one
+    pass, a masked one follows for images given in part: they keep nothing of the first, which sees
+    few of the given tokens, or none, and all of the second; other images keep all of the first.
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
-    # The first pass sees few given tokens, or none. If it is the only one, an image with some keeps
-    # nothing of it, and a masked pass, which sees all, draws again; an image without keeps all.
     is_partly = (count > 0) & (count < total)
     if len(keeps) == 1 and has_masked_branch and is_partly.any():
         return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]
@@ -635,21 +626,17 @@ def parser():
     add("run", type=Path, help="run folder of train.py, or weights, ours or published")
     add("--tokenizer", help="ours or published (tokenizer.pt beside the weights)")
     add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
-    add(
-        "--labels",
-        nargs="+",
-        default=["all"],
-        help="names or numbers of classes; -x as --labels=-x (all; of a sheet the first ten)",
-    )
+    labels = "names or numbers of classes; -x as --labels=-x (all; of a sheet the first ten)"
+    add("--labels", nargs="+", default=["all"], help=labels)
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
     add("--guidance", type=float, help="at the last scale, 0 at the first (by the model, to 7)")
-    add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 5)")
-    add("--soften", type=float, help="nats at which guidance halves, 0: never (0.1)")
+    add("--mask-guidance", type=float, help="of masked passes (by depth, 1.5 to 3)")
+    add("--soften", type=float, help="nats at which guidance halves, 0: never (ours 0.1)")
     add("--temperature", type=float, help="below .001: arg max (by the model, to 1)")
-    add("--top-k", type=int, help="codes that may be drawn, 0: all (0)")
-    add("--top-p", type=float, help="probability that may be drawn (1)")
+    add("--top-k", type=int, help="codes that may be drawn, 0: all (ours 0)")
+    add("--top-p", type=float, help="probability that may be drawn (ours 1)")
     add("--mask-steps", type=int, dest="schedule", metavar="N", help="masked passes a scale")
     add("--edit", type=Path, help="image to repaint, cropped to the model's shape")
     either = top.add_mutually_exclusive_group().add_argument
@@ -664,8 +651,7 @@ def command_parser(description):
     options = dict(formatter_class=shape, usage=argparse.SUPPRESS, allow_abbrev=False)
     top = argparse.ArgumentParser(description=description, **options)
     top.add_argument("--device", choices=("cuda", "cpu"), help="(cuda if there is one)")
-    dtypes = dict(choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
-    top.add_argument("--dtype", **dtypes)
+    top.add_argument("--dtype", choices=("bf16", "fp32"), help="(bf16 where the processor has it)")
     return top
 
 
@@ -719,14 +705,13 @@ def read_job(args):
     params, codec, names, options, files = load_models(args)
     classes = class_numbers(args.labels, names, most=None if kind == "folder" else 10)
     is_edit = bool(args.edit or args.mask or args.pad)
-    flags = {name: getattr(args, name) for name in OPTIONS}
-    flags = {name: value for name, value in flags.items() if value is not None}
+    flags = {name: x for name, x in vars(args).items() if name in OPTIONS and x is not None}
     # the tree's own too: settings.json has them, and a later version may have others
     options = own_options(params, options["is_causal"], is_edit) | options | flags
     height, width = (tokenizer.downsampling(codec) * side for side in hmar.scales(params)[-1])
     edited = photo_and_mask(args, (width, height)) if is_edit else ()
 
-    read = [Path(path) for path in (*files, args.edit, args.mask) if path]
+    read = [path for path in (*files, args.edit, args.mask) if path]
     states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime) for path in read]
     settings = options | dict(labels=classes, count=args.count, seed=args.seed, pad=args.pad)
     settings |= dict(dtype=str(dtype), files=states)
@@ -762,29 +747,22 @@ def split_numbers(job, numbers):
     return [numbers[first : first + job.batch] for first in range(0, len(numbers), job.batch)]
 
 
-def draw_images(job, numbers):
-    """Images (n, 3, H, W), or edits, of these numbers."""
+def draw_frames(job, numbers):
+    """[images (n, 3, H, W), ...] of these numbers: for a GIF after each pass, else the last."""
     options = job.options | dict(labels=job.labels[numbers], seed=[job.seed + i for i in numbers])
+    if job.kind == "GIF":
+        passes = steps(*job.models, **options)
+        return [decode_in_parts(job.models[1], step.f_hat).cpu() for step in passes]
     if not job.edited:
-        return generate(*job.models, **options)[0].cpu()
+        return [generate(*job.models, **options)[0].cpu()]
     photo, mask = (x.expand(len(numbers), -1, -1, -1) for x in job.edited)
-    return edit(*job.models, photo, mask, **options).cpu()
-
-
-def draw_passes(job, numbers):
-    """[images (n, 3, H, W), ...] of these numbers, after each pass."""
-    options = dict(labels=job.labels[numbers], seed=[job.seed + i for i in numbers])
-    passes = steps(*job.models, **job.options, **options)
-    return [decode_in_parts(job.models[1], step.f_hat).cpu() for step in passes]
+    return [edit(*job.models, photo, mask, **options).cpu()]
 
 
 def write_sheet(out, job):
     """Draws all images into one, a row a label, or a GIF of that after each pass."""
     batches = split_numbers(job, range(len(job.labels)))
-    if job.kind == "GIF":
-        frames = zip(*(draw_passes(job, numbers) for numbers in batches))  # passes of batches
-    else:
-        frames = [[draw_images(job, numbers) for numbers in batches]]
+    frames = zip(*(draw_frames(job, numbers) for numbers in batches))
     # a frame: the images after a pass, in batches; a page: these joined and cut into rows by label
     pages = [torch.cat(parts).split(job.count) for parts in frames]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -796,7 +774,7 @@ def write_folder(out, job):
 
     Under torchrun each process draws its share; whoever then finds all of them packs.
     """
-    is_archive = out.suffix.lower() == ".npz"
+    is_archive = out.suffix.lower() == ".npz" and not out.is_dir()
     folder = out.with_suffix("") if is_archive else out
     labels = job.labels.tolist()
     paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
@@ -809,14 +787,14 @@ def write_folder(out, job):
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for numbers in split_numbers(job, missing):
-            images = draw_images(job, numbers)
+            (images,) = draw_frames(job, numbers)
             begin_folder(folder, job.settings)  # here, lest options that fail leave a folder
             list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
             print(f"drew {numbers[-1]:06d}, of {len(paths)}", flush=True)
 
     if not all(path.exists() for path in paths):
         return
-    for unfinished in folder.glob("*.tmp"):  # of killed processes: others write for moments
+    for unfinished in folder.glob(UNFINISHED):  # of killed processes: others write for moments
         with contextlib.suppress(FileNotFoundError):
             if time.time() - unfinished.stat().st_mtime > 60:
                 unfinished.unlink()
@@ -834,7 +812,13 @@ def begin_folder(folder, settings):
     path = folder / "settings.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+        own = folder / f"settings.json.{secrets.token_hex(8)}.tmp"
+        write_json(own, settings)
+        with contextlib.suppress(OSError):  # of two that begin at once one succeeds
+            os.link(own, path)
+        if not path.exists():  # a file system without links
+            os.replace(own, path)
+        own.unlink(missing_ok=True)
     check_folder(folder, settings)
 
 
@@ -842,7 +826,7 @@ def check_folder(folder, settings):
     """ValueError unless a folder is empty or of these settings."""
     settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
     # the folder is listed first: who begins it meanwhile writes settings.json before any image
-    is_empty = not folder.exists() or all(file.suffix == ".tmp" for file in folder.iterdir())
+    is_empty = not folder.exists() or all(file.match(UNFINISHED) for file in folder.iterdir())
     before = read_json(folder / "settings.json")
     if before != settings and not is_empty:
         raise ValueError(f"--out: {folder} holds something else: {differences(before, settings)}")
@@ -851,9 +835,7 @@ def check_folder(folder, settings):
 def set_up_device(name):
     """The torch.device of --device, by default this process's GPU or the CPU; TF32 goes off."""
     torch.backends.cudnn.allow_tf32 = False  # in convolutions: the quantiser is in fp32
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name == "cpu" or (name is None and not torch.cuda.is_available()):
         return torch.device("cpu")
 
     place = int(os.environ.get("LOCAL_RANK", "0"))
@@ -867,8 +849,8 @@ def find_dtype(name, device):
     has_bf16 = torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
-    name = name or ("bf16" if has_bf16 else "fp32")
-    return dict(bf16=torch.bfloat16, fp32=torch.float32)[name]
+    is_bf16 = has_bf16 if name is None else name == "bf16"
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def load_models(args):
@@ -888,7 +870,7 @@ def load_models(args):
     elif args.scales:
         raise ValueError("--scales: got some, but a run has its own")
     else:
-        record = read_record(weights.with_name("args.json"))
+        record = read_record(weights.parent)
         options = dict(is_causal=run_is_causal(weights, record, params, codec))
 
     classes = len(params["classes"]) - 1
@@ -905,7 +887,7 @@ def run_is_causal(weights, record, params, codec):
     if "masked" not in params and not is_causal:
         print(f"{weights}: without the masked branch, which hmar.pt would have", file=sys.stderr)
     for name, tree in (weights.name, params), ("tokenizer.pt", codec):
-        check_digest(weights.with_name("args.json"), name, tree)
+        check_digest(weights.parent, name, tree)
     return is_causal
 
 
@@ -941,8 +923,8 @@ def photo_and_mask(args, size):
     mask = torch.from_numpy(np.array(mask))[None, None] > 127
     # thin strokes stay: a pixel of the model's that any white touches is repainted
     mask = F.adaptive_max_pool2d(mask.float(), size[::-1]) > 0
-    if not mask.any():
-        raise ValueError("--mask: expected white where the image is to be repainted")
+    if not mask.any() or mask.all():  # a transparent one is read as white
+        raise ValueError("--mask: expected white where to repaint, black elsewhere")
     return pixels, mask
 
 
@@ -967,8 +949,9 @@ def world():
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def read_record(path):
+def read_record(folder):
     """A run's args.json, empty where there is none. ValueError where an entry has another type."""
+    path = folder / "args.json"
     kinds = dict(flags=dict, class_names=list, count=int, digests=dict)
     record = dict(newest=0) | {name: kind() for name, kind in kinds.items()} | read_json(path)
     for name, kind in kinds.items():
@@ -979,11 +962,11 @@ def read_record(path):
     return record
 
 
-def check_digest(path, name, tree):
-    """ValueError where a run's args.json, at path, tells of other weights in a file so named."""
-    own = read_record(path)["digests"].get(name)
+def check_digest(folder, name, tree):
+    """ValueError where a run's args.json tells of other weights in a file so named."""
+    own = read_record(folder)["digests"].get(name)
     if own is not None and own != digest(tree):
-        raise ValueError(f"{path}: tells of another {name} than this")
+        raise ValueError(f"{folder}/args.json: tells of another {name} than this")
 
 
 def read_json(path):
@@ -1006,6 +989,9 @@ def differences(old, new):
     """The first few entries in which two dicts differ, "seed 0 -> 3, ..."."""
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}"[:200] for name in names[:5])
+
+
+UNFINISHED = "*." + 16 * "[0-9a-f]" + ".tmp"  # a name of what `whole_file` has not finished
 
 
 @contextlib.contextmanager

@@ -145,7 +145,7 @@ def roughen(images, generator):
 
 
 def moved(images, generator):
-    """Images shifted by up to a sixteenth and half of them mirrored: photographs are few."""
+    """A batch shifted by up to a sixteenth, two of five mirrored: photographs are few."""
     reach = images.shape[-1] // 16
     padded = F.pad(images, 4 * (reach,), mode="reflect")
     x, y, mirror = torch.randint(2 * reach + 1, (3,), generator=generator).tolist()
@@ -160,7 +160,8 @@ def train_judge(kind, images, labels, batch=64):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         judge = network(classes, images.shape[-1])
-    name = f"judge-{kind}-{epochs}-{zlib.crc32(images.numpy().tobytes()):x}.pt"
+    seen = images.numpy().tobytes() + labels.numpy().tobytes()
+    name = f"judge-{kind}-{epochs}-{zlib.crc32(seen):x}.pt"
     cache = Path(tempfile.gettempdir(), name)
     if cache.exists():
         judge.load_state_dict(torch.load(cache, weights_only=True))
@@ -185,7 +186,8 @@ def train_judge(kind, images, labels, batch=64):
             loss.backward()
             optimizer.step()
             schedule.step()
-    torch.save(judge.state_dict(), cache)
+    with sample.whole_file(cache) as file:
+        torch.save(judge.state_dict(), file)
     return judge.eval()
 
 
@@ -234,7 +236,7 @@ def chosen_guidances(judge, run, guidances, flags):
     """Two of the list, by the run's own held-out images: {"nearest": the one whose samples are
     nearest to them, "as sure": the one whose samples are right most nearly as often as they}.
     """
-    record = sample.read_record(Path(run, "args.json"))
+    record = sample.read_record(Path(run))
     place = SimpleNamespace(out=Path(run), class_names=record["class_names"])
     labels, size = train.load_labels(place)[0], record["flags"]["size"]
     # they come first; with --tokenizer there are no others

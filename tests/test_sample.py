@@ -295,30 +295,27 @@ def test_published_trees_are_sampled_as_published():
 def test_own_options_follow_depth_and_scales():
     sides = (1, 4, 5, 16)  # 298 tokens
     positions = [torch.zeros(side, side, 1) for side in sides]
-    once = sample.masked_schedule([(side, side) for side in sides], 1)
+    refined = [sample.masked_schedule([(side, side) for side in sides], i) for i in range(3)]
     for depth in (1, 2, 3, 9):
         blind = PARAMS | blocks(depth)
         looks = blind | dict(next_scale=blind["next_scale"] | dict(neighbours={}))
-        late = (7, 174, 0.72) if depth <= 2 else (6.9, 85, 0.5)
-        for params, *numbers in (blind, 4.5, 150, 0.5, 5, 1.5), (looks, *late, 3, 1):
+        peak, tokens, fall = (7, 174, 0.72) if depth <= 2 else (6.9, 85, 0.5)
+        weaker = min(1, 2 / depth)
+        many, few = (max(1.5, weaker * x) for x in (peak * (tokens / 298) ** fall, peak))
+        for params in blind, looks:
             options = sample.own_options(params | dict(positions=positions))
-            few = sample.own_options(params)  # of 17 tokens
-            seen = [options["guidance"], few["guidance"], options["mask_guidance"]]
-            t, tokens, fall, mask_t, power = numbers
-            weaker = min(1, (2 / depth) ** power)
-            expected = [max(1.5, weaker * x) for x in (t * (tokens / 298) ** fall, t, mask_t)]
-            assert seen == pytest.approx(expected)
-
             edits = sample.own_options(params | dict(positions=positions), is_edit=True)
-            refined = [[3, 9, 13], [34, 94, 128]] if depth > 2 else [[7, 18], [75, 181]]
+            assert options["guidance"] == pytest.approx(many)
+            assert sample.own_options(params)["guidance"] == pytest.approx(few)  # of 17 tokens
+            assert options["mask_guidance"] == pytest.approx(max(1.5, weaker * 3))
+            assert options["rise"] == (2 if depth <= 2 else 1)
             if params is looks:
                 assert options["temperature"] == (0.95 if depth <= 2 else 0.9)
-                assert options["rise"] == (2 if depth <= 2 else 1)
-                assert options["schedule"] == [[1], [16], [25], [256]]
-                assert edits == options | dict(schedule=once)
+                assert options["schedule"] == refined[0]
+                assert edits == options | dict(schedule=refined[1])
             else:
-                assert options["temperature"] == options["rise"] == 1
-                assert options["schedule"] == [[1], [16], *refined] and edits == options
+                assert options["temperature"] == 1
+                assert options["schedule"] == refined[2] and edits == options
 
 
 # Editing
@@ -447,6 +444,7 @@ def test_bad_options_are_told():
         "masked passes: got -1": dict(schedule=-1),
         "top_p: got nan": dict(top_p=math.nan),
         "rise: got -1": dict(rise=-1),
+        "scales: got": dict(params=PARAMS | dict(positions=PARAMS["positions"][::-1])),
     }.items():
         options = dict(params=PARAMS, codec=CODEC, labels=LABELS) | options
         refused(f"^{message}", sample.generate, **options)
@@ -538,7 +536,7 @@ def test_the_command_draws_the_same_images_in_every_form(run):
     assert page.height == 2 * (48 + 2) and left > 12
     rows = np.asarray(page).reshape(2, 50, -1, 3)
     assert np.array_equal(rows[:, :48:8, left : left + 64 : 8], pixels[::3])
-    assert gif.n_frames == 5 and gif.size == page.size  # a page a pass
+    assert gif.n_frames == 7 and gif.size == page.size  # a page a pass
     for number, step in enumerate(sample.steps(PARAMS, CODEC, torch.tensor(labels), seed=5)):
         gif.seek(number)
         shown = np.asarray(gif.convert("RGB"), int)[:48:8, left : left + 64 : 8]
@@ -604,9 +602,10 @@ def test_a_folder_is_of_one_setting(run, capsys):
             assert said in capsys.readouterr().err
             files = contents("a")
             assert len(files) == 51 and len(files["settings.json"]) < 2000
+            assert b'"soften": 0.1' in files["settings.json"]
     with mock.patch.object(sample, "own_options", return_value=dict(guidance=9)):  # a later version
         assert call(*flags) == 2
-    assert "guidance 4.5 -> 9" in capsys.readouterr().err
+    assert "guidance 7 -> 9" in capsys.readouterr().err
 
 
 def test_a_file_is_the_old_one_or_a_whole_new_one():
@@ -648,6 +647,8 @@ def test_a_thin_stroke_of_a_large_mask_is_repainted(run):
     flags = ["--edit", str(run / "photo.png"), "--mask", "stroke.png"]
     _, mask = sample.photo_and_mask(sample.parser().parse_args([str(run), *flags]), (8, 6))
     assert mask[..., 2].all() and mask.sum() == 6
+    Image.new("RGBA", (8, 6)).save("stroke.png")  # all transparent: as white
+    assert call(run, *flags) == 2
 
 
 def test_a_run_before_its_masked_stage_is_drawn_and_told(capsys):
@@ -666,12 +667,33 @@ def test_a_name_goes_before_all_and_before_numbers():
 def test_what_a_killed_sampler_left_goes(run):
     """But not what another one is writing."""
     assert call(run, "--count", 1, "--out", "folder") == 0
-    left, fresh = Path("folder/000000-0.png.abc.tmp"), Path("folder/000001-0.png.abc.tmp")
-    left.write_text("half")
-    fresh.write_text("half")
-    os.utime(left, (0, 0))
+    token = "0123456789abcdef"
+    left, fresh, others = (Path(f"folder/{name}.tmp") for name in (f"a.{token}", f"b.{token}", "c"))
+    for path in left, fresh, others:
+        path.write_text("half")
+    for path in left, others:
+        os.utime(path, (0, 0))
     assert call(run, "--count", 1, "--out", "folder") == 0
-    assert not left.exists() and fresh.exists()
+    assert not left.exists() and fresh.exists() and others.exists()
+    Path("mine").mkdir()
+    others.rename("mine/c.tmp")
+    assert call(run, "--out", "mine") == 2
+
+
+def test_of_two_that_begin_a_folder_at_once_one_is_refused(run, capsys):
+    write = sample.write_json
+
+    def write_late(path, value):  # another was first
+        write(path.with_name("settings.json"), value | dict(seed=7))
+        write(path, value)
+
+    with mock.patch.object(sample, "write_json", write_late):
+        assert call(run, "--count", 1, "--out", "a") == 2
+    assert "seed 7 -> 0" in capsys.readouterr().err and len(contents("a")) == 1
+    Path("b.npz").mkdir()
+    with mock.patch.object(os, "link", side_effect=OSError("no links here")):
+        assert call(run, "--count", 1, "--out", "b.npz") == 0
+    assert len(contents("b.npz")) == 4
 
 
 def test_flags_reach_the_sampler(run):
