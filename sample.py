@@ -135,8 +135,7 @@ def passes(params, codec, labels, seeds, known, options):
         tokens = torch.zeros(batch, math.prod(size), dtype=torch.int64, device=codebook.device)
         hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be drawn
         keeps = options.schedule[k]
-        # from 0 at the first scale to 1 at the last
-        progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0
+        progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0  # 0 at first, 1 at last
         if known is not None:  # an edit: some tokens are given, of others a part is seen
             f_hat = torch.where(known.outside, known.f_hats[k], f_hat)  # as it was before scale k
             tokens, hidden = known.tokens[k], ~known.given[k]

@@ -556,12 +556,10 @@ def train_transformer(run, stage):
     held_out_labels, labels = load_labels(run)
     held_out, training = split_held_out(load_or_write_tokens(run, codec))  # (n, crops, L)
     is_masked = stage.name == "masked"
+    learning = params = load_stage(run, "next-scale") if is_masked else start_next_scale(run)
     if is_masked:
-        params = load_stage(run, "next-scale")
         params = hmar.add_masked_branch(params, run.masked_blocks, seed=run.seed)
         learning = dict(masked=params["masked"])  # the part that `fit` trains
-    else:
-        learning = params = start_next_scale(run)
     weights = hmar.scale_weights(run.scales, run.loss_weights).to(run.device)  # (L,)
     lengths = tokenizer.lengths(run.scales)
 

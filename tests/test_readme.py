@@ -63,7 +63,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         train.draw_shape(index)[0].save(folder / f"{index}.png")
     train.draw_shape(3)[0].save("photo.png")
-    Image.new("L", (8, 8), "white").save("mask.png")
+    Image.linear_gradient("L").save("mask.png")
 
     _, *others = blocks("sh")
     lines = "".join(others).splitlines()
