@@ -10,7 +10,7 @@ tests/judge.py KIND RUN ... --guidance 2 3 4    reports the nearest and the one 
 tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
 tests/judge.py claims --data DIR       trains and judges the paper's claims
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
-tests/judge.py shapes RUN --write DIR  README's growth.png and edit.png
+tests/judge.py shapes RUN --write DIR  README's growth.png, edit.png and curve.png
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
 Prints, a name and numbers a line: held-out loss; the share taken for their class of test images,
@@ -23,7 +23,9 @@ over that of test images; of 1,000 test images the PSNR after each scale and its
 import argparse
 import itertools
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -404,6 +406,36 @@ def write_pictures(run, folder):
     sample.sheet(list(torch.stack(columns, 1)), names).save(Path(folder, "edit.png"))
 
 
+def write_curve(folder):
+    """curve.png: a line for each model in the table of RESULTS.md, section 5, whose rows begin with
+    model | CPU seconds | Frechet distance; both axes logarithmic.
+    """
+    page = Image.new("RGB", (480, 300), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+
+    def place(minutes, distance):
+        return 40 + 430 * math.log(minutes, 120), 255 - 245 * math.log(distance, 20)
+
+    for minutes in (1, 2, 5, 10, 20, 50, 100):
+        draw.line([place(minutes, 1), place(minutes, 20)], "#ddd")
+        draw.text(place(minutes, 0.95), str(minutes), "black", font, anchor="mt")
+    for distance in (1, 2, 5, 10, 20):
+        draw.line([place(1, distance), place(120, distance)], "#ddd")
+        draw.text(place(0.95, distance), str(distance), "black", font, anchor="rm")
+    draw.text((255, 298), "minutes of training on one core", "black", font, anchor="mb")
+    draw.text((50, 14), "Frechet distance, CIFAR-10", "black", font, anchor="lt")
+
+    section = Path(ROOT, "tests/RESULTS.md").read_text().split("\n## ")[5]
+    for model, colour in dict(ours="#c03030", UNet="#3050c0").items():
+        rows = re.findall(rf"^\| {model}[^|]* \| ([\d,]+) \| ([\d.]+)", section, re.MULTILINE)
+        places = [place(int(seconds.replace(",", "")) / 60, float(x)) for seconds, x in rows]
+        draw.line(places, colour, 2)
+        for x, y in places:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+        draw.text((places[-1][0] + 8, places[-1][1]), model, colour, font, anchor="lm")
+    page.save(Path(folder, "curve.png"))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1])
     parser.add_argument("kind", choices=(*EPOCHS, "claims"))
@@ -420,7 +452,8 @@ def main(argv=None):
     if args.write and args.kind == "letters":
         return write_letters(args.write)
     if args.write:
-        return write_pictures(args.run[0], args.write)
+        write_pictures(args.run[0], args.write)
+        return write_curve(args.write)
 
     kind = "cifar10" if args.kind == "claims" else args.kind
     if kind in PHOTOGRAPHS and not args.data:
