@@ -349,7 +349,8 @@ def own_options(params, is_causal=False, is_edit=False):
     # edits alone, of which 98 % are right, without it 96 % (drawings); 77, 73 % (CIFAR-10).
     masked_passes = 1 if is_edit else 0
     if "neighbours" not in params["next_scale"]:  # as from depth 8 on
-        temperature, masked_passes = 1.0, 2
+        masked_passes = 2
+        temperature = 1.0
 
     return dict(
         schedule=masked_schedule(hmar.scales(params), masked_passes if "masked" in params else 0),
