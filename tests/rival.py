@@ -2,7 +2,7 @@
 
 python tests/rival.py cifar10 --data DIR --seconds 300 [--guidance 2 3 4] [--out .npz]
 
-Kinds and DIR as there (letters: what it writes). Trains on train.py's images but for every 20th,
+Kinds and DIR as there (letters: what it writes). Trains on train.py's images but for every 21st,
 for so many seconds of processor time without reading, draws 50 a class at each guidance; the one
 whose samples are nearest to those set aside, which is to be reported, comes last.
 
@@ -153,7 +153,7 @@ def run(args):
     pixels, classes = (
         judge.drawn(train.draw_shape, 0, 20_000) if drawn else judge.read_folder(args.data)
     )
-    is_aside = torch.arange(len(pixels)) % 20 == 0
+    is_aside = torch.arange(len(pixels)) % 21 == 0  # of drawings every 20th is a disc
     aside = judge.features(network, pixels[is_aside])
     pixels, classes = pixels[~is_aside], classes[~is_aside]
     if args.flip:
