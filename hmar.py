@@ -442,7 +442,7 @@ def resize_positions(params, scales):
 
     def relative(sizes):
         areas = torch.tensor(sizes).prod(1)
-        order = torch.linspace(0, 1e-5, len(sizes))  # of two scales of one size
+        order = torch.linspace(0, 1e-5, len(sizes))  # tells two of one size apart
         return (areas / areas[-1]).sqrt() + order
 
     def resample(grid, size):  # (h, w, C) -> (*size, C)

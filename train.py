@@ -875,7 +875,6 @@ def load_images(run):
 
 def load_or_write_tokens(run, codec):
     """(N, crops, L), the smallest unsigned type: tokens.npy, mapped, first written if need be."""
-
     path = run.out / "tokens.npy"
 
     def write_missing():
@@ -987,7 +986,7 @@ def prepare_once(run):
     if run.images.kind == "prepared" and not is_prepared:
         raise ValueError(f"--data: expected, to prepare {run.out} anew with other flags")
 
-    unfinished = sample.UNFINISHED
+    unfinished = sample.UNFINISHED  # what a kill left half written
     for path in (*run.out.glob(unfinished), *run.out.glob(f"samples/{unfinished}")):
         path.unlink()
     if not is_prepared:
@@ -1242,7 +1241,7 @@ def choose_settings(args, given, count, is_drawn):
     settings = dial(depth, size, count - count_held_out(count)) | dict(size=size, depth=depth)
 
     settings["batch"] = args.batch or settings["batch"]
-    # three in two thirds of the time; photographs: 4 to 12 % further
+    # three take two thirds of the time, but photographs are 4 to 12 % further
     settings["newton_schulz"] = 3 if is_drawn else 5
     if is_drawn:
         steps = settings["steps"]
@@ -1306,8 +1305,8 @@ def train(args):
                 tree = train_transformer(run, stage)
             broadcast(partial(save_stage, run, name, tree))
         except KeyboardInterrupt as stop:
-            path = run.out / "checkpoint.pt"
-            saved = sample.load_file(path) if path.exists() else dict(stage=None)
+            checkpoint = run.out / "checkpoint.pt"
+            saved = sample.load_file(checkpoint) if checkpoint.exists() else dict(stage=None)
             step = saved["at"]["step"] if saved["stage"] == name else 0
             text = f"stopped; the same command goes on from {name}, step {step}"
             raise KeyboardInterrupt(text) from stop

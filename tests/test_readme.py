@@ -67,7 +67,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
 
     _, *others = blocks("sh")
     lines = "".join(others).splitlines()
-    assert len(lines) >= 7
+    assert len(lines) >= 8
     few = {"train.py": (train, "--steps 2 --batch 4"), "sample.py": (sample, "--count 2")}
     for line in lines:
         _, script, *flags = shlex.split(line.replace("RUN", "runs/my_images"), comments=True)
