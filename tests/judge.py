@@ -4,7 +4,8 @@ tests/judge.py shapes RUN              drawings of train.py
 tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a wrong one
 tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
 tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
-tests/judge.py cifar10 RUN --data DIR --others DIR    judge trained on images that no run saw
+tests/judge.py cifar10 RUN --data DIR --others DIR --fresh DIR   judge trained on, samples compared
+                                       with images of folders beyond those of --data
 tests/judge.py KIND RUN ... --guidance 2 3 4    reports the nearest and the one as sure as real
                                        images, both chosen on the run's held-out ones
 tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
@@ -100,21 +101,23 @@ def read_folder(folder):
     return as_tensors(pictures, [label for _, label in files])
 
 
-def images_of(kind, data=None, others=None):
-    """((images, labels) to train the judge on, the same to compare with).
+def images_of(kind, data=None, others=None, fresh=None):
+    """[(images, labels) to train the judge on, the same to compare with].
 
     Models see none to compare with; the judge's own photographs only where there are no others.
+    Of others and fresh, folders that take their places, images that data holds too are left out.
     """
     if kind in PHOTOGRAPHS:
-        judged, held_out = (read_folder(Path(data, part)) for part in ("train", "test"))
-        if others is not None:
-            seen = {image.numpy().tobytes() for image in judged[0]}
-            images, labels = read_folder(others)
-            is_new = torch.tensor([image.numpy().tobytes() not in seen for image in images])
-            judged = images[is_new], labels[is_new]
-        return judged, held_out
+        parts = [read_folder(Path(data, part)) for part in ("train", "test")]
+        known = {image.numpy().tobytes() for images, _ in parts for image in images}
+        for part, folder in enumerate((others, fresh)):
+            if folder is not None:
+                images, labels = read_folder(folder)
+                is_new = torch.tensor([image.numpy().tobytes() not in known for image in images])
+                parts[part] = images[is_new], labels[is_new]
+        return parts
     draw = dict(shapes=train.draw_shape, letters=draw_letter)[kind]
-    return drawn(draw, 1_000_000, 16_000), drawn(draw, 2_000_000, 2_000)
+    return [drawn(draw, 1_000_000, 16_000), drawn(draw, 2_000_000, 2_000)]
 
 
 def network(classes, size=32):
@@ -442,6 +445,7 @@ def main(argv=None):
     parser.add_argument("run", nargs="*")
     parser.add_argument("--data")
     parser.add_argument("--others")
+    parser.add_argument("--fresh")
     parser.add_argument("--guidance", type=float, nargs="+")
     parser.add_argument("--edit", action="store_true")
     parser.add_argument("--write")
@@ -458,7 +462,7 @@ def main(argv=None):
     kind = "cifar10" if args.kind == "claims" else args.kind
     if kind in PHOTOGRAPHS and not args.data:
         parser.error("--data: expected")
-    training, held_out = images_of(kind, args.data, args.others)
+    training, held_out = images_of(kind, args.data, args.others, args.fresh)
     judge = train_judge(kind, *training)
     print(f"{kind}: right on {accuracy(judge, *training):.4g} of the judge's own images")
     if args.kind == "claims":

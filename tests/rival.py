@@ -2,9 +2,10 @@
 
 python tests/rival.py cifar10 --data DIR --seconds 300 [--guidance 2 3 4] [--out .npz]
 
-Kinds and DIR as there (letters: what it writes). Trains on train.py's images but for every 21st,
-for so many seconds of processor time without reading, draws 50 a class at each guidance; the one
-whose samples are nearest to those set aside, which is to be reported, comes last.
+Kinds, --data, --others and --fresh as there (letters: what it writes). Trains on --train DIR, else
+train.py's images, but for every 21st, for so many seconds of processor time without reading, draws
+50 a class at each guidance; the one whose samples are nearest to those set aside, which is to be
+reported, comes last.
 
 Rectified flow (Lipman et al. 2023, Liu et al. 2023), logit-normal times (Esser et al. 2024),
 classifier-free guidance (Ho & Salimans 2022), Muon.
@@ -140,24 +141,21 @@ def run(args):
     """Trains, draws, judges."""
     if (args.data is None) != (args.kind == "shapes"):
         raise ValueError("--data: expected, but for shapes")
-    judged, (images, _) = judge.images_of(args.kind, args.data, args.others)
+    judged, (images, _) = judge.images_of(args.kind, args.data, args.others, args.fresh)
     if args.size != images.shape[-1]:
         raise ValueError(f"--size: expected {images.shape[-1]}")
     network = judge.train_judge(args.kind, *judged)
     reference = judge.features(network, images)
 
-    # training, with --flip on mirrored images too
-    if args.kind in judge.PHOTOGRAPHS:
-        args.data += "/train"
-    drawn = args.data is None
-    pixels, classes = (
-        judge.drawn(train.draw_shape, 0, 20_000) if drawn else judge.read_folder(args.data)
-    )
+    # training
+    if args.data is None:
+        pixels, classes = judge.drawn(train.draw_shape, 0, 20_000)
+    else:
+        part = "train" if args.kind in judge.PHOTOGRAPHS else ""
+        pixels, classes = judge.read_folder(args.train or Path(args.data, part))
     is_aside = torch.arange(len(pixels)) % 21 == 0  # of drawings every 20th is a disc
     aside = judge.features(network, pixels[is_aside])
     pixels, classes = pixels[~is_aside], classes[~is_aside]
-    if args.flip:
-        pixels, classes = torch.cat([pixels, pixels.flip(3)]), classes.repeat(2)
     torch.manual_seed(args.seed)
     count = int(classes.max()) + 1
     model = UNet(args.size, count, args.channels).to(memory_format=torch.channels_last)
@@ -197,10 +195,8 @@ if __name__ == "__main__":
     for name, default in dict(size=32, channels=32, seconds=300.0, seed=0).items():
         top.add_argument(f"--{name}", type=type(default), default=default)
     top.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4])
-    top.add_argument("--flip", action="store_true")
-    top.add_argument("--data")
-    top.add_argument("--others")
-    top.add_argument("--out")
+    for name in "data", "others", "fresh", "train", "out":
+        top.add_argument(f"--{name}")
     args = top.parse_args()
     with sample.report_errors("rival.py"):
         run(args)
