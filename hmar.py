@@ -462,6 +462,8 @@ def resize_positions(params, scales):
 def check(params):
     """ValueError unless each branch runs on scale 0 and embeds the others."""
     try:
+        if not depth(params):
+            raise ValueError("no blocks")
         condition = params["classes"][:1]
         labels = torch.zeros(1, dtype=torch.int64, device=condition.device)
         count = sum(h * w for h, w in scales(params)[1:])
@@ -539,6 +541,11 @@ def from_published(state_dict, scales=None):
         for tree, stack in zip(trees, ("trunk", "blocks", "blocks")):
             blocks = tree.get(stack, {})
             tree[stack] = [blocks[str(i)] for i in range(len(blocks))]
+
+        shared = params.pop("shared", None)  # of VAR-d36, whose blocks differ in a bias alone
+        for tree in params["trunk"] if shared else ():
+            bias = shared["modulation"]["bias"] + tree.pop("ada_gss").flatten()
+            tree["modulation"] = shared["modulation"] | dict(bias=bias)
 
         # the positions of all scales stand in one row
         rows = params["positions"]

@@ -109,11 +109,10 @@ def steps(
     """
     if is_causal:  # VAR has no masked branch
         params = {name: leaf for name, leaf in params.items() if name != "masked"}
-    asked = dict(schedule=schedule, guidance=guidance, mask_guidance=mask_guidance)
-    asked |= dict(rise=rise, temperature=temperature, soften=soften, top_k=top_k, top_p=top_p)
+    asked = locals()  # the arguments, by name
     own = own_options(params, is_causal, is_edit=known is not None)
-    asked = {name: value for name, value in asked.items() if value is not None}
-    options = SimpleNamespace(**own | asked)
+    own |= {name: asked[name] for name in own if asked[name] is not None}
+    options = SimpleNamespace(**own)
     if isinstance(options.schedule, (int, np.integer)):
         options.schedule = masked_schedule(hmar.scales(params), options.schedule)
     if isinstance(seed, (int, np.integer)):
@@ -208,6 +207,10 @@ def check_options(params, codec, labels, seeds, options):
         raise ValueError("schedule: got several passes a scale, but no masked branch")
     if len(options.schedule[0]) > 1:
         raise ValueError("schedule: got several passes at the first scale")
+    classes = len(params["classes"]) - 1
+    if len(labels) and not 0 <= labels.min() <= labels.max() <= classes:
+        got = f"{labels.min()} to {labels.max()}"
+        raise ValueError(f"labels: got {got}, expected 0 to {classes}, that of no class")
 
 
 def guided_features(params, branch, labels, seen, k, strength, cache):
@@ -260,15 +263,13 @@ def filter_logits(logits, top_k=0, top_p=1.0):
         return logits
 
     best = logits.topk(count).values  # (..., count), the best first
-    least = best[..., -1:]
+    logits = logits.masked_fill(logits < best[..., -1:], -math.inf)
     if top_p < 1:
-        weight = (best - best[..., :1]).exp()
-        # how many codes equal the last of these but were cut off by topk: they stay, and count
-        ties = (logits == least).sum(-1, keepdim=True) - (best == least).sum(-1, keepdim=True)
-        total = weight.sum(-1, keepdim=True) + ties * weight[..., -1:]
-        before = (weight.cumsum(-1) - weight) / total  # what better codes hold: of the best, 0
+        share = (best - logits.logsumexp(-1, keepdim=True)).exp()  # ties count too, and stay
+        before = share.cumsum(-1) - share  # what better codes hold: of the best, 0
         least = best.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)
-    return logits.masked_fill(logits < least, -math.inf)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return logits
 
 
 def draw(logits, uniform=None):
@@ -389,12 +390,12 @@ def edit(params, codec, images, mask, labels, **options):
     latent cells. options: of `steps`.
     """
     scales = hmar.scales(params)
-    tokenizer.check_images(codec, images, scales)
     expected = (len(labels), 1, *images.shape[2:])
     if len(images) != len(labels):
         raise ValueError(f"labels: got {len(labels)}, expected {len(images)}, one an image")
     if mask.dtype != torch.bool or mask.shape != expected:
         raise ValueError(f"mask: expected a bool tensor {expected}")
+    tokenizer.check_images(codec, images.masked_fill(mask, 0), scales)
 
     cell = tokenizer.downsampling(codec)
     images = replace_hidden(images, mask, 4 * cell)
@@ -420,7 +421,8 @@ def replace_hidden(images, mask, reach):
     They become the mean of the others, near the edge of the mask what these suggest.
     """
     count = (~mask).sum((2, 3), keepdim=True).clamp(min=1)
-    mean = images.masked_fill(mask, 0).sum((2, 3), keepdim=True) / count  # (B, 3, 1, 1)
+    total = images.masked_fill(mask, 0).sum((2, 3), keepdim=True, dtype=torch.float64)
+    mean = (total / count).to(images.dtype)  # (B, 3, 1, 1)
     return torch.where(mask, mean + extrapolate(images - mean, ~mask, reach), images)
 
 
@@ -660,7 +662,7 @@ def whole_number(least):
 
     def whole(text):
         number = int(text)
-        if not least <= number < 2**62:
+        if not least <= number < 2**48:
             raise argparse.ArgumentTypeError(f"got {text}, expected {least} or more")
         return number
 
@@ -714,7 +716,7 @@ def read_job(args):
     read = [path for path in (*files, args.edit, args.mask) if path]
     states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime) for path in read]
     settings = options | dict(labels=classes, count=args.count, seed=args.seed, pad=args.pad)
-    settings |= dict(dtype=str(dtype), files=states)
+    settings |= dict(dtype=str(dtype), scales=hmar.scales(params), files=states)
 
     labels = torch.tensor(classes).repeat_interleave(args.count)
     models = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
@@ -729,7 +731,7 @@ def find_kind(args):
 
     ValueError where other flags do not fit it.
     """
-    if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
+    if os.path.realpath(args.out) in map(os.path.realpath, filter(None, (args.edit, args.mask))):
         raise ValueError(f"--out: got {args.out}, which is also to be read")
     suffix = args.out.suffix.lower()
     if suffix in ("", ".npz") or args.out.is_dir():
@@ -737,8 +739,9 @@ def find_kind(args):
     if suffix not in SHEETS or (suffix == ".gif" and args.edit):
         expected = f"{', '.join(SHEETS)} (not of edits), .npz or a folder without a suffix"
         raise ValueError(f"--out: got {args.out}, expected {expected}")
-    if args.count > 50:
-        raise ValueError(f"--count: got {args.count}, expected at most 50 in a row of a sheet")
+    for name, number in ("--count", args.count), ("--labels", len(args.labels)):
+        if number > 50:
+            raise ValueError(f"{name}: got {number}, expected at most 50 in a sheet")
     return SHEETS[suffix]
 
 

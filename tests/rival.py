@@ -118,10 +118,10 @@ def fit(model, pixels, labels, seconds):
             optimizer.param_groups[0]["lr"] = RATE * min(1, step / WARMUP, left / COOL_DOWN)
             optimizer.step()
             optimizer.zero_grad()
+        left = 1 - (time.process_time() - start) / seconds
         if left < COOL_DOWN:
             average = average or [leaf.detach().clone() for leaf in leaves]
             torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - EMA)
-        left = 1 - (time.process_time() - start) / seconds
     model.load_state_dict(train.replace_leaves(tree, average))
     return model, step
 
