@@ -27,6 +27,7 @@ import secrets
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
@@ -1022,6 +1023,7 @@ def whole_file(path):
 @contextlib.contextmanager
 def report_errors(name):
     """Errors end the process with a line: 2 for bad input or a system that refuses, 130: Ctrl-C."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` has a limit
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are told all the same
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -378,6 +378,7 @@ def train_tokenizer(run, stage):
     chosen = torch.zeros(len(codec["codebook"]), dtype=torch.int64, device=run.device)
     variance = hues(to_unit(training[:JUDGED, 0])).var((1, 2, 3), correction=0).mean().item()
     levels = learn_levels(run, training, load_labels(run)[1], min(PERCEPTUAL_STEPS, stage.steps))
+    images_per_coarse = run.batch / math.ceil(run.batch / COARSE_EVERY)
 
     def loss(codec, images, coarse, stops):
         fast = tokenizer.cast(codec, run.dtype)
@@ -385,7 +386,7 @@ def train_tokenizer(run, stage):
         errors = (passed["coarse_images"] - images[coarse]).square().mean((1, 2, 3))
         # divided by what is expected, not by len(coarse): parts of a batch have more or less of
         # them, and the parts' losses are to add up to the batch's
-        coarse_error = COARSE_EVERY * errors.sum() / len(images)
+        coarse_error = images_per_coarse * errors.sum() / len(images)
         total = reconstruction_loss(passed["images"], images, variance, levels)
         total = total + COARSE_WEIGHT * coarse_error + passed["loss"]
         report = dict(loss=total, coarse=coarse_error, quantisation=passed["loss"])
@@ -1000,12 +1001,13 @@ def prepare_once(run):
 def save_stage(run, name, tree):
     """Writes a finished stage's digest into args.json, then its weights: none is without one.
 
-    Removes what was made of another tokenizer.
+    Removes what was made of other weights of its name.
     """
     record = sample.read_record(run.out)
     old, new = record["digests"].get(STAGES[name]), sample.digest(tree)
-    if name == "tokenizer" and old not in (None, new):  # its codes mean something else
-        for file in ("tokens.npy", "next-scale.pt", "hmar.pt"):
+    if old not in (None, new):
+        later = ["tokens.npy", *STAGES.values()] if name == "tokenizer" else ["hmar.pt"]
+        for file in later:
             (run.out / file).unlink(missing_ok=True)
     record["digests"][STAGES[name]] = new
     sample.write_json(run.out / "args.json", record)
@@ -1057,7 +1059,7 @@ def broadcast(work):
     if sample.rank() == 0:
         try:
             box[0] = work()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             box[1] = error
     if sample.world() > 1:
         torch.distributed.broadcast_object_list(box, 0)
@@ -1098,7 +1100,7 @@ def say(line, renewed=False):
     if sample.rank() > 0:
         return
     line = sample.replace_unprintable(line)
-    if not sys.stdout.isatty():
+    if not (sys.stdout and sys.stdout.isatty()):
         print(line, flush=True)
         return
     width = shutil.get_terminal_size().columns - 1
@@ -1119,7 +1121,7 @@ def parser():
     add("--seed", type=sample.whole_number(0), default=0, help="of all randomness (0)")
     add("--steps", type=sample.whole_number(1), help="of each stage")
     add("--batch", type=sample.whole_number(1), help="images a step, over all processes")
-    add("--lr", type=sample.positive, help="at its peak")
+    add("--lr", type=sample.positive, help="at its peak; of the masked stage a quarter")
     add("--flip", action="store_true", help="mirror every second crop")
     add("--causal", action="store_true", help="VAR: attend to coarser scales, no masked stage")
     add("--tokenizer", help="use this finished tokenizer, ours or published")
@@ -1138,29 +1140,29 @@ class Given(NamedTuple):
 
 def load_given(args):
     """The Given of these flags. ValueError where they do not go together."""
-    codec = codec_to_start = params = None
+    codec = start = None
     if args.tokenizer is not None:
         codec, _ = sample.load(args.tokenizer, tokenizer)
     if args.init is not None:
-        tree, _ = sample.load(args.init)
-        if "codebook" in tree:
-            codec_to_start = tree
-        else:
-            params = tree
-        if codec is not None:  # which those weights learned
-            sample.check_digest(Path(args.init).parent, "tokenizer.pt", codec)
-    if codec is not None and codec_to_start is not None:
-        raise ValueError("--init: got a tokenizer beside --tokenizer, which is not trained")
-    if params is not None and args.depth is not None:
+        start, _ = sample.load(args.init)
+    if start is None or "codebook" in start:
+        if codec and start:
+            raise ValueError("--init: got a tokenizer beside --tokenizer, which is not trained")
+        return Given(codec, start)
+
+    if args.depth is not None:
         raise ValueError(f"--depth: got {args.depth}, but --init decides it")
-    return Given(codec, codec_to_start, params)
+    if codec is not None:  # which those weights learned
+        sample.check_digest(Path(args.init).parent, "tokenizer.pt", codec)
+    return Given(codec, None, start)
 
 
 def choose_images(data, out):
     """The Images of --data, or prepared ones, whose files may be gone, or drawings."""
     before = sample.read_record(out)
     fingerprint = before["flags"].get("images")  # None: drawings
-    if data is not None and (os.path.exists(data) or not fingerprint):
+    is_there = os.path.isdir(data or "") and os.listdir(data)
+    if data is not None and (is_there or not fingerprint):
         return list_images(data)
     if fingerprint:  # prepared, here or elsewhere
         names, count = before["class_names"], before["count"]
@@ -1246,9 +1248,11 @@ def choose_settings(args, given, count, is_drawn):
     if is_drawn:
         steps = settings["steps"]
         settings["steps"] = {stage: math.ceil(DRAWN_STEPS * steps[stage]) for stage in steps}
-    for name, number in ("steps", args.steps), ("lr", args.lr):  # one for all stages
-        if number is not None:
-            settings[name] = dict.fromkeys(STAGES, number)
+    if args.steps is not None:  # of each stage
+        settings["steps"] = dict.fromkeys(STAGES, args.steps)
+    if args.lr is not None:  # the masked stage's is smaller
+        rates = settings["lr"]
+        settings["lr"] = {name: args.lr * rates[name] / max(rates.values()) for name in rates}
 
     codec = given.tokenizer or given.start_tokenizer
     if codec is not None:  # it has sizes of its own
