@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import math
 import re
 import resource
 import traceback
@@ -249,28 +248,6 @@ def published(params):
     mask = torch.where(visibility(scales, not is_combined), 0.0, -torch.inf).to(rows.dtype)
     buffers = dict(lvl_1L=scale_of_tokens(scales)[None], attn_bias_for_masking=mask[None, None])
     return state | buffers
-
-
-def resized(maps, size, weights):
-    """maps (..., h, w) -> (..., *size); weights(inputs, outputs) is the matrix of a side."""
-    rows, columns = map(weights, maps.shape[-2:], size)
-    return rows @ maps @ columns.T
-
-
-def bicubic(inputs, outputs):
-    """(outputs, inputs): Keys's kernel, a = -0.75, cell centres at halves, the edge repeated."""
-
-    def kernel(t, a=-0.75):
-        if t <= 1:
-            return (a + 2) * t**3 - (a + 3) * t**2 + 1
-        return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
-
-    matrix = torch.zeros(outputs, inputs, dtype=torch.float64)
-    for i in range(outputs):
-        centre = (i + 0.5) * inputs / outputs - 0.5
-        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
-            matrix[i, min(max(j, 0), inputs - 1)] += kernel(abs(centre - j))
-    return matrix
 
 
 def refused(message, call, *arguments, **options):

@@ -5,13 +5,13 @@ import math
 import re
 from functools import partial
 
+import benchmark  # its transformer is VAR's, densely
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
     arguments,
-    bicubic,
     close,
     double,
     dtypes,
@@ -22,7 +22,6 @@ from helpers import (
     pyramids,
     random_tokens,
     refused,
-    resized,
     scale_of_tokens,
     seeded,
     tree,
@@ -40,48 +39,19 @@ SCALES = ((1, 1), (2, 2), (2, 3))
 kinds = st.sampled_from([dict(own_input=False), {}, dict(convolutions=True, neighbours=True)])
 
 
-# ---- densely, one image and one head at a time; x (L, C) has a row a token
+# ---- densely, one image at a time; x (L, C) has a row a token
 
 
-def slow_norm(x, scale, shift):
-    deviation = x - x.mean(1, keepdim=True)
-    variance = deviation.square().mean(1, keepdim=True)
-    return deviation / torch.sqrt(variance + 1e-6) * (1 + scale) + shift
-
-
-def slow_attention(x, visible, qkv, q_bias, v_bias, log_temperature, project):
-    """visible (L, L) bool: whether token i sees token j."""
-    q, k, v = (x @ weight.T for weight in qkv.chunk(3))
-    q, v = q + q_bias, v + v_bias
-    out = []
-    for own, log_t in zip(torch.arange(len(q_bias)).chunk(len(log_temperature)), log_temperature):
-        cosines = F.normalize(q[:, own], dim=1) @ F.normalize(k[:, own], dim=1).T
-        weights = visible * torch.exp(math.exp(min(log_t, math.log(100))) * cosines)
-        out.append(weights @ v[:, own] / weights.sum(1, keepdim=True))
-    return F.linear(torch.cat(out, 1), **project)
-
-
-def slow_convolution(x, scales, weight, bias=0):
+def slow_convolution(x, scales, weight, bias=None):
     """x (n, C'): of the nine around each in its scale."""
     if weight.ndim == 2:
-        return x @ weight.T + bias
-    if weight.shape[1] < x.shape[1]:  # depthwise
-        weight = weight * torch.eye(len(weight))[:, :, None, None]
+        return F.linear(x, weight, bias)
     rows = [x.new_zeros(0, len(weight))]
     for own, size in zip(x.split(lengths(scales)), scales):
-        nine = F.unfold(own.T.reshape(1, -1, *size), 3, padding=1)[0]  # (9 C', h w)
-        rows.append(nine.T @ weight.flatten(1).T + bias)
+        maps = own.T.unflatten(1, size)
+        maps = F.conv2d(maps, weight, bias, padding=1, groups=len(maps) // weight.shape[1])
+        rows.append(maps.flatten(1).T)
     return torch.cat(rows)
-
-
-def slow_block(x, scales, condition, visible, modulation, attention, mlp, depthwise=None):
-    if depthwise:
-        x = x + slow_convolution(x, scales, **depthwise)
-    six = F.linear(F.silu(condition), **modulation)
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = six.chunk(6)
-    x = x + gamma1 * slow_attention(slow_norm(x, scale1, shift1), visible, **attention)
-    hidden = F.linear(slow_norm(x, scale2, shift2), **mlp["expand"])
-    return x + gamma2 * F.linear(F.gelu(hidden, approximate="tanh"), **mlp["contract"])
 
 
 def slow_look(x, scales, tokens, embedding, expand, contract):
@@ -89,7 +59,7 @@ def slow_look(x, scales, tokens, embedding, expand, contract):
     rows = []
     for own, codes, (h, w) in zip(x.split(lengths(scales)), tokens.split(lengths(scales)), scales):
         for place, (y, z) in enumerate(np.ndindex(h, w)):
-            seen = slow_norm(own[place : place + 1], 0, 0)[0]
+            seen = F.layer_norm(own[place], own.shape[1:], eps=1e-6)
             near = (0, -1), (1, -1), (1, 0), (1, 1), (0, -2), (2, 0)
             for table, (up, side) in zip(embedding, near, strict=True):
                 is_inside = y >= up and 0 <= z + side < w
@@ -116,11 +86,15 @@ def slow_logits(params, label, inputs, tokens, is_causal=False, own_inputs=None,
     x = x + torch.cat([grid.flatten(0, 1) for grid in params["positions"]])
     x = x + params["levels"][scale_of_tokens(scales)]
 
-    visible = visibility(scales, is_causal)
+    mask = torch.where(visibility(scales, is_causal), 0.0, -torch.inf).double()
     for block in params["trunk"] + branch["blocks"]:
-        x = slow_block(x, scales, condition, visible, **block)
+        depthwise = block.get("depthwise")
+        if depthwise:
+            x = x + slow_convolution(x, scales, **depthwise)
+        rest = {name: part for name, part in block.items() if name != "depthwise"}
+        x = benchmark.dense_block(x[None], condition[None], mask, None, **rest)[0]
     scale, shift = F.linear(F.silu(condition), **branch["modulation"]).chunk(2)
-    x = slow_norm(x, scale, shift)
+    x = benchmark.dense_norm(x, scale, shift)
     if "neighbours" in branch:
         x = slow_look(x, scales, tokens, **branch["neighbours"])
     return F.linear(x, **branch["head"])
@@ -315,9 +289,9 @@ def test_positions_are_resampled_from_the_nearest_scale(old, new, seed):
         distance = [abs(side(source, old[-1]) - side(size, new[-1])) for source in old]
         k = (params["levels"] == level).all(1).nonzero().item()
         assert distance[k] < min(distance) + 1e-4
-        planes = params["positions"][k].movedim(2, 0)
-        # as fine-tuning starts from it, fp32 will do
-        close(position.movedim(2, 0), resized(planes, size, bicubic), 1e-5)
+        planes = params["positions"][k].movedim(2, 0)[None]
+        resampled = F.interpolate(planes, size, mode="bicubic")[0]
+        close(position, resampled.movedim(0, 2))
 
 
 def test_of_two_scales_of_one_size_the_order_decides():

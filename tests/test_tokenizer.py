@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    bicubic,
     close,
     dtypes,
     leaves_equal,
@@ -21,7 +20,6 @@ from helpers import (
     quantiser,
     random_tokens,
     refused,
-    resized,
     scrambled,
     seeded,
     small_codec,
@@ -40,13 +38,9 @@ SCALES = ((1, 1), (2, 2), (3, 4))
 # The quantiser
 
 
-def area(inputs, outputs):
-    """(outputs, inputs): the mean of the cells that an output cell covers, also in part."""
-    matrix = torch.zeros(outputs, inputs, dtype=torch.float64)
-    for i in range(outputs):
-        start, stop = i * inputs // outputs, -(-(i + 1) * inputs // outputs)
-        matrix[i, start:stop] = 1 / (stop - start)
-    return matrix
+def resized(maps, size, mode):
+    """maps (C, h, w) -> (C, *size)."""
+    return F.interpolate(maps[None], size, mode=mode)[0]
 
 
 def slow_contribution(codec, tokens, k, scales, hidden=None):
@@ -54,14 +48,14 @@ def slow_contribution(codec, tokens, k, scales, hidden=None):
     codes = codec["codebook"][tokens]
     if hidden is not None:
         codes[hidden] = 0
-    codes = resized(codes.T.unflatten(1, scales[k]), scales[-1], bicubic)
+    codes = resized(codes.T.unflatten(1, scales[k]), scales[-1], "bicubic")
     nearest = np.abs(np.linspace(1 / 12, 11 / 12, 4) - k / max(1, len(scales) - 1)).argmin()
     return (codes + F.conv2d(codes, **codec["phi"][nearest], padding=1)) / 2
 
 
 def slow_row(maps, size):
     """(C, h, w), resized -> (h_k w_k, C), a row of features."""
-    return resized(maps, size, area).flatten(1).T
+    return resized(maps, size, "area").flatten(1).T
 
 
 def slow_quantise(codec, feature, scales):
@@ -140,9 +134,12 @@ def straight(codec, f_hat, weights):
 
 def through_cells(gradient, size):
     """A map's gradient (C, h, w), carried back through the cells' means, enlarged."""
-    sides = zip(gradient.shape[1:], size)
-    rows, columns = (bicubic(cells, side) @ area(side, cells) for side, cells in sides)
-    return rows.T @ gradient @ columns
+
+    def enlarged(maps):
+        return resized(resized(maps, size, "area"), maps.shape[1:], "bicubic")
+
+    _, carry_back = torch.func.vjp(enlarged, gradient)
+    return carry_back(gradient)[0]
 
 
 @given(pyramids(3, 3), st.integers(1, 6), st.data(), st.floats(0, 2), seeds)
