@@ -156,23 +156,19 @@ def test_losses_are_cross_entropies(scales, is_causal, kind, seed):
     labels, inputs, *masked = arguments(params, 2, seed)
     tokens = random_tokens(2, scales, 5, seed)
 
-    def entropy(logits):
-        return -logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-
-    expected = entropy(hmar.next_scale_logits(params, labels, inputs, is_causal, tokens))
-    hidden = entropy(hmar.masked_logits(params, labels, inputs, *masked, tokens))
+    logits = hmar.next_scale_logits(params, labels, inputs, is_causal, tokens)
+    every = F.cross_entropy(logits.mT, tokens, reduction="none")
+    logits = hmar.masked_logits(params, labels, inputs, *masked, tokens)
+    hidden = F.cross_entropy(logits.mT, tokens, reduction="none")
     hidden = hidden[:, len(params["start"]) :][masked[-1]]
     ours = hmar.next_scale_losses(params, labels, tokens, inputs, is_causal)
     ours_hidden = hmar.masked_losses(params, labels, tokens, inputs, *masked)
-    pairs = [(ours, expected), (ours_hidden, hidden)]
-    gradients = []
-    for losses in zip(*pairs):
-        total = sum(loss.square().sum() for loss in losses)
-        gradients.append(torch.autograd.grad(total, leaves, materialize_grads=True))
-    for loss, truth in pairs:
+    for loss, truth in ((ours, every), (ours_hidden, hidden)):
         close(loss, truth)
-    for gradient, truth in zip(*gradients):
-        close(gradient, truth, 1e-9)
+        totals = loss.square().sum(), truth.square().sum()
+        gradients = (torch.autograd.grad(x, leaves, materialize_grads=True) for x in totals)
+        for gradient, expected in zip(*gradients):
+            close(gradient, expected, 1e-9)
 
 
 @given(pyramids(), st.integers(0, 99), seeds)
@@ -357,19 +353,18 @@ def test_something_else_than_a_transformer_is_refused():
 
 
 def test_bad_arguments_are_named():
-    call = dict(zip(("labels", "inputs", "own_inputs", "mask"), arguments(PARAMS, 2)))
-    for name, fits in call.items():
-        bad = [fits[None], fits[..., None]]
-        bad += [] if name == "labels" else [fits[:, 1:], fits[:, :1], fits[..., 1:]]
-        for wrong in (call | {name: value} for value in bad):
-            refused(f"^{name}: got .*, expected ", hmar.masked_logits, PARAMS, **wrong)
-            if name in ("labels", "inputs"):
-                del wrong["own_inputs"], wrong["mask"]
-                refused(f"^{name}: got .*, expected ", hmar.next_scale_logits, PARAMS, **wrong)
+    labels, inputs, own, mask = given = arguments(PARAMS, 2)
+    for call, fits in ((hmar.masked_logits, given), (hmar.next_scale_logits, given[:2])):
+        for i, name in zip(range(len(fits)), ("labels", "inputs", "own_inputs", "mask")):
+            x, before, after = fits[i], fits[:i], fits[i + 1 :]
+            bad = [x[None], x[..., None]]
+            bad += [x[:, 1:], x[:, :1], x[..., 1:]] if i else []
+            for other in bad:
+                refused(f"^{name}: got .*, expected ", call, PARAMS, *before, other, *after)
 
-    labels, inputs, _, mask = call.values()
-    for bad in (dict(labels=labels - 4), dict(labels=labels + 4), dict(mask=mask.double())):
+    rest = inputs, own
+    for bad in ((labels - 4, *rest, mask), (labels + 4, *rest, mask), (labels, *rest, own[..., 0])):
         with pytest.raises((IndexError, RuntimeError), match="index|boolean"):  # torch's
-            hmar.masked_logits(PARAMS, **call | bad)
+            hmar.masked_logits(PARAMS, *bad)
     given = PARAMS, "next_scale", labels, inputs
     refused("^inputs: got .* 10, 4", hmar.branch_features, *given, k=1)  # of all scales
