@@ -188,17 +188,6 @@ def test_training_pass(scales, batch, data, commitment, seed):
     assert codes_gradient is None
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), seeds)
-def test_dead_codes_are_replaced_by_residuals(chosen, seed):
-    codebook, residuals = normal(len(chosen), 3), [normal(2, n, 3, seed=n) for n in (1, 4)]
-    generator = torch.Generator().manual_seed(seed)
-    revived, dead = tokenizer.revive_codes(codebook, torch.tensor(chosen), residuals, generator)
-    assert dead.tolist() == [count == 0 for count in chosen]
-    assert torch.equal(revived[~dead], codebook[~dead])
-    vectors = torch.cat([residual.flatten(0, 1) for residual in residuals]).tolist()
-    assert all(code in vectors for code in revived[dead].tolist())
-
-
 # Published weights
 
 
