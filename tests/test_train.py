@@ -459,8 +459,8 @@ def test_drawings_take_fewer_steps_and_scales_than_images_of_ones_own():
 
 
 def plain_cells(maps):
-    """Means over 4 x 4 of (..., H, W)."""
-    return maps.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 4)).mean((-3, -1))
+    """Means over 4 x 4 of (B, C, H, W)."""
+    return F.avg_pool2d(maps, 4)
 
 
 def plain_hues(images):
@@ -471,7 +471,7 @@ def plain_hues(images):
 def plain_texture(images):
     ones = torch.ones(3, 1, 3, 3)
     sums, counts = (F.conv2d(x, ones, padding=1, groups=3) for x in (images, images * 0 + 1))
-    return (plain_cells((images - sums / counts).square().sum(1)) + 1e-4).sqrt()
+    return (plain_cells((images - sums / counts).square().sum(1, True)) + 1e-4).sqrt()
 
 
 def plain_perceptual(levels, *pair):
@@ -657,7 +657,10 @@ def test_init_fits_classes_scales_and_branches(capsys):
 
 def test_a_given_tokenizer_is_taken_or_trained_on(refused):
     torch.save(CODEC, "given.pt")
-    run("run", *SHORT, "--tokenizer", "given.pt")
+    with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
+        run("run", *SHORT, "--tokenizer", "given.pt")
+    schedules = [call.kwargs.get("schedule") for call in generate.call_args_list]
+    assert schedules == [None, 1]  # the masked stage draws by its branch
     assert difference(torch.load("run/tokenizer.pt"), CODEC) == 0
     assert {line["stage"] for line in lines_of("run")} == {"next-scale", "masked"}
     tokens, held_out = np.load("run/tokens.npy"), prepared("run")
@@ -722,13 +725,6 @@ def test_prepared_images_stay_where_their_data_is_gone(refused):
     assert contents("run") == before
 
 
-def test_the_masked_stage_draws_by_its_branch():
-    with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
-        run("run", *SHORT)
-    schedules = [call.kwargs.get("schedule") for call in generate.call_args_list]
-    assert {None, 1} == set(schedules) and schedules[-1] == 1
-
-
 def test_other_flags_or_images_are_refused(base, out, refused):
     assert refused(out, "--seed", 3, "--flip") == (
         f"train.py: {out}: begun with other flags or images: flip False -> True, "
@@ -767,6 +763,9 @@ def test_what_is_cut_or_of_another_run_is_refused_by_name(out, refused):
         torch.save(other, out / name)
         assert refused(out) == f"train.py: {out}/args.json: tells of another {name} than this"
         shutil.move(own, out / name)
+    torch.save(OTHER_CODEC, "other.pt")  # codes of another meaning
+    line = refused("new", "--init", out / "next-scale.pt", "--tokenizer", "other.pt")
+    assert line == f"train.py: {out}/args.json: tells of another tokenizer.pt than this"
     (out / "hmar.pt").write_bytes(b"")
     assert f"{out}/hmar.pt: " in refused(out)
     (out / "hmar.pt").unlink()
@@ -820,12 +819,6 @@ def test_what_is_passed_over_or_changed_is_told(out, folder, capsys, monkeypatch
     os.utime(f"{data}/disc/000.png")
     run(out, "--data", data)
     assert "--data: files were changed; what was prepared before is used" in capsys.readouterr().out
-
-
-def test_init_from_codes_of_another_meaning_is_refused(out, refused):
-    torch.save(CODEC, "other.pt")
-    line = refused("new", "--init", out / "next-scale.pt", "--tokenizer", "other.pt")
-    assert line == f"train.py: {out}/args.json: tells of another tokenizer.pt than this"
 
 
 def test_what_has_no_record_is_refused(refused):
