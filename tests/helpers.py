@@ -18,6 +18,8 @@ import hmar
 import tokenizer
 import train
 
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
 
 def contents(folder):
     paths = [path for path in Path(folder).rglob("*") if path.is_file()]

@@ -1,18 +1,16 @@
 """Agreement with the published systems: tiny random models of every kind, golden A."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused, visibility
+from helpers import GOLDEN, refused, visibility
 from torch.utils import _pytree as pytree
 
 import hmar
 import sample
 import tokenizer
 
-GOLDEN = Path(__file__).resolve().parent.parent.parent / "shared" / "golden"
 SCALES = ((1, 1), (2, 2), (3, 3), (4, 4))
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden files here")
 
@@ -26,9 +24,8 @@ def golden():
     return theirs | trees | dict(codec=tokenizer.from_published(states["vqvae"]))
 
 
-def near(ours, theirs, tolerance=1e-4):
-    theirs = torch.as_tensor(theirs, dtype=ours.dtype)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+def near(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_tokenizer(golden):
@@ -42,30 +39,15 @@ def test_tokenizer(golden):
     near(tokenizer.masked_inputs(codec, tokens, SCALES), theirs["mask_input"])
 
 
-def test_logits_and_losses(golden):
+def test_logits(golden):
     vq, train, labels = golden["vq"], golden["train"], golden["labels"]
-    tokens = torch.cat(vq["idx"], 1)
+    logits = hmar.next_scale_logits(golden["var"], labels, vq["var_input"], is_causal=True)
+    near(logits, train["var_logits"])
+    near(hmar.next_scale_logits(golden["nsp"], labels, vq["ns_input"]), train["nsp_logits"])
     mask = torch.zeros(2, 29, dtype=torch.bool)
     mask[:, train["mp_idx_to_mask"]] = True  # published training shares a mask over the batch
-
-    def losses(kind, branch, *inputs, **options):
-        logits = getattr(hmar, f"{branch}_logits")(golden[kind], labels, *inputs, **options)
-        name = "mp" if branch == "masked" else kind
-        near(logits, train[f"{name}_logits"])
-        return getattr(hmar, f"{branch}_losses")(golden[kind], labels, tokens, *inputs, **options)
-
-    ours = losses("var", "next_scale", vq["var_input"], is_causal=True)
-    near(ours.mean(), train["var_loss"])
-    ours = losses("hmar", "masked", vq["ns_input"], vq["mask_input"], mask)
-    near(ours.mean(), train["mp_loss"])
-
-    ours = losses("nsp", "next_scale", vq["ns_input"])
-    near(ours.mean(), train["nsp_loss_uniform"])
-    weights = hmar.scale_weights(SCALES, "lognormal")
-    near(weights.double(), train["lognorm_weight"], 1e-6)
-    near((ours * weights).sum(1).mean(), train["nsp_loss_lognorm"])
-    by_scale = (ours * hmar.scale_weights(SCALES, "scale")).sum(1).mean()
-    near(by_scale * len(SCALES), train["nsp_loss_equal"], 1e-3)  # a sum over scales there
+    given = labels, vq["ns_input"], vq["mask_input"], mask
+    near(hmar.masked_logits(golden["hmar"], *given), train["mp_logits"])
 
 
 ONE_PASS, REFINED = ((1,), (4,), (9,), (16,)), ((1,), (1, 3), (1, 3, 5), (16,))
