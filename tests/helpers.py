@@ -158,9 +158,6 @@ def arguments(params, batch, seed=0):
     return labels, *features, torch.rand(shape[:2], generator=generator) < 0.5
 
 
-CODEC_SIZES = SMALL | dict(codes=11, code_dim=4, multipliers=(1, 2), attention=False)
-
-
 def status_of(main, *flags):
     """The exit status of a command."""
     try:

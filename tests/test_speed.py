@@ -6,7 +6,7 @@ from unittest import mock
 import benchmark
 import pytest
 import torch
-from helpers import CODEC_SIZES, arguments, random_tokens, tree
+from helpers import arguments, random_tokens, small_codec, tree
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ import tokenizer
 import train
 
 SCALES = ((1, 1), (2, 2), (4, 4))
-CODEC = tokenizer.init(**CODEC_SIZES)
+CODEC = small_codec(codes=11, code_dim=4, multipliers=(1, 2), attention=False)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
