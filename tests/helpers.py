@@ -114,34 +114,19 @@ def small_codec(**options):
     return tokenizer.init(**SMALL | options)
 
 
-def tree(
-    scales=((1, 1), (2, 2), (2, 3)),
-    *,
-    depth=2,
-    masked=1,
-    own_input=True,
-    convolutions=False,
-    neighbours=False,
-    heads=2,
-    classes=3,
-    codes=5,
-    code_dim=4,
-    random=True,
-    seed=0,
-):
+def tree(scales=((1, 1), (2, 2), (2, 3)), masked=1, own_input=True, random=True, **options):
     """A transformer of width 16 a head, its masked branch of `masked` blocks, none if 0.
 
     random: float64, leaves far from their initial values, temperatures around their limit.
     """
-    sizes = dict(depth=depth, classes=classes, codes=codes, code_dim=code_dim, heads=heads)
-    sizes |= dict(width=16 * heads, scales=scales, convolutions=convolutions, neighbours=neighbours)
-    params = hmar.init(**sizes, seed=seed)
+    sizes = dict(depth=2, classes=3, codes=5, code_dim=4, heads=2, seed=0) | options
+    params = hmar.init(**sizes, scales=scales, width=16 * sizes["heads"])
     if masked:
         params = hmar.add_masked_branch(params, masked, own_input)
     if not random:
         return params
 
-    params = scrambled(params, seed)
+    params = scrambled(params, sizes["seed"])
     for name, leaf in named_leaves(params).items():
         if "temperature" in name:
             leaf.copy_(2.5 + 10 * leaf.abs())

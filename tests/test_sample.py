@@ -3,7 +3,6 @@
 import copy
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -452,7 +451,7 @@ def run_folder(folder, params=PARAMS, name="hmar.pt", **record):
     folder.mkdir(exist_ok=True)
     torch.save(pytree.tree_map(odd, params), folder / name)
     torch.save(pytree.tree_map(odd, CODEC), folder / "tokenizer.pt")
-    (folder / "args.json").write_text(json.dumps(record))
+    sample.write_json(folder / "args.json", record)
 
 
 def scaled(tree, factor):

@@ -577,12 +577,10 @@ def test_held_out_numbers_are_of_saved_weights(base):
     assert np.array_equal(np.load(base / "tokens.npy")[:3, 0], tokens)
     errors = tokenizer.decode(codec, tokens, SCALES) - images
     inputs = tokenizer.next_scale_inputs(codec, tokens, SCALES)
-    logits = hmar.next_scale_logits(params, labels, inputs, tokens=tokens)
-    surprise = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    surprise = hmar.next_scale_losses(params, labels, tokens, inputs).mean()
     mask = torch.rand(3, 36, generator=train.generator_of("held-out mask")) < 0.5
     own_inputs = tokenizer.masked_inputs(codec, tokens, SCALES, mask)
-    logits = hmar.masked_logits(params, labels, inputs, own_inputs, mask, tokens)[:, 1:][mask]
-    wrong = F.cross_entropy(logits, tokens[:, 1:][mask], reduction="sum")
+    wrong = hmar.masked_losses(params, labels, tokens, inputs, own_inputs, mask).sum()
 
     best = {}
     expected = errors.square().mean(), surprise, wrong / (0.5 * mask.numel())
@@ -704,9 +702,9 @@ def test_a_stage_is_finished_while_its_file_exists(base, out):
     np.save(out / "tokens.npy", np.zeros_like(np.load(out / "tokens.npy")))
     (out / "next-scale.pt").write_bytes(b"of another")
     (out / "tokenizer.pt").unlink()
-    record = json.loads((out / "args.json").read_text())
+    record = sample.read_json(out / "args.json")
     record["digests"]["tokenizer.pt"] = "another"
-    (out / "args.json").write_text(json.dumps(record))
+    sample.write_json(out / "args.json", record)
     run(out)
     for name in "args.json", "tokens.npy", "next-scale.pt", "hmar.pt":
         assert (out / name).read_bytes() == (base / name).read_bytes()
@@ -796,9 +794,9 @@ def test_what_is_cut_or_of_another_run_is_refused_by_name(out, refused):
 
     os.truncate(out / "labels.npy", 0)
     assert f"{out}/labels.npy: " in refused(out)
-    record = json.loads((out / "args.json").read_text())
+    record = sample.read_json(out / "args.json")
     for name in ("flags", "class_names", "count", "digests"):
-        (out / "args.json").write_text(json.dumps(record | {name: 1.5}))
+        sample.write_json(out / "args.json", record | {name: 1.5})
         assert f"{out}/args.json: {name}: got 1.5" in refused(out)
 
 
