@@ -28,7 +28,7 @@ triton = kernels.triton
 needs_kernels = pytest.mark.skipif(triton is None, reason="no Triton")
 parametrize = pytest.mark.parametrize
 both_patterns = parametrize("is_causal", [False, True])
-search = settings(max_examples=25, deadline=None, derandomize=True)
+search = settings(derandomize=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
