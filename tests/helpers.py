@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -33,13 +34,6 @@ def lengths(scales):
 def scale_of_tokens(scales):
     """(L,) int64."""
     return torch.repeat_interleave(torch.tensor(lengths(scales)))
-
-
-def visibility(scales, is_causal):
-    """(L, L) bool: whether token i sees token j."""
-    scale_of = scale_of_tokens(scales)
-    own = scale_of[:, None]
-    return own >= scale_of if is_causal else own == scale_of
 
 
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -229,7 +223,7 @@ def published(params):
             state[name.replace("q_bias", "zero_k_bias")] = torch.zeros_like(leaf)
 
     scales = hmar.scales(params)
-    mask = torch.where(visibility(scales, not is_combined), 0.0, -torch.inf).to(rows.dtype)
+    mask = benchmark.dense_mask(lengths(scales), not is_combined, rows.dtype)
     buffers = dict(lvl_1L=scale_of_tokens(scales)[None], attn_bias_for_masking=mask[None, None])
     return state | buffers
 

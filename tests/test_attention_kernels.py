@@ -7,11 +7,12 @@ import subprocess
 import tempfile
 from unittest import mock
 
+import benchmark
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import refused, visibility
+from helpers import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,6 +77,11 @@ def inputs(block_lengths, batch=1, heads=1, head_dim=16, dtype=EXACT, layout="qk
     else:  # all heads in one place
         qkv = draw(3, batch, 1, tokens, head_dim).expand(-1, -1, heads, -1, -1)
     return *qkv, draw(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def visibility(block_lengths, is_causal):
+    """(L, L) bool: whether token i sees token j."""
+    return benchmark.dense_mask(block_lengths, is_causal).cpu() == 0
 
 
 def run(tensors, *pattern, attention=block_sparse_attention):
@@ -199,7 +205,7 @@ def test_the_table_walks_as_little_as_it_can(data):
     is_causal, transposed, rows, columns = map(data.draw, pattern)
     table, _ = tile_table(block_lengths, is_causal, transposed, rows, columns)
 
-    visible = visibility([(1, n) for n in block_lengths], is_causal).numpy()
+    visible = visibility(block_lengths, is_causal).numpy()
     if transposed:
         visible = visible.T
     edges = [0, *itertools.accumulate(block_lengths)]
@@ -257,7 +263,7 @@ def test_nan_stays_where_it_is_seen(is_causal, poison, which, scale):
         clean, got = (run(x, *pattern) for x in (tensors, bad))
 
     # the queries that it reaches, and by way of them the keys
-    visible = visibility([(1, n) for n in block_lengths], is_causal)
+    visible = visibility(block_lengths, is_causal)
     queries = torch.arange(len(visible)) == poisoned
     if which in (1, 2):
         queries = visible[:, poisoned]

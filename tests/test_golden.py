@@ -2,9 +2,10 @@
 
 import json
 
+import benchmark
 import pytest
 import torch
-from helpers import GOLDEN, refused, visibility
+from helpers import GOLDEN, refused
 from torch.utils import _pytree as pytree
 
 import hmar
@@ -76,7 +77,7 @@ def layout(kind):
     for name, (dtype, _, *shape) in layouts[kind].items():
         state[name] = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
     if "attn_bias_for_masking" in state:
-        mask = torch.where(visibility(hmar.SCALES[256], kind == "var"), 0.0, -torch.inf)
+        mask = benchmark.dense_mask(tokenizer.lengths(hmar.SCALES[256]), kind == "var")
         state["attn_bias_for_masking"] = mask[None, None]
     return state
 

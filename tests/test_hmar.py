@@ -24,7 +24,6 @@ from helpers import (
     scale_of_tokens,
     seeded,
     tree,
-    visibility,
 )
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -81,11 +80,9 @@ def slow_logits(params, label, inputs, tokens, is_causal=False, own_inputs=None,
         own[hidden] += branch["mask_embedding"]
         later = later + own
     condition = params["classes"][label]
-    x = torch.cat([condition + params["start"], later])
-    x = x + torch.cat([grid.flatten(0, 1) for grid in params["positions"]])
-    x = x + params["levels"][scale_of_tokens(scales)]
+    x = torch.cat([condition + params["start"], later]) + benchmark.dense_places(params)
 
-    mask = torch.where(visibility(scales, is_causal), 0.0, -torch.inf).double()
+    mask = benchmark.dense_mask(lengths(scales), is_causal, torch.float64)
     for block in params["trunk"] + branch["blocks"]:
         depthwise = block.get("depthwise")
         if depthwise:
