@@ -340,8 +340,7 @@ def test_each_image_is_edited_as_alone(params, options):
 
 
 def test_where_the_head_looks_edits_take_a_masked_pass_and_samples_none():
-    params = tree(SCALES, codes=16, code_dim=8, neighbours=True)
-    params = pytree.tree_map(torch.Tensor.float, params)
+    params = tree(SCALES, codes=16, code_dim=8, neighbours=True, random=False)
     given = params, CODEC, picture(3), HALF, LABELS
     assert torch.equal(sample.edit(*given), sample.edit(*given, schedule=1))
     assert not torch.equal(sample.edit(*given), sample.edit(*given, schedule=0))

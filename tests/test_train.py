@@ -458,19 +458,14 @@ def test_drawings_take_fewer_steps_and_scales_than_images_of_ones_own():
 # What the stages compute
 
 
-def plain_cells(maps):
-    """Means over 4 x 4 of (B, C, H, W)."""
-    return F.avg_pool2d(maps, 4)
-
-
 def plain_hues(images):
-    red, green, blue = plain_cells(images).unbind(1)
+    red, green, blue = F.avg_pool2d(images, 4).unbind(1)
     return torch.stack([red - blue, 2 * green - red - blue])
 
 
 def plain_texture(images):
     rest = images - F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    return (plain_cells(rest.square().sum(1, True)) + 1e-4).sqrt()
+    return (F.avg_pool2d(rest.square().sum(1, True), 4) + 1e-4).sqrt()
 
 
 def plain_perceptual(levels, *pair):
@@ -755,7 +750,8 @@ def test_what_is_cut_or_of_another_run_is_refused_by_name(out, refused):
     with open(out / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert refused(out) == f"train.py: {out}: another process works there"
-    for name, other in (("hmar.pt", scaled(out / "hmar.pt")), ("tokenizer.pt", OTHER_CODEC)):
+    params = pytree.tree_map(torch.neg, torch.load(out / "hmar.pt"))
+    for name, other in (("hmar.pt", params), ("tokenizer.pt", OTHER_CODEC)):
         own = shutil.move(out / name, out / "own.pt")
         torch.save(other, out / name)
         assert refused(out) == f"train.py: {out}/args.json: tells of another {name} than this"
@@ -798,10 +794,6 @@ def test_what_is_cut_or_of_another_run_is_refused_by_name(out, refused):
     for name in ("flags", "class_names", "count", "digests"):
         sample.write_json(out / "args.json", record | {name: 1.5})
         assert f"{out}/args.json: {name}: got 1.5" in refused(out)
-
-
-def scaled(path):
-    return pytree.tree_map(lambda leaf: 2 * leaf, torch.load(path))
 
 
 def test_what_is_passed_over_or_changed_is_told(out, folder, capsys, monkeypatch):
