@@ -334,6 +334,17 @@ def test_compiles_as_one_graph(is_causal):
         torch.testing.assert_close(compiled(*tensors[:3], (1, 3, 12), is_causal), expected[0])
 
 
+@needs_kernels
+@both_patterns
+def test_operators_pass_opcheck(is_causal):
+    *tensors, output_gradient = inputs((1, 4), 1, 2, 16, torch.float32)
+    pattern = ((1, 4), is_causal, 0.25)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    torch.library.opcheck(kernels._forward, (*leaves, *pattern))
+    saved = [*tensors, *kernels._forward(*tensors, *pattern)]
+    torch.library.opcheck(kernels._backward, (saved, output_gradient, *pattern))
+
+
 @parametrize("has_kernels", [False, pytest.param(True, marks=needs_kernels)])
 def test_autocast_casts(has_kernels, monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", has_kernels and DEVICE == "cpu")
