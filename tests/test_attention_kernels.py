@@ -197,21 +197,27 @@ def test_plain_products_where_fused_ones_are_slow(is_causal, pytorch_path, monke
 
 @settings(search, max_examples=100)
 @given(st.data())
-def test_the_table_walks_as_little_as_it_can(data):
+def test_the_table_covers_every_pair_once(data):
     some = st.lists(st.one_of(length, st.integers(1, 300)), min_size=1, max_size=12)
     giant = st.sampled_from([[], [1024], [1] * 150])
     block_lengths = (*data.draw(some), *data.draw(giant))
     pattern = st.booleans(), st.booleans(), sizes, st.sampled_from([32, 64])
     is_causal, transposed, rows, columns = map(data.draw, pattern)
-    table, _ = tile_table(block_lengths, is_causal, transposed, rows, columns)
+    table, bounds = tile_table(block_lengths, is_causal, transposed, rows, columns)
 
     visible = visibility(block_lengths, is_causal).numpy()
     if transposed:
         visible = visible.T
+    (low, high), column = bounds.numpy()[..., None], np.arange(len(visible))
+    assert ((low <= column) & (column < high) == visible).all()
+
     edges = [0, *itertools.accumulate(block_lengths)]
     block = np.repeat(np.arange(len(block_lengths)), block_lengths)
-    work = []
+    seen, work = np.zeros(visible.shape, int), []
     for start, stop, full_start, full_stop, masked_start, masked_stop in table.tolist():
+        seen[start:stop, full_start:full_stop] += 1
+        own = np.s_[start:stop, masked_start:masked_stop]
+        seen[own] += visible[own]
         full, masked = full_stop - full_start, masked_stop - masked_start
         first, last = block[[start, stop - 1]]
         assert stop - start <= rows and (start - edges[first]) % rows == 0
@@ -219,7 +225,7 @@ def test_the_table_walks_as_little_as_it_can(data):
         assert full % columns == 0 and full + masked == visible[start:stop].any(0).sum()
         assert first != last or masked < columns  # of a single block no more than a tail
         work.append(full + masked)
-    assert work == sorted(work, reverse=True)
+    assert (seen == visible).all() and work == sorted(work, reverse=True)
 
     # one more block would not have fitted
     firsts = np.unique(block[table[:, 0]]).tolist()

@@ -25,50 +25,99 @@ def golden():
     return theirs | trees | dict(codec=tokenizer.from_published(states["vqvae"]))
 
 
-def near(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+def near(ours, theirs, tolerance=1e-4):
+    theirs = torch.as_tensor(theirs, dtype=ours.dtype)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 def test_tokenizer(golden):
     theirs, codec = golden["vq"], golden["codec"]
     tokens = tokenizer.encode(codec, golden["images"], SCALES)
     assert torch.equal(tokens, torch.cat(theirs["idx"], 1))
-    near(tokenizer.encode_features(codec, golden["images"]), theirs["f"])
+    features = tokenizer.encode_features(codec, golden["images"])
+    near(features, theirs["f"])
+    ours = tokenizer.quantise(codec, features, SCALES)
+    for (_, own, f_hat), index, expected in zip(ours, theirs["idx"], theirs["f_hat"], strict=True):
+        assert torch.equal(own, index)
+        near(f_hat, expected)
+    near(tokenizer.accumulate(codec, tokens, SCALES), theirs["f_hat"][-1])
     near(tokenizer.decode(codec, tokens, SCALES), theirs["rec"])
     for name in ("var_input", "ns_input"):
         near(tokenizer.next_scale_inputs(codec, tokens, SCALES), theirs[name])
     near(tokenizer.masked_inputs(codec, tokens, SCALES), theirs["mask_input"])
 
 
-def test_logits(golden):
+def test_logits_and_losses(golden):
     vq, train, labels = golden["vq"], golden["train"], golden["labels"]
-    logits = hmar.next_scale_logits(golden["var"], labels, vq["var_input"], is_causal=True)
-    near(logits, train["var_logits"])
-    near(hmar.next_scale_logits(golden["nsp"], labels, vq["ns_input"]), train["nsp_logits"])
+    tokens = torch.cat(vq["idx"], 1)
     mask = torch.zeros(2, 29, dtype=torch.bool)
     mask[:, train["mp_idx_to_mask"]] = True  # published training shares a mask over the batch
-    given = labels, vq["ns_input"], vq["mask_input"], mask
-    near(hmar.masked_logits(golden["hmar"], *given), train["mp_logits"])
+
+    def losses(kind, branch, *inputs, **options):
+        logits = getattr(hmar, f"{branch}_logits")(golden[kind], labels, *inputs, **options)
+        name = "mp" if branch == "masked" else kind
+        near(logits, train[f"{name}_logits"])
+        return getattr(hmar, f"{branch}_losses")(golden[kind], labels, tokens, *inputs, **options)
+
+    ours = losses("var", "next_scale", vq["var_input"], is_causal=True)
+    near(ours.mean(), train["var_loss"])
+    ours = losses("hmar", "masked", vq["ns_input"], vq["mask_input"], mask)
+    near(ours.mean(), train["mp_loss"])
+
+    ours = losses("nsp", "next_scale", vq["ns_input"])
+    near(ours.mean(), train["nsp_loss_uniform"])
+    weights = hmar.scale_weights(SCALES, "lognormal")
+    near(weights.double(), train["lognorm_weight"], 1e-6)
+    near((ours * weights).sum(1).mean(), train["nsp_loss_lognorm"])
+    by_scale = (ours * hmar.scale_weights(SCALES, "scale")).sum(1).mean()
+    near(by_scale * len(SCALES), train["nsp_loss_equal"], 1e-3)  # a sum over scales there
 
 
+ONE_PASS, REFINED = ((1,), (4,), (9,), (16,)), ((1,), (1, 3), (1, 3, 5), (16,))
 PUBLISHED = dict(mask_guidance=0, soften=0, temperature=0)
-REFINED = dict(schedule=((1,), (1, 3), (1, 3, 5), (16,)))
-SAMPLES = dict(
-    var=dict(is_causal=True),
-    nsp={},
-    hmar_nomask=dict(schedule=0),
-    hmar_mask_argmax=REFINED,
-    hmar_mask_argmax_k5=REFINED | dict(top_k=5),
+
+
+@pytest.mark.parametrize(
+    "name, kind, options",
+    [
+        ("var", "var", dict(is_causal=True)),
+        ("nsp", "nsp", dict()),
+        ("hmar_nomask", "hmar", dict(schedule=ONE_PASS)),
+        ("hmar_mask_argmax", "hmar", dict(schedule=REFINED)),
+        ("hmar_mask_argmax_k5", "hmar", dict(schedule=REFINED, top_k=5)),
+    ],
 )
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_samples(golden, name):
-    theirs, params, codec = golden["sample"][name], golden[name.split("_")[0]], golden["codec"]
-    options = PUBLISHED | SAMPLES[name] | dict(guidance=golden["meta"]["cfg"])
-    images, tokens = sample.generate(params, codec, golden["labels"], **options)
+def test_samples(golden, name, kind, options):
+    theirs, codec = golden["sample"][name], golden["codec"]
+    options |= dict(PUBLISHED, guidance=golden["meta"]["cfg"])
+    images, tokens = sample.generate(golden[kind], codec, golden["labels"], **options)
     assert torch.equal(tokens, torch.cat(theirs["idx"], 1))
-    near(images, tokenizer.decode_features(codec, theirs["f_hat"]))
+    near(tokenizer.accumulate(codec, tokens, SCALES), theirs["f_hat"])
+    decoded = (tokenizer.decode_features(codec, theirs["f_hat"]) + 1) / 2
+    near((images + 1) / 2, theirs.get("img", decoded), 2e-4)
+
+
+def test_every_pass_of_refinement(golden):
+    """Each masked pass hides what theirs hides and draws what theirs draws."""
+    theirs = golden["sample"]["hmar_mask_argmax"]
+    models = golden["hmar"], golden["codec"], golden["labels"]
+    options = dict(PUBLISHED, guidance=golden["meta"]["cfg"], schedule=REFINED)
+    passes = sample.steps(*models, **options)
+    steps = {(step.scale, step.number): step for step in passes}
+    for k, tokens in enumerate(theirs["idx_initial"]):
+        assert torch.equal(steps[k, 0].tokens, tokens)
+    for their_pass in theirs["mask_steps"]:
+        k, number = their_pass["si"], their_pass["step"]
+        hidden = [row.nonzero().flatten().tolist() for row in steps[k, number - 1].hidden]
+        assert hidden == their_pass["masked"].sort().values.tolist()
+        assert torch.equal(steps[k, number].tokens, their_pass["idx_after"])
+
+
+def test_filters(golden):
+    logits = golden["micro"]["filter_logits"]
+    for case in golden["micro"]["filter"]:
+        top_p = case["top_p"] or 1.0  # theirs: 0 keeps all
+        assert torch.equal(sample.filter_logits(logits, case["top_k"], top_p), case["out"]), case
 
 
 def layout(kind):

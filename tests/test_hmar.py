@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from functools import partial
 
 import benchmark  # its transformer is VAR's, densely
 import numpy as np
@@ -160,6 +161,30 @@ def test_losses_are_cross_entropies(scales, is_causal, kind, seed):
             close(gradient, expected, 1e-9)
 
 
+@given(pyramids(), st.integers(0, 99), seeds)
+def test_a_token_is_seen_only_by_those_drawn_later(scales, place, seed):
+    params = tree(scales, neighbours=True, seed=seed)
+    labels, inputs, own, mask = arguments(params, 1, seed)
+    tokens, scale_of = random_tokens(1, scales, 5, seed), scale_of_tokens(scales)
+    place, wave = place % len(scale_of), torch.zeros_like(scale_of)
+    for k in range(len(scales)):
+        places = (scale_of == k).nonzero()[:, 0]
+        for number, positions in enumerate(hmar.waves(params, k)):
+            wave[places[positions]] = number
+    is_later = (scale_of == scale_of[place]) & (wave > wave[place])
+
+    changed = tokens.clone()
+    changed[0, place] = (tokens[0, place] + 1) % 5
+    for predict, call in (
+        (hmar.next_scale_logits, [inputs]),
+        (partial(hmar.next_scale_logits, is_causal=True), [inputs]),
+        (hmar.masked_logits, [inputs, own, mask]),
+    ):
+        before, after = (predict(params, labels, *call, tokens=x) for x in (tokens, changed))
+        assert torch.equal(before[0, ~is_later], after[0, ~is_later])
+        refused("^tokens: expected", predict, params, labels, *call)
+
+
 @given(pyramids(9, 6), st.sampled_from(["token", "scale", "lognormal"]))
 @example(((2, 2),), "lognormal")
 @example(((2, 3), (2, 3), (2, 3)), "lognormal")
@@ -281,6 +306,23 @@ def test_published_weights_of_any_dtype_load(scales, depth, masked, dtype):
     assert hmar.published_is_causal(without) is False
 
 
+def test_published_blocks_that_share_their_modulation_load():
+    """VAR-d36's: one layer for all, and a bias of each block's own."""
+    params = tree(masked=0, depth=3)
+    shared = params["trunk"][0]["modulation"]
+    for block in params["trunk"]:
+        block["modulation"]["weight"] = shared["weight"]
+    state = published(params) | {f"shared_ada_lin.1.{name}": shared[name] for name in shared}
+    for name in list(state):
+        if name.startswith("blocks") and "ada_lin" in name:
+            own = state.pop(name)
+            if name.endswith("bias"):
+                gates = (own - shared["bias"]).view(1, 1, 6, -1)
+                state[name.replace("ada_lin.1.bias", "ada_gss")] = gates
+    ours = hmar.from_published(state, hmar.scales(params))
+    torch.testing.assert_close(ours, pytree.tree_map(torch.Tensor.float, params))
+
+
 def misfits(state):
     """Published weights with a gap, a leaf missing or too large, or one more."""
     yield {name: state[name] for name in state if ".0." not in name}
@@ -303,7 +345,7 @@ def test_published_weights_that_do_not_fit_are_refused(state):
 
 
 def test_something_else_than_a_transformer_is_refused():
-    for other in (None, {}, {0: 1}, {"trainer": {"x": 3}}):
+    for other in (None, {}, {0: 1}, {"trainer": {"x": 3}}, PLAIN | dict(trunk=[])):
         refused("^params: no transformer's tree", hmar.check, other)
         refused("^state_dict: no transformer's", hmar.from_published, other)
     with pytest.raises(KeyError, match="masked"):

@@ -353,7 +353,7 @@ def test_pixels_under_the_mask_change_nothing(seed, share):
     generator = torch.Generator().manual_seed(seed)
     one, other, chance = (torch.rand(3, 3, 6, 8, generator=generator) for _ in range(3))
     mask = chance[:, :1] < share
-    pictures = [2 * one - 1, torch.where(mask, 1 - 2 * other, 2 * one - 1)]
+    pictures = [torch.where(mask, hidden, 2 * one - 1) for hidden in (1 - 2 * other, math.nan)]
     edits = [sample.edit(PARAMS, CODEC, images, mask, LABELS, seed=seed) for images in pictures]
     assert torch.equal(*edits)
 
@@ -425,6 +425,7 @@ def test_bad_options_are_told():
         "masked passes: got -1": dict(schedule=-1),
         "top_p: got nan": dict(top_p=math.nan),
         "rise: got -1": dict(rise=-1),
+        "labels: got 0 to 4, expected 0 to 3": dict(labels=torch.tensor([0, 4, 1])),
         "scales: got": dict(params=PARAMS | dict(positions=PARAMS["positions"][::-1])),
     }.items():
         options = dict(params=PARAMS, codec=CODEC, labels=LABELS) | options
@@ -471,6 +472,7 @@ def run(tmp_path_factory):
     Image.fromarray(sample.to_bytes(picture(1))[0]).save(folder / "photo.png")
     Image.fromarray(HALF[0, 0].numpy()).save(folder / "mask.png")
     Image.new("L", (8, 8)).save(folder / "black.png")
+    os.symlink("loop.png", folder / "loop.png")
     run_folder(folder / "plain")
     run_folder(folder / "cut")
     (folder / "cut" / "args.json").write_text("[{}]")
@@ -701,9 +703,14 @@ def test_published_weights_are_sampled_as_published():
         options = sample.published_options(params, is_causal=name == "var")
         pixels = archived(name, *flags, "--count", 2)
         assert_drawn(pixels, [2, 2], params, codec, **options)
+    for scales in ([1, 2, 3, 4], ["1x1", "1x4", "1x9", "1x16"]):  # of as many tokens
+        status = call("var", "--tokenizer", "vqvae", "--scales", *scales, "--out", "folder")
+        assert status == (0 if scales[1] == 2 else 2)
 
 
-BAD_INPUT = """
+BAD_INPUT = f"""
+. --out a.gif --labels{51 * " 0"}  --labels: got 51, expected at most 50
+. --edit loop.png --pad 0.2  missing or no regular file: loop.png
 . --labels 3  --labels: got '3', expected 0 to 2 or such as disc, ring, star
 . --top-p x  argument --top-p: invalid float value: 'x'
 . --top-p 95  top_p: got 95
