@@ -869,6 +869,8 @@ def load_models(args):
     codec, _ = load(files[1], tokenizer)
 
     record = {}
+    if origin == "HMAR" and "masked" not in params:
+        print(f"{weights}: taken for HMAR's: VAR's have attn_bias_for_masking", file=sys.stderr)
     if origin != "ours":
         options = published_options(params, is_causal=origin == "VAR")
     elif args.scales:
@@ -1031,7 +1033,10 @@ def report_errors(name):
         return
     except KeyboardInterrupt as interrupt:
         text, status = str(interrupt) or "stopped", 130
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        lacks_memory = "out of memory" in str(error) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not lacks_memory:
+            raise  # a bug
         text, status = str(error) or type(error).__name__, 2
     print(f"{name}: {replace_unprintable(text)}", file=sys.stderr)
     sys.exit(status)

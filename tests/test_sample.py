@@ -714,6 +714,7 @@ BAD_INPUT = f"""
 . --labels 3  --labels: got '3', expected 0 to 2 or such as disc, ring, star
 . --top-p x  argument --top-p: invalid float value: 'x'
 . --top-p 95  top_p: got 95
+. --count 100000000000000  can't allocate memory
 . --count 0  --count: got 0, expected 1 or more
 . --out a.gif --count 51  --count: got 51
 . --seed -1  seed: got -1
