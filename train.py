@@ -1150,10 +1150,10 @@ def load_given(args):
             raise ValueError("--init: got a tokenizer beside --tokenizer, which is not trained")
         return Given(codec, start)
 
-    if args.depth is not None:
-        raise ValueError(f"--depth: got {args.depth}, but --init decides it")
     if codec is not None:  # which those weights learned
         sample.check_digest(Path(args.init).parent, "tokenizer.pt", codec)
+    if args.depth is not None:
+        raise ValueError(f"--depth: got {args.depth}, but --init decides it")
     return Given(codec, None, start)
 
 
