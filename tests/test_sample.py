@@ -367,6 +367,10 @@ def test_hidden_pixels_become_like_their_surroundings():
     close(seen[:4], images[0, 0, 4, :4])
     close(seen[4:], [mean + (0.9 - mean) * fade for fade in (0.75, 0.5, 0.25, 0, 0)], 1e-6)
     assert (sample.replace_hidden(images, mask | True, 3) == 0).all()
+    large = torch.ones(1, 3, 300, 300, dtype=torch.float16)  # their sum is beyond its range
+    corner = torch.zeros(1, 1, 300, 300, dtype=torch.bool)
+    corner[..., 0, 0] = True
+    assert (sample.replace_hidden(large, corner, 1) == 1).all()
 
 
 def test_evidence_is_the_density_of_a_cell_seen_in_part():

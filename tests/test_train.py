@@ -460,14 +460,20 @@ def test_drawings_take_fewer_steps_and_scales_than_images_of_ones_own():
 # What the stages compute
 
 
+def plain_cells(maps):
+    """Means over 4 x 4 of (..., H, W)."""
+    return maps.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 4)).mean((-3, -1))
+
+
 def plain_hues(images):
-    red, green, blue = F.avg_pool2d(images, 4).unbind(1)
+    red, green, blue = plain_cells(images).unbind(1)
     return torch.stack([red - blue, 2 * green - red - blue])
 
 
 def plain_texture(images):
-    rest = images - F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    return (F.avg_pool2d(rest.square().sum(1, True), 4) + 1e-4).sqrt()
+    ones = torch.ones(3, 1, 3, 3)
+    sums, counts = (F.conv2d(x, ones, padding=1, groups=3) for x in (images, images * 0 + 1))
+    return (plain_cells((images - sums / counts).square().sum(1)) + 1e-4).sqrt()
 
 
 def plain_perceptual(levels, *pair):
