@@ -94,7 +94,7 @@ def steps(
 ):
     """Draws the pyramid coarse to fine; a generator of a Step after each pass (HMAR; MaskGIT).
 
-    labels (B,) int64. An option that is None is the tree's own, by `own_options`.
+    labels (B,) int64, or a list. An option that is None is the tree's own, by `own_options`.
 
     schedule: for each scale the tokens kept at each pass, or how many masked passes a scale has.
     guidance, mask_guidance: strength at the last scale, of next-scale and of masked passes; 0 turns
@@ -118,6 +118,7 @@ def steps(
         options.schedule = masked_schedule(hmar.scales(params), options.schedule)
     if isinstance(seed, (int, np.integer)):
         seed = [int(seed) + i for i in range(len(labels))]
+    labels = torch.as_tensor(labels, device=codec["codebook"].device)
     check_options(params, codec, labels, seed, options)
     # another function is the generator, so that what `check_options` refuses raises here
     return passes(params, codec, labels, seed, known, options)
@@ -205,9 +206,12 @@ def check_options(params, codec, labels, seeds, options):
     if not 0 < options.top_p <= 1:
         raise ValueError(f"top_p: got {options.top_p}, expected above 0, at most 1")
     if "masked" not in params and max(map(len, options.schedule)) > 1:
-        raise ValueError("schedule: got several passes a scale, but no masked branch")
+        raise ValueError("schedule (--mask-steps): got masked passes, but no masked branch")
     if len(options.schedule[0]) > 1:
         raise ValueError("schedule: got several passes at the first scale")
+    if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ValueError(f"labels: got {got}, expected int64, one an image")
     classes = len(params["classes"]) - 1
     # a look at values would stall an accelerator
     if labels.is_cpu and len(labels) and not 0 <= labels.min() <= labels.max() <= classes:
@@ -307,7 +311,7 @@ def masked_schedule(scales, masked_passes):
     keeps 1, then 3 masked passes 4, 5, 6.
     """
     if masked_passes < 0:
-        raise ValueError(f"masked passes: got {masked_passes}, expected 0 or more")
+        raise ValueError(f"masked passes (--mask-steps): got {masked_passes}, expected 0 or more")
     schedule = []
     for k, count in enumerate(tokenizer.lengths(scales)):
         number = min(masked_passes + 1, count) if k else 1
@@ -665,7 +669,7 @@ def whole_number(least):
     def whole(text):
         number = int(text)
         if not least <= number < 2**48:
-            raise argparse.ArgumentTypeError(f"got {text}, expected {least} or more")
+            raise argparse.ArgumentTypeError(f"got {text}, expected {least} or more, below 2^48")
         return number
 
     return whole
@@ -682,7 +686,8 @@ def positive(text):
 def scale_pair(text):
     """Of a parser: "4" or "2x3" -> (height, width)."""
     height, _, width = text.partition("x")
-    return int(height), int(width or height)
+    side = whole_number(1)
+    return side(height), side(width or height)
 
 
 class Job(NamedTuple):
@@ -775,7 +780,7 @@ def write_sheet(out, job):
 
 
 def write_folder(out, job):
-    """Draws what is missing of number-label.png in a folder; packs them if out is an .npz.
+    """Draws batches of which number-label.png is missing in a folder; packs all if out is an .npz.
 
     Under torchrun each process draws its share; whoever then finds all of them packs.
     """
@@ -784,14 +789,19 @@ def write_folder(out, job):
     labels = job.labels.tolist()
     paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
     check_folder(folder, job.settings)
-    missing = [i for i in range(rank(), len(paths), world()) if not paths[i].exists()]
+    share = range(rank(), len(paths), world())
 
     def write(i, pixels):
+        if paths[i].exists():
+            return
         with whole_file(paths[i]) as file:
             Image.fromarray(pixels).save(file, "PNG")
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        for numbers in split_numbers(job, missing):
+        for numbers in split_numbers(job, share):
+            if all(paths[i].exists() for i in numbers):
+                continue
+            # the whole batch again: another one would round otherwise
             (images,) = draw_frames(job, numbers)
             begin_folder(folder, job.settings)  # here, lest options that fail leave a folder
             list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
@@ -915,12 +925,18 @@ def photo_and_mask(args, size):
     if not args.edit or not (args.mask or 0 < args.pad < 0.5):
         raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
 
-    photo = ImageOps.fit(read_image(args.edit, 2 * max(size)), size, Image.LANCZOS)
+    photo = read_image(args.edit)
     if args.mask:
+        # on one grid, whose cells of times x times become a pixel of the model's: what is shown is
+        # then a mean of shown pixels alone; at least 4, lest lines of small photos break
         mask = read_image(args.mask).convert("L")
-        times = math.ceil(max(mask.width / size[0], mask.height / size[1]))
-        mask = ImageOps.fit(mask, [times * side for side in size], Image.NEAREST)
+        ratios = [min(image.width / size[0], image.height / size[1]) for image in (photo, mask)]
+        times = math.ceil(max(4, *ratios))
+        grid = [times * side for side in size]
+        photo, mask = (ImageOps.fit(image, grid, Image.NEAREST) for image in (photo, mask))
+        photo = photo.reduce(times)
     else:
+        photo = ImageOps.fit(photo, size, Image.LANCZOS)
         border = tuple(max(1, int(side * args.pad)) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
         photo = ImageOps.expand(photo.resize(inner), border, "grey")
@@ -1055,7 +1071,8 @@ def main(argv=None):
         job = read_job(args)
         write = write_folder if job.kind == "folder" else write_sheet
         write(args.out, job)
-        print(f"wrote {args.out}")
+        if args.out.exists():  # under torchrun the last process packs an .npz
+            print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -422,14 +422,15 @@ def test_bad_options_are_told():
         r"schedule: .*got \[1, 4\], expected \[1, 4, 12\]": dict(schedule=[[1], [4]]),
         r"codec: .*got \(32, 8\), expected \(16, 8\)": dict(codec=small_codec(codes=32)),
         "seed: .*got 2, expected 3": dict(seed=[1, 2]),
-        "schedule: got .* no masked branch": dict(params=PLAIN, schedule=1),
+        r"schedule \(.*: got .* no masked branch": dict(params=PLAIN, schedule=1),
         "schedule: got .* at the first scale": dict(schedule=[[1, 0], [4], [12]]),
         "logits: got nan": dict(soften=math.nan),
-        "schedule: got several .* no masked branch": dict(is_causal=True, schedule=1),
-        "masked passes: got -1": dict(schedule=-1),
+        r"schedule \(--mask-steps\): got .* no masked": dict(is_causal=True, schedule=1),
+        r"masked passes \(--mask-steps\): got -1": dict(schedule=-1),
         "top_p: got nan": dict(top_p=math.nan),
         "rise: got -1": dict(rise=-1),
-        "labels: got 0 to 4, expected 0 to 3": dict(labels=torch.tensor([0, 4, 1])),
+        "labels: got 0 to 4, expected 0 to 3": dict(labels=[0, 4, 1]),
+        "labels: got torch.float32": dict(labels=[0.0, 1.0, 1.0]),
         "scales: got": dict(params=PARAMS | dict(positions=PARAMS["positions"][::-1])),
     }.items():
         options = dict(params=PARAMS, codec=CODEC, labels=LABELS) | options
@@ -534,7 +535,7 @@ def test_the_command_draws_the_same_images_in_every_form(run):
 def test_an_interrupted_folder_goes_on_in_two_processes(run, capsys, monkeypatch):
     """Files are written two at a time; whoever then finds all of them there packs them."""
     together, whole_file = threading.Barrier(2), sample.whole_file
-    flags = (run, "--count", 2, "--out", "a.npz")
+    flags = (run, "--count", 4, "--out", "a.npz")
 
     def write_together(path):
         if path.suffix == ".png":
@@ -556,18 +557,22 @@ def test_an_interrupted_folder_goes_on_in_two_processes(run, capsys, monkeypatch
     assert stopped([KeyboardInterrupt], 130, "^sample.py: stopped\n$") == 0
     assert contents(".") == {}
     assert stopped([some, MemoryError], 2, "^sample.py: MemoryError\n$") == 2
-    assert stopped([some], 2, "^sample.py: .*/000002-1.png: cannot be written: ", room=20) == 2
+    assert stopped([some], 2, "^sample.py: .*/000002-0.png: cannot be written: ", room=20) == 2
     with pytest.raises(KeyError):  # a bug shows its traceback
         stopped([KeyError], None, "")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, seeds in (("1", [3, 5]), ("0", [2, 4])):
+    monkeypatch.setattr(sample, "whole_file", whole_file)
+    before = os.stat("a/000001-0.png").st_ino
+    for rank, batches in (("1", [[1, 3], [5, 7], [9, 11]]), ("0", [[0, 2], [4, 6], [8, 10]])):
         assert not Path("a.npz").exists()
         monkeypatch.setenv("RANK", rank)
         with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
             assert call(*flags) == 0
-        assert [made.kwargs["seed"] for made in generate.call_args_list] == [seeds]
-    assert_drawn(np.load("a.npz")["arr_0"], [0, 0, 1, 1, 2, 2])
+        assert [made.kwargs["seed"] for made in generate.call_args_list] == batches
+        assert ("wrote a.npz" in capsys.readouterr().out) == (rank == "0")
+    assert os.stat("a/000001-0.png").st_ino == before  # though it was drawn again beside 3
+    assert_drawn(np.load("a.npz")["arr_0"], [0] * 4 + [1] * 4 + [2] * 4)
 
 
 def test_a_folder_is_of_one_setting(run, capsys):
@@ -622,6 +627,23 @@ def test_the_command_edits(run):
     for pixels in archived(*edit, "--pad", 0.2):
         assert pixels.shape == (6, 8, 3) and np.array_equal(pixels[1:5, 1:7], inner)
     archived(*edit, "--pad", 0.49)
+
+
+@given(width=st.integers(3, 70), height=st.integers(3, 70))
+def test_what_the_command_shows_knows_nothing_of_what_is_under_the_mask(width, height):
+    """Though large photos are shrunk, and small ones enlarged."""
+    hidden = np.zeros((height, width), bool)
+    hidden[height // 2 :, width // 2 :] = True
+    first = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+    second = np.where(hidden[:, :, None], 255 - first, first)
+    Image.fromarray(hidden).save("mask.png")
+    shown = []
+    for photo in first, second:
+        Image.fromarray(photo).save("photo.png")
+        flags = ["--edit", "photo.png", "--mask", "mask.png"]
+        pixels, mask = sample.photo_and_mask(sample.parser().parse_args(["run", *flags]), (8, 6))
+        shown.append(pixels.masked_fill(mask, 0))
+    assert torch.equal(*shown)
 
 
 def test_a_thin_stroke_of_a_large_mask_is_repainted(run):
