@@ -52,7 +52,9 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     query, key, value, block_lengths, scale = _check(query, key, value, block_lengths, scale)
 
     has_kernels = triton is not None and torch.version.hip is None  # no tiles for AMD
-    if INTERPRETED or (has_kernels and query.is_cuda and query.dtype != torch.float64):
+    is_sparse = len(block_lengths) > 1  # one block is plain attention, which torch has
+    on_gpu = query.is_cuda and query.dtype != torch.float64
+    if INTERPRETED or (has_kernels and is_sparse and on_gpu):
         return _forward(query, key, value, block_lengths, bool(is_causal), scale)[0]
     return _block_by_block(query, key, value, block_lengths, is_causal, scale)
 

@@ -277,7 +277,8 @@ def waves(params, k):
         return [slice(None)]
     h, w = scales(params)[k]
     wave = (torch.arange(w) + 2 * torch.arange(h)[:, None]).flatten()  # (h w,)
-    return [(wave == number).nonzero()[:, 0] for number in wave.unique()]
+    device = params["start"].device  # copied once, not at each use
+    return [(wave == number).nonzero()[:, 0].to(device) for number in wave.unique()]
 
 
 def cast(params, dtype):

@@ -33,7 +33,10 @@ from torch.utils import _pytree as pytree
 
 @torch.no_grad()
 def encode(codec, images, scales):
-    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1]."""
+    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1].
+
+    On a GPU turn TF32 off first, torch.backends.cudnn.allow_tf32 = False: other tokens are nearest.
+    """
     check_images(codec, images, scales)
     pyramid = quantise(codec, encode_features(codec, images), scales)
     return torch.cat([tokens for _, tokens, _ in pyramid], 1)

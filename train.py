@@ -242,6 +242,7 @@ def add_gradients(stage, step, loss, batch, tree, leaves, part_size):
     value = report = trace = None
     for leaf in leaves:
         leaf.grad = None
+    torch.cuda.empty_cache()  # what torch holds free is lacking to others: kernels, NCCL
     return add_gradients(stage, step, loss, batch, tree, leaves, (part_size + 1) // 2)
 
 
@@ -775,6 +776,8 @@ def prepare(run):
     that cannot be decoded is named and left out; ValueError where the system cannot read one.
     """
     codec, labels, tokens = run.given.tokenizer, [], []
+    if codec is not None:
+        codec = to_device(tokenizer.cast(codec, run.dtype), run.device)
     count = run.images.count
     room = count if codec is None else count_held_out(count)  # for images still to be kept
     with sample.whole_file(run.out / "images.bin") as file:
@@ -884,7 +887,8 @@ def load_or_write_tokens(run, codec):
         images = load_images(run)
         blocks = np.array_split(images, math.ceil(len(images) / 64))
         blocks = say_progress(blocks, len(images), "images encoded")
-        tokens = [encode_crops(run, codec, pixels) for pixels in blocks]
+        fast = tokenizer.cast(codec, run.dtype)
+        tokens = [encode_crops(run, fast, pixels) for pixels in blocks]
         save_array(path, np.concatenate(tokens))
 
     broadcast(write_missing)
@@ -894,9 +898,8 @@ def load_or_write_tokens(run, codec):
 
 def encode_crops(run, codec, pixels):
     """Tokens (n, crops, L), of the smallest unsigned type, of uint8 (n, crops, 3, size, size)."""
-    fast = to_device(tokenizer.cast(codec, run.dtype), run.device)
     parts = torch.from_numpy(pixels).flatten(0, 1).split(sample.images_at_once(run.size**2))
-    parts = [tokenizer.encode(fast, to_unit(x).to(run.device), run.scales) for x in parts]
+    parts = [tokenizer.encode(codec, to_unit(x).to(run.device), run.scales) for x in parts]
     tokens = torch.cat(parts).cpu().numpy().reshape(len(pixels), run.crops, -1)
     return tokens.astype(np.min_scalar_type(len(codec["codebook"]) - 1))
 
