@@ -635,7 +635,7 @@ def parser():
     add("--tokenizer", help="ours or published (tokenizer.pt beside the weights)")
     add("--scales", nargs="+", type=scale_pair, help="of published weights, 4 or 2x3 each")
     labels = "names or numbers of classes; -x as --labels=-x (all; of a sheet the first ten)"
-    add("--labels", nargs="+", default=["all"], help=labels)
+    add("--labels", nargs="+", help=labels)
     add("--count", type=whole_number(1), default=8, help="images a label (8)")
     add("--seed", type=whole_number(0), default=0, help="of image 0; image i has i more (0)")
     add("--out", type=Path, default="samples.png", help="or .gif, .npz, a folder (samples.png)")
@@ -746,7 +746,7 @@ def find_kind(args):
     if suffix not in SHEETS or (suffix == ".gif" and args.edit):
         expected = f"{', '.join(SHEETS)} (not of edits), .npz or a folder without a suffix"
         raise ValueError(f"--out: got {args.out}, expected {expected}")
-    for name, number in ("--count", args.count), ("--labels", len(args.labels)):
+    for name, number in ("--count", args.count), ("--labels", len(args.labels or "")):
         if number > 50:
             raise ValueError(f"{name}: got {number}, expected at most 50 in a sheet")
     return SHEETS[suffix]
@@ -909,8 +909,8 @@ def run_is_causal(weights, record, params, codec):
 
 
 def class_numbers(texts, names, most):
-    """The numbers of the classes in texts, of "all" the first `most`; names go before numbers."""
-    if texts == ["all"] and "all" not in names:
+    """The numbers of the classes in texts, of None the first `most`; names go before numbers."""
+    if texts is None or (texts == ["all"] and "all" not in names):
         return list(range(len(names)))[:most]
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     try:
@@ -1009,9 +1009,9 @@ def write_json(path, value):
 
 
 def differences(old, new):
-    """The first few entries in which two dicts differ, "seed 0 -> 3, ..."."""
+    """The entries in which two dicts differ, cut short, "seed 0 -> 3, ..."."""
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}"[:200] for name in names[:5])
+    return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}"[:60] for name in names)
 
 
 UNFINISHED = "*." + 16 * "[0-9a-f]" + ".tmp"  # a name of what `whole_file` has not finished
@@ -1050,9 +1050,10 @@ def report_errors(name):
         return
     except KeyboardInterrupt as interrupt:
         text, status = str(interrupt) or "stopped", 130
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        lacks_memory = "out of memory" in str(error) or "allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not lacks_memory:
+    except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
+        refusals = "out of memory", "allocate memory", "closed by peer"  # the last: torchrun's
+        is_refused = any(words in str(error) for words in refusals)
+        if isinstance(error, RuntimeError) and not is_refused:
             raise  # a bug
         text, status = str(error) or type(error).__name__, 2
     print(f"{name}: {replace_unprintable(text)}", file=sys.stderr)

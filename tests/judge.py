@@ -95,10 +95,13 @@ def as_tensors(pictures, labels):
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor(labels)
 
 
-def read_folder(folder):
-    files = train.list_images(str(folder)).files
-    pictures = [sample.read_image(path) for path, _ in files]  # all of one size
-    return as_tensors(pictures, [label for _, label in files])
+def read_folder(folder, class_names):
+    """ValueError where the classes are others: their numbers would be."""
+    found = train.list_images(str(folder))
+    if found.class_names != class_names:
+        raise ValueError(f"{folder}: got classes {found.class_names}, expected {class_names}")
+    pictures = [sample.read_image(path) for path, _ in found.files]  # all of one size
+    return as_tensors(pictures, [label for _, label in found.files])
 
 
 def images_of(kind, data=None, others=None, fresh=None):
@@ -108,11 +111,12 @@ def images_of(kind, data=None, others=None, fresh=None):
     Of others and fresh, folders that take their places, images that data holds too are left out.
     """
     if kind in PHOTOGRAPHS:
-        parts = [read_folder(Path(data, part)) for part in ("train", "test")]
+        names = train.list_images(f"{data}/train").class_names
+        parts = [read_folder(Path(data, part), names) for part in ("train", "test")]
         known = {image.numpy().tobytes() for images, _ in parts for image in images}
         for part, folder in enumerate((others, fresh)):
             if folder is not None:
-                images, labels = read_folder(folder)
+                images, labels = read_folder(folder, names)
                 is_new = torch.tensor([image.numpy().tobytes() not in known for image in images])
                 parts[part] = images[is_new], labels[is_new]
         return parts
@@ -278,7 +282,7 @@ def draw_samples(run, flags):
     """(images, labels asked for, seconds of a core for 500, peak MB): 50 a class, by sample.py."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/samples.npz"
-        wanted = ["--labels", "all", "--count", "50", "--seed", "7000", "--out", path]
+        wanted = ["--count", "50", "--seed", "7000", "--out", path]
         command = [sys.executable, "-c", DRAW, run, *wanted, *flags]
         said = subprocess.check_output(command, env=os.environ | dict(PYTHONPATH=ROOT))
         with np.load(path) as file:
@@ -367,7 +371,8 @@ def claims(judge, held_out, data, out="runs/claims"):
 @torch.no_grad()
 def report_edits(judge, held_out, run, count=200):
     """Prints, with halves repainted, the share right and jumps across the seam to originals'."""
-    images, labels = (rows[:count] for rows in held_out)
+    order = torch.randperm(len(held_out[0]), generator=torch.Generator().manual_seed(0))
+    images, labels = (rows[order[:count]] for rows in held_out)  # files come by class
     params, codec, options = models_of(run)
     middle = images.shape[3] // 2
     for turn, name in enumerate(("left", "lower", "right", "upper")):

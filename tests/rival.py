@@ -73,7 +73,7 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(8, width)
         self.attention = nn.MultiheadAttention(width, width // 32, batch_first=True)
 
-    @torch.autocast("cpu", torch.bfloat16)
+    @torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
     def forward(self, images, times, labels):
         waves = 1000 * times[:, None] * torch.logspace(0, -4, EMBEDDING // 2)
         times = self.times(torch.cat([waves.sin(), waves.cos()], 1))
@@ -92,11 +92,23 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(x)).float()
 
 
+def nested(leaves):
+    """{"a.b": leaf} -> {"a": {"b": leaf}}: by these keys an optimizer is chosen, as for ours."""
+    tree = {}
+    for name, leaf in leaves.items():
+        *outer, last = name.split(".")
+        place = tree
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = leaf
+    return tree
+
+
 def fit(model, pixels, labels, seconds):
     """(model with averaged weights, steps)."""
     tree = dict(model.named_parameters())
     leaves = [train.new_parameter(leaf) for leaf in tree.values()]
-    optimizers = train.new_optimizers(tree, leaves, decay=0)
+    optimizers = train.new_optimizers(nested(tree), leaves, decay=0)
     average, batches, step, left, start = None, [], 0, 1.0, time.process_time()
     while left > 0:
         if not batches:
@@ -151,8 +163,9 @@ def run(args):
     if args.data is None:
         pixels, classes = judge.drawn(train.draw_shape, 0, 20_000)
     else:
-        part = "train" if args.kind in judge.PHOTOGRAPHS else ""
-        pixels, classes = judge.read_folder(args.train or Path(args.data, part))
+        own = Path(args.data, "train" if args.kind in judge.PHOTOGRAPHS else "")
+        names = train.list_images(str(own)).class_names
+        pixels, classes = judge.read_folder(args.train or own, names)
     is_aside = torch.arange(len(pixels)) % 21 == 0  # of drawings every 20th is a disc
     aside = judge.features(network, pixels[is_aside])
     pixels, classes = pixels[~is_aside], classes[~is_aside]
@@ -192,8 +205,9 @@ def run(args):
 if __name__ == "__main__":
     top = sample.command_parser("python tests/rival.py KIND [flags]: a UNet.")
     top.add_argument("kind", choices=judge.EPOCHS)
-    for name, default in dict(size=32, channels=32, seconds=300.0, seed=0).items():
-        top.add_argument(f"--{name}", type=type(default), default=default)
+    for name, default in dict(size=32, channels=32, seed=0).items():
+        top.add_argument(f"--{name}", type=int, default=default)
+    top.add_argument("--seconds", type=sample.positive, default=300.0)
     top.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4])
     for name in "data", "others", "fresh", "train", "out":
         top.add_argument(f"--{name}")

@@ -668,6 +668,7 @@ def test_a_name_goes_before_all_and_before_numbers():
     for names, text, number in ((["a", "all", "b"], "all", 1), (["1", "2", "0"], "1", 0)):
         run_folder(Path(text), class_names=names)
         assert_drawn(archived(text, "--labels", text, "--count", 1), [number])
+        assert len(archived(text, "--count", 1)) == 3
 
 
 def test_what_a_killed_sampler_left_goes(run):

@@ -19,6 +19,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -26,6 +27,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import captured, contents, full_disk, prepared, small_codec, status_of, tree
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import hmar
@@ -246,12 +249,13 @@ def toy_tree():
 def toy_fit(out, look=lambda tree: dict(loss=1.0), loss=toy_loss, steps=12, looks=1, **more):
     os.makedirs(out, exist_ok=True)
     numbers = dict(steps=steps, batch=4, peak=0.1, decay=0.05, looks=looks, newton_schulz=5)
-    stage = train.Stage(name="toy", place="1 of 1", out=Path(out), **numbers)
+    stage = train.Stage(name="toy", place="1 of 1", out=Path(out), flags={}, **numbers)
     return train.fit(stage=stage, tree=toy_tree(), loss=loss, batch=toy_batch, look=look, **more)
 
 
 def test_the_loop_equals_one_written_out(monkeypatch):
     monkeypatch.setattr(train, "AVERAGED", 1 / 12)
+    monkeypatch.setattr(sample, "find_dtype", lambda *_: torch.bfloat16)  # as torch's Muon
     ours = toy_fit("run")
     theirs = pytree.tree_map(torch.nn.Parameter, toy_tree())
     leaves = pytree.tree_leaves(theirs)
@@ -318,6 +322,22 @@ def test_a_run_is_saved_after_so_many_seconds_at_a_line(monkeypatch, seconds, sa
     assert [line["step"] for line in lines_of("run", name="loss")] == [3, 6, 9, 12]
 
 
+def test_a_run_ends_where_another_one_began_in_its_folder():
+    """Which was removed meanwhile, as a refusal says, with the lock."""
+
+    def after_step(step, *_):
+        if step == 7:
+            sample.write_json("run/args.json", dict(flags=dict(seed=1)))
+
+    with pytest.raises(ValueError, match="^run: is another run's now"):
+        toy_fit("run", after_step=after_step)
+    assert torch.load("run/checkpoint.pt")["at"]["step"] == 0
+    place = SimpleNamespace(out=Path("run"), record=dict(flags={}))
+    with pytest.raises(ValueError, match="^run: is another run's now"):
+        train.save_stage(place, "tokenizer", CODEC)
+    assert not Path("run/tokenizer.pt").exists()
+
+
 def test_muon_has_matrices_and_convolutions_but_what_faces_codes_and_classes():
     inner = [(96, 32), (32, 32), (128, 32), (32, 128)]  # attention, then mlp
     small = [(32, 36), (64, 32), (32, 64), *inner]  # the input, what looks at neighbours
@@ -328,6 +348,26 @@ def test_muon_has_matrices_and_convolutions_but_what_faces_codes_and_classes():
         muon, adamw = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
         assert sorted(tuple(leaf.shape) for leaf in muon) == sorted(expected)
         assert {id(leaf) for leaf in muon + adamw} == {id(leaf) for leaf in leaves}
+
+
+@given(shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), iterations=st.integers(0, 5))
+def test_newton_schulz_is_a_polynomial_of_singular_values(shape, iterations):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64, generator=generator)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(iterations):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    expected = left * values @ right
+    assert difference(train.orthogonalize(matrix, iterations), expected) < 1e-12
+
+
+def test_muon_multiplies_in_bf16_only_where_the_processor_does(monkeypatch):
+    for has_bf16, dtype in (True, torch.bfloat16), (False, torch.float32):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_bf16: has)
+        leaves = [torch.zeros(2, 3), torch.zeros(3)]
+        muon, _ = train.new_optimizers(dict(weight=leaves[0], bias=leaves[1]), leaves, 0)
+        assert muon.dtype == dtype
 
 
 def test_a_batch_is_halved_where_memory_is_small(monkeypatch):
@@ -407,11 +447,11 @@ def test_two_processes_are_one_and_go_on_when_one_is_killed():
         ended(process)
     assert contents("cut") == contents("two")
 
-    for out, *given, said in (
+    for out, *more, said in (
         ("cut", *flags, "--seed", 3, "cut: begun with other flags"),
         ("new", "--batch", 5, "--batch: got 5 for 2 processes, expected say 6"),
     ):
-        for process in start_two(out, *given):
+        for process in start_two(out, *more):
             (line,) = ended(process, 2).splitlines()
             assert line.startswith(f"train.py: {said}")
     assert not Path("new").exists()
@@ -724,7 +764,8 @@ def test_prepared_images_stay_where_their_data_is_gone(refused):
     assert refused("run", "--data", data, "--seed", 3) == (
         "train.py: --data: expected, to prepare run anew with other flags"
     )
-    for make in (lambda _: None, os.mkdir):  # gone, or empty as a drive that is not mounted
+    # gone, empty as a drive that is not mounted, or emptied
+    for make in (lambda _: None, os.mkdir, lambda data: os.mkdir(f"{data}/disc")):
         make(data)
         captured("run", "--data", data)
         assert contents("run") == before
