@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 def encode(codec, images, scales):
     """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1].
 
-    On a GPU turn TF32 off first, torch.backends.cudnn.allow_tf32 = False: other tokens are nearest.
+    On a GPU first set torch.backends.cudnn.allow_tf32 = False: with it a few tokens are others.
     """
     check_images(codec, images, scales)
     pyramid = quantise(codec, encode_features(codec, images), scales)
