@@ -927,8 +927,8 @@ def photo_and_mask(args, size):
 
     photo = read_image(args.edit)
     if args.mask:
-        # on one grid, whose cells of times x times become a pixel of the model's: what is shown is
-        # then a mean of shown pixels alone; at least 4, lest lines of small photos break
+        # both on one grid, of which times x times cells become a pixel of the model's: what is
+        # shown is then a mean of shown ones alone; 4 at least, lest small photos become jagged
         mask = read_image(args.mask).convert("L")
         ratios = [min(image.width / size[0], image.height / size[1]) for image in (photo, mask)]
         times = math.ceil(max(4, *ratios))

@@ -278,10 +278,10 @@ def new_optimizers(tree, leaves, decay, newton_schulz=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon's steps, in bf16 to the bit, but in any dtype.
+    """torch.optim.Muon, to the bit, but in any dtype.
 
-    torch's is in bf16 alone, which takes 20 times as long as fp32 on a processor without it. Steps
-    are scaled to AdamW's size: one rate for both (Liu et al. 2025).
+    torch's multiplies in bf16 alone, which takes a processor that lacks it 20 times as long as
+    fp32. Steps are scaled to AdamW's size: one rate for both (Liu et al. 2025).
     """
 
     def __init__(self, matrices, decay, newton_schulz, dtype):

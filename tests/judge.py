@@ -265,10 +265,12 @@ def chosen_guidances(judge, run, guidances, flags):
     return {"nearest": min(distances, key=distances.get), "as sure": min(gaps, key=gaps.get)}
 
 
-def models_of(run):
+def models_of(run, flags=()):
     """(params, codec, options of `sample.steps`), as sample.py reads them."""
-    params, codec, _, options, _ = sample.load_models(sample.parser().parse_args([str(run)]))
-    return params, codec, options
+    args = sample.parser().parse_args([str(run), *flags])
+    params, codec, _, options, _ = sample.load_models(args)
+    asked = {name: x for name, x in vars(args).items() if name in sample.OPTIONS and x is not None}
+    return params, codec, options | asked
 
 
 DRAW = """import resource, sys, time, sample
@@ -369,11 +371,11 @@ def claims(judge, held_out, data, out="runs/claims"):
 
 
 @torch.no_grad()
-def report_edits(judge, held_out, run, count=200):
+def report_edits(judge, held_out, run, flags, count=400):
     """Prints, with halves repainted, the share right and jumps across the seam to originals'."""
     order = torch.randperm(len(held_out[0]), generator=torch.Generator().manual_seed(0))
     images, labels = (rows[order[:count]] for rows in held_out)  # files come by class
-    params, codec, options = models_of(run)
+    params, codec, options = models_of(run, flags)
     middle = images.shape[3] // 2
     for turn, name in enumerate(("left", "lower", "right", "upper")):
         mask = torch.zeros_like(images[:, :1], dtype=torch.bool)
@@ -475,7 +477,7 @@ def main(argv=None):
     for run in args.run:
         print(f"\n{kind} {run}", *flags)
         if args.edit:
-            report_edits(judge, held_out, run)
+            report_edits(judge, held_out, run, flags)
             continue
         if not args.guidance:
             show(report(judge, held_out, run, flags))
