@@ -362,6 +362,21 @@ def test_newton_schulz_is_a_polynomial_of_singular_values(shape, iterations):
     assert difference(train.orthogonalize(matrix, iterations), expected) < 1e-12
 
 
+def test_muon_in_bf16_is_torchs_to_the_bit():
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(shape, generator=generator) for shape in ((5, 9), (9, 5), (7, 7))]
+    theirs = [leaf.clone() for leaf in ours]
+    muon = torch.optim.Muon(theirs, weight_decay=0.5, adjust_lr_fn="match_rms_adamw", ns_steps=3)
+    optimizers = train.Muon(ours, 0.5, 3, torch.bfloat16), muon
+    for step in range(1, 6):
+        for leaf, other in zip(ours, theirs):
+            leaf.grad = other.grad = torch.randn(leaf.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.1 * step
+            optimizer.step()
+    assert difference(ours, theirs) == 0
+
+
 def test_muon_multiplies_in_bf16_only_where_the_processor_does(monkeypatch):
     for has_bf16, dtype in (True, torch.bfloat16), (False, torch.float32):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_bf16: has)
