@@ -746,7 +746,7 @@ def find_kind(args):
     if suffix not in SHEETS or (suffix == ".gif" and args.edit):
         expected = f"{', '.join(SHEETS)} (not of edits), .npz or a folder without a suffix"
         raise ValueError(f"--out: got {args.out}, expected {expected}")
-    for name, number in ("--count", args.count), ("--labels", len(args.labels or "")):
+    for name, number in ("--count", args.count), ("--labels", len(args.labels or ())):
         if number > 50:
             raise ValueError(f"{name}: got {number}, expected at most 50 in a sheet")
     return SHEETS[suffix]
