@@ -773,16 +773,17 @@ def test_a_stage_is_finished_while_its_file_exists(base, out):
 
 def test_prepared_images_stay_where_their_data_is_gone(refused):
     data = shutil.copytree("data", "copy")
-    captured("run", "--data", data)
+    flags = "run", "--data", data, "--size", 16
+    captured(*flags)
     before = contents("run")
     shutil.rmtree(data)
-    assert refused("run", "--data", data, "--seed", 3) == (
+    assert refused(*flags, "--seed", 3) == (
         "train.py: --data: expected, to prepare run anew with other flags"
     )
     # gone, empty as a drive that is not mounted, or emptied
     for make in (lambda _: None, os.mkdir, lambda data: os.mkdir(f"{data}/disc")):
         make(data)
-        captured("run", "--data", data)
+        captured(*flags)
         assert contents("run") == before
 
 
