@@ -199,10 +199,10 @@ def check_options(params, codec, labels, seeds, options):
     ):
         if got != expected:
             raise ValueError(f"{name}: got {got}, expected {expected}")
-    seed = min(seeds, default=0)
-    for name, value in ("seed", seed), ("soften", options.soften), ("rise", options.rise):
-        if value < 0:
-            raise ValueError(f"{name}: got {value}, expected 0 or more")
+    numbers = vars(options) | dict(seed=min(seeds, default=0))
+    for name in ("seed", "rise", "soften", "temperature"):
+        if numbers[name] < 0:
+            raise ValueError(f"{name}: got {numbers[name]}, expected 0 or more")
     if not 0 < options.top_p <= 1:
         raise ValueError(f"top_p: got {options.top_p}, expected above 0, at most 1")
     if "masked" not in params and max(map(len, options.schedule)) > 1:
@@ -406,17 +406,16 @@ def edit(params, codec, images, mask, labels, **options):
     cell = tokenizer.downsampling(codec)
     images = replace_hidden(images, mask, 4 * cell)
 
-    # the image's own tokens are given where their cells lie outside of the mask
     parts = images.split(images_at_once(images.shape[2:].numel()))
-    features = torch.cat([tokenizer.encode_features(codec, part) for part in parts]).float()
+    features = torch.cat([tokenizer.encode_features(codec, part) for part in parts])
     _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
-    outside = F.adaptive_max_pool2d(mask.float(), scales[-1]) == 0  # (B, 1, h, w)
-    given = [F.adaptive_max_pool2d((~outside).float(), size).flatten(1) == 0 for size in scales]
+    hidden = F.adaptive_max_pool2d(mask.float(), scales[-1])  # (B, 1, h, w)
+    given = [F.adaptive_max_pool2d(hidden, size).flatten(1) == 0 for size in scales]
     f_hats = [torch.zeros_like(f_hats[0]), *f_hats]
-    known = Known(tokens, given, f_hats, features, outside)
+    known = Known(tokens, given, f_hats, features, hidden == 0)
 
     *_, last = steps(params, codec, labels, known=known, **options)
-    painted = decode_in_parts(codec, torch.where(outside, f_hats[-1], last.f_hat))
+    painted = decode_in_parts(codec, torch.where(known.outside, f_hats[-1], last.f_hat))
     painted = painted + extrapolate(images - painted, ~mask, 2 * cell)
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
 
@@ -435,9 +434,8 @@ def replace_hidden(images, mask, reach):
 def shares_of_hidden(keeps, hidden, has_masked_branch):
     """[(B, 1), ...]: the tokens an image keeps at each pass, its share of the schedule's keeps.
 
-    Of (1, 1, 2, 4) an image with half of its tokens hidden (B, n) keeps 1 0 1 2. If there is one
-    pass, a masked one follows for images given in part: they keep nothing of the first, which sees
-    few of the given tokens, or none, and all of the second; other images keep all of the first.
+    Of (1, 1, 2, 4) an image with half of its tokens hidden (B, n) keeps 1 0 1 2. After a lone pass,
+    which hardly sees given tokens, images given in part are drawn anew by a masked one.
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
 
@@ -454,8 +452,8 @@ def evidence(codebook, residual, outside, size):
 
     residual (B, code_dim, h, w) is what is left to quantise, known where outside (B, 1, h, w). Of a
     cell's m places a share s is seen, with mean a and variance v. If places are independent and
-    Gaussian, the others' mean is a with variance v / (m s) + v / (m (1 - s)), of which the cell's
-    has (1 - s)^2, v (1 - s) / (m s): the logits are that density at each code.
+    Gaussian, the whole cell's mean is a with variance v (1 - s) / (m s): the logits are that
+    density at each code.
     """
     seen = outside.to(residual.dtype)
     share = tokenizer.resize_to_scale(seen, size)  # (B, n, 1)
@@ -616,7 +614,7 @@ def digest(tree):
     """A fingerprint of all tensors in a tree."""
     total = hashlib.sha256()
     for tensor in pytree.tree_leaves(tree):
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensor.numpy(force=True).ravel())
     return total.hexdigest()[:16]
 
 
@@ -695,8 +693,7 @@ class Job(NamedTuple):
 
     kind: str  # of --out: "folder", or a format of Pillow's
     models: tuple  # (params, codec), cast, on the device
-    labels: torch.Tensor  # (N,), of each class `count` images
-    count: int
+    labels: torch.Tensor  # (N,), as many of each class
     names: list  # of the classes
     seed: int  # of image 0
     options: dict  # of `steps`
@@ -710,7 +707,6 @@ def read_job(args):
     kind, device = find_kind(args), set_up_device(args.device)
     dtype = find_dtype(args.dtype, device)
 
-    # the models, and what is asked of them
     params, codec, names, options, files = load_models(args)
     classes = class_numbers(args.labels, names, most=None if kind == "folder" else 10)
     is_edit = bool(args.edit or args.mask or args.pad)
@@ -730,14 +726,11 @@ def read_job(args):
     models, labels, edited = pytree.tree_map(lambda x: x.to(device), (models, labels, edited))
     names = [names[label] for label in classes]
     batch = min(50, images_at_once(height * width))
-    return Job(kind, models, labels, args.count, names, args.seed, options, edited, batch, settings)
+    return Job(kind, models, labels, names, args.seed, options, edited, batch, settings)
 
 
 def find_kind(args):
-    """What --out is to be: a format of Pillow's, or "folder", from which an .npz is packed too.
-
-    ValueError where other flags do not fit it.
-    """
+    """The kind of --out: a format of Pillow's, or "folder", of an .npz too. ValueError if unfit."""
     if os.path.realpath(args.out) in map(os.path.realpath, filter(None, (args.edit, args.mask))):
         raise ValueError(f"--out: got {args.out}, which is also to be read")
     suffix = args.out.suffix.lower()
@@ -752,14 +745,9 @@ def find_kind(args):
     return SHEETS[suffix]
 
 
-def split_numbers(job, numbers):
-    """The numbers of images, in batches that are drawn together."""
-    return [numbers[first : first + job.batch] for first in range(0, len(numbers), job.batch)]
-
-
 def draw_frames(job, numbers):
-    """[images (n, 3, H, W), ...] of these numbers: for a GIF after each pass, else the last."""
-    options = job.options | dict(labels=job.labels[numbers], seed=[job.seed + i for i in numbers])
+    """[images (n, 3, H, W), ...] of numbers (n,): for a GIF after each pass, else the last."""
+    options = job.options | dict(labels=job.labels[numbers], seed=(job.seed + numbers).tolist())
     if job.kind == "GIF":
         passes = steps(*job.models, **options)
         return [decode_in_parts(job.models[1], step.f_hat).cpu() for step in passes]
@@ -771,25 +759,27 @@ def draw_frames(job, numbers):
 
 def write_sheet(out, job):
     """Draws all images into one, a row a label, or a GIF of that after each pass."""
-    batches = split_numbers(job, range(len(job.labels)))
+    batches = torch.arange(len(job.labels)).split(job.batch)
     frames = zip(*(draw_frames(job, numbers) for numbers in batches))
     # a frame: the images after a pass, in batches; a page: these joined and cut into rows by label
-    pages = [torch.cat(parts).split(job.count) for parts in frames]
+    pages = [torch.cat(parts).chunk(len(job.names)) for parts in frames]
     out.parent.mkdir(parents=True, exist_ok=True)
     save_sheets(out, job.kind, [sheet(rows, job.names) for rows in pages])
+    return True
 
 
 def write_folder(out, job):
     """Draws batches of which number-label.png is missing in a folder; packs all if out is an .npz.
 
-    Under torchrun each process draws its share; whoever then finds all of them packs.
+    Under torchrun each process draws its share; whoever then finds all of them packs, and returns
+    True.
     """
     is_archive = out.suffix.lower() == ".npz" and not out.is_dir()
     folder = out.with_suffix("") if is_archive else out
     labels = job.labels.tolist()
     paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
     check_folder(folder, job.settings)
-    share = range(rank(), len(paths), world())
+    share = torch.arange(len(paths))[rank() :: world()]
 
     def write(i, pixels):
         if paths[i].exists():
@@ -798,17 +788,17 @@ def write_folder(out, job):
             Image.fromarray(pixels).save(file, "PNG")
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        for numbers in split_numbers(job, share):
+        for numbers in share.split(job.batch):
             if all(paths[i].exists() for i in numbers):
                 continue
             # the whole batch again: another one would round otherwise
             (images,) = draw_frames(job, numbers)
             begin_folder(folder, job.settings)  # here, lest options that fail leave a folder
             list(pool.map(write, numbers, to_bytes(images)))  # raises the first error
-            print(f"drew {numbers[-1]:06d}, of {len(paths)}", flush=True)
+            print(f"drew {numbers[-1] + 1} of {len(paths)}", flush=True)
 
     if not all(path.exists() for path in paths):
-        return
+        return False
     for unfinished in folder.glob(UNFINISHED):  # of killed processes: others write for moments
         with contextlib.suppress(FileNotFoundError):
             if time.time() - unfinished.stat().st_mtime > 60:
@@ -820,6 +810,7 @@ def write_folder(out, job):
             row[:] = read_image(path)
         with whole_file(out) as file:
             np.savez(file, arr_0=pixels, labels=labels)
+    return True
 
 
 def begin_folder(folder, settings):
@@ -879,8 +870,8 @@ def load_models(args):
     files = weights, Path(args.tokenizer or weights.with_name("tokenizer.pt"))
     codec, _ = load(files[1], tokenizer)
 
-    record = {}
-    if origin == "HMAR" and "masked" not in params:
+    record, is_bare = {}, "masked" not in params
+    if is_bare and origin == "HMAR":
         print(f"{weights}: taken for HMAR's: VAR's have attn_bias_for_masking", file=sys.stderr)
     if origin != "ours":
         options = published_options(params, is_causal=origin == "VAR")
@@ -888,7 +879,15 @@ def load_models(args):
         raise ValueError("--scales: got some, but a run has its own")
     else:
         record = read_record(weights.parent)
-        options = dict(is_causal=run_is_causal(weights, record, params, codec))
+        if is_bare and not record["flags"]:
+            text = "expected its args.json beside it, which tells of --causal"
+            raise ValueError(f"{weights}: {text}")
+        options = dict(is_causal=record["flags"].get("causal", False))
+        if is_bare and not options["is_causal"]:
+            text = "without the masked branch, which hmar.pt would have"
+            print(f"{weights}: {text}", file=sys.stderr)
+        for name, tree in (weights.name, params), ("tokenizer.pt", codec):
+            check_digest(weights.parent, name, tree)
 
     classes = len(params["classes"]) - 1
     names = record.get("class_names", [])
@@ -896,21 +895,9 @@ def load_models(args):
     return params, codec, list(map(str, names)), options, files
 
 
-def run_is_causal(weights, record, params, codec):
-    """Whether a run is --causal, as its record, args.json, says. ValueError if of another run."""
-    if not record["flags"] and "masked" not in params:
-        raise ValueError(f"{weights}: expected its args.json beside it, which tells of --causal")
-    is_causal = record["flags"].get("causal", False)
-    if "masked" not in params and not is_causal:
-        print(f"{weights}: without the masked branch, which hmar.pt would have", file=sys.stderr)
-    for name, tree in (weights.name, params), ("tokenizer.pt", codec):
-        check_digest(weights.parent, name, tree)
-    return is_causal
-
-
 def class_numbers(texts, names, most):
     """The numbers of the classes in texts, of None the first `most`; names go before numbers."""
-    if texts is None or (texts == ["all"] and "all" not in names):
+    if texts is None:
         return list(range(len(names)))[:most]
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     try:
@@ -939,13 +926,13 @@ def photo_and_mask(args, size):
         photo = ImageOps.fit(photo, size, Image.LANCZOS)
         border = tuple(max(1, int(side * args.pad)) for side in size)
         inner = [side - 2 * edge for side, edge in zip(size, border)]
-        photo = ImageOps.expand(photo.resize(inner), border, "grey")
-        mask = ImageOps.expand(Image.new("L", inner, 0), border, 255)
+        photo = ImageOps.expand(photo.resize(inner), border)
+        mask = ImageOps.expand(Image.new("L", inner), border, 255)
 
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    mask = torch.from_numpy(np.array(mask))[None, None] > 127
+    mask = torch.from_numpy(np.array(mask))[None, None].float()
     # thin strokes stay: a pixel of the model's that any white touches is repainted
-    mask = F.adaptive_max_pool2d(mask.float(), size[::-1]) > 0
+    mask = F.adaptive_max_pool2d(mask, size[::-1]) > 127
     if not mask.any() or mask.all():  # a transparent one is read as white
         raise ValueError("--mask: expected white where to repaint, black elsewhere")
     return pixels, mask
@@ -1019,11 +1006,11 @@ UNFINISHED = "*." + 16 * "[0-9a-f]" + ".tmp"  # a name of what `whole_file` has 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A file that takes this name once the context ends: there is the old one or the whole new one.
+    """A file that takes this name when it is whole; until then the old one stays.
 
     OSError, with the reason, where the system refuses.
     """
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"  # another writer's has another name
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -1036,7 +1023,8 @@ def whole_file(path):
             raise
         raise OSError(f"{path}: cannot be written: {reason}") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has its name, or never was
+            os.unlink(temporary)
 
 
 @contextlib.contextmanager
@@ -1071,8 +1059,7 @@ def main(argv=None):
     with report_errors("sample.py"):
         job = read_job(args)
         write = write_folder if job.kind == "folder" else write_sheet
-        write(args.out, job)
-        if args.out.exists():  # under torchrun the last process packs an .npz
+        if write(args.out, job):
             print(f"wrote {args.out}")
 
 

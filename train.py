@@ -81,6 +81,16 @@ def dial(depth, size, images):
     rate = 4e-3 * relative_depth**-0.7  # deep wants less, its large batch more (HyperP 2603.28743)
     cell, codec = codec_sizes(depth, size)
     perceptual = size >= 48 and not is_large  # at 32 it is not worth its time
+
+    # images seen grow as the parameters, by depth^3 (Hoffmann et al. 2022); they are fewer if they
+    # are larger, since each has more tokens, and no folder is worth more than 200 epochs
+    seen = min(50_000 * relative_depth**3 * math.sqrt(32 / size), 200 * images)
+    # as the root of what is seen (McCandlish et al. 2018)
+    batch = 8 * round(2 * relative_depth**1.5)
+    if perceptual:  # such images have more tokens, and fewer were as good
+        seen *= 0.69
+        batch //= 2
+    shares = {"tokenizer": 0.43 if codec["fold"] > 1 else 0.35, "next-scale": 1, "masked": 1 / 11}
     return dict(
         cell=cell,
         codec=codec,
@@ -93,7 +103,8 @@ def dial(depth, size, images):
         # rate * decay * steps are constant (Wang and Aitchison 2024)
         decay=0.05 * relative_depth**-0.8,
         looks=3 * depth,  # of a stage
-        **training_length(relative_depth, size, images, codec["fold"] > 1, perceptual),
+        batch=batch,
+        steps={stage: math.ceil(share * seen / batch) for stage, share in shares.items()},
     )
 
 
@@ -119,26 +130,11 @@ def codec_sizes(depth, size):
     )
 
 
-def training_length(relative_depth, size, images, is_folded, perceptual):
-    """{"batch": images a step, "steps": {stage: number}}."""
-    # images seen grow as the parameters, by depth^3 (Hoffmann et al. 2022); they are fewer if they
-    # are larger, since each has more tokens, and no folder is worth more than 200 epochs
-    seen = min(50_000 * relative_depth**3 * math.sqrt(32 / size), 200 * images)
-    # as the root of what is seen (McCandlish et al. 2018)
-    batch = 8 * round(2 * relative_depth**1.5)
-    if perceptual:  # such images have more tokens, and fewer were as good
-        seen *= 0.69
-        batch //= 2
-    shares = {"tokenizer": 0.43 if is_folded else 0.35, "next-scale": 1, "masked": 1 / 11}
-    steps = {stage: math.ceil(share * seen / batch) for stage, share in shares.items()}
-    return dict(batch=batch, steps=steps)
-
-
 def default_scales(size, cell, growth, doubled=True):
     """Published scales, else sides that grow by a factor; doubled: the last twice, if up to 8."""
-    latent = size // cell
-    if size in hmar.SCALES and hmar.SCALES[size][-1][0] == latent:
+    if cell == 16 and size in hmar.SCALES:
         return hmar.SCALES[size]
+    latent = size // cell
     sides = [latent, latent] if doubled and latent <= 8 else [latent]
     while sides[0] > 1:
         sides.insert(0, round(sides[0] / growth))
@@ -329,11 +325,11 @@ def update_average(ema, leaves, step, steps):
 
 def means(window):
     """{name: number or list}: reports of steps, averaged over them and the processes."""
-    numbers = {}
-    for name in window[0]:
-        mean = torch.stack([report[name] for report in window]).mean(0)
-        numbers[name] = (add_over_processes(mean) / sample.world()).tolist()
-    return numbers
+
+    def mean(*values):
+        return (add_over_processes(torch.stack(values).mean(0)) / sample.world()).tolist()
+
+    return pytree.tree_map(mean, *window)
 
 
 def log(stage, step, start, numbers):
@@ -460,8 +456,8 @@ def replace_dead_codes(run, stage, chosen, step, traces, weights, averages):
     counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
     chosen.add_(add_over_processes(counts))
     is_first = step == 1 and run.given.start_tokenizer is None
-    is_late = step > REVIVE_UNTIL * stage.steps
-    if is_first or (step % REVIVE_EVERY == 0 and not is_late):
+    is_due = step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * stage.steps
+    if is_first or is_due:
         residuals = [gather(torch.cat(parts)) for parts in zip(*residuals)]  # of each scale
         codebook, generator = weights["codebook"], generator_of(run.seed, "revive", step)
         codes, dead = tokenizer.revive_codes(codebook, chosen, residuals, generator)
@@ -470,7 +466,7 @@ def replace_dead_codes(run, stage, chosen, step, traces, weights, averages):
         chosen.zero_()
 
 
-def reconstruction_loss(decoded, images, variance, levels=()):
+def reconstruction_loss(decoded, images, variance, levels):
     """Squared, absolute, edge, texture, hue and perceptual errors of reconstructions (B, 3, H, W).
 
     The first three favour a blur where detail cannot be told; the error of texture asks for as much
@@ -532,8 +528,7 @@ def learn_levels(run, images, labels, steps):
         torch.manual_seed(run.seed)
         for inputs, width in itertools.pairwise(PERCEPTUAL_WIDTHS):
             convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
-            layers = convolution, nn.BatchNorm2d(width), nn.ReLU()
-            net.append(nn.Sequential(*layers))
+            net.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
         net.append(nn.Linear(PERCEPTUAL_WIDTHS[-1], len(run.class_names)))
     *levels, head = net.to(run.device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
@@ -574,11 +569,10 @@ def measure_tokenizer(codec, images, scales):
             counts[k] += torch.bincount(chosen.flatten().cpu(), minlength=counts.shape[1])
 
     errors = torch.cat(errors, 1)
-    psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean(1)
+    psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean(1).tolist()
     share = counts.double() / counts.sum(1, keepdim=True)
-    perplexity = torch.special.entr(share).sum(1).exp()
-    lists = dict(psnr=psnr.tolist(), perplexity=perplexity.tolist())
-    return dict(loss=errors[-1].mean().item()) | lists, rows
+    perplexity = torch.special.entr(share).sum(1).exp().tolist()
+    return dict(loss=errors[-1].mean().item(), psnr=psnr, perplexity=perplexity), rows
 
 
 # ---- the next-scale and the masked stage
@@ -588,7 +582,7 @@ def train_transformer(run, stage):
     """Tokens -> a transformer that predicts each scale from the coarser ones, or its masked branch.
 
     The masked stage trains that branch alone, to predict hidden tokens from the others of their
-    scale too (HMAR, stage two): its batches have a mask, and what learns is less.
+    scale too (HMAR, stage two).
     """
     codec = load_stage(run, "tokenizer")
     held_out_labels, labels = load_labels(run)
@@ -677,10 +671,9 @@ def draw_samples(run, name, params, codec):
     names, fast = run.class_names[:10], tokenizer.cast(codec, run.dtype)
     labels = torch.arange(len(names), device=run.device).repeat_interleave(8)
     images, few = [], sample.images_at_once(run.size**2)
+    schedule = 1 if name == "masked" else None  # by default there may be no masked pass
     for number, part in enumerate(labels.split(few)):
-        options = dict(seed=few * number, is_causal=run.causal)
-        if name == "masked":  # that branch is to be seen, even if no pass is the default
-            options["schedule"] = 1
+        options = dict(seed=few * number, is_causal=run.causal, schedule=schedule)
         images.append(sample.generate(params, fast, part, **options)[0])
     page = sample.sheet(torch.cat(images).split(8), names)
     sample.save_sheets(run.out / f"samples/{name}.png", "PNG", [page])
@@ -738,7 +731,7 @@ def draw_shape(index, size=32):
     radius = (9.5 + 4 * radius) / 32
     mask = Image.new("L", (4 * size, 4 * size))  # four times the size, then averaged: soft edges
     for outline, ink in zip(OUTLINES[SHAPES[label]], (255, 0)):
-        corners = (centre + radius * np.array(outline) @ np.array(rotation)) * 4 * size
+        corners = (centre + radius * np.array(outline) @ rotation) * 4 * size
         ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=ink)
     cover = np.asarray(mask.reduce(4), dtype=np.float32)[:, :, None] / 255
 
@@ -767,7 +760,7 @@ class Images(NamedTuple):
 def list_images(folder):
     """The Images in --data: one sub-folder a class, or images alone.
 
-    They are sorted, and searched for to any depth but in hidden folders.
+    Sorted, of any depth, but not of hidden folders.
     """
 
     def refuse(reason):
@@ -812,22 +805,22 @@ def prepare(run):
     that cannot be decoded is named and left out; ValueError where the system cannot read one.
     """
     codec, labels, tokens = run.given.tokenizer, [], []
-    if codec is not None:
+    room = count = run.images.count  # room: for images still to be kept
+    if codec:
         codec = to_device(tokenizer.cast(codec, run.dtype), run.device)
-    count = run.images.count
-    room = count if codec is None else count_held_out(count)  # for images still to be kept
+        room = count_held_out(count)
     with sample.whole_file(run.out / "images.bin") as file:
         for pairs in say_progress(read_images(run), count, "images prepared"):
             pixels = np.stack([crops for crops, _ in pairs])  # (n, crops, 3, size, size)
             labels += [label for _, label in pairs]
             file.write(pixels[:room])
             room = max(0, room - len(pixels))
-            if codec is not None:
+            if codec:
                 tokens.append(encode_crops(run, codec, pixels))
 
     if len(labels) < 2:
         raise ValueError(f"--data: {len(labels)} images can be read, expected two or more")
-    if codec is not None:
+    if codec:
         save_array(run.out / "tokens.npy", np.concatenate(tokens))
     save_array(run.out / "labels.npy", labels)
     sample.write_json(run.out / "args.json", run.record)
@@ -999,7 +992,7 @@ def to_unit(images):
 
 
 def lock_folder(out):
-    """Makes the run folder; a file in it, locked while it is open. ValueError if another has it."""
+    """Makes the run folder, returns its lock, an open file; ValueError where another has it."""
     (out / "samples").mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "a")  # noqa: SIM115
     try:
@@ -1018,6 +1011,8 @@ def prepare_once(run):
     names = (*STAGES.values(), "checkpoint.pt", "metrics.jsonl")
     is_begun = any((run.out / name).exists() for name in names)
     is_prepared = old == new
+    if not old and (run.out / "args.json").exists():
+        raise ValueError(f"{run.out}: holds another program's args.json; give another --out")
     if is_begun and not is_prepared:
         text = f"begun with other flags or images: {sample.differences(old, new)}"
         raise ValueError(f"{run.out}: {text}; give another --out, or remove the folder")
@@ -1045,7 +1040,7 @@ def own_record(out, flags):
 
 
 def save_stage(run, name, tree):
-    """Writes a finished stage's digest into args.json, then its weights: none is without one.
+    """Writes a finished stage's digest into args.json, and only then its weights.
 
     Removes what was made of other weights of its name.
     """
@@ -1196,23 +1191,28 @@ def load_given(args):
             raise ValueError("--init: got a tokenizer beside --tokenizer, which is not trained")
         return Given(codec, start)
 
-    if codec is not None:  # which those weights learned
+    if codec:  # which those weights learned
         sample.check_digest(Path(args.init).parent, "tokenizer.pt", codec)
-    if args.depth is not None:
+    if args.depth:
         raise ValueError(f"--depth: got {args.depth}, but --init decides it")
     return Given(codec, None, start)
 
 
 def choose_images(data, out):
     """The Images of --data, or prepared ones, whose files may be gone, or drawings."""
-    before = sample.read_record(out)
+    before, reason = sample.read_record(out), "--data: none"
     fingerprint = before["flags"].get("images")  # None: drawings
-    is_there = any(name[0] != "." for _, _, names in os.walk(data or "") for name in names)
-    if data is not None and (is_there or not fingerprint):
-        return list_images(data)
+    if data is not None:
+        try:
+            return list_images(data)
+        except ValueError as error:
+            if not fingerprint:
+                raise
+            reason = error
     if fingerprint:  # prepared, here or elsewhere
-        names, count = before["class_names"], before["count"]
-        return Images("prepared", names, count, fingerprint, before["newest"])
+        notes = [f"{reason}; images prepared before are used"]
+        names, count, newest = (before[name] for name in ("class_names", "count", "newest"))
+        return Images("prepared", names, count, fingerprint, newest, notes=notes)
     return Images("drawings", [*SHAPES], DRAWINGS)
 
 
@@ -1255,7 +1255,7 @@ def make_run(args, device):
     """The Run of these flags. ValueError where they or the files do not fit."""
     given = load_given(args)
     name = os.path.basename(os.path.abspath(args.data or "shapes"))
-    out = Path(args.out or os.path.join("runs", name))
+    out = Path(args.out or f"runs/{name}")
     if args.data and out.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out: got {out}, inside --data, whose images would be more")
 
@@ -1268,7 +1268,7 @@ def make_run(args, device):
     flags = settings | dict(images=images.fingerprint, dtype=str(dtype))
     start = given.start_tokenizer or given.start_transformer
     for flag, tree in ("--tokenizer", given.tokenizer), ("--init", start):
-        if tree is not None:
+        if tree:
             flags[flag] = sample.digest(tree)
 
     record = dict(class_names=images.class_names, count=images.count, newest=images.newest)
@@ -1284,7 +1284,7 @@ def choose_settings(args, given, count, is_drawn):
     """
     size = args.size or (32 if is_drawn else 64)
     depth = args.depth or 2
-    if given.start_transformer is not None:
+    if given.start_transformer:
         depth = hmar.depth(given.start_transformer)
     settings = dial(depth, size, count - count_held_out(count)) | dict(size=size, depth=depth)
 
@@ -1294,14 +1294,14 @@ def choose_settings(args, given, count, is_drawn):
     if is_drawn:
         steps = settings["steps"]
         settings["steps"] = {stage: math.ceil(DRAWN_STEPS * steps[stage]) for stage in steps}
-    if args.steps is not None:  # of each stage
+    if args.steps:
         settings["steps"] = dict.fromkeys(STAGES, args.steps)
-    if args.lr is not None:  # the masked stage's is smaller
+    if args.lr:  # the masked stage's is smaller
         rates = settings["lr"]
         settings["lr"] = {name: args.lr * rates[name] / max(rates.values()) for name in rates}
 
     codec = given.tokenizer or given.start_tokenizer
-    if codec is not None:  # it has sizes of its own
+    if codec:  # it has sizes of its own
         settings["codec"] = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
         settings["cell"] = tokenizer.downsampling(codec)
     check_sizes(settings, given)
@@ -1315,15 +1315,15 @@ def choose_settings(args, given, count, is_drawn):
 
 def check_sizes(settings, given):
     """ValueError where size, batch or --init do not fit the tokenizer or the processes."""
-    size, cell, batch = (settings[name] for name in ("size", "cell", "batch"))
+    size, cell, batch = map(settings.get, ("size", "cell", "batch"))
     if size % cell or size < 2 * cell:
         raise ValueError(f"--size: got {size}, expected a multiple of {cell}, two at least")
     world = sample.world()
     if batch % world:
         fits = math.ceil(batch / world) * world
         raise ValueError(f"--batch: got {batch} for {world} processes, expected say {fits}")
-    if given.start_transformer is not None:
-        params, codec = given.start_transformer, settings["codec"]
+    params, codec = given.start_transformer, settings["codec"]
+    if params:
         got = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
         wanted = codec["codes"], codec["code_dim"]
         if got != wanted:
@@ -1336,7 +1336,7 @@ def train(args):
     locks = []  # of the first process, held to the end: the file itself cannot be broadcast
     broadcast(lambda: locks.append(lock_folder(run.out)))
     broadcast(lambda: prepare_once(run))
-    broadcast(lambda: say_run(run))
+    say_run(run)
 
     names = [name for name in STAGES if not (run.causal and name == "masked")]
     for number, name in enumerate(names, 1):
@@ -1356,9 +1356,9 @@ def train(args):
                 tree = train_transformer(run, stage)
             broadcast(partial(save_stage, run, name, tree))
         except KeyboardInterrupt as stop:
-            checkpoint = run.out / "checkpoint.pt"
-            saved = sample.load_file(checkpoint) if checkpoint.exists() else dict(stage=None)
-            step = saved["at"]["step"] if saved["stage"] == name else 0
+            path = run.out / "checkpoint.pt"
+            saved = sample.load_file(path) if path.exists() else {}
+            step = saved["at"]["step"] if saved.get("stage") == name else 0
             text = f"stopped; the same command goes on from {name}, step {step}"
             raise KeyboardInterrupt(text) from stop
 
@@ -1372,9 +1372,11 @@ def say_run(run):
     held_out, labels = load_labels(run)
     for note in run.images.notes:
         say(note)
-    for label in set(range(len(run.class_names))).difference(labels.tolist()):
-        say(f"class {run.class_names[label]}: none of its images is left to train on")
-    if run.given.start_transformer is not None and run.given.tokenizer is None:
+    left = set(labels.tolist())
+    for label, name in enumerate(run.class_names):
+        if label not in left:
+            say(f"class {name}: none of its images is left to train on")
+    if run.given.start_transformer and not run.given.tokenizer:
         say("--init: without --tokenizer its codes get new meanings")
     counts = f"{len(labels)} images to train on, {len(held_out)} held out, "
     counts += f"{len(run.class_names)} classes; {run.device}, {str(run.dtype)[6:]}, "

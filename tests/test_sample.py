@@ -564,8 +564,9 @@ def test_an_interrupted_folder_goes_on_in_two_processes(run, capsys, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sample, "whole_file", whole_file)
     before = os.stat("a/000001-0.png").st_ino
+    Path("a.npz").write_bytes(b"old")
     for rank, batches in (("1", [[1, 3], [5, 7], [9, 11]]), ("0", [[0, 2], [4, 6], [8, 10]])):
-        assert not Path("a.npz").exists()
+        assert Path("a.npz").read_bytes() == b"old"
         monkeypatch.setenv("RANK", rank)
         with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
             assert call(*flags) == 0
@@ -605,7 +606,7 @@ def test_a_file_is_the_old_one_or_a_whole_new_one():
     path.write_text("old")
 
     killed = pytest.raises(KeyboardInterrupt)
-    with mock.patch.object(Path, "unlink"), killed, sample.whole_file(path) as file:
+    with mock.patch.object(os, "unlink"), killed, sample.whole_file(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert len(contents(".")) == 2 and path.read_text() == "old"
@@ -664,11 +665,10 @@ def test_a_run_before_its_masked_stage_is_drawn_and_told(capsys):
     assert "next-scale.pt: without the masked branch" in capsys.readouterr().err
 
 
-def test_a_name_goes_before_all_and_before_numbers():
-    for names, text, number in ((["a", "all", "b"], "all", 1), (["1", "2", "0"], "1", 0)):
-        run_folder(Path(text), class_names=names)
-        assert_drawn(archived(text, "--labels", text, "--count", 1), [number])
-        assert len(archived(text, "--count", 1)) == 3
+def test_names_go_before_numbers():
+    run_folder(Path("run"), class_names=["1", "2", "0"])
+    assert_drawn(archived("run", "--labels", "1", "--count", 1), [0])
+    assert len(archived("run", "--count", 1)) == 3
 
 
 def test_what_a_killed_sampler_left_goes(run):
@@ -763,6 +763,8 @@ plain --tokenizer decoder.pt  images: got nan
 . --edit photo.png --mask black.png  --mask: expected white
 . --edit photo.png --pad 0.2 --out a.gif  .gif (not of edits)
 . --soften -1  soften: got -1.0
+. --temperature -1  temperature: got -1.0
+. --out {240 * "x"}.png  .png: cannot be written: [Errno
 deep  deep/args.json: expected a JSON object
 typed  typed/args.json: class_names: got 3
 foreign  foreign/args.json: tells of another hmar.pt

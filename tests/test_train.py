@@ -771,7 +771,7 @@ def test_a_stage_is_finished_while_its_file_exists(base, out):
             assert (out / other).read_bytes() == (base / other).read_bytes()
 
 
-def test_prepared_images_stay_where_their_data_is_gone(refused):
+def test_prepared_images_stay_where_their_data_is_gone(refused, capsys):
     data = shutil.copytree("data", "copy")
     flags = "run", "--data", data, "--size", 16
     captured(*flags)
@@ -780,11 +780,13 @@ def test_prepared_images_stay_where_their_data_is_gone(refused):
     assert refused(*flags, "--seed", 3) == (
         "train.py: --data: expected, to prepare run anew with other flags"
     )
-    # gone, empty as a drive that is not mounted, or emptied
-    for make in (lambda _: None, os.mkdir, lambda data: os.mkdir(f"{data}/disc")):
-        make(data)
+    # gone, empty as a drive that is not mounted, or emptied, but for what desktops leave
+    throw_away = partial(shutil.copytree, "data", f"{data}/.Trash-0")
+    for change in (list, partial(os.mkdir, data), partial(os.mkdir, f"{data}/disc"), throw_away):
+        change()
         captured(*flags)
         assert contents("run") == before
+        assert "images prepared before are used" in capsys.readouterr().out
 
 
 def test_other_flags_or_images_are_refused(base, out, refused):
@@ -885,6 +887,10 @@ def test_what_has_no_record_is_refused(refused):
         os.makedirs(f"run/{name}")
         assert refused("run").startswith("train.py: run: begun with other flags")
         os.rmdir(f"run/{name}")  # as it was
+    Path("run/args.json").write_text('{"lr": 1}')
+    before = contents("run")
+    assert refused("run").startswith("train.py: run: holds another program's args.json")
+    assert contents("run") == before
 
 
 BAD_INPUT = """
