@@ -350,7 +350,7 @@ def own_options(params, is_causal=False, is_edit=False):
     else:
         temperature = 0.9  # .3 nearer than at .95
         rise = 1
-        # falls slowly: photographs of 64 pixels are .5 nearer than by the root of count
+        # falls slowly: two runs of photographs were .1, .5 nearer than by the root of count
         guidance = min(6.9, 4.57 * (194 / count) ** 0.25)
 
     # A head that looks at neighbours makes the tokens of a scale match, so a masked pass serves
@@ -731,7 +731,7 @@ def read_job(args):
 
 
 def find_kind(args):
-    """The kind of --out: a format of Pillow's, or "folder", of an .npz too. ValueError if unfit."""
+    """The kind of --out: a format of Pillow's, or "folder", also for .npz. ValueError if unfit."""
     if os.path.realpath(args.out) in map(os.path.realpath, filter(None, (args.edit, args.mask))):
         raise ValueError(f"--out: got {args.out}, which is also to be read")
     suffix = args.out.suffix.lower()
@@ -759,7 +759,7 @@ def draw_frames(job, numbers):
 
 
 def write_sheet(out, job):
-    """Draws all images into one, a row a label, or a GIF of that after each pass."""
+    """Draws all images into one, a row a label, or a GIF of that after each pass. Returns True."""
     batches = torch.arange(len(job.labels)).split(job.batch)
     frames = zip(*(draw_frames(job, numbers) for numbers in batches))
     # a frame: the images after a pass, in batches; a page: these joined and cut into rows by label
@@ -1024,7 +1024,7 @@ def whole_file(path):
             raise
         raise OSError(f"{path}: cannot be written: {reason}") from error
     finally:
-        with contextlib.suppress(OSError):  # it has its name, or never was
+        with contextlib.suppress(OSError):  # it was renamed, or never made
             os.unlink(temporary)
 
 

@@ -1208,7 +1208,7 @@ def choose_images(data, out):
         except ValueError as error:
             if not fingerprint:
                 raise
-            reason = error
+            reason = str(error)
     if fingerprint:  # prepared, here or elsewhere
         notes = [f"{reason}; images prepared before are used"]
         names, count, newest = (before[name] for name in ("class_names", "count", "newest"))
@@ -1315,7 +1315,7 @@ def choose_settings(args, given, count, is_drawn):
 
 def check_sizes(settings, given):
     """ValueError where size, batch or --init do not fit the tokenizer or the processes."""
-    size, cell, batch = map(settings.get, ("size", "cell", "batch"))
+    size, cell, batch = (settings[name] for name in ("size", "cell", "batch"))
     if size % cell or size < 2 * cell:
         raise ValueError(f"--size: got {size}, expected a multiple of {cell}, two at least")
     world = sample.world()

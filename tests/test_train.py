@@ -782,7 +782,12 @@ def test_prepared_images_stay_where_their_data_is_gone(refused, capsys):
     )
     # gone, empty as a drive that is not mounted, or emptied, but for what desktops leave
     throw_away = partial(shutil.copytree, "data", f"{data}/.Trash-0")
-    for change in (list, partial(os.mkdir, data), partial(os.mkdir, f"{data}/disc"), throw_away):
+    for change in (
+        lambda: None,
+        partial(os.mkdir, data),
+        partial(os.mkdir, f"{data}/disc"),
+        throw_away,
+    ):
         change()
         captured(*flags)
         assert contents("run") == before
