@@ -1045,7 +1045,8 @@ def report_errors(name):
         if isinstance(error, RuntimeError) and not is_refused:
             raise  # a bug
         text, status = str(error) or type(error).__name__, 2
-    print(f"{name}: {replace_unprintable(text)}", file=sys.stderr)
+    over = "\r\x1b[K" if sys.stderr and sys.stderr.isatty() else ""  # a progress line
+    print(f"{over}{name}: {replace_unprintable(text)}", file=sys.stderr)
     sys.exit(status)
 
 

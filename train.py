@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -1363,7 +1364,7 @@ def train(args):
             raise KeyboardInterrupt(text) from stop
 
     broadcast(lambda: (run.out / "checkpoint.pt").unlink(missing_ok=True))
-    say(f"finished; next: python sample.py {run.out}")
+    say(f"finished; next: python sample.py {shlex.quote(str(run.out))}")
     say(f"CPU seconds {time.process_time():.6g}")
 
 

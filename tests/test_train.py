@@ -420,8 +420,12 @@ def test_a_terminal_shows_one_line_that_is_renewed(monkeypatch, capsys):
     train.say("one", renewed=True)
     train.say("two")
     assert capsys.readouterr().out == "\r\x1b[Kone\r\x1b[Ktwo\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit), sample.report_errors("train.py"):
+        raise ValueError("three")
+    assert capsys.readouterr().err == "\r\x1b[Ktrain.py: three\n"
     monkeypatch.setattr(sys, "stdout", None)  # closed
-    train.say("three")
+    train.say("four")
 
 
 # Several processes are one
@@ -885,6 +889,8 @@ def test_what_is_passed_over_or_changed_is_told(out, folder, capsys, monkeypatch
     os.utime(f"{data}/disc/000.png")
     run(out, "--data", data)
     assert "--data: files were changed; what was prepared before is used" in capsys.readouterr().out
+    run(out.rename("my run"))
+    assert capsys.readouterr().out.count("next: python sample.py 'my run'\n") == 1
 
 
 def test_what_has_no_record_is_refused(refused):
