@@ -354,7 +354,7 @@ def own_options(params, is_causal=False, is_edit=False):
         guidance = min(6.9, 4.57 * (194 / count) ** 0.25)
 
     # A head that looks at neighbours makes the tokens of a scale match, so a masked pass serves
-    # edits alone, of which 98 % are right, without it 96 % (drawings); 70, 67 % (CIFAR-10).
+    # edits alone, of which 98 % are right, without it 96 % (drawings); 70, 66 % (CIFAR-10).
     masked_passes = 1 if is_edit else 0
     if "neighbours" not in params["next_scale"]:  # as from depth 8 on
         masked_passes = 2

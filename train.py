@@ -77,7 +77,7 @@ def dial(depth, size, images):
     """
     relative_depth = depth / 2
     is_large = depth >= 8  # the published sizes and layers
-    # convolutions gain .16 nats a token, neighbours .24
+    # convolutions gain .16 nats a token, neighbours .24 and more
     local = dict(gamma=0.1, convolutions=True, neighbours=True)
     rate = 4e-3 * relative_depth**-0.7  # deep wants less, its large batch more (HyperP 2603.28743)
     cell, codec = codec_sizes(depth, size)
@@ -113,7 +113,7 @@ def codec_sizes(depth, size):
     """(pixels a side of a latent position, arguments of `tokenizer.init`)."""
     is_large = depth >= 8
     # squares of pixels become channels: at 64 pixels reconstructions are at a Frechet distance of
-    # 1.65, where it was 3.55 in the same time
+    # 1.65 for 3.55, in 5 % more time
     fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
     cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
     halvings = cell.bit_length() - 1
@@ -1089,7 +1089,7 @@ def set_up_process(name):
 
 
 def keep_freed_memory():
-    """Asks glibc to keep what is freed: faulting it in again takes 6 % of a small step."""
+    """Asks glibc to keep what is freed: faulting it in again takes 7 % of a small step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # others than glibc go without
     if mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25):  # M_MMAP_THRESHOLD, older ones take 32 MiB
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -1290,7 +1290,7 @@ def choose_settings(args, given, count, is_drawn):
     settings = dial(depth, size, count - count_held_out(count)) | dict(size=size, depth=depth)
 
     settings["batch"] = args.batch or settings["batch"]
-    # three take two thirds of the time, but photographs are 4 to 12 % further
+    # three take two thirds of the time, but photographs are 4 to 14 % further
     settings["newton_schulz"] = 3 if is_drawn else 5
     if is_drawn:
         steps = settings["steps"]

@@ -8,7 +8,7 @@ tests/judge.py cifar10 RUN --data DIR --others DIR --fresh DIR   judge trained o
                                        with images of folders beyond those of --data
 tests/judge.py KIND RUN ... --guidance 2 3 4    reports the nearest and the one as sure as real
                                        images, both chosen on the run's held-out ones
-tests/judge.py cifar10 RUN --data DIR --edit   held-out images whose halves are repainted
+tests/judge.py cifar10 RUN --data DIR --edit   test images whose halves are repainted
 tests/judge.py claims --data DIR       trains and judges the paper's claims
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 tests/judge.py shapes RUN --write DIR  README's growth.png, edit.png and curve.png
