@@ -526,9 +526,9 @@ def print_kernels(head_dims):
     limits = {80: (2048, 164), 89: (1536, 100), 90: (2048, 228), 100: (2048, 228), 120: (1536, 100)}
     names = ("rows", "columns", "warps", "registers", "spills", "shared")
     rows = []
-    for architecture, head_dim, longest in itertools.product(limits, head_dims, (9, 512)):
+    for architecture, head_dim in itertools.product(limits, head_dims):
         threads, shared = limits[architecture]
-        for kernel in compile_kernels(architecture, "bfloat16", head_dim, longest):
+        for kernel in compile_kernels(architecture, "bfloat16", head_dim):
             registers = math.ceil(kernel["registers"] / 8) * 8  # of a thread
             bounds = [2**16 // registers, threads]
             bounds = [bound // (32 * kernel["warps"]) for bound in bounds]

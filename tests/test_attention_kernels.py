@@ -151,9 +151,12 @@ def test_real_tile_sizes(is_causal):
 
 
 @both_patterns
-@parametrize("dtype", kernels.DTYPES)
+@parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, pytorch_path, monkeypatch):
-    monkeypatch.setattr(kernels, "UNFUSED_KEYS", 40)  # both ways in one sequence
+    def is_slow(q, k, v):  # both ways in one sequence
+        return q.element_size() == 2 and k.shape[2] <= 40
+
+    monkeypatch.setattr(kernels, "_fused_is_slow", is_slow)
     block_lengths = (1, 1, 4, 9, 2, 36, 64, 5)
     tensors = [x.cpu() for x in inputs(block_lengths, 2, 2, 24, dtype)]
     for scale in (None, 0.3):
@@ -172,14 +175,14 @@ def test_amd_and_float64_take_the_pytorch_path(hip, dtype, pytorch_path, monkeyp
 
 @both_patterns
 def test_plain_products_where_fused_ones_are_slow(is_causal, pytorch_path, monkeypatch):
-    limit = kernels.UNFUSED_KEYS
+    limit = 700
     block_lengths = (limit, 4, limit + 1)
     seen = [*itertools.accumulate(block_lengths)] if is_causal else block_lengths
     dtypes = (torch.bfloat16, torch.float32)
     yes_or_no = (False, True)
     for case in itertools.product(yes_or_no, yes_or_no, dtypes, (1, 2**27)):
         has_amx, has_gradients, dtype, batch = case
-        monkeypatch.setattr(kernels, "HAS_AMX", has_amx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
         fused = mock.Mock(side_effect=F.scaled_dot_product_attention)
         with FakeTensorMode(), mock.patch.object(F, "scaled_dot_product_attention", fused):
             query, key, value = torch.empty(3, batch, 1, sum(block_lengths), 16, dtype=dtype)
@@ -251,38 +254,6 @@ def test_written_everywhere_repeatable_and_independent_of_the_batch(is_causal):
     for first, second, alone in zip(whole, again, part, strict=True):
         assert first.isfinite().all()
         assert torch.equal(first, second) and torch.equal(first[:1], alone)
-
-
-@needs_kernels
-@both_patterns
-@parametrize("poison", [float("nan"), float("inf")])
-@parametrize("which", range(4), ids=["query", "key", "value", "output_gradient"])
-@parametrize("scale", [1, 4])
-def test_nan_stays_where_it_is_seen(is_causal, poison, which, scale):
-    block_lengths = (1, 2, 4, 3, 17)  # the first four share a tile
-    poisoned = sum(block_lengths[:scale])
-    tensors = inputs(block_lengths)
-    bad = [x.clone() for x in tensors]
-    bad[which][:, :, poisoned, 3] = poison
-    pattern = (block_lengths, is_causal)
-    with tiles(*SMALL):
-        clean, got = (run(x, *pattern) for x in (tensors, bad))
-
-    # the queries that it reaches, and by way of them the keys
-    visible = visibility(block_lengths, is_causal)
-    queries = torch.arange(len(visible)) == poisoned
-    if which in (1, 2):
-        queries = visible[:, poisoned]
-    keys = visible[queries].any(0)
-    output = queries & (which != 3)
-
-    # elsewhere nothing changes, and there it is not hidden
-    dense = run(bad, *pattern, attention=dense_masked_attention)
-    reached = (output, queries, keys, keys)
-    for ours, before, expected, there in zip(got, clean, dense, reached, strict=True):
-        assert torch.equal(ours[:, :, ~there], before[:, :, ~there])
-        hidden = ours.isfinite().all(-1) & expected.isnan().any(-1)
-        assert not hidden[:, :, there].any() or (which == 1 and poison == float("inf"))
 
 
 @needs_kernels
@@ -381,18 +352,16 @@ def test_checkpoint_and_inputs_that_require_no_gradient():
 def test_float32_is_exact_unless_torch_is_told_otherwise():
     for allowed, precision in ((True, "tf32"), (False, "ieee")):
         torch.backends.cuda.matmul.allow_tf32 = allowed
-        constants = kernels._constants(0, 64, torch.float32, 8, 1)
+        constants = kernels._constants(0, 64, torch.float32)
         assert constants["PRECISION"].value == precision
 
 
 GOOD = torch.zeros(1, 2, 6, 16)
-WIDTHS = torch.zeros(1, 2, 6, 292).split((8, 20, 264), -1)
 BAD = dict(
-    query=[None, GOOD[0], GOOD[:, :, :0], GOOD.long(), GOOD.cfloat(), *WIDTHS],
-    key=[[1.0], GOOD[:, :, :5], GOOD[:, :1], GOOD.double()],
-    value=[None, GOOD[0], GOOD.bfloat16(), GOOD.to("meta")],
-    block_lengths=[(1, 4), (), (6, 0), (7, -1), (2.0, 4.0), 6],
-    scale=[0.0, -1, float("nan"), float("inf"), "big", torch.tensor(1.0)],
+    query=[*torch.zeros(1, 2, 6, 292).split((8, 20, 264), -1), GOOD[0]],
+    key=[GOOD[:, :, :5], GOOD[:, :1], GOOD.double()],
+    value=[GOOD[0], GOOD.bfloat16(), GOOD.to("meta")],
+    block_lengths=[(1, 4), (), (6, 0), (7, -1)],
 )
 
 
@@ -401,7 +370,8 @@ BAD = dict(
 def test_bad_input_is_named(attention, name):
     good = dict(query=GOOD, key=GOOD, value=GOOD, block_lengths=(1, 5))
     for wrong in BAD[name]:
-        refused(rf"^{name} .*, expected ", attention, **good | {name: wrong})
+        others = dict(key=wrong, value=wrong) if name == "query" else {}
+        refused(rf"^{name} .*, expected ", attention, **good | {name: wrong} | others)
 
 
 # ---- compiled ahead of time
@@ -410,7 +380,7 @@ def test_bad_input_is_named(attention, name):
 LIMITS = {80: (99, "mma.sync"), 90: (227, "wgmma.mma_async"), 100: (227, "tcgen05.mma")}
 
 
-def compile_kernels(architecture, dtype, head_dim, longest):
+def compile_kernels(architecture, dtype, head_dim):
     """What each kernel uses, compiled as for a qkv."""
     driver = mock.Mock()
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
@@ -426,8 +396,8 @@ def compile_kernels(architecture, dtype, head_dim, longest):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(architecture, 10))
         patch.setattr(triton.JITFunction, "run", compile_only)
-        tensors = inputs((9, longest), 2, 4, head_dim, getattr(torch, dtype))
-        run(tensors, attention=lambda *x: kernels._forward(*x, (9, longest), False, 1.0)[0])
+        tensors = inputs((9, 512), 2, 4, head_dim, getattr(torch, dtype))
+        run(tensors, attention=lambda *x: kernels._forward(*x, (9, 512), False, 1.0)[0])
 
     built = []
     for kernel, options, binary in results:
@@ -449,19 +419,16 @@ def compile_kernels(architecture, dtype, head_dim, longest):
 
 @needs_kernels
 def test_compiled_ahead_of_time(monkeypatch):
-    heads = [(40, 9), (64, 512), (72, 9), (128, 512), (136, 9)]  # head_dim, longest block
-    kinds = [*itertools.product(["bfloat16"], heads), ("float32", (256, 9))]
-    jobs = [(architecture, dtype, *head) for architecture in LIMITS for dtype, head in kinds]
+    heads = [("bfloat16", head_dim) for head_dim in (48, 64, 80, 128, 144)] + [("float32", 256)]
+    jobs = [(architecture, *head) for architecture in LIMITS for head in heads]
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # of new processes, which import the kernels anew
     with multiprocessing.get_context("spawn").Pool() as pool:
         built = pool.starmap(compile_kernels, jobs)
     for job, three in zip(jobs, built, strict=True):
-        architecture, dtype, head_dim, _ = job
+        architecture, dtype, _ = job
         assert len(three) == 3
         for kernel in three:
             assert kernel["shared"] <= LIMITS[architecture][0] * 1024, (job, kernel)
-            assert kernel["rows"] == 128 or head_dim != 64, (job, kernel)
-            if dtype != "float32":  # no tensor cores, may spill
-                known = 3 * (architecture == 100 and head_dim > 128)
-                assert kernel["spills"] <= known, (job, kernel)
+            if dtype != "float32":  # which has no tensor cores and may spill
+                assert kernel["spills"] == 0, (job, kernel)
                 assert kernel["has_product"] or kernel["rows"] < 64, (job, kernel)
