@@ -1,39 +1,44 @@
-"""The HMAR transformer: from a pyramid of token maps, as features, to logits of every token.
+"""The HMAR transformer: from a pyramid of token maps, given as features, to logits of every token.
 
     labels (B,), inputs (B, L - len_0, code_dim) -> x (B, L, C) -> blocks -> logits (B, L, codes)
 
-L: the tokens of all scales, len_0: of scale 0, C: the width.
+L is the number of tokens of all scales, len_0 that of scale 0, C the width.
 
-A sequence holds all scales, coarse to fine: scale 0 is made of start tokens and the class, a later
-one of `inputs`, the map accumulated over those before it. Attention stays inside a scale, so
-sampling needs no cache: the Markov property. With is_causal=True all this is VAR, where a scale
-attends to coarser ones too. The masked branch shares the first blocks, the trunk, and sees visible
-tokens of its own scale besides: `apply_mask` is where the mask goes.
+A sequence holds all scales, coarse to fine. Scale 0 consists of start tokens and the class; each
+later scale of `inputs`, the map that the coarser scales add up to. Attention stays inside a scale,
+so that sampling needs no cache: the Markov property. With is_causal=True all this is VAR, where a
+scale attends to the coarser ones too. The masked branch shares the first blocks, the trunk, and
+also sees the visible tokens of its own scale: `apply_mask` is where the mask goes.
 
-A model is a tree of tensors: keys are argument names of functions, shapes are the configuration.
+A model is a tree of tensors: its keys are argument names of functions, its shapes are the
+configuration.
 
     classes (classes + 1, C), the null class last; start (len_0, C)
-    levels (S, C), an embedding a scale, as published; positions [(h, w, C), ...]
+    levels (S, C), an embedding for each scale, as published; positions [(h, w, C), ...]
     input {weight, bias}; trunk [block, ...]
     next_scale {blocks [block, ...], modulation, head}
-    masked {blocks, modulation, head, mask_embedding (C,); ours: own_input}
-    both branches, if init was asked: neighbours {embedding (M, codes + 1, C), expand, contract}
-    block {modulation, attention, mlp; ours: depthwise}; see the functions of these names
+    masked {blocks, modulation, head, mask_embedding (C,), own_input}
+    optional in both branches: neighbours {embedding (6, codes + 1, C), expand, contract}
+    block {modulation, attention, mlp, depthwise}; see the functions of these names
 
-Small models of ours have 3 x 3 convolutions as input, own_input and depthwise, each scale's map by
-itself (`convolve_by_scale`); published trees have matrices there, or nothing. Arguments:
+Three kinds of trees differ in what they have. Trees of small models have everything above, with
+3 x 3 convolutions in input, own_input and depthwise, which treat the map of each scale by itself
+(`convolve_by_scale`). Trees of `init` by default have neither convolutions nor neighbours, and
+published ones have no own_input either. Arguments:
 
     labels      (B,) int64, 0 to classes; `classes` is the null class
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
     own_inputs  (B, L - len_0, code_dim), from tokenizer.masked_inputs
     mask        (B, L - len_0) bool, True where hidden; scale 0 is never masked
-    k           one scale alone: inputs, own_inputs, mask are that scale's part, unread at scale 0
+    tokens      (B, L) int64, needed by heads that see neighbours
+    k           one scale alone: inputs, own_inputs, mask are its part; at scale 0 they are not read
 
     >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
     >>> next_scale_logits(params, torch.tensor([3, 7]), torch.randn(2, 4, 8)).shape
     torch.Size([2, 5, 64])
 
-Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024), adaptive layer norm as in DiT (2023).
+Sources: HMAR (Kumbong et al. 2025), VAR (Tian et al. 2024), adaptive layer norm as in DiT (Peebles
+and Xie 2023).
 """
 
 import math
@@ -46,9 +51,10 @@ from torch.utils import _pytree as pytree
 
 from attention_kernels import block_sparse_attention
 
-# (x, y) from a token to those that the head sees, all drawn before it: see `waves`
-NEAR = (-1, 0), (-1, -1), (0, -1), (1, -1), (-2, 0), (0, -2)
-SCALES = {  # published, by an image's side in pixels, for a tokenizer that downsamples by 16
+# (row, column) from a token to its neighbours that the head sees; all are sampled before it, see
+# `waves`
+NEIGHBOURS = (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, -2), (-2, 0)
+SCALES = {  # published scales by the image's side in pixels, for a tokenizer that downsamples by 16
     16 * sides[-1]: tuple(zip(sides, sides))
     for sides in (
         (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -58,76 +64,80 @@ SCALES = {  # published, by an image's side in pixels, for a tokenizer that down
 }
 
 
-def scales(params):
-    """((h_0, w_0), ...): the scales that a tree is made for."""
+def scale_sizes(params):
+    """((h_0, w_0), ...): the scales that a tree was made for."""
     return tuple(tuple(position.shape[:2]) for position in params["positions"])
 
 
-def depth(params):
-    """How many blocks a token passes through."""
+def block_count(params):
+    """The number of blocks that a token passes through."""
     return len(params["trunk"]) + len(params["next_scale"]["blocks"])
 
 
 def next_scale_logits(params, labels, inputs, is_causal=False, tokens=None):
-    """Logits (B, L, codes), fp32, of every token given the coarser scales (HMAR).
+    """Logits (B, L, codes), at least fp32, of every token given the coarser scales (HMAR).
 
-    tokens (B, L): needed where there are neighbours: the head then sees, for each token, those
-    beside it that are drawn before it.
+    tokens (B, L) are needed by trees with neighbours: there the head sees, for each token, the
+    neighbours that are sampled before it. ValueError if they are missing.
     """
     features = branch_features(params, "next_scale", labels, inputs, is_causal=is_causal)
-    return branch_logits(params, "next_scale", features, near_tokens(params, tokens))
+    return branch_logits(params, "next_scale", features, neighbour_tokens(params, tokens))
 
 
 def masked_logits(params, labels, inputs, own_inputs, mask, tokens=None):
-    """Logits (B, L, codes), fp32, given visible tokens of the own scale too (HMAR)."""
+    """Logits (B, L, codes), at least fp32, given the visible tokens of the same scale too (HMAR).
+
+    tokens: as for `next_scale_logits`.
+    """
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask)
-    return branch_logits(params, "masked", features, near_tokens(params, tokens))
+    return branch_logits(params, "masked", features, neighbour_tokens(params, tokens))
 
 
 def apply_mask(params, inputs, own_inputs, mask, sizes):
-    """(B, n, C): what coarser scales say plus visible tokens, plus the mask embedding if hidden.
+    """(B, n, C): the embedded inputs, plus the visible tokens, plus an embedding where hidden.
 
-    sizes: (h, w) of each scale of these inputs. Where `zeroes_hidden(params)`, own_inputs come
-    without hidden codes (`tokenizer.own_inputs_of_scale`).
+    sizes: (h, w) of each scale of these inputs. If `zeroes_hidden(params)`, own_inputs must come
+    from codes that are zero where hidden (`tokenizer.own_inputs_of_scale`). ValueError if
+    own_inputs or mask do not have the shape of inputs.
     """
-    _expect("own_inputs", own_inputs, inputs.shape)
-    _expect("mask", mask, inputs.shape[:2])
+    if own_inputs.shape != inputs.shape or mask.shape != inputs.shape[:2]:
+        got = f"own_inputs {tuple(own_inputs.shape)} and mask {tuple(mask.shape)}"
+        raise ValueError(f"got {got} for inputs {tuple(inputs.shape)}")
 
     branch = params["masked"]
     weight = branch.get("own_input", params["input"]["weight"])
     visible = convolve_by_scale(own_inputs, sizes, weight, bias=None)
-    if weight.ndim == 2:  # a convolution shows hidden places the visible tokens beside them
+    if weight.ndim == 2:  # a convolution shows a hidden place the visible tokens beside it
         visible = visible.masked_fill(mask[..., None], 0)
     visible = visible + mask[..., None] * branch["mask_embedding"]
     return convolve_by_scale(inputs, sizes, **params["input"]) + visible
 
 
 def zeroes_hidden(params):
-    """Whether own_inputs are without hidden codes: ours; published ones let them leak."""
+    """Whether the masked branch expects hidden codes to be zero; published models let them leak."""
     return "own_input" in params["masked"]
 
 
 def branch_features(params, branch, labels, inputs, *own, k=None, is_causal=False, cache=None):
-    """(B, n, C), fp32: what the head of a branch, "next_scale" or "masked", reads.
+    """The features (B, n, C), fp32, that the head of a branch ("next_scale" or "masked") reads.
 
-    own: of the masked branch (own_inputs, mask). k, in sampling: one scale; cache, in VAR's
-    sampling: for each block a list, to which this adds the (key, value) of scale k.
+    own: of the masked branch (own_inputs, mask). k: one scale alone, for sampling. cache: for VAR's
+    sampling, a list for each block, to which this function appends the (key, value) of scale k.
     """
     ks = range(len(params["positions"])) if k is None else [k]
-    _expect("labels", labels, (labels.numel(),))
     condition = F.embedding(labels, params["classes"])  # (B, C)
     x = embed_inputs(params, condition, inputs, own, ks)  # (B, n, C)
 
     blocks = params["trunk"] + params[branch]["blocks"]
-    sizes = [scales(params)[i] for i in ks]
+    sizes = [scale_sizes(params)[i] for i in ks]
     look_around = partial(convolve_by_scale, sizes=sizes)
-    if cache is None:  # scale 1: the temperature is in q already
+    if cache is None:  # scale 1, because the queries are already divided by a temperature
         pattern = dict(block_lengths=[h * w for h, w in sizes], is_causal=is_causal, scale=1.0)
         attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
     else:
         attends = [partial(cached_attention, past=layer) for layer in cache]
     for weights, attend in zip(blocks, attends, strict=True):
-        x = block(x, condition, attend, look_around, **weights)
+        x = transformer_block(x, condition, attend, look_around, **weights)
 
     two = linear(F.silu(condition), **params[branch]["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
     scale, shift = two.chunk(2, -1)
@@ -135,12 +145,13 @@ def branch_features(params, branch, labels, inputs, *own, k=None, is_causal=Fals
 
 
 def embed_inputs(params, condition, inputs, own, ks):
-    """What the blocks read, (B, n, C), of scales ks; condition (B, C) is the class."""
+    """The embeddings (B, n, C) of scales ks, which the blocks read; condition (B, C) is the class.
+
+    own: of the masked branch (own_inputs, mask).
+    """
     tokens = [condition[:, None] + params["start"]] if 0 in ks else []  # (B, len_0, C)
     if ks[-1] > 0:
-        sizes = [scales(params)[i] for i in ks if i > 0]
-        count = sum(h * w for h, w in sizes)
-        _expect("inputs", inputs, (len(condition), count, params["input"]["weight"].shape[1]))
+        sizes = [scale_sizes(params)[i] for i in ks if i > 0]
         if own:
             tokens.append(apply_mask(params, inputs, *own, sizes))
         else:
@@ -150,24 +161,29 @@ def embed_inputs(params, condition, inputs, own, ks):
     return torch.cat(tokens, 1) + torch.cat(rows)
 
 
-def block(x, condition, attend, look_around, modulation, attention, mlp, depthwise=None):
+def transformer_block(
+    x, condition, attend, look_around, modulation, attention, mlp, depthwise=None
+):
     """x (B, n, C) after attention and MLP, each modulated by condition (B, C).
 
-    attend(query, key, value), each (B, heads, n, head_dim); look_around(x, **depthwise), which
-    published blocks lack.
+    attend(query, key, value), each (B, heads, n, head_dim). look_around(x, **depthwise): a
+    convolution over each scale's map, which published blocks do not have (UniFormer, Li et al.
+    2022, has one in every block). Blocks with it use exact GELU, which is six times as fast on a
+    CPU; published blocks use its tanh approximation.
     """
-    if depthwise is not None:  # what is near matters most (UniFormer, Li et al. 2022)
+    if depthwise is not None:
         x = x + look_around(x, **depthwise)
 
     six = linear(F.silu(condition), **modulation).unflatten(1, (6, 1, -1))  # (B, 6, 1, C)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(1)  # the published order
 
     x = x + gamma1 * self_attention(modulate(x, scale1, shift1), attend, **attention)
-    return x + gamma2 * feed_forward(modulate(x, scale2, shift2), **mlp)
+    approximate = "tanh" if depthwise is None else "none"
+    return x + gamma2 * feed_forward(modulate(x, scale2, shift2), approximate, **mlp)
 
 
 def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
-    """(B, n, C): cosine attention: of unit-length queries and keys, with a learned temperature.
+    """Cosine attention (B, n, C): queries and keys have unit length, scores a learned temperature.
 
     log_temperature (heads,) is clamped at log 100.
     """
@@ -187,30 +203,28 @@ def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
 
 
 def cached_attention(query, key, value, past):
-    """Attention to all scales so far, whose (key, value) past lists; these join it."""
+    """Attention to all scales so far. past lists their (key, value); the new ones are appended."""
     past.append((key, value))
     keys, values = (torch.cat(parts, 2) for parts in zip(*past))
     return F.scaled_dot_product_attention(query, keys, values, scale=1.0)
 
 
-def feed_forward(x, expand, contract):
-    """The MLP, wider inside, of x (..., C), with GELU."""
+def feed_forward(x, approximate, expand, contract):
+    """The MLP of x (..., C) with GELU; approximate: "none" or "tanh", as torch names its forms."""
     x = linear(x, **expand)
-    # tanh as published; in bf16 exact GELU takes a quarter of its time on a Zen 4, .0005 from it
-    form = "none" if x.dtype == torch.bfloat16 else "tanh"
-    return linear(F.gelu(x, approximate=form), **contract)
+    return linear(F.gelu(x, approximate=approximate), **contract)
 
 
 def modulate(x, scale, shift):
-    """Layer norm without weights of its own, scaled and shifted by the class, in their dtype."""
+    """Layer norm, then a scale and a shift that depend on the class, in the dtype of scale."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype)
     return torch.addcmul(shift, x, 1 + scale)
 
 
 def convolve_by_scale(x, sizes, weight, bias):
-    """(B, n, C) of x (B, n, C'): each scale's map by itself through a convolution.
+    """A convolution of each scale's map by itself: x (B, n, C') -> (B, n, C).
 
-    weight (C, C' / groups, 3, 3), or, as published, (C, C'), which sees no neighbours.
+    weight (C, C' / groups, 3, 3) or, as published, a matrix (C, C').
     """
     if weight.ndim == 2:
         return linear(x, weight, bias)
@@ -225,12 +239,15 @@ def convolve_by_scale(x, sizes, weight, bias):
 
 
 def linear(x, weight, bias):
-    """The product in the weight's dtype."""
+    """The linear map of x, computed in the dtype of weight."""
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
 def branch_logits(params, branch, features, near=None):
-    """Logits (..., codes), fp32 at least, of a branch's features (..., C), near (..., N)."""
+    """Logits (..., codes), at least fp32, of a branch's features (..., C).
+
+    near (..., 6): the tokens of `neighbour_tokens`, for trees with neighbours.
+    """
     head, neighbours = params[branch]["head"], params[branch].get("neighbours")
     if neighbours is not None:
         features = look_at_neighbours(features, near, **neighbours)
@@ -239,61 +256,49 @@ def branch_logits(params, branch, features, near=None):
 
 
 def look_at_neighbours(features, near, embedding, expand, contract):
-    """features (..., C) and what the tokens near (..., N) say: tokens of a scale then match.
+    """features (..., C) plus an MLP of them and of the neighbouring tokens near (..., 6).
 
-    embedding (M, codes + 1, C) is of the first M of NEAR: older trees have 4.
+    embedding (6, codes + 1, C): one table for each of NEIGHBOURS.
     """
     x = F.layer_norm(features, features.shape[-1:], eps=1e-6)
-    for table, codes in zip(embedding, near.unbind(-1)):
+    for table, codes in zip(embedding, near.unbind(-1), strict=True):
         x = x + F.embedding(codes, table)
-    return features + feed_forward(x, expand, contract)
+    return features + feed_forward(x, "none", expand, contract)
 
 
-def near_tokens(params, tokens, k=None):
-    """(B, n, N): the tokens at the N places NEAR each of tokens (B, n), of scale k, or of all.
+def neighbour_tokens(params, tokens, k=None):
+    """The six NEIGHBOURS (B, n, 6) of each of tokens (B, n), of scale k or of all scales.
 
-    Beyond a map's edge the number `codes`. Of tokens None: None, where the head does not look.
+    Beyond the edge of a map stands the number `codes`. Returns None for trees without neighbours;
+    ValueError if tokens is None although the tree has them.
     """
-    if tokens is None:
-        if "neighbours" in params["next_scale"]:
-            raise ValueError("tokens: expected, for a head that looks at neighbours")
+    if "neighbours" not in params["next_scale"]:
         return None
-    sizes = scales(params) if k is None else [scales(params)[k]]
+    if tokens is None:
+        raise ValueError("tokens: got None, but the head of this tree looks at neighbours")
+
+    sizes = scale_sizes(params) if k is None else [scale_sizes(params)[k]]
     codes, near = len(params["next_scale"]["head"]["bias"]), []
     for part, (h, w) in zip(tokens.split([h * w for h, w in sizes], 1), sizes, strict=True):
-        # token (y, x) of the map stands at (y + 2, x + 2)
+        # Two rows above, two columns to the left and one to the right: as far as NEIGHBOURS reach.
         maps = F.pad(part.unflatten(1, (h, w)), (2, 1, 2, 0), value=codes)  # (B, h + 2, w + 3)
-        shifted = [maps[:, 2 + y : 2 + y + h, 2 + x : 2 + x + w] for x, y in NEAR]
-        near.append(torch.stack(shifted, -1).flatten(1, 2))  # (B, h w, N)
+        shifted = [maps[:, 2 + y : 2 + y + h, 2 + x : 2 + x + w] for y, x in NEIGHBOURS]
+        near.append(torch.stack(shifted, -1).flatten(1, 2))  # (B, h w, 6)
     return torch.cat(near, 1)
 
 
 def waves(params, k):
-    """[positions (m,), ...] of scale k drawn together; a slice, of all, if the head does not look.
+    """The order in which tokens of scale k are sampled: [positions (m,), ...].
 
-    Else a wave for each value of x + 2 y: the neighbours that the head sees are of earlier waves.
+    Without neighbours all tokens are sampled at once: [slice(None)]. With them, there is a wave for
+    each value of column + 2 row, so that the NEIGHBOURS of a token lie in earlier waves.
     """
     if "neighbours" not in params["next_scale"]:
         return [slice(None)]
-    h, w = scales(params)[k]
+    h, w = scale_sizes(params)[k]
     wave = (torch.arange(w) + 2 * torch.arange(h)[:, None]).flatten()  # (h w,)
-    device = params["start"].device  # copied once, not at each use
+    device = params["start"].device
     return [(wave == number).nonzero()[:, 0].to(device) for number in wave.unique()]
-
-
-def cast(params, dtype):
-    """The same tree, blocks and heads in dtype, in which products then are.
-
-    Temperatures, residual stream, softmax and losses stay fp32. Gradients pass through.
-    """
-
-    def move(path, leaf):
-        keys = {getattr(entry, "key", None) for entry in path}
-        is_moved = keys & {"trunk", "blocks", "head", "expand", "contract"}
-        is_moved = is_moved and "log_temperature" not in keys
-        return leaf.to(dtype) if is_moved else leaf
-
-    return pytree.tree_map_with_path(move, params)
 
 
 # ---- losses
@@ -306,32 +311,38 @@ def next_scale_losses(params, labels, tokens, inputs, is_causal=False):
 
 
 def masked_losses(params, labels, tokens, inputs, own_inputs, mask):
-    """Cross entropy (M,), fp32, nats, of the hidden tokens in mask's order under masked_logits."""
+    """Cross entropy (M,), fp32, nats, of the M hidden tokens, in the order of mask."""
     features = branch_features(params, "masked", labels, inputs, own_inputs, mask)
     hidden = F.pad(mask, (len(params["start"]), 0)).flatten().nonzero()[:, 0]
     return token_losses(params, "masked", features, tokens, hidden)
 
 
 def token_losses(params, branch, features, tokens, chosen=None):
-    """Cross entropy (N,) of tokens (B, L), or of chosen ones: the head runs on those alone."""
-    rows = [x.flatten(0, 1) for x in (features, near_tokens(params, tokens), tokens)]
+    """Cross entropy (B L,) of tokens (B, L), or of those at positions chosen (N,) of all B L.
+
+    The head runs on the chosen tokens only.
+    """
+    rows = features, tokens, neighbour_tokens(params, tokens)
+    rows = [x.flatten(0, 1) for x in rows if x is not None]
     if chosen is not None:
         rows = [x.index_select(0, chosen) for x in rows]
-    *seen, targets = rows
-    return F.cross_entropy(branch_logits(params, branch, *seen), targets, reduction="none")
+    features, targets, *near = rows
+    return F.cross_entropy(
+        branch_logits(params, branch, features, *near), targets, reduction="none"
+    )
 
 
 def scale_weights(scales, kind):
-    """Weight (L,), fp32, of each token in the loss; they sum to 1, tokens of a scale are alike.
+    """The weight (L,), fp32, of each token in the loss; weights sum to 1 and are equal in a scale.
 
-    kind: "token", all tokens alike (VAR); "scale", all scales alike; "lognormal", as HMAR calls it:
-    scale k weighs exp(-z^2 / 2), z being the standardised side of scale S - 1 - k: the order is
-    reversed, as in the published code.
+    kind: "token" weighs all tokens equally (VAR); "scale" all scales equally; "lognormal", as HMAR
+    calls it, gives scale k the weight exp(-z^2 / 2), where z is the standardised side of scale
+    S - 1 - k. The order is reversed, as in the published code.
     """
     counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
     sides = (counts / counts[-1]).sqrt().flip(0)
     spread = sides.std() if len(sides) > 1 else 0
-    standardised = ((sides - sides.mean()) / spread).nan_to_num()  # of one size: all alike
+    standardised = ((sides - sides.mean()) / spread).nan_to_num()  # 0 if all have one size
     density = torch.exp(-0.5 * standardised.square())
     mass = dict(token=counts, scale=torch.ones_like(counts), lognormal=density)[kind]
     return (mass / mass.sum() / counts).repeat_interleave(counts.long()).float()
@@ -354,11 +365,12 @@ def init(
     neighbours=False,
     seed=0,
 ):
-    """A new tree for next-scale prediction, fp32, as published; sizes follow from depth.
+    """A new tree for next-scale prediction, fp32, initialised as published; sizes follow depth.
 
-    gamma scales the gates: 1e-3, 1e-4 from depth 24 on, 1e-5 from 30 on. convolutions: 3 x 3, of
-    the inputs and in each block; neighbours: the head sees them; published trees lack both. On
-    torch.device("meta") nothing is allocated.
+    width: C, 64 * depth if None. heads: width / 64 if None. gamma scales the gates; None: 1e-3,
+    1e-4 from depth 24 on, 1e-5 from depth 30 on. convolutions: 3 x 3 convolutions of the inputs and
+    in each block. neighbours: the head sees tokens of its own scale that are sampled before.
+    Published trees have neither. On torch.device("meta") nothing is allocated.
     """
     width = width or 64 * depth
     heads = heads or max(1, width // 64)
@@ -383,10 +395,31 @@ def init(
         for tree in params["trunk"]:
             tree["depthwise"] = dict(weight=normal(width, 1, 3, 3), bias=torch.zeros(width))
     if neighbours:
-        look = dict(embedding=normal(len(NEAR), codes + 1, width), expand=affine(width, 2 * width))
+        embedding = normal(len(NEIGHBOURS), codes + 1, width)
+        look = dict(embedding=embedding, expand=affine(width, 2 * width))
         look["contract"] = affine(2 * width, width, 0.02)
         params["next_scale"]["neighbours"] = look
     return params
+
+
+# `cast` casts the leaves below these keys, and the products that use them follow. The temperatures
+# of attention, the residual stream, embeddings, the modulation of heads and losses stay in fp32.
+CAST_KEYS = {"trunk", "blocks", "head", "expand", "contract"}
+
+# Leaves below these keys are tables, gates, outputs or convolutions of single channels. `train.py`
+# trains them and all vectors by AdamW, the other matrices and convolutions by Muon.
+TABLES = {"classes", "start", "levels", "positions", "embedding", "head", "modulation", "depthwise"}
+
+
+def cast(params, dtype):
+    """The same tree with blocks and heads (CAST_KEYS) in dtype; gradients pass through."""
+
+    def move(path, leaf):
+        keys = {getattr(entry, "key", None) for entry in path}
+        is_moved = keys & CAST_KEYS and "log_temperature" not in keys
+        return leaf.to(dtype) if is_moved else leaf
+
+    return pytree.tree_map_with_path(move, params)
 
 
 def _normal(width, generator, *shape):
@@ -400,7 +433,7 @@ def _affine(normal, inputs, outputs, gain=1.0):
 
 def _new_block(normal, affine, width, heads, depth, gamma):
     modulation = affine(width, 6 * width)
-    modulation["weight"][: 2 * width] *= gamma  # of gamma1 and gamma2, see `block`
+    modulation["weight"][: 2 * width] *= gamma  # of gamma1 and gamma2 in `transformer_block`
     modulation["weight"][2 * width :] *= 0.5
     narrow = 1 / math.sqrt(2 * depth)
     attention = dict(
@@ -415,10 +448,11 @@ def _new_block(normal, affine, width, heads, depth, gamma):
 
 
 def add_masked_branch(params, blocks=8, own_input=True, seed=0):
-    """The same tree and a masked branch, copied from the last blocks and head; the rest is shared.
+    """The same tree with a masked branch: a copy of the last blocks and of the head.
 
     trunk [1 2 3 4] -> trunk [1 2], next_scale [3 4], masked [copies of 3 4], for 2 blocks.
-    own_input: the input weight is copied too, for a scale's own tokens; published trees lack it.
+    own_input: the input weight is copied too, for the tokens of the same scale; published trees
+    have no such copy. ValueError if there is a masked branch, or if blocks is not 1 to all.
     """
     every = params["trunk"] + params["next_scale"]["blocks"]
     if "masked" in params or not 1 <= blocks <= len(every):
@@ -437,13 +471,13 @@ def add_masked_branch(params, blocks=8, own_input=True, seed=0):
 def resize_positions(params, scales):
     """The same weights for other scales, to fine-tune at another resolution or shape.
 
-    A new scale takes after the old one of the nearest relative size, resampled bicubically.
+    Each new scale copies the old one of the closest relative size, resampled bicubically.
     """
     old = [position.shape[:2] for position in params["positions"]]
 
     def relative(sizes):
         areas = torch.tensor(sizes).prod(1)
-        order = torch.linspace(0, 1e-5, len(sizes))  # tells two of one size apart
+        order = torch.linspace(0, 1e-5, len(sizes))  # keeps two scales of one size in order
         return (areas / areas[-1]).sqrt() + order
 
     def resample(grid, size):  # (h, w, C) -> (*size, C)
@@ -456,44 +490,9 @@ def resize_positions(params, scales):
     return params | dict(start=start, levels=params["levels"][source], positions=positions)
 
 
-# ---- checks
-
-
-@torch.no_grad()
-def check(params):
-    """ValueError unless each branch runs on scale 0 and embeds the others."""
-    try:
-        if not depth(params):
-            raise ValueError("no blocks")
-        condition = params["classes"][:1]
-        labels = torch.zeros(1, dtype=torch.int64, device=condition.device)
-        count = sum(h * w for h, w in scales(params)[1:])
-        inputs = condition.new_zeros(1, count, params["input"]["weight"].shape[1])
-        mask = torch.zeros_like(inputs[..., 0], dtype=torch.bool)
-        for branch, own in dict(next_scale=(), masked=(inputs, mask)).items():  # all zeros
-            if branch not in params:
-                continue
-            features = branch_features(params, branch, labels, None, k=0)
-            tokens = torch.zeros_like(features[..., 0], dtype=torch.int64)
-            branch_logits(params, branch, features, near_tokens(params, tokens, k=0))
-            embed_inputs(params, condition, inputs, own, range(len(params["positions"])))
-    except Exception as error:
-        raise _misfit("params", error) from error
-
-
-def _misfit(name, error):
-    return ValueError(f"{name}: no transformer's tree: {type(error).__name__}: {error}")
-
-
-def _expect(name, tensor, shape):
-    """ValueError unless tensor has this shape: where one fits by broadcasting, torch is silent."""
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: got {tuple(tensor.shape)}, expected {tuple(shape)}")
-
-
 # ---- published weights
 
-PUBLISHED_NAMES = (  # patterns of their names, replaced by ours in this order
+PUBLISHED_NAMES = (  # patterns in published names -> ours, replaced in this order
     ("class_emb.weight", "classes"),
     ("pos_start", "start"),
     ("pos_1LC", "positions"),
@@ -512,13 +511,14 @@ PUBLISHED_NAMES = (  # patterns of their names, replaced by ours in this order
     ("mat_qkv.weight", "qkv"),
     ("scale_mul_1H11", "log_temperature"),
 )
-BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # ends of their names
+BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # ends of names of no weights
 
 
 def from_published(state_dict, scales=None):
-    """A tree, fp32, from the state dict of VAR, HMAR after stage one or with both branches.
+    """A tree, fp32, from the state dict of VAR, of HMAR after stage one, or with both branches.
 
-    scales may be left out for 680, 2240 and 9451 tokens. ValueError where that does not fit.
+    scales may be left out for 680, 2240 and 9451 tokens. ValueError if an entry is missing that
+    such a model has, or if the scales do not have as many tokens as the state dict.
     """
     params = {}
     try:
@@ -543,12 +543,12 @@ def from_published(state_dict, scales=None):
             blocks = tree.get(stack, {})
             tree[stack] = [blocks[str(i)] for i in range(len(blocks))]
 
-        shared = params.pop("shared", None)  # of VAR-d36, whose blocks differ in a bias alone
+        shared = params.pop("shared", None)  # VAR-d36: its blocks differ in a bias only
         for tree in params["trunk"] if shared else ():
             bias = shared["modulation"]["bias"] + tree.pop("ada_gss").flatten()
             tree["modulation"] = shared["modulation"] | dict(bias=bias)
 
-        # the positions of all scales stand in one row
+        # the positions of all scales are published in one row
         rows = params["positions"]
         published = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
         scales = published.get(len(rows), ()) if scales is None else scales
@@ -556,13 +556,19 @@ def from_published(state_dict, scales=None):
         if sum(counts) != len(rows):
             raise ValueError(f"scales: got {scales}, expected some of {len(rows)} tokens")
         params["positions"] = [x.unflatten(0, hw) for x, hw in zip(rows.split(counts), scales)]
+
+        missing = {"classes", "start", "levels", "input"} - params.keys()
+        for branch in ("next_scale", "masked"):  # weights of stage two alone have half a branch
+            missing |= {"head", "modulation"} - params.get(branch, params["next_scale"]).keys()
+        if missing:
+            raise LookupError(", ".join(sorted(missing)))
+        return params
     except (AttributeError, LookupError, TypeError) as error:
-        raise _misfit("state_dict", error) from error
-    check(params)
-    return params
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"state_dict: no transformer's: {reason}") from error
 
 
 def published_is_causal(state_dict):
-    """Whether published weights come with VAR's block-causal mask."""
+    """Whether published weights contain VAR's block-causal attention mask."""
     mask = state_dict.get("attn_bias_for_masking")
     return mask is not None and bool(mask[0, 0, -1, 0] == 0)  # the last token sees the first

@@ -3,11 +3,12 @@
     images (B, 3, H, W) in [-1, 1] -> features (B, code_dim, h, w) -> tokens (B, L) int64
     tokens -> f_hat (B, code_dim, h, w) -> images
 
-`scales` is ((h_0, w_0), ..., (h, w)), coarse to fine; the last one is the latent's size. The tokens
-of all scales stand in one row of L = sum h_k w_k, row-major inside a scale. Each scale quantises
-what the coarser ones left over (the residual), and its codes are added to the running
-reconstruction f_hat. A model, `codec`, is a tree of tensors: keys are argument names of functions,
-shapes are the configuration.
+`scales` is ((h_0, w_0), ..., (h, w)), coarse to fine; the last one is the size of the latent map.
+The tokens of all scales form one row of L = sum h_k w_k, row-major inside a scale. Each scale
+quantises the residual that the coarser scales left over. Its codes, enlarged to the latent's size
+and partly passed through a learned convolution (phi), are added to the accumulated
+reconstruction f_hat. A model, `codec`, is a tree of tensors: its keys are the argument names of
+functions, and its shapes are the configuration.
 
     encoder {conv_in, down [level, ...], middle level, norm_out, conv_out}; quant_conv
     codebook (codes, code_dim); phi [convolution] * 4
@@ -35,7 +36,8 @@ from torch.utils import _pytree as pytree
 def encode(codec, images, scales):
     """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1].
 
-    On a GPU first set torch.backends.cudnn.allow_tf32 = False: with it a few tokens are others.
+    ValueError if the images have another range, dtype or size. On a GPU set
+    torch.backends.cudnn.allow_tf32 = False first, because TF32 changes a few tokens.
     """
     check_images(codec, images, scales)
     pyramid = quantise(codec, encode_features(codec, images), scales)
@@ -54,48 +56,51 @@ def accumulate(codec, tokens, scales):
 
 
 def next_scale_inputs(codec, tokens, scales):
-    """What the transformer sees of scales 1, 2, ...: tokens (B, L) -> (B, L - len_0, code_dim).
+    """The inputs of the transformer at scales 1, 2, ...: (B, L - len_0, code_dim).
 
-    Each sees f_hat of all coarser scales, area-resized to its size: HMAR's Markov property.
+    tokens (B, L). The input of a scale is the f_hat of all coarser scales, resized to it by area
+    averaging. It is all that a scale sees of them: HMAR's Markov property.
     """
     f_hats = f_hat_by_scale(codec, tokens, scales)
-    # zip ends with scales[1:], before the last f_hat is computed, which no scale would see
-    inputs = [resize_to_scale(f_hat, size) for size, f_hat in zip(scales[1:], f_hats)]
+    inputs = [codec["codebook"].new_zeros(len(tokens), 0, codec["codebook"].shape[1])]
+    for size in scales[1:]:
+        inputs.append(resize_to_scale(next(f_hats), size))  # (B, n_k, code_dim)
     return torch.cat(inputs, 1)
 
 
 def masked_inputs(codec, tokens, scales, mask=None):
     """`own_inputs_of_scale` of scales 1, 2, ...: (B, L - len_0, code_dim).
 
-    mask (B, L - len_0) bool, True = hidden; None hides nothing.
+    mask (B, L - len_0) bool, True where a token is hidden; None hides nothing.
     """
     check_scales(scales)
     first, *finer = lengths(scales)
     parts = tokens[:, first:].split(finer, 1)
     masks = [None] * len(finer) if mask is None else mask.split(finer, 1)
 
-    inputs = []
-    for k, (part, hidden) in enumerate(zip(parts, masks), 1):
+    inputs = [codec["codebook"].new_zeros(len(tokens), 0, codec["codebook"].shape[1])]
+    for k, (part, hidden) in enumerate(zip(parts, masks, strict=True), 1):
         inputs.append(own_inputs_of_scale(codec, part, k, scales, hidden))
     return torch.cat(inputs, 1)
 
 
 def own_inputs_of_scale(codec, tokens, k, scales, hidden=None):
-    """What the masked branch sees of scale k: tokens, hidden (B, n_k) -> (B, n_k, code_dim).
+    """The input of the masked branch from scale k's own tokens: (B, n_k, code_dim).
 
-    What these tokens alone add to f_hat, area-resized to their scale. Hidden codes are zeroed
-    before they are enlarged, lest they leak into their neighbours. hidden=None zeroes nothing, as
-    published models were trained.
+    tokens, hidden (B, n_k). It is what these tokens add to f_hat, resized back to their scale by
+    area averaging. Hidden codes are set to zero before they are enlarged, because enlarging would
+    leak them into their neighbours. With hidden=None nothing is set to zero; the published models
+    were trained this way, with the leak.
     """
     return resize_to_scale(contribution(codec, tokens, k, scales, hidden), scales[k])
 
 
 def quantise(codec, features, scales):
-    """Yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat) of each scale.
+    """Yields (residual (B, n_k, code_dim), tokens (B, n_k), f_hat) for each scale.
 
-    features, f_hat (B, code_dim, h, w). The tokens were chosen for `residual`; f_hat is accumulated
-    up to and with them (VAR, algorithm 1). Gradients reach codebook and phi through f_hat; none
-    passes the choice of a token.
+    features, f_hat (B, code_dim, h, w). The tokens are the codes nearest to `residual`, and f_hat
+    is accumulated up to and including them (VAR, algorithm 1). Gradients reach the codebook and phi
+    through f_hat; no gradient passes through the choice of a token.
     """
     features = _widen(features.detach())
     f_hat = torch.zeros_like(features)
@@ -109,17 +114,17 @@ def quantise(codec, features, scales):
 
 @torch.no_grad()
 def nearest(codebook, vectors):
-    """Index (...) of the code (V, code_dim) nearest to each of vectors (..., code_dim), by L2."""
+    """Index (...) of the code (V, code_dim) nearest to each vector (..., code_dim), by L2 norm."""
     codebook = codebook.to(vectors.dtype)
-    squares = codebook.square().sum(1)  # a vector's own is left out: it is the same for all codes
-    parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # 2 x 128 MiB at a time
+    squares = codebook.square().sum(1)  # the vector's own square is the same for all codes
+    parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # at most 2 x 128 MiB
     with torch.autocast(vectors.device.type, enabled=False):
         indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
     return torch.cat(indices).view(vectors.shape[:-1])
 
 
 def contribution(codec, tokens, k, scales, hidden=None):
-    """What scale k's tokens (B, n_k) add to f_hat, (B, code_dim, h, w); nothing where hidden."""
+    """What scale k's tokens (B, n_k) add to f_hat (B, code_dim, h, w); nothing where hidden."""
     codes = F.embedding(tokens, codec["codebook"])  # (B, n_k, code_dim)
     if hidden is not None:
         codes = codes.masked_fill(hidden[..., None], 0)
@@ -132,10 +137,11 @@ def contribution(codec, tokens, k, scales, hidden=None):
 
 
 def phi_index(k, scale_count):
-    """Which of the four phi serves scale k: the nearest of the ticks 1/12, 13/36, 23/36, 11/12.
+    """The index of the phi that serves scale k: the nearest of the ticks 1/12, 13/36, 23/36, 11/12.
 
-    Ten scales take 0 0 1 1 1 2 2 3 3 3: scales 2 and 7 lie midway between two ticks, and the
-    rounding of float64 decides, as in the published model.
+    phi are four 3 x 3 convolutions that the scales share (VAR, section 3.2). Ten scales use
+    0 0 1 1 1 2 2 3 3 3. Scales 2 and 7 lie midway between two ticks; there the rounding of float64
+    decides, as in the published model.
     """
     place = k / max(scale_count - 1, 1)
     step = (1 - 1 / 12 - 1 / 12) / 3
@@ -143,20 +149,24 @@ def phi_index(k, scale_count):
 
 
 def f_hat_by_scale(codec, tokens, scales):
-    """Yields f_hat (B, code_dim, h, w) after each scale, of tokens (B, L)."""
+    """An iterator over f_hat (B, code_dim, h, w) after each scale, for tokens (B, L)."""
     check_scales(scales)
     maps = enumerate(tokens.split(lengths(scales), 1))
     return itertools.accumulate(contribution(codec, part, k, scales) for k, part in maps)
 
 
 def resize_to_scale(f_hat, size):
-    """f_hat (B, code_dim, h, w), area-resized to (h_k, w_k), as a row (B, h_k w_k, code_dim)."""
+    """f_hat (B, code_dim, h, w) resized to (h_k, w_k) by area averaging: (B, h_k w_k, code_dim)."""
     return F.interpolate(f_hat, size, mode="area").flatten(2).mT
 
 
 def enlarge(x, size):
-    """Bicubic (B, C, h_k, w_k) -> (B, C, h, w), rows @ x @ columns.mT: deterministic, fast."""
-    if x.shape[2:] == size:
+    """Bicubic interpolation (B, C, h_k, w_k) -> (B, C, h, w), as two matrix products.
+
+    On a GPU the backward pass of F.interpolate is slow and not deterministic; that of a product is
+    fast and deterministic.
+    """
+    if tuple(x.shape[2:]) == tuple(size):
         return x
     rows, columns = (_bicubic(x, *pair) for pair in zip(x.shape[2:], size))
     with torch.autocast(x.device.type, enabled=False):
@@ -164,22 +174,22 @@ def enlarge(x, size):
 
 
 def _bicubic(x, small, large):
-    """The matrix (large, small) that enlarges: its columns are unit vectors, enlarged."""
+    """The matrix (large, small) that interpolates: its columns are interpolated unit vectors."""
     identity = torch.eye(small, dtype=x.dtype, device=x.device)
     return F.interpolate(identity[None, None], (large, small), mode="bicubic")[0, 0]
 
 
 def lengths(scales):
-    """Tokens of each scale, [h_k w_k, ...]."""
+    """The number of tokens of each scale, [h_k w_k, ...]."""
     return [h * w for h, w in scales]
 
 
 def _widen(x):
-    """x in fp32, or fp64 if it is."""
+    """x in fp32, or in fp64 if it has that dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---- the convnet: a level is what runs at one resolution
+# ---- the convolutional network: a level is the part that runs at one resolution
 
 
 def encode_features(codec, images):
@@ -188,18 +198,20 @@ def encode_features(codec, images):
 
 
 def decode_features(codec, f_hat):
-    """Images (B, 3, H, W) in [-1, 1], fp32, of an accumulated map f_hat (B, code_dim, h, w)."""
+    """Images (B, 3, H, W) in [-1, 1], fp32, decoded from f_hat (B, code_dim, h, w)."""
     return _widen(decode_unclamped(codec, f_hat)).clamp(-1, 1)
 
 
 def decode_unclamped(codec, f_hat):
-    """`decode_features` before its range is enforced, as training needs it."""
+    """The output of the decoder before it is clamped to [-1, 1]; training needs its gradients."""
     return decoder(convolution(f_hat, **codec["post_quant_conv"]), **codec["decoder"])
 
 
 def encoder(x, conv_in, down, middle, norm_out, conv_out):
     """Images (B, 3, H, W) -> (B, code_dim, h, w): levels that halve the sides, then the middle."""
-    x = F.pixel_unshuffle(x, fold_side(conv_in["weight"].shape[1]))  # squares of pixels as channels
+    x = F.pixel_unshuffle(
+        x, fold_side(conv_in["weight"].shape[1])
+    )  # squares of pixels become channels
     x = convolution(x, **conv_in)
     for weights in [*down, middle]:
         x = level(x, **weights)
@@ -207,7 +219,7 @@ def encoder(x, conv_in, down, middle, norm_out, conv_out):
 
 
 def decoder(x, conv_in, middle, up, norm_out, conv_out):
-    """(B, code_dim, h, w) -> images (B, 3, H, W): the encoder's way back, deepest level first."""
+    """(B, code_dim, h, w) -> images (B, 3, H, W): the encoder in reverse, deepest level first."""
     x = convolution(x, **conv_in)
     for weights in [middle, *up]:
         x = level(x, **weights)
@@ -216,12 +228,12 @@ def decoder(x, conv_in, middle, up, norm_out, conv_out):
 
 
 def fold_side(channels):
-    """s, where squares of s x s pixels of three colours are folded into channels, 3 s^2."""
+    """s, if squares of s x s pixels of three colours are folded into 3 s^2 channels."""
     return math.isqrt(channels // 3)
 
 
 def level(x, blocks, attentions=(), downsample=None, upsample=None):
-    """Residual blocks, each followed by its attention if there is one; then a change of sides."""
+    """Residual blocks, each followed by attention if it has one; then a change of resolution."""
     for i, block in enumerate(blocks):
         x = residual_block(x, **block)
         if i < len(attentions):
@@ -235,14 +247,14 @@ def level(x, blocks, attentions=(), downsample=None, upsample=None):
 
 
 def residual_block(x, norm1, conv1, norm2, conv2, shortcut=None):
-    """x plus two convolutions of it; a 1x1 shortcut where the channels change."""
+    """x plus two convolutions of it, with a 1x1 shortcut where the number of channels changes."""
     h = convolution(F.silu(group_norm(x, **norm1)), **conv1)
     h = convolution(F.silu(group_norm(h, **norm2)), **conv2)
     return h + (x if shortcut is None else convolution(x, **shortcut))
 
 
 def self_attention(x, norm, qkv, project):
-    """Single-head attention over all positions, scale channels^-0.5."""
+    """Single-head attention over all positions; scores are scaled by channels^-0.5."""
     rows = convolution(group_norm(x, **norm), **qkv).flatten(2).mT
     q, k, v = rows.unsqueeze(1).chunk(3, -1)  # (B, 1, h w, channels) each
     attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT
@@ -250,66 +262,148 @@ def self_attention(x, norm, qkv, project):
 
 
 def convolution(x, weight, bias, stride=1, padding="same"):
-    """In the weight's dtype, whatever that of x and the bias."""
+    """A convolution computed in the dtype of its weight."""
     return F.conv2d(x.to(weight.dtype), weight, bias.to(weight.dtype), stride, padding)
 
 
 def group_norm(x, weight, bias):
-    """Over 32 groups, in the dtype of its weight."""
+    """Group normalisation over 32 groups, computed in the dtype of its weight."""
     return F.group_norm(x.to(weight.dtype), 32, weight, bias, eps=1e-6)
 
 
 # ---- training
 
 
-def training_pass(codec, images, scales, coarse, stops, commitment=0.1):
-    """One differentiable pass over images (B, 3, H, W), as a dict.
+# Weights of the terms of `training_loss`; the squared error has a weight of 1.
+ABSOLUTE_WEIGHT, EDGE_WEIGHT, TEXTURE_WEIGHT = 0.5, 0.25, 0.5
+HUE_WEIGHT, PERCEPTUAL_WEIGHT, COARSE_WEIGHT = 0.28, 0.08, 0.5
+
+
+def training_loss(
+    codec,
+    images,
+    scales,
+    coarse,
+    stops,
+    *,
+    hue_variance=0.0,
+    perceptual_layers=(),
+    images_per_coarse=4.0,
+    commitment=0.1,
+):
+    """The whole loss of the tokenizer on images (B, 3, H, W) in [-1, 1], as a dict.
 
     coarse, stops (n,) int64: image coarse[i] is decoded a second time, from scales 0 to stops[i]
-    alone, so that coarse scales become images by themselves.
+    only, so that coarse scales become images by themselves.
+    images_per_coarse: images in a batch for each image in `coarse`. The coarse error is divided by
+    the expected number of such images, so that the losses of parts of a batch add up to the loss of
+    the batch whatever number of them a part has.
+    hue_variance: `measure_hue_variance` of the training data.
+    perceptual_layers: as for `perceptual_error`; without any, this term is zero.
+    commitment: weight of the error that moves features to their codes (VAR, equation 5).
 
-    images: reconstructions (B, 3, H, W), not clamped. coarse_images: (n, 3, H, W). loss: VAR,
-    equation 5, averaged over scales. residuals, tokens: of each scale.
+    There is no adversarial term. Squared, absolute and edge errors alone favour a blur where detail
+    cannot be predicted; the texture term asks for as much local contrast as the image has. The hue
+    term is relative to the data's variance: in photographs hue varies little beside brightness, so
+    that no code would be spent on it otherwise.
+
+    Returns loss, coarse, quantisation: scalars; images: reconstructions (B, 3, H, W), not clamped;
+    coarse_images (n, 3, H, W); tokens, residuals: one entry a scale, see `quantise`.
     """
     features = _widen(encode_features(codec, images))  # (B, code_dim, h, w)
     residuals, tokens, maps = zip(*quantise(codec, features, scales))
     f_hats = torch.stack(maps)  # (S, B, code_dim, h, w)
 
-    # codes go to the features, and features a little to their codes
+    # Codes move to the features, and features slightly to their codes (VAR, equation 5).
     targets = features.expand_as(f_hats)
-    loss = F.mse_loss(f_hats, targets.detach())
-    loss = loss + commitment * F.mse_loss(targets, f_hats.detach())
+    quantisation = F.mse_loss(f_hats, targets.detach())
+    quantisation = quantisation + commitment * F.mse_loss(targets, f_hats.detach())
 
-    # the gradient of a coarse image goes only to what its last scale can express: the means of that
+    # The gradient of a coarse image goes only to what its last scale can express: the means of that
     # scale's cells, enlarged as codes are. Gradients to all positions cost the finest 3.5 dB.
     cells = [F.interpolate(features[coarse], size, mode="area") for size in scales]
     means = torch.stack([enlarge(cell, scales[-1]) for cell in cells])  # (S, n, code_dim, h, w)
-    # f_hats have an index into the batch, means one into coarse
-    rows = torch.arange(len(coarse), device=coarse.device)
+    rows = torch.arange(len(coarse), device=coarse.device)  # rows of means, which has n of them
     coarse_maps = straight_through(f_hats[stops, coarse], means[stops, rows])
     whole_maps = straight_through(f_hats[-1], features)
 
     decoded = decode_unclamped(codec, torch.cat([whole_maps, coarse_maps])).to(features.dtype)
     whole, coarse_images = decoded.split([len(images), len(coarse)])
-    made = dict(images=whole, coarse_images=coarse_images, loss=loss)
-    return made | dict(residuals=residuals, tokens=tokens)
+
+    errors = (coarse_images - images[coarse]).square().mean((1, 2, 3))  # (n,)
+    coarse_error = images_per_coarse * errors.sum() / len(images)
+
+    error = whole - images
+    edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
+    loss = error.square().mean() + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges
+    loss = loss + TEXTURE_WEIGHT * (texture(whole) - texture(images)).abs().mean()
+    hue_error = hues(error).square().mean() / (hue_variance + 0.01)  # 0.01 for grey images
+    loss = loss + HUE_WEIGHT * hue_error
+    loss = loss + PERCEPTUAL_WEIGHT * perceptual_error(perceptual_layers, whole, images)
+    loss = loss + COARSE_WEIGHT * coarse_error + quantisation
+
+    made = dict(loss=loss, coarse=coarse_error, quantisation=quantisation)
+    made |= dict(images=whole, coarse_images=coarse_images)
+    return made | dict(tokens=tokens, residuals=residuals)
+
+
+def texture(images):
+    """Local contrast (B, 1, H / 4, W / 4): what a 3 x 3 blur removes, root mean square of cells."""
+    blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    return (cell_means((images - blurred).square().sum(1, True)) + 1e-4).sqrt()
+
+
+def hues(images):
+    """Hue (2, B, H / 4, W / 4): red - blue and 2 green - red - blue, averaged over 4 x 4 cells."""
+    red, green, blue = cell_means(images).unbind(1)
+    return torch.stack([red - blue, 2 * green - red - blue])
+
+
+def measure_hue_variance(images):
+    """The variance of `hues` over images (B, 3, H, W), as a float."""
+    return hues(images).var((1, 2, 3), correction=0).mean().item()
+
+
+def cell_means(images):
+    """Means over cells of 4 x 4 pixels."""
+    return F.adaptive_avg_pool2d(images, [max(1, side // 4) for side in images.shape[2:]])
+
+
+def perceptual_error(layers, decoded, images):
+    """Squared difference of feature maps, as unit vectors, summed over layers (LPIPS, Zhang 2018).
+
+    layers: callables (B, C, h, w) -> (B, C', h, w), applied one after another by `feature_maps`.
+    """
+    total = 0
+    for pair in zip(feature_maps(layers, decoded), feature_maps(layers, images)):
+        ours, theirs = (F.normalize(x.float(), dim=1) for x in pair)
+        total = total + (ours - theirs).square().sum(1).mean()
+    return total
+
+
+def feature_maps(layers, x):
+    """Yields the output of each layer (B, C, h, w); the next layer sees it at half of the sides."""
+    for layer in layers:
+        x = layer(x)
+        yield x
+        x = F.avg_pool2d(x, 2, ceil_mode=True)
 
 
 def straight_through(value, gradient_to):
-    """value, whose gradient goes to another tensor as if that stood in its place."""
+    """value, with the gradient passed to another tensor of the same shape instead."""
     return gradient_to + (value - gradient_to).detach()
 
 
 def revive_codes(codebook, counts, residuals, generator):
-    """(codebook, dead (V,) bool): codes never chosen become random residuals.
+    """(codebook, dead (V,) bool): codes that were never chosen become random residuals.
 
-    counts (V,): how often each was chosen; residuals [(B, n_k, code_dim), ...]: what they were
-    chosen for. After the first step this is what initialises the codebook from data.
+    counts (V,): how often each code was chosen. residuals [(B, n_k, code_dim), ...]: the vectors
+    that were quantised. After the first training step this initialises the codebook from data.
     """
     dead = counts == 0
     vectors = torch.cat([rows.flatten(0, 1) for rows in residuals])
-    drawn = torch.randint(len(vectors), (len(codebook),), generator=generator)
-    fresh = vectors[drawn.to(vectors.device)].to(codebook.dtype)
+    chosen = torch.randint(len(vectors), (len(codebook),), generator=generator)
+    fresh = vectors[chosen.to(vectors.device)].to(codebook.dtype)
     return torch.where(dead[:, None], fresh, codebook), dead
 
 
@@ -326,9 +420,10 @@ def init(
 ):
     """A new codec, fp32; the defaults are the published sizes, with 108,948,355 parameters.
 
-    Level i has channels * multipliers[i] channels, channels being a multiple of 32; every level but
-    the last halves the sides. Levels of the decoder have residual_blocks + 1 blocks. With attention
-    one follows each block of the deepest level. fold: squares of fold x fold pixels are channels.
+    Level i has channels * multipliers[i] channels; channels is a multiple of 32. Every level but
+    the last halves the sides. Levels of the decoder have residual_blocks + 1 blocks. With
+    attention, one attention layer follows each block of the deepest level. With fold > 1, squares
+    of fold x fold pixels become channels before the first convolution.
     """
     generator = torch.Generator().manual_seed(seed)
     conv = partial(_new_convolution, generator)
@@ -359,8 +454,12 @@ def init(
     )
 
 
+# Leaves that are tables, not matrices of a network: `train.py` trains them by AdamW, not by Muon.
+TABLES = {"codebook"}
+
+
 def _new_levels(conv, inputs, kinds, count, resize):
-    """[level, ...] of (width, attended) each; all but the last also resize."""
+    """[level, ...] for kinds [(width, attended), ...]; all but the last change the resolution."""
     trees = []
     for width, attended in kinds:
         tree = _new_level(conv, inputs, width, count, count if attended else 0)
@@ -399,16 +498,16 @@ def _new_convolution(generator, inputs, outputs, size=3):
 
 
 def cast(codec, dtype):
-    """The same tree, the encoder's and decoder's convolutions in dtype; gradients pass through.
+    """The same tree with the convolutions of encoder and decoder in dtype; gradients pass through.
 
-    What quantises stays fp32: in bf16 other tokens would be chosen.
+    Quantisation stays in fp32, because bf16 would choose other tokens.
     """
     nets = dict(encoder=codec["encoder"], decoder=codec["decoder"])
     return codec | pytree.tree_map(lambda leaf: leaf.to(dtype) if leaf.ndim == 4 else leaf, nets)
 
 
 def downsampling(codec):
-    """Image pixels per side of a latent position, fold * 2 ** (levels - 1)."""
+    """The side of a latent position in image pixels, fold * 2 ** (levels - 1)."""
     down, weight = codec["encoder"]["down"], codec["encoder"]["conv_in"]["weight"]
     return fold_side(weight.shape[1]) * 2 ** (len(down) - 1)
 
@@ -429,7 +528,7 @@ def check_images(codec, images, scales):
     check_scales(scales)
     height, width = (downsampling(codec) * side for side in scales[-1])
     fits = images.is_floating_point() and images.shape[1:] == (3, height, width)
-    # a look at values would stall an accelerator
+    # values are checked on the CPU only: reading them would make a GPU wait
     if fits and images.is_cpu and not torch.compiler.is_compiling():
         fits = (images.abs() <= 1.001).all()
     if not fits:
@@ -437,21 +536,9 @@ def check_images(codec, images, scales):
         raise ValueError(f"images: got {got}, expected floats (B, 3, {height}, {width}) in [-1, 1]")
 
 
-@torch.no_grad()
-def check(codec):
-    """ValueError unless encode and decode take this tree, with a small grey image."""
-    scales = ((1, 1), (1, 1), (1, 1), (2, 2))  # each has a phi of its own
-    try:
-        side = 2 * downsampling(codec)
-        images = codec["codebook"].new_zeros(1, 3, side, side)
-        decode(codec, encode(codec, images, scales), scales) + images  # raises if shapes differ
-    except Exception as error:
-        raise ValueError(f"codec: no tokenizer's tree: {type(error).__name__}: {error}") from error
-
-
 # ---- published weights
 
-PUBLISHED_NAMES = {  # parts of published names and ours, replaced in this order
+PUBLISHED_NAMES = {  # parts of published names -> ours, replaced in this order
     "quantize.embedding.weight": "codebook",
     "quantize.quant_resi.qresi_ls.": "phi.",
     "mid.block_1.": "middle.blocks.0.",
@@ -466,9 +553,12 @@ PUBLISHED_NAMES = {  # parts of published names and ours, replaced in this order
 
 
 def from_published(state_dict):
-    """A codec, fp32, from the state dict of a published VAR or HMAR tokenizer, else ValueError."""
-    codec = {}
+    """A codec, fp32, from the state dict of a published VAR or HMAR tokenizer.
+
+    ValueError where an entry is missing that such a tokenizer has.
+    """
     try:
+        codec = {}
         for name, leaf in state_dict.items():
             for theirs, ours in PUBLISHED_NAMES.items():
                 name = name.replace(theirs, ours)
@@ -479,16 +569,17 @@ def from_published(state_dict):
             node[last] = leaf.float()
 
         codec = _make_lists(codec)
-        codec.pop("quantize", None)  # statistics of use
-        codec["decoder"]["up"].reverse()  # published by level, ours in the order they run
-    except (AttributeError, KeyError, TypeError) as error:
+        codec.pop("quantize", None)  # statistics of how often codes were used
+        codec["decoder"]["up"].reverse()  # published by level, ours in the order in which they run
+        # raises where one of these is missing, rather than when it is first used
+        downsampling(codec), codec["encoder"]["down"][0], codec["codebook"], codec["phi"][3]
+        return codec
+    except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"state_dict: no tokenizer's: {type(error).__name__}: {error}") from error
-    check(codec)
-    return codec
 
 
 def _make_lists(node):
-    """The tree, its dicts whose keys are 0, 1, ... as lists."""
+    """The tree, with dicts whose keys are "0", "1", ... turned into lists."""
     if not isinstance(node, dict):
         return node
     node = {key: _make_lists(child) for key, child in node.items()}

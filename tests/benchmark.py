@@ -200,19 +200,19 @@ def dense_blocks(params, x, condition, mask, caches=None):
     branch = params["next_scale"]
     blocks = params["trunk"] + branch["blocks"]
     for block, cache in zip(blocks, caches or [None] * len(blocks)):
-        x = dense_block(x, condition, mask, cache, **block)
+        x = dense_block(x, condition, mask, cache, "tanh", **block)
 
     modulation = F.linear(F.silu(condition), **branch["modulation"])
     scale, shift = modulation.unflatten(-1, (1, 2, -1)).unbind(2)
     return F.linear(dense_norm(x.float(), scale, shift).float(), **branch["head"]).float()
 
 
-def dense_block(x, condition, mask, cache, modulation, attention, mlp):
+def dense_block(x, condition, mask, cache, approximate, modulation, attention, mlp):
     six = F.linear(F.silu(condition), **modulation).unflatten(-1, (1, 6, -1))  # (B, 1, 6, C)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)
     x = x + dense_attention(dense_norm(x, scale1, shift1), mask, cache, **attention).mul_(gamma1)
     h = F.linear(dense_norm(x, scale2, shift2), **mlp["expand"])
-    return x + F.linear(F.gelu(h, approximate="tanh"), **mlp["contract"]).mul(gamma2)
+    return x + F.linear(F.gelu(h, approximate=approximate), **mlp["contract"]).mul(gamma2)
 
 
 def dense_norm(x, scale, shift):
@@ -239,10 +239,10 @@ def dense_attention(x, mask, cache, qkv, q_bias, v_bias, log_temperature, projec
 @torch.no_grad()
 def dense_sample(params, codec, labels):
     """Tokens (B, L) drawn with a cache, and both logits (2 B, L, codes)."""
-    scales = hmar.scales(params)
+    scales = hmar.scale_sizes(params)
     condition = F.embedding(with_null(params, labels), params["classes"])
     places = dense_places(params).split(tokenizer.lengths(scales))
-    caches = [[] for _ in range(hmar.depth(params))]
+    caches = [[] for _ in range(hmar.block_count(params))]
     f_hat, drawn = 0, []
 
     for k, size in enumerate(scales):
@@ -282,7 +282,7 @@ def dense_filtered(logits):
 def training(size, batch, **sizes):
     """Rows of a step of stage one, forward and backward."""
     params = trainable(begin(size, **sizes))
-    lengths = tokenizer.lengths(hmar.scales(params))
+    lengths = tokenizer.lengths(hmar.scale_sizes(params))
     labels = torch.randint(1000, (batch,), device=DEVICE)
     tokens = torch.randint(4096, (batch, sum(lengths)), device=DEVICE)
     inputs = torch.randn(batch, sum(lengths[1:]), 32, device=DEVICE)
@@ -318,8 +318,8 @@ def training(size, batch, **sizes):
 def sampling(size, batch, **sizes):
     """Rows of all tokens of a batch, without the decoder."""
     params = hmar.add_masked_branch(begin(size, **sizes), sizes["depth"] // 2)
-    scales = hmar.scales(params)
-    codec = train.to_device(tokenizer.init(channels=32, multipliers=(1,)), DEVICE)
+    scales = hmar.scale_sizes(params)
+    codec = sample.to_device(tokenizer.init(channels=32, multipliers=(1,)), DEVICE)
     labels = torch.arange(batch, device=DEVICE)
     tokens, logits = dense_sample(params, codec, labels)
     inputs = tokenizer.next_scale_inputs(codec, tokens, scales).repeat(2, 1, 1)
@@ -352,7 +352,7 @@ def begin(size, depth, width):
     params = hmar.init(depth=depth, width=width, scales=hmar.SCALES[size], gamma=1.0)
     params["classes"] *= 30
     params["next_scale"]["head"]["weight"] *= 50
-    return train.to_device(params, DEVICE)
+    return sample.to_device(params, DEVICE)
 
 
 def trainable(tree):
@@ -429,8 +429,7 @@ def tokenizer_flops(codec, size, scales):
     images = torch.empty(count, 3, size, size)
 
     def step():
-        made = tokenizer.training_pass(codec, images, scales, *torch.tensor([[0], [0]]))
-        (made["images"].sum() + made["coarse_images"].sum() + made["loss"]).backward()
+        tokenizer.training_loss(codec, images, scales, *torch.tensor([[0], [0]]))["loss"].backward()
 
     works = step, lambda: tokenizer.encode_features(codec, images)
     return [count_flops(work) // count for work in works]
@@ -439,7 +438,7 @@ def tokenizer_flops(codec, size, scales):
 def transformer_flops(params):
     """FLOPs of an image in the stage of a tree's last branch; a mask hides half of its tokens."""
     branch = "masked" if "masked" in params else "next_scale"
-    lengths = tokenizer.lengths(hmar.scales(params))
+    lengths = tokenizer.lengths(hmar.scale_sizes(params))
     later = sum(lengths[1:])
     width, code_dim = params["input"]["weight"].shape[:2]
     params = params | trainable(learning(params))
@@ -481,15 +480,14 @@ def print_costs(depths):
     rows, images = [], 1_281_167  # ImageNet's
     for depth in depths:
         size = 64 if depth < 8 else 256
-        dial = train.dial(depth, size, images)
-        batch, steps = dial["batch"], [*dial["steps"].values()]
-        scales = train.default_scales(size, dial["cell"], dial["growth"])
+        recipe = train.recipe(depth, size, images, classes=1000)
+        batch, steps, scales = recipe["batch"], [*recipe["steps"].values()], recipe["scales"]
         with torch.device("meta"):
-            codec = tokenizer.init(**dial["codec"])
+            codec = tokenizer.init(**recipe["codec"])
             codes, code_dim = codec["codebook"].shape
             shapes = dict(codes=codes, code_dim=code_dim, scales=scales)
-            params = hmar.init(**dial["transformer"], **shapes)
-            masked = hmar.add_masked_branch(params, dial["masked_blocks"])
+            params = hmar.init(**recipe["transformer"], **shapes)
+            masked = hmar.add_masked_branch(params, recipe["masked_blocks"])
         with FakeTensorMode():
             codec, params, masked = without_values((codec, params, masked))
             first, encoding = tokenizer_flops(codec, size, scales)
@@ -563,7 +561,7 @@ def main(argv=None):
     DEVICE = arguments.device
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # as the commands have it
-    train.keep_freed_memory()  # as the commands do, and for both ways
+    sample.keep_freed_memory()  # as the commands do, for both ways
     if arguments.command == "cost":
         return print_costs(arguments.depth)
     if arguments.command == "kernels":

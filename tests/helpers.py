@@ -1,10 +1,7 @@
 """What several test files use: random trees, comparisons, plain re-derivations."""
 
-import contextlib
 import inspect
 import re
-import resource
-import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +16,7 @@ import hmar
 import tokenizer
 import train
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).with_name("golden.pt")
 
 
 def contents(folder):
@@ -109,9 +106,9 @@ def small_codec(**options):
 
 
 def tree(scales=((1, 1), (2, 2), (2, 3)), masked=1, own_input=True, random=True, **options):
-    """A transformer of width 16 a head, its masked branch of `masked` blocks, none if 0.
+    """A transformer with 16 channels a head and a masked branch of `masked` blocks, none if 0.
 
-    random: float64, leaves far from their initial values, temperatures around their limit.
+    random: in float64, with leaves far from initial values and temperatures around their limit.
     """
     sizes = dict(depth=2, classes=3, codes=5, code_dim=4, heads=2, seed=0) | options
     params = hmar.init(**sizes, scales=scales, width=16 * sizes["heads"])
@@ -130,37 +127,27 @@ def tree(scales=((1, 1), (2, 2), (2, 3)), masked=1, own_input=True, random=True,
 def arguments(params, batch, seed=0):
     """labels (the null class among them), inputs, own inputs and mask that fit the tree."""
     generator = torch.Generator().manual_seed(seed)
-    count = sum(lengths(hmar.scales(params))[1:])
+    count = sum(lengths(hmar.scale_sizes(params))[1:])
     shape = (batch, count, params["input"]["weight"].shape[1])
     labels = torch.randint(len(params["classes"]), (batch,), generator=generator)
     features = [normal(*shape, seed=seed + i).to(params["classes"].dtype) for i in range(2)]
     return labels, *features, torch.rand(shape[:2], generator=generator) < 0.5
 
 
-def status_of(main, *flags):
-    """The exit status of a command."""
+def failure(main, *flags):
+    """The line with which a command fails, or None if it succeeds."""
     try:
         main([*map(str, flags)])
     except SystemExit as ending:
-        if ending.__context__ is not None:  # its frames hold the lock of a run folder
-            traceback.clear_frames(ending.__context__.__traceback__)
         return ending.code
-    return 0
-
-
-@contextlib.contextmanager
-def full_disk(room=20):
-    """A context in which a file takes so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return None
 
 
 def captured(out, *flags):
-    """{argument: value} that `python train.py` hands to its first loop, which does not run."""
+    """{argument: value} that `python train.py` passes to the loop of its first stage.
+
+    The loop does not run; what comes before it does.
+    """
     made, signature = {}, inspect.signature(train.fit)
 
     def fit(*arguments, **options):
@@ -168,13 +155,13 @@ def captured(out, *flags):
         raise KeyboardInterrupt
 
     with mock.patch.object(train, "fit", fit):
-        assert status_of(train.main, "--out", out, *flags) == 130
+        assert failure(train.main, "--out", out, *flags) == "train.py: stopped"
     return made
 
 
-def prepared(out, crops=16, size=16):
-    """uint8 (N, crops, 3, size, size), held-out ones first."""
-    return np.fromfile(f"{out}/images.bin", np.uint8).reshape(-1, crops, 3, size, size)
+def prepared(out):
+    """uint8 (N, crops, 3, size, size), held-out images first."""
+    return np.load(f"{out}/images.npy")
 
 
 def state_dict(tree, names):
@@ -222,7 +209,7 @@ def published(params):
         elif name.endswith("q_bias"):
             state[name.replace("q_bias", "zero_k_bias")] = torch.zeros_like(leaf)
 
-    scales = hmar.scales(params)
+    scales = hmar.scale_sizes(params)
     mask = benchmark.dense_mask(lengths(scales), not is_combined, rows.dtype)
     buffers = dict(lvl_1L=scale_of_tokens(scales)[None], attn_bias_for_masking=mask[None, None])
     return state | buffers

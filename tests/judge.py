@@ -33,7 +33,6 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -97,11 +96,11 @@ def as_tensors(pictures, labels):
 
 def read_folder(folder, class_names):
     """ValueError where the classes are others: their numbers would be."""
-    found = train.list_images(str(folder))
-    if found.class_names != class_names:
-        raise ValueError(f"{folder}: got classes {found.class_names}, expected {class_names}")
-    pictures = [sample.read_image(path) for path, _ in found.files]  # all of one size
-    return as_tensors(pictures, [label for _, label in found.files])
+    files, names = train.list_images(folder)
+    if names != class_names:
+        raise ValueError(f"{folder}: got classes {names}, expected {class_names}")
+    pictures = [sample.read_image(path) for path, _ in files]  # all of one size
+    return as_tensors(pictures, [label for _, label in files])
 
 
 def images_of(kind, data=None, others=None, fresh=None):
@@ -111,7 +110,7 @@ def images_of(kind, data=None, others=None, fresh=None):
     Of others and fresh, folders that take their places, images that data holds too are left out.
     """
     if kind in PHOTOGRAPHS:
-        names = train.list_images(f"{data}/train").class_names
+        _, names = train.list_images(f"{data}/train")
         parts = [read_folder(Path(data, part), names) for part in ("train", "test")]
         known = {image.numpy().tobytes() for images, _ in parts for image in images}
         for part, folder in enumerate((others, fresh)):
@@ -195,8 +194,7 @@ def train_judge(kind, images, labels, batch=64):
             loss.backward()
             optimizer.step()
             schedule.step()
-    with sample.whole_file(cache) as file:
-        torch.save(judge.state_dict(), file)
+    train.write_file(cache, lambda file: torch.save(judge.state_dict(), file))
     return judge.eval()
 
 
@@ -245,12 +243,8 @@ def chosen_guidances(judge, run, guidances, flags):
     """Two of the list, by the run's own held-out images: {"nearest": the one whose samples are
     nearest to them, "as sure": the one whose samples are right most nearly as often as they}.
     """
-    record = sample.read_record(Path(run))
-    place = SimpleNamespace(out=Path(run), class_names=record["class_names"])
-    labels, size = train.load_labels(place)[0], record["flags"]["size"]
-    # they come first; with --tokenizer there are no others
-    shape = len(labels), record["flags"]["crops"], 3, size, size
-    pixels = np.memmap(Path(run, "images.bin"), np.uint8, mode="c", shape=shape)
+    labels, _ = train.load_labels(Path(run))
+    pixels, _ = train.split_held_out(np.load(Path(run, "images.npy"), mmap_mode="c"))
     images = train.to_unit(pixels[:, 0])
     held_out, real = features(judge, images), accuracy(judge, images, labels)
     print(f"held-out training images: right {real:.4g}")
@@ -265,12 +259,16 @@ def chosen_guidances(judge, run, guidances, flags):
     return {"nearest": min(distances, key=distances.get), "as sure": min(gaps, key=gaps.get)}
 
 
-def models_of(run, flags=()):
-    """(params, codec, options of `sample.steps`), as sample.py reads them."""
+def model_of(run, flags=()):
+    """(params, codec, options of `sample.steps`) of a run folder and flags of sample.py."""
+    model = sample.load_model(run)
     args = sample.parser().parse_args([str(run), *flags])
-    params, codec, _, options, _ = sample.load_models(args)
-    asked = {name: x for name, x in vars(args).items() if name in sample.OPTIONS and x is not None}
-    return params, codec, options | asked
+    given = {name: x for name, x in vars(args).items() if name in model["sampling"]}
+    options = model["sampling"] | given | dict(is_causal=model["is_causal"])
+    if "mask_steps" in args:
+        scales = hmar.scale_sizes(model["transformer"])
+        options["schedule"] = sample.masked_schedule(scales, args.mask_steps)
+    return model["transformer"], model["tokenizer"], options
 
 
 DRAW = """import resource, sys, time, sample
@@ -301,11 +299,11 @@ def report(judge, held_out, run, flags=()):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
 
     # what the tokenizer keeps
-    params, codec, _ = models_of(run)
-    scales, few = hmar.scales(params), images[order[:1000]]
+    params, codec, _ = model_of(run)
+    scales, few = hmar.scale_sizes(params), images[order[:1000]]
     parts = [tokenizer.encode(codec, part, scales) for part in few.split(64)]
     decoded = torch.cat([tokenizer.decode(codec, tokens, scales) for tokens in parts])
-    kept, _ = train.measure_tokenizer(codec, few, scales)
+    kept = train.evaluate_tokenizer(codec, few, scales)
 
     log = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
     looks = [x for x in log if x["stage"] == "next-scale" and "held_out_loss" in x]
@@ -336,7 +334,7 @@ def show(numbers):
 
 def claims(judge, held_out, data, out="runs/claims"):
     """Prints each way's numbers, VAR's too; then means of three seeds, deviations."""
-    rows, dial = {}, train.dial
+    rows, recipe = {}, train.recipe
     flags = ["--data", f"{data}/train", "--size", str(held_out[0].shape[-1]), "--seed"]
 
     def trained(*flags):
@@ -356,12 +354,13 @@ def claims(judge, held_out, data, out="runs/claims"):
         for passes in "0124":
             judged(f"masked passes: {passes}", minutes, run, "--mask-steps", passes)
 
-        same = [*flags, seed, "--tokenizer", f"{run}/tokenizer.pt", "--out"]
+        same = [*flags, seed, "--tokenizer", run, "--out"]
         judged("VAR", trained(*same, f"{run}-var", "--causal"), f"{run}-var")
         for kind in ("scale", "lognormal"):
-            train.dial = lambda *sizes, kind=kind: dial(*sizes) | dict(loss_weights=kind)
+            other = dict(loss_weights=kind)
+            train.recipe = lambda *sizes, other=other, **more: recipe(*sizes, **more) | other
             judged(f"loss weights: {kind}", trained(*same, f"{run}-{kind}"), f"{run}-{kind}")
-        train.dial = dial
+        train.recipe = recipe
 
     for name, seeds in rows.items():
         print(f"\n{name}")
@@ -375,7 +374,7 @@ def report_edits(judge, held_out, run, flags, count=400):
     """Prints, with halves repainted, the share right and jumps across the seam to originals'."""
     order = torch.randperm(len(held_out[0]), generator=torch.Generator().manual_seed(0))
     images, labels = (rows[order[:count]] for rows in held_out)  # files come by class
-    params, codec, options = models_of(run, flags)
+    params, codec, options = model_of(run, flags)
     middle = images.shape[3] // 2
     for turn, name in enumerate(("left", "lower", "right", "upper")):
         mask = torch.zeros_like(images[:, :1], dtype=torch.bool)
@@ -400,7 +399,7 @@ def write_letters(folder):
 @torch.no_grad()
 def write_pictures(run, folder):
     """growth.png, samples after each scale; edit.png, right halves repainted."""
-    params, codec, options = models_of(run)
+    params, codec, options = model_of(run)
     labels, names = torch.arange(0, 10, 2), train.SHAPES[::2]
     drawing = sample.steps(params, codec, labels, seed=100, **options)
     last = {step.scale: step.f_hat for step in drawing}

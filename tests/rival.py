@@ -11,6 +11,7 @@ Rectified flow (Lipman et al. 2023, Liu et al. 2023), logit-normal times (Esser 
 classifier-free guidance (Ho & Salimans 2022), Muon.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -153,7 +154,7 @@ def run(args):
         pixels, classes = judge.drawn(train.draw_shape, 0, 20_000)
     else:
         own = Path(args.data, "train" if args.kind in judge.PHOTOGRAPHS else "")
-        names = train.list_images(str(own)).class_names
+        _, names = train.list_images(own)
         pixels, classes = judge.read_folder(args.train or own, names)
     is_aside = torch.arange(len(pixels)) % 21 == 0  # of drawings every 20th is a disc
     aside = judge.features(network, pixels[is_aside])
@@ -192,14 +193,13 @@ def run(args):
 
 
 if __name__ == "__main__":
-    top = sample.command_parser("python tests/rival.py KIND [flags]: a UNet.")
+    top = argparse.ArgumentParser(description="Train and judge a flow-matching UNet.")
     top.add_argument("kind", choices=judge.EPOCHS)
     for name, default in dict(size=32, channels=32, seed=0).items():
         top.add_argument(f"--{name}", type=int, default=default)
-    top.add_argument("--seconds", type=sample.positive, default=300.0)
+    top.add_argument("--seconds", type=float, default=300.0)
     top.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4])
     for name in "data", "others", "fresh", "train", "out":
         top.add_argument(f"--{name}")
     args = top.parse_args()
-    with sample.report_errors("rival.py"):
-        run(args)
+    run(args)

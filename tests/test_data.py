@@ -1,19 +1,14 @@
-"""Data: drawings, folders of images, what is read, cropped, held out; Frechet distances."""
+"""Data: built-in shapes, folders of images, how they are read, cropped and held out; the judge."""
 
-import errno
 import io
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import judge  # puts the repository on the path
 import numpy as np
 import pytest
 import torch
-from helpers import captured, normal, prepared, refused, status_of
+from helpers import captured, failure, normal, prepared
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -52,7 +47,7 @@ def save(folder, name, image):
 
 
 @given(st.integers(0, 2**40), st.integers(8, 80))
-def test_a_drawing_depends_on_its_index_alone(index, size):
+def test_a_shape_depends_on_its_index_alone(index, size):
     np.random.seed(size)
     image, label = train.draw_shape(index, size)
     again, _ = train.draw_shape(np.int64(index), size)
@@ -95,15 +90,14 @@ CASES = {  # name: (bytes of a file, the picture it shows, how far apart they ma
     st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=20),
     st.integers(0, 10**6),
 )
-def test_damaged_and_truncated_files_are_read_or_refused(name, damage, length):
+def test_damaged_and_truncated_files_are_read_or_left_out(name, damage, length):
     content = bytearray(CASES[name][0])
     for place, value in damage:
         content[place % len(content)] = value
     Path(name).write_bytes(content[: length % len(content)] if not damage else content)
-    try:
-        assert sample.read_image(name).mode == "RGB"
-    except ValueError as error:
-        assert str(error).startswith(f"{name}: ") and "\n" not in str(error)
+    run = dict(size=8, crops=2, seed=0, flip=False)
+    made = train.read_crops(run, [(Path(name), 3)], 0)
+    assert made is None or (made[0].shape == (2, 3, 8, 8) and made[1] == 3)
 
 
 UPRIGHT = flat("red", (32, 16))
@@ -125,16 +119,6 @@ def test_every_kind_of_file_becomes_the_same_rgb(name):
     assert difference(image, expected) <= tolerance
 
 
-def test_other_files_are_refused_with_a_reason():
-    os.mkdir("folder.png")
-    os.mkfifo("pipe.png")
-    for name in ("folder.png", "pipe.png", "gone.png"):
-        with pytest.raises(FileNotFoundError, match=f"no regular file: .*{name}"):
-            sample.read_image(name)
-    Path("half.png").write_bytes(CASES["rgb.png"][0][:400])
-    refused("half.png: .*truncated", sample.read_image, "half.png")
-
-
 # What the command prepares of a folder
 
 
@@ -147,14 +131,12 @@ def test_a_sub_folder_is_a_class():
         save("two", name, RED)
     Path("two/notes.txt").write_text("no image")
     os.mkdir("two/empty")
-    os.symlink("nothing", "two/cat/gone.png")
-    os.mkfifo("two/cat/pipe.png")
 
     def prepare(data):
         """Class names, labels, numbers of images."""
         out = f"run of {Path(data).name}"
         captured(out, *FLAGS, data)
-        names = sample.read_json(f"{out}/args.json")["class_names"]
+        names = train.read_settings(Path(out))["class_names"]
         return names, [*np.load(f"{out}/labels.npy")], [*prepared(out)[:, 0, 0, 8, 8] // 40]
 
     names, labels, numbers = prepare("two")
@@ -186,7 +168,7 @@ def test_images_are_prepared_in_an_order_by_the_seed(data, monkeypatch):
     assert len(images) == 7 and orders[0] != orders[1] and set(orders[0]) == set(orders[1])
     monkeypatch.setattr(train, "CROPS", 7)  # as if the folder were large
     captured("large", *FLAGS, data)
-    assert np.array_equal(prepared("large", crops=2), images[:, :2])
+    assert np.array_equal(prepared("large"), images[:, :2])
 
 
 @settings(max_examples=2, phases=[Phase.generate])  # it shrinks slowly
@@ -214,7 +196,7 @@ def test_other_crops_move_and_zoom_and_every_second_is_mirrored_if_asked():
         save("data", f"{number}.png", gradient(200, 128))
     for name, *flip in (("plain",), ("flipped", "--flip")):
         captured(name, *FLAGS, "data", "--size", 64, *flip)
-    images, flipped = (prepared(name, size=64) for name in ("plain", "flipped"))
+    images, flipped = (prepared(name) for name in ("plain", "flipped"))
     assert np.array_equal(flipped[:, ::2], images[:, ::2])
     assert np.array_equal(flipped[:, 1::2], images[:, 1::2, ..., ::-1])
 
@@ -226,51 +208,47 @@ def test_other_crops_move_and_zoom_and_every_second_is_mirrored_if_asked():
     assert seen[:, 1, 0].std() > 1  # and the shorter side moves too
 
 
-def test_large_images_are_read_one_at_a_time(own_folder, monkeypatch):
-    Image.new("L", (6000, 6000)).save("a.png")
-    threads, most, convert = [], [], sample.convert_to_rgb
-
-    def convert_to_rgb(image):
-        threads.append(image)
-        most.append(len(threads))
-        time.sleep(0.1)
-        threads.pop()
-        return convert(image)
-
-    monkeypatch.setattr(sample, "convert_to_rgb", convert_to_rgb)
-    with ThreadPoolExecutor(2) as pool:
-        images = [*pool.map(partial(sample.read_image, shortest=8), ["a.png", "a.png"])]
-    assert most == [1, 1] and {image.size for image in images} == {(8, 8)}
-
-
-def test_a_jpeg_may_be_larger_than_what_is_decoded(own_folder, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for name in ("a.jpg", "a.png"):
-        Image.new("RGB", (160, 80), "red").save(name)
-    assert sample.read_image("a.jpg", shortest=10).size == (20, 10)
-    for name, shortest in (("a.jpg", None), ("a.png", 10), ("a.jpg", 80)):
-        refused(rf"{name}: .*(12800|160 x 80) pixels", sample.read_image, name, shortest)
-
-
-def test_a_broken_file_is_named_and_left_out(data, capsys):
-    broken = ["data/0.png", "data/6.png"]
-    for path in broken:
+def test_a_broken_file_is_named_and_left_out(data, capsys, monkeypatch):
+    for path in ("data/0.png", "data/6.png"):
         Path(path).write_text("text")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # decompression bombs
+    Image.new("L", (100, 100)).save("data/large.png")
     captured("run", *FLAGS, data)
-    lines = [f"left out: {path}: no image of these formats" for path in broken]
-    *said, _ = capsys.readouterr().err.splitlines()
-    assert sorted(said) == lines and len(prepared("run")) == len(np.load("run/labels.npy")) == 5
+    said = capsys.readouterr()
+    for name in ("0", "6", "large"):
+        assert f"left out: data/{name}.png: " in said.err
+    assert len(prepared("run")) == len(np.load("run/labels.npy")) == 5
+    assert os.path.getsize("run/images.npy") == 128 + prepared("run").nbytes
+    assert "run/images.npy: up to 0 MiB" in said.out
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, ""), OSError(errno.EMFILE, ""), MemoryError])
-def test_what_the_system_refuses_ends_the_run(data, capsys, error):
-    with mock.patch.object(sample, "read_image", side_effect=error):
-        assert status_of(train.main, *FLAGS, data, "--out", "run") == 2
-    expected = "MemoryError" if error is MemoryError else "--data: data/"
-    assert capsys.readouterr().err.startswith(f"train.py: {expected}")
-    assert [path.name for path in Path("run").iterdir() if path.is_file()] == ["lock"]
-    captured("run", *FLAGS, data)
-    assert len(prepared("run")) == 7
+def test_images_that_were_added_later_are_mentioned(data, capsys):
+    for expected in (False, False, True, False):
+        captured("run", *FLAGS, data)
+        said = capsys.readouterr().out
+        assert ("data has 8 images now; the 7 of before are used" in said) == expected
+        assert "6 images to train on, 1 held out" in said
+        if expected:
+            Path("data").rename("moved")  # a run goes on without its images
+        elif Path("data/5.png").exists() and "MiB" not in said:
+            save("data", "9.png", RED)
+
+
+BAD_INPUT = """
+broken  --data: 0 images can be read, expected two or more
+none  --data: no images found in none
+empty  --data: no images found in empty
+both  --data: both has images beside sub-folders of images
+"""
+
+
+@pytest.mark.parametrize("line", BAD_INPUT.strip().splitlines())
+def test_a_folder_without_images_is_refused(line):
+    for name in ("broken/a.png", "broken/b.png", "both/a.png", "both/cat/b.png", "empty/a.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    folder, message = line.split("  ")
+    assert failure(train.main, *FLAGS, folder, "--out", "run").startswith(f"train.py: {message}")
 
 
 @given(st.integers(2, 6), st.integers(0, 2**31))

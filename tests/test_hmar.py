@@ -63,7 +63,7 @@ def slow_look(x, scales, tokens, embedding, expand, contract):
             for table, (up, side) in zip(embedding, near, strict=True):
                 is_inside = y >= up and 0 <= z + side < w
                 seen = seen + table[codes[place - up * w + side] if is_inside else -1]
-            hidden = F.gelu(F.linear(seen, **expand), approximate="tanh")
+            hidden = F.gelu(F.linear(seen, **expand))
             rows.append(own[place] + F.linear(hidden, **contract))
     return torch.stack(rows)
 
@@ -71,7 +71,7 @@ def slow_look(x, scales, tokens, embedding, expand, contract):
 def slow_logits(params, label, inputs, tokens, is_causal=False, own_inputs=None, hidden=None):
     """Logits (L, codes) of one image; with own_inputs those of the masked branch."""
     branch = params["next_scale" if own_inputs is None else "masked"]
-    scales = hmar.scales(params)
+    scales = hmar.scale_sizes(params)
     later = slow_convolution(inputs, scales[1:], **params["input"])
     if own_inputs is not None:
         weight = branch.get("own_input", params["input"]["weight"])
@@ -89,7 +89,8 @@ def slow_logits(params, label, inputs, tokens, is_causal=False, own_inputs=None,
         if depthwise:
             x = x + slow_convolution(x, scales, **depthwise)
         rest = {name: part for name, part in block.items() if name != "depthwise"}
-        x = benchmark.dense_block(x[None], condition[None], mask, None, **rest)[0]
+        approximate = "none" if depthwise else "tanh"
+        x = benchmark.dense_block(x[None], condition[None], mask, None, approximate, **rest)[0]
     scale, shift = F.linear(F.silu(condition), **branch["modulation"]).chunk(2)
     x = benchmark.dense_norm(x, scale, shift)
     if "neighbours" in branch:
@@ -126,11 +127,11 @@ def test_one_scale_alone_is_a_part_of_the_whole(scales, kind, batch, seed):
     def logits(branch, *given, k=None, **options):
         features = hmar.branch_features(params, branch, labels, *given, k=k, **options)
         own = tokens if k is None else tokens[:, scale_of_tokens(scales) == k]
-        return hmar.branch_logits(params, branch, features, hmar.near_tokens(params, own, k))
+        return hmar.branch_logits(params, branch, features, hmar.neighbour_tokens(params, own, k))
 
     whole, masked = logits("next_scale", given[0]), logits("masked", *given)
     causal = logits("next_scale", given[0], is_causal=True)
-    cache = [[] for _ in range(hmar.depth(params))]
+    cache = [[] for _ in range(hmar.block_count(params))]
     for k in range(len(scales)):
         own = scale_of_tokens(scales) == k
         part = [x[:, own[len(params["start"]) :]] for x in given]
@@ -182,7 +183,7 @@ def test_a_token_is_seen_only_by_those_drawn_later(scales, place, seed):
     ):
         before, after = (predict(params, labels, *call, tokens=x) for x in (tokens, changed))
         assert torch.equal(before[0, ~is_later], after[0, ~is_later])
-        refused("^tokens: expected", predict, params, labels, *call)
+        refused("^tokens: got None", predict, params, labels, *call)
 
 
 @given(pyramids(9, 6), st.sampled_from(["token", "scale", "lognormal"]))
@@ -265,8 +266,7 @@ def test_init_and_the_masked_branch_are_pure_functions(scales, blocks, own_input
 def test_positions_are_resampled_from_the_nearest_scale(old, new, seed):
     params = tree(old, seed=seed)
     ours = hmar.resize_positions(params, new)
-    hmar.check(ours)
-    assert hmar.scales(ours) == new and ours["trunk"] is params["trunk"]
+    assert hmar.scale_sizes(ours) == new and ours["trunk"] is params["trunk"]
 
     def side(size, last):
         return math.sqrt(math.prod(size) / math.prod(last))
@@ -319,61 +319,36 @@ def test_published_blocks_that_share_their_modulation_load():
             if name.endswith("bias"):
                 gates = (own - shared["bias"]).view(1, 1, 6, -1)
                 state[name.replace("ada_lin.1.bias", "ada_gss")] = gates
-    ours = hmar.from_published(state, hmar.scales(params))
+    ours = hmar.from_published(state, hmar.scale_sizes(params))
     torch.testing.assert_close(ours, pytree.tree_map(torch.Tensor.float, params))
 
 
-def misfits(state):
-    """Published weights with a gap, a leaf missing or too large, or one more."""
-    yield {name: state[name] for name in state if ".0." not in name}
-    for name, leaf in state.items():
-        if name.endswith(hmar.BUFFERS):
-            continue
-        yield {other: state[other] for other in state if other != name}
-        if not re.search("word_embed.weight|scale_mul", name):  # of which there are other sizes
-            yield state | {name: torch.cat([leaf, leaf[..., :1]], -1)}
-        if re.search("blocks|head", name):
-            yield state | {re.sub(r"\w+$", "extra", name): leaf}
-
-
 @pytest.mark.parametrize("state", PUBLISHED)
-def test_published_weights_that_do_not_fit_are_refused(state):
-    for other in misfits(state):
-        refused("^(state_dict|params): no transformer's", hmar.from_published, other, SCALES)
+def test_weights_that_are_not_a_transformers_are_refused(state):
+    gaps = "^class", "^pos_start", "^(lvl_emb|word_emb)", r"blocks\.0\.", r"head\.", "ada_lin"
+    for gap in gaps:
+        other = {name: leaf for name, leaf in state.items() if not re.search(gap, name)}
+        refused("^state_dict: no transformer's", hmar.from_published, other, SCALES)
     for scales in (None, SCALES[:2], ((1, 1), (2, 2), (2, 2))):
         refused("^scales: got .* expected some of 11", hmar.from_published, state, scales)
-
-
-def test_something_else_than_a_transformer_is_refused():
-    for other in (None, {}, {0: 1}, {"trainer": {"x": 3}}, PLAIN | dict(trunk=[])):
-        refused("^params: no transformer's tree", hmar.check, other)
+    for other in (None, {}, {"trainer": {"x": 3}}):
         refused("^state_dict: no transformer's", hmar.from_published, other)
-    with pytest.raises(KeyError, match="masked"):
-        hmar.masked_logits(PLAIN, *arguments(PLAIN, 2))
-    misspelt = copy.deepcopy(PLAIN)
-    attention = misspelt["trunk"][1]["attention"]
-    attention["qvk"] = attention.pop("qkv")
-    refused("TypeError.*qvk", hmar.check, misspelt)  # a wrong key is named
+
+
+def test_a_masked_branch_is_added_once_and_has_one_to_all_blocks():
     for params, blocks in ((PLAIN, 0), (PLAIN, 3), (PARAMS, 1)):
         message = f"^blocks: got {blocks}, expected 1 to 2, and only once"
         refused(message, hmar.add_masked_branch, params, blocks)
 
 
-def test_bad_arguments_are_named():
-    labels, inputs, own, mask = given = arguments(PARAMS, 2)
-    for call, fits in ((hmar.masked_logits, given), (hmar.next_scale_logits, given[:2])):
-        for i, name in zip(range(len(fits)), ("labels", "inputs", "own_inputs", "mask")):
-            x, before, after = fits[i], fits[:i], fits[i + 1 :]
-            bad = [x[None], x[..., None]]
-            bad += [x[:, 1:], x[:, :1], x[..., 1:]] if i else []
-            for other in bad:
-                refused(f"^{name}: got .*, expected ", call, PARAMS, *before, other, *after)
-
-    rest = inputs, own
-    for bad in ((labels - 4, *rest, mask), (labels + 4, *rest, mask), (labels, *rest, own[..., 0])):
-        with pytest.raises((IndexError, RuntimeError), match="index|boolean"):  # torch's
-            hmar.masked_logits(PARAMS, *bad)
-    given = PARAMS, "next_scale", labels, inputs
-    refused("^inputs: got .* 10, 4", hmar.branch_features, *given, k=1)  # of all scales
+def test_arguments_that_would_broadcast_are_refused():
+    labels, inputs, own, mask = arguments(PARAMS, 2)
+    for other in (own[:1], own[:, :1], own[..., :1]):
+        refused("own_inputs", hmar.masked_logits, PARAMS, labels, inputs, other, mask)
+    for other in (mask[:1], mask[:, :1]):
+        refused("mask", hmar.masked_logits, PARAMS, labels, inputs, own, other)
+    for other in (labels - 4, labels + 4):
+        with pytest.raises((IndexError, RuntimeError), match="index"):  # torch's
+            hmar.masked_logits(PARAMS, other, inputs, own, mask)
     looks = tree(neighbours=True)
-    refused("^tokens: expected", hmar.next_scale_logits, looks, *arguments(looks, 2)[:2])
+    refused("^tokens: got None", hmar.next_scale_logits, looks, *arguments(looks, 2)[:2])

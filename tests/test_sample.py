@@ -1,13 +1,8 @@
-"""Sampling against a plain loop, exact draws, editing, the command."""
+"""Sampling against a plain loop, exact sampling, editing, model files, the command."""
 
 import copy
-import io
 import itertools
 import math
-import os
-import re
-import sys
-import threading
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -20,7 +15,7 @@ from helpers import (
     GOLDEN,
     close,
     contents,
-    full_disk,
+    failure,
     leaves_equal,
     normal,
     pyramids,
@@ -29,7 +24,6 @@ from helpers import (
     refused,
     scrambled,
     small_codec,
-    status_of,
     tree,
 )
 from hypothesis import example, given, settings
@@ -40,6 +34,7 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
+import train
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 SCALES = ((1, 1), (2, 2), (3, 4))
@@ -47,7 +42,9 @@ SCALES = ((1, 1), (2, 2), (3, 4))
 CODEC = small_codec()
 PARAMS = scrambled(tree(SCALES, codes=16, code_dim=8, random=False), scale=0.15)
 PARAMS = pytree.tree_map(torch.Tensor.float, PARAMS)
-OWN = sample.own_options(PARAMS)
+NAMES = ["disc", "ring", "star"]
+SAMPLING = train.sampling_settings(2, 32)
+MODEL = dict(tokenizer=CODEC, transformer=PARAMS, classes=NAMES, sampling=SAMPLING, is_causal=False)
 PLAIN = {name: branch for name, branch in PARAMS.items() if name != "masked"}
 LABELS = torch.tensor([2, 0, 3])
 
@@ -69,7 +66,7 @@ def slow_filter(logits, top_k, top_p):
     return [code for code in codes if top_p == 1 or betters(code) / total < top_p]
 
 
-def slow_draw(logits, codes, uniform):
+def slow_sample(logits, codes, uniform):
     """(token, confidence) of one token, from these codes; uniform None draws the likeliest."""
     weights = [math.exp(logits[code]) for code in codes]
     sums = list(itertools.accumulate(weights))
@@ -90,10 +87,10 @@ def slow_shares(keeps, k, hidden, total):
 
 def slow_steps(params, codec, label, seed, options, known=None):
     """(scale, pass, tokens, hidden places), f_hat of one image, as the description says it."""
-    scales, rows = hmar.scales(params), torch.tensor([[label], [3]])  # 3: no class
+    scales, rows = hmar.scale_sizes(params), torch.tensor([[label], [3]])  # 3: no class
     caches = [None, None]
     if options["is_causal"]:
-        caches = [[[] for _ in range(hmar.depth(params))] for _ in rows]
+        caches = [[[] for _ in range(hmar.block_count(params))] for _ in rows]
     f_hat = torch.zeros(1, codec["codebook"].shape[1], *scales[-1], dtype=torch.float64)
     for k, (h, w) in enumerate(scales):
         tokens, hidden, seen = [0] * (h * w), list(range(h * w)), [0] * (h * w)
@@ -123,7 +120,8 @@ def slow_steps(params, codec, label, seed, options, known=None):
 
             # one after another, after those near, which a head may look at
             for place in sorted(hidden, key=lambda place: place % w + 2 * (place // w)):
-                near = hmar.near_tokens(params, torch.tensor([tokens]), k)[0, place]
+                near = hmar.neighbour_tokens(params, torch.tensor([tokens]), k)
+                near = None if near is None else near[0, place]
                 pair = [hmar.branch_logits(params, branch, x[place], near) for x in both]
                 p, q = (logits.softmax(-1) for logits in pair)
                 strength = t
@@ -135,7 +133,7 @@ def slow_steps(params, codec, label, seed, options, known=None):
                 row = (logits - logits.max()).tolist()
                 codes = slow_filter(row, options["top_k"], options["top_p"])
                 uniform = numbers[place] if heat else None
-                tokens[place], confidence[place] = slow_draw(row, codes, uniform)
+                tokens[place], confidence[place] = slow_sample(row, codes, uniform)
             order = sorted(hidden, key=lambda place: (-confidence[place], place))
             hidden = sorted(order[keep:])
             grown = f_hat + tokenizer.contribution(codec, torch.tensor([tokens]), k, scales)
@@ -195,7 +193,7 @@ def test_guidance_rises_over_the_scales_by_a_power():
     """The middle of three scales has a quarter of it as a square, half of it as a line."""
     middles = []
     for guidance, rise in ((4, 2), (2, 1), (4, 1)):
-        options = dict(schedule=0, soften=0, guidance=guidance, rise=rise)
+        options = dict(guidance=guidance, rise=rise)
         _, middle, _ = sample.steps(PARAMS, CODEC, torch.arange(60) % 3, **options)
         middles.append(middle.tokens)
     assert torch.equal(*middles[:2]) and not torch.equal(*middles[1:])
@@ -214,9 +212,9 @@ def test_filters_are_those_of_plain_loops(codes, top_k, top_p, tied, seed):
         assert kept == [token[code] if code in stay else -math.inf for code in range(codes)]
 
 
-def test_a_draw_never_falls_on_a_code_that_was_ruled_out():
+def test_codes_that_were_filtered_out_are_never_sampled():
     logits = torch.tensor([-math.inf, 5.0, -math.inf, -35.0, -math.inf]).expand(2, 5)
-    tokens, _ = sample.draw(logits, torch.tensor([0, 1 - 2**-53], dtype=torch.float64))
+    tokens, _ = sample.sample_codes(logits, torch.tensor([0, 1 - 2**-53], dtype=torch.float64))
     assert tokens[0] == 1 and tokens[1] in (1, 3)
 
 
@@ -234,22 +232,11 @@ def test_schedules_sum_to_their_scales(scales, passes):
 # Images
 
 
-def test_a_caller_chooses_what_the_next_scale_is_drawn_from():
-    maps = []
-    for step in sample.steps(PARAMS, CODEC, LABELS, seed=np.int64(5)):
-        if not step.hidden.any():
-            maps.append(step.tokens)
-            if step.scale == 1:
-                step.f_hat[:] = step.f_hat[1].clone()  # the second draft goes on in all rows
-    tokens = torch.cat(maps, 1)
-    tokens[:, :5] = tokens[1, :5].clone()
-    close(step.f_hat, tokenizer.accumulate(CODEC, tokens, SCALES), 1e-6)
-
-
 @pytest.mark.parametrize("options", [{}, dict(is_causal=True), dict(temperature=0, top_k=3)])
 def test_images_depend_on_arguments_alone(options):
     given = PARAMS, CODEC, torch.tensor([2, 0, 3, 1, 2])
     seeds = [7, 3, 11, 4, 2**40]
+    options = options | dict(guidance=4, rise=2, soften=0.1)
     before, state = copy.deepcopy(given), torch.get_rng_state()
     images, tokens = sample.generate(*given, seed=seeds, **options)
     assert torch.equal(torch.get_rng_state(), state) and leaves_equal(before, given)
@@ -266,40 +253,15 @@ def blocks(depth):
     return dict(trunk=PARAMS["trunk"] * (depth - 1))  # a block is the branch's
 
 
-def test_published_trees_are_sampled_as_published():
-    common = dict(mask_guidance=0, rise=1, soften=0)
+def test_published_trees_are_sampled_with_published_settings():
+    common = dict(mask_guidance=0, rise=1, soften=0, temperature=1)
     for depth, guidance, top_k in ((2, 1.7, 1000), (20, 1.9, 950), (24, 2.1, 900), (30, 1.6, 650)):
-        expected = common | dict(is_causal=False, guidance=guidance, top_k=top_k, top_p=0.99)
-        assert sample.published_options(PLAIN | blocks(depth)) == expected
+        expected = common | dict(guidance=guidance, top_k=top_k, top_p=0.99)
+        assert sample.published_sampling(PLAIN | blocks(depth), is_causal=False) == expected
         expected["schedule"] = [[1], [1, 3], [12]]
-        assert sample.published_options(PARAMS | blocks(depth)) == expected
-        expected = common | dict(is_causal=True, guidance=1.5, top_k=900, top_p=0.96)
-        assert sample.published_options(PLAIN | blocks(depth), is_causal=True) == expected
-
-
-@pytest.mark.parametrize(
-    "depth, many, few, mask_guidance, rise, temperature",
-    [
-        (1, 7 * (174 / 298) ** 0.72, 7, 3, 2, 0.95),
-        (2, 7 * (174 / 298) ** 0.72, 7, 3, 2, 0.95),
-        (3, 4.57 * (194 / 298) ** 0.25 * 2 / 3, 4.6, 2, 1, 0.9),
-        (9, 1.5, 6.9 * 2 / 9, 1.5, 1, 0.9),
-    ],
-)
-def test_own_options_follow_depth_and_scales(depth, many, few, mask_guidance, rise, temperature):
-    sides = 1, 4, 5, 16  # 298 tokens
-    positions = [torch.zeros(side, side, 1) for side in sides]
-    none, one, two = (sample.masked_schedule([(n, n) for n in sides], i) for i in range(3))
-    blind = PARAMS | blocks(depth)
-    looks = blind | dict(next_scale=blind["next_scale"] | dict(neighbours={}))
-    for params, heat, passes, of_edits in (blind, 1, two, two), (looks, temperature, none, one):
-        assert sample.own_options(params)["guidance"] == pytest.approx(few)  # of 17 tokens
-        expected = dict(mask_guidance=mask_guidance, rise=rise, soften=0.1, temperature=heat)
-        expected |= dict(schedule=passes, top_k=0, top_p=1, is_causal=False)
-        options = sample.own_options(params | dict(positions=positions))
-        assert options == expected | dict(guidance=pytest.approx(many))
-        edits = sample.own_options(params | dict(positions=positions), is_edit=True)
-        assert edits == options | dict(schedule=of_edits)
+        assert sample.published_sampling(PARAMS | blocks(depth), is_causal=False) == expected
+        expected = common | dict(guidance=1.5, top_k=900, top_p=0.96)
+        assert sample.published_sampling(PLAIN | blocks(depth), is_causal=True) == expected
 
 
 # Editing
@@ -321,7 +283,7 @@ HALF = MASKS[[2, 2, 2]]
     + [(PARAMS, dict(schedule=keeps)) for keeps in ([[1], [4], [12]], [[1], [0, 4], [3, 0, 9]])],
 )
 def test_each_image_is_edited_as_alone(params, options):
-    """Outside it stays; under a full mask it is as generated."""
+    """Outside the mask it stays as it is; under a full mask it is as generated."""
     images, labels = picture(6), torch.tensor([1, 2, 0, 2, 3, 0])
     with (
         mock.patch.object(sample, "images_at_once", return_value=4),
@@ -335,17 +297,19 @@ def test_each_image_is_edited_as_alone(params, options):
     for i in range(6):
         own = [x[i : i + 1] for x in (images, MASKS, labels)]
         close(edited[i : i + 1], sample.edit(params, CODEC, *own, seed=9 + i, **options), 1e-5)
+    passes = 1 if params is PARAMS and not options else 0
+    options = dict(schedule=sample.masked_schedule(SCALES, passes)) | options
     generated, _ = sample.generate(params, CODEC, labels[1:2], seed=10, **options)
     close(edited[1:2], generated, 1e-5)
 
 
-def test_where_the_head_looks_edits_take_a_masked_pass_and_samples_none():
-    params = tree(SCALES, codes=16, code_dim=8, neighbours=True, random=False)
-    given = params, CODEC, picture(3), HALF, LABELS
-    assert torch.equal(sample.edit(*given), sample.edit(*given, schedule=1))
-    assert not torch.equal(sample.edit(*given), sample.edit(*given, schedule=0))
-    drawn, _ = sample.generate(params, CODEC, LABELS)
-    assert torch.equal(drawn, sample.generate(params, CODEC, LABELS, schedule=0)[0])
+def test_edits_take_a_masked_pass_by_default():
+    given = PARAMS, CODEC, picture(3), HALF, LABELS
+    none, one = (sample.masked_schedule(SCALES, passes) for passes in (0, 1))
+    assert torch.equal(sample.edit(*given), sample.edit(*given, schedule=one))
+    assert not torch.equal(sample.edit(*given), sample.edit(*given, schedule=none))
+    edited = sample.edit(PLAIN, *given[1:])
+    assert torch.equal(edited, sample.edit(PLAIN, *given[1:], schedule=none))
 
 
 @given(st.integers(0, 2**20), st.floats(0, 1))
@@ -417,213 +381,168 @@ def test_what_decoding_does_at_the_edge_is_taken_back():
         close(edited[i, :, y, x], expected.expand(3), 1e-6)
 
 
-def test_bad_options_are_told():
+def test_arguments_that_do_not_fit_are_refused():
     for message, options in {
-        r"schedule: .*got \[1, 4\], expected \[1, 4, 12\]": dict(schedule=[[1], [4]]),
-        r"codec: .*got \(32, 8\), expected \(16, 8\)": dict(codec=small_codec(codes=32)),
-        "seed: .*got 2, expected 3": dict(seed=[1, 2]),
-        r"schedule \(.*: got .* no masked branch": dict(params=PLAIN, schedule=1),
-        "schedule: got .* at the first scale": dict(schedule=[[1, 0], [4], [12]]),
-        "logits: got nan": dict(soften=math.nan),
-        r"schedule \(--mask-steps\): got .* no masked": dict(is_causal=True, schedule=1),
-        r"masked passes \(--mask-steps\): got -1": dict(schedule=-1),
+        r"schedule: got \[\[1\], \[4\]\].* \[1, 4, 12\]": dict(schedule=[[1], [4]]),
+        r"codec: .*got .*\(32, 8\), expected \(16, 8\)": dict(codec=small_codec(codes=32)),
+        "seed: got 2 for 3": dict(seed=[1, 2]),
+        "schedule: .* need a masked branch": dict(params=PLAIN, schedule=[[1], [1, 3], [12]]),
+        "schedule: .*scale > 0": dict(schedule=[[1, 0], [4], [12]]),
+        "schedule: .* need a": dict(is_causal=True, schedule=[[1], [1, 3], [12]]),
         "top_p: got nan": dict(top_p=math.nan),
+        "top_p: got 95": dict(top_p=95),
         "rise: got -1": dict(rise=-1),
-        "labels: got 0 to 4, expected 0 to 3": dict(labels=[0, 4, 1]),
-        "labels: got torch.float32": dict(labels=[0.0, 1.0, 1.0]),
-        "scales: got": dict(params=PARAMS | dict(positions=PARAMS["positions"][::-1])),
+        "soften: got nan": dict(soften=math.nan),
+        "temperature: got -1": dict(temperature=-1),
+        "seed: got -1": dict(seed=-1),
+        r"labels: got \[0, 4, 1\], expected 0 to 3": dict(labels=[0, 4, 1]),
     }.items():
         options = dict(params=PARAMS, codec=CODEC, labels=LABELS) | options
         refused(f"^{message}", sample.generate, **options)
+    refused("^masked passes: got -1", sample.masked_schedule, SCALES, -1)
 
     black = torch.zeros(3, 3, 6, 8, dtype=torch.uint8)  # which in [-1, 1] would be grey
     refused("^images: got .*uint8", sample.edit, PARAMS, CODEC, black, HALF, LABELS)
     refused("^labels: got 1, expected ", sample.edit, PARAMS, CODEC, picture(3), HALF, LABELS[:1])
     for mask in (HALF.byte(), HALF[:2]):
-        message = r"^mask: expected a bool tensor \(3, 1, 6, 8\)"
+        message = r"^mask: got .*, expected a bool tensor \(3, 1, 6, 8\)"
         refused(message, sample.edit, PARAMS, CODEC, picture(3), mask, LABELS)
+
+
+# Model files
+
+
+def save_model(folder, **parts):
+    Path(folder).mkdir(exist_ok=True)
+    torch.save(MODEL | parts, f"{folder}/model.pt")
+
+
+def test_a_model_file_is_all_that_sampling_needs():
+    """A run folder, its model.pt and a copy of that elsewhere are the same model."""
+    save_model("run")
+    Path("copy.pt").write_bytes(Path("run/model.pt").read_bytes())
+    for path in ("run", "run/model.pt", Path("copy.pt")):
+        loaded = sample.load_model(path)
+        assert leaves_equal(loaded["transformer"], PARAMS)
+        assert leaves_equal(loaded["tokenizer"], CODEC)
+        rest = {name: part for name, part in MODEL.items() if type(loaded[name]) is not dict}
+        assert rest == dict(classes=NAMES, is_causal=False) and loaded["sampling"] == SAMPLING
+    other = small_codec(seed=9)
+    save_model("other", tokenizer=other)
+    assert leaves_equal(sample.load_model("run", "other")["tokenizer"], other)
+
+
+def test_published_weights_become_models():
+    golden = torch.load(GOLDEN)["state"]
+    for name in golden:
+        torch.save(golden[name], name)
+    scales = ((1, 1), (2, 2), (3, 3), (4, 4))
+    for name in ("var", "nsp", "hmar"):
+        model = sample.load_model(name, "vqvae", scales)
+        params = hmar.from_published(golden[name], scales)
+        assert leaves_equal(model["transformer"], params)
+        assert leaves_equal(model["tokenizer"], tokenizer.from_published(golden["vqvae"]))
+        assert model["is_causal"] == (name == "var")
+        assert model["classes"] == [str(label) for label in range(10)]
+        assert model["sampling"] == sample.published_sampling(params, name == "var")
+    assert sample.load_model("vqvae").keys() == {"tokenizer"}
+
+
+def test_files_that_hold_no_model_are_refused_and_run_no_code():
+    class Harmful:
+        def __reduce__(self):
+            return Path("harm").mkdir, ()
+
+    torch.save(Harmful(), "code.pt")
+    torch.save([1], "list.pt")
+    torch.save({"x": torch.zeros(1)}, "foreign.pt")
+    Path("empty.pt").write_bytes(b"")
+    torch.save(dict(transformer=PARAMS), "half.pt")
+    for name in ("none", "code.pt", "list.pt", "foreign.pt", "empty.pt"):
+        refused(f"^{name}: no weights: ", sample.load_model, name)
+    refused("^half.pt: has no tokenizer", sample.load_model, "half.pt", "half.pt")
+    assert not Path("harm").exists()
 
 
 # The command
 
 
-def odd(leaf):
-    return leaf.double().transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def run_folder(folder, params=PARAMS, name="hmar.pt", **record):
-    """Of weights that are not plain yet."""
-    folder.mkdir(exist_ok=True)
-    torch.save(pytree.tree_map(odd, params), folder / name)
-    torch.save(pytree.tree_map(odd, CODEC), folder / "tokenizer.pt")
-    sample.write_json(folder / "args.json", record)
-
-
-def scaled(tree, factor):
-    return pytree.tree_map(lambda leaf: factor * leaf, tree)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    names = ["disc", "ring", "star"]
-    run_folder(folder, class_names=names, digests={"tokenizer.pt": sample.digest(CODEC)})
-    decoder = CODEC | dict(post_quant_conv=scaled(CODEC["post_quant_conv"], 1e30))
-    torch.save(decoder, folder / "decoder.pt")
-    torch.save(scaled(CODEC, 2), folder / "codec.pt")
-    torch.save(scaled(PARAMS, 1e20), folder / "large.pt")
-    torch.save(scaled(PARAMS, math.nan), folder / "nan.pt")
-    torch.save(print, folder / "code.pt")
-    Image.fromarray(sample.to_bytes(picture(1))[0]).save(folder / "photo.png")
-    Image.fromarray(HALF[0, 0].numpy()).save(folder / "mask.png")
-    Image.new("L", (8, 8)).save(folder / "black.png")
-    os.symlink("loop.png", folder / "loop.png")
-    run_folder(folder / "plain")
-    run_folder(folder / "cut")
-    (folder / "cut" / "args.json").write_text("[{}]")
-    run_folder(folder / "typed", class_names=3)
-    run_folder(folder / "foreign", digests={"hmar.pt": "of another"})
-    run_folder(folder / "deep")
-    (folder / "deep" / "args.json").write_text("[" * 100_000)
-    (folder / "cut" / "settings.json").write_bytes(b"\xff")
-    return folder
+@pytest.fixture
+def run(own_folder):
+    save_model("run")
+    Image.fromarray(sample.to_bytes(picture(1))[0]).save("photo.png")
+    Image.fromarray(HALF[0, 0].numpy()).save("mask.png")
+    return "run"
 
 
 def call(*flags):
-    """The exit status of the command."""
-    return status_of(sample.main, "--dtype", "fp32", "--device", "cpu", *flags)
+    """The line with which the command fails, or None."""
+    return failure(sample.main, "--dtype", "fp32", "--device", "cpu", *flags)
 
 
 def archived(*flags):
     path = f"{len(contents('.'))}.npz"
-    assert call(*flags, "--out", path) == 0
+    assert call(*flags, "--out", path) is None
     return np.load(path)["arr_0"]
 
 
-def assert_drawn(pixels, labels, params=PARAMS, codec=CODEC, **options):
+def assert_sampled(pixels, labels, params=PARAMS, codec=CODEC, **options):
     """pixels (B, H, W, 3) are what `generate` makes of these labels."""
     images, _ = sample.generate(params, codec, torch.tensor(labels), **options)
     assert pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - sample.to_bytes(images)).max() <= 1
 
 
-def test_the_command_draws_the_same_images_in_every_form(run):
+def test_the_command_samples_the_same_images_in_every_form(run, capsys):
     flags = (run, "--labels", "star", "0", "--count", 3, "--seed", 5, "--out")
     for name in ("sheet.png", "growing.gif", "all.npz", "folder"):
-        assert call(*flags, name) == 0
+        assert call(*flags, name) is None
+        assert f"wrote {name}: 3 each of star, disc\n" in capsys.readouterr().out
     labels, archive = [2, 2, 2, 0, 0, 0], np.load("all.npz")
     pixels = archive["arr_0"]
-    assert_drawn(pixels, labels, seed=5, **OWN)
+    assert_sampled(pixels, labels, seed=5, **SAMPLING)
     assert archive["labels"].tolist() == labels
-    assert contents("folder") == contents("all")
     names = [f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
-    assert sorted(contents("folder")) == [*names, "settings.json"]
+    assert sorted(contents("folder")) == names
+    for name, image in zip(names, pixels):
+        assert np.array_equal(np.asarray(Image.open(f"folder/{name}")), image)
 
     page, gif = Image.open("sheet.png"), Image.open("growing.gif")
     left = page.width - 3 * (64 + 2)  # images grow by whole pixels
     assert page.height == 2 * (48 + 2) and left > 12
     rows = np.asarray(page).reshape(2, 50, -1, 3)
     assert np.array_equal(rows[:, :48:8, left : left + 64 : 8], pixels[::3])
-    assert gif.n_frames == 7 and gif.size == page.size  # a page a pass
-    for number, step in enumerate(sample.steps(PARAMS, CODEC, torch.tensor(labels), seed=5)):
+    assert gif.n_frames == 3 and gif.size == page.size  # a page for each pass
+    steps = sample.steps(PARAMS, CODEC, torch.tensor(labels), seed=5, **SAMPLING)
+    for number, step in enumerate(steps):
         gif.seek(number)
         shown = np.asarray(gif.convert("RGB"), int)[:48:8, left : left + 64 : 8]
         truth = sample.to_bytes(tokenizer.decode_features(CODEC, step.f_hat[:1]).detach())[0]
         assert np.abs(shown - truth).mean() < 3  # of a palette
 
 
-def test_an_interrupted_folder_goes_on_in_two_processes(run, capsys, monkeypatch):
-    """Files are written two at a time; whoever then finds all of them there packs them."""
-    together, whole_file = threading.Barrier(2), sample.whole_file
-    flags = (run, "--count", 4, "--out", "a.npz")
-
-    def write_together(path):
-        if path.suffix == ".png":
-            together.wait(timeout=20)
-        return whole_file(path)
-
-    def stopped(effects, status, said, room=10**9):
-        """How many images are there when `generate` had these effects."""
-        with mock.patch.object(sample, "generate", side_effect=effects), full_disk(room):
-            assert call(*flags) == status
-        assert re.search(said, capsys.readouterr().err)
-        return len([*Path("a").glob("*.png")])
-
+def test_an_interrupted_folder_keeps_its_images(run, capsys, monkeypatch):
     monkeypatch.setattr(sample, "images_at_once", lambda pixels: 2)
-    monkeypatch.setattr(sample, "whole_file", write_together)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    flags = (run, "--count", 4, "--out", "a")
     some = sample.generate(PARAMS, CODEC, torch.tensor([0, 0]))
-    assert stopped([some], 2, "settings.json.*: cannot be written: ", room=20) == 0
-    assert stopped([KeyboardInterrupt], 130, "^sample.py: stopped\n$") == 0
-    assert contents(".") == {}
-    assert stopped([some, MemoryError], 2, "^sample.py: MemoryError\n$") == 2
-    assert stopped([some], 2, "^sample.py: .*/000002-0.png: cannot be written: ", room=20) == 2
-    with pytest.raises(KeyError):  # a bug shows its traceback
-        stopped([KeyError], None, "")
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sample, "whole_file", whole_file)
-    before = os.stat("a/000001-0.png").st_ino
-    Path("a.npz").write_bytes(b"old")
-    for rank, batches in (("1", [[1, 3], [5, 7], [9, 11]]), ("0", [[0, 2], [4, 6], [8, 10]])):
-        assert Path("a.npz").read_bytes() == b"old"
-        monkeypatch.setenv("RANK", rank)
-        with mock.patch.object(sample, "generate", wraps=sample.generate) as generate:
-            assert call(*flags) == 0
-        assert [made.kwargs["seed"] for made in generate.call_args_list] == batches
-        assert ("wrote a.npz" in capsys.readouterr().out) == (rank == "0")
-    assert os.stat("a/000001-0.png").st_ino == before  # though it was drawn again beside 3
-    assert_drawn(np.load("a.npz")["arr_0"], [0] * 4 + [1] * 4 + [2] * 4)
-
-
-def test_a_folder_is_of_one_setting(run, capsys):
-    """Which the first that drew wrote there, even if another command, too, had found it empty."""
-    flags = (run, "--count", 5000, "--out", "a")
-
-    def draw(*_, seed, **options):
-        if seed[0] == 1:
-            assert contents("a") == {}
-            assert call(*flags) == 130  # of seed 0, meanwhile
-        if seed[0] == 50:
-            raise KeyboardInterrupt
-        return torch.zeros(50, 3, 6, 8), None
-
-    seed, labels = (("--seed", 1), "seed 0 -> 1"), (("--labels", 2), "[0, 1, 2] -> [2]")
-    with mock.patch.object(sample, "generate", draw):
-        for other, said in (seed, seed, labels):
-            assert call(*flags, *other) == 2
-            assert said in capsys.readouterr().err
-            files = contents("a")
-            assert len(files) == 51 and len(files["settings.json"]) < 2000
-            assert b'"soften": 0.1' in files["settings.json"]
-    with mock.patch.object(sample, "own_options", return_value=dict(guidance=9)):  # a later version
-        assert call(*flags) == 2
-    assert "guidance 7 -> 9" in capsys.readouterr().err
-
-
-def test_a_file_is_the_old_one_or_a_whole_new_one():
-    path = Path("a.pt")
-    path.write_text("old")
-
-    killed = pytest.raises(KeyboardInterrupt)
-    with mock.patch.object(os, "unlink"), killed, sample.whole_file(path) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
-    assert len(contents(".")) == 2 and path.read_text() == "old"
-
-    with sample.whole_file(path) as file:  # another writer comes and goes meanwhile
-        file.write(b"whole ")
-        with sample.whole_file(path) as other:
-            other.write(b"another")
-        file.write(b"file")
-    assert len(contents(".")) == 2 and path.read_text() == "whole file"
+    with mock.patch.object(sample, "generate", side_effect=[some, KeyboardInterrupt]):
+        assert call(*flags) == "sample.py: stopped"
+    assert sorted(contents("a")) == ["000000-0.png", "000001-0.png"]
+    Path("a/000001-0.png").unlink()
+    before = contents("a")
+    assert call(*flags) is None
+    assert "a: 1 of 12 images are there already and stay" in capsys.readouterr().out
+    after = contents("a")
+    assert len(after) == 12 and before.items() <= after.items()
+    pixels = [np.asarray(Image.open(f"a/{name}")) for name in sorted(after)]
+    assert_sampled(np.stack(pixels[1:]), ([0] * 4 + [1] * 4 + [2] * 4)[1:], seed=1, **SAMPLING)
 
 
 def test_the_command_edits(run):
-    photo = Image.open(run / "photo.png")
+    photo = Image.open("photo.png")
     inner, photo = np.asarray(photo.resize((6, 4))), np.asarray(photo)
-    edit = (run, "--edit", run / "photo.png", "--labels", "ring", "--count", 2)
-    for pixels in archived(*edit, "--mask", run / "mask.png"):
+    edit = (run, "--edit", "photo.png", "--labels", "ring", "--count", 2)
+    for pixels in archived(*edit, "--mask", "mask.png"):
         assert np.array_equal(pixels[:, :4], photo[:, :4]) and not np.array_equal(pixels, photo)
     for pixels in archived(*edit, "--pad", 0.2):
         assert pixels.shape == (6, 8, 3) and np.array_equal(pixels[1:5, 1:7], inner)
@@ -631,8 +550,8 @@ def test_the_command_edits(run):
 
 
 @given(width=st.integers(3, 70), height=st.integers(3, 70))
-def test_what_the_command_shows_knows_nothing_of_what_is_under_the_mask(width, height):
-    """Though large photos are shrunk, and small ones enlarged."""
+def test_what_the_command_shows_does_not_depend_on_hidden_pixels(width, height):
+    """Although large photos are reduced and small ones enlarged."""
     hidden = np.zeros((height, width), bool)
     hidden[height // 2 :, width // 2 :] = True
     first = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
@@ -641,8 +560,7 @@ def test_what_the_command_shows_knows_nothing_of_what_is_under_the_mask(width, h
     shown = []
     for photo in first, second:
         Image.fromarray(photo).save("photo.png")
-        flags = ["--edit", "photo.png", "--mask", "mask.png"]
-        pixels, mask = sample.photo_and_mask(sample.parser().parse_args(["run", *flags]), (8, 6))
+        pixels, mask = sample.read_photo_and_mask("photo.png", "mask.png", 0, (8, 6))
         shown.append(pixels.masked_fill(mask, 0))
     assert torch.equal(*shown)
 
@@ -651,145 +569,80 @@ def test_a_thin_stroke_of_a_large_mask_is_repainted(run):
     stroke = np.zeros((600, 800), np.uint8)
     stroke[:, 205:209] = 255
     Image.fromarray(stroke).save("stroke.png")
-    flags = ["--edit", str(run / "photo.png"), "--mask", "stroke.png"]
-    _, mask = sample.photo_and_mask(sample.parser().parse_args([str(run), *flags]), (8, 6))
+    _, mask = sample.read_photo_and_mask("photo.png", "stroke.png", 0, (8, 6))
     assert mask[..., 2].all() and mask.sum() == 6
-    Image.new("RGBA", (8, 6)).save("stroke.png")  # all transparent: as white
-    assert call(run, *flags) == 2
+    Image.new("RGBA", (8, 6)).save("stroke.png")  # transparent, which is read as white
+    assert "--mask: expected" in call(run, "--edit", "photo.png", "--mask", "stroke.png")
 
 
-def test_a_run_before_its_masked_stage_is_drawn_and_told(capsys):
-    run_folder(Path("run"), PLAIN, "next-scale.pt", flags=dict(causal=False))
-    os.symlink("nothing", "run/hmar.pt")
-    assert_drawn(archived("run", "--count", 1), [0, 1, 2], schedule=0)
-    assert "next-scale.pt: without the masked branch" in capsys.readouterr().err
+def test_a_run_before_its_masked_stage_can_be_sampled():
+    save_model("run", transformer=PLAIN)
+    assert_sampled(archived("run", "--count", 1), [0, 1, 2], PLAIN, **SAMPLING)
 
 
 def test_names_go_before_numbers():
-    run_folder(Path("run"), class_names=["1", "2", "0"])
-    assert_drawn(archived("run", "--labels", "1", "--count", 1), [0])
+    save_model("run", classes=["1", "2", "0"])
+    assert_sampled(archived("run", "--labels", "1", "--count", 1), [0], **SAMPLING)
     assert len(archived("run", "--count", 1)) == 3
-
-
-def test_what_a_killed_sampler_left_goes(run):
-    """But not what another one is writing."""
-    assert call(run, "--count", 1, "--out", "folder") == 0
-    token = "0123456789abcdef"
-    left, fresh, others = (Path(f"folder/{name}.tmp") for name in (f"a.{token}", f"b.{token}", "c"))
-    for path in left, fresh, others:
-        path.write_text("half")
-    for path in left, others:
-        os.utime(path, (0, 0))
-    assert call(run, "--count", 1, "--out", "folder") == 0
-    assert not left.exists() and fresh.exists() and others.exists()
-    Path("mine").mkdir()
-    others.rename("mine/c.tmp")
-    assert call(run, "--out", "mine") == 2
-
-
-def test_of_two_that_begin_a_folder_at_once_one_is_refused(run, capsys):
-    write = sample.write_json
-
-    def write_late(path, value):  # another was first
-        write(path.with_name("settings.json"), value | dict(seed=7))
-        write(path, value)
-
-    with mock.patch.object(sample, "write_json", write_late):
-        assert call(run, "--count", 1, "--out", "a") == 2
-    assert "seed 7 -> 0" in capsys.readouterr().err and len(contents("a")) == 1
-    Path("b.npz").mkdir()
-    with mock.patch.object(os, "link", side_effect=OSError("no links here")):
-        assert call(run, "--count", 1, "--out", "b.npz") == 0
-    assert len(contents("b.npz")) == 4
 
 
 def test_flags_reach_the_sampler(run):
     flags = "--labels ring --count 2 --guidance 2.5 --soften 3 --mask-guidance 0.5 --top-k 3"
-    flags += " --top-p 0.7 --temperature 0.7 --seed 9 --mask-steps 2"
+    flags += " --top-p 0.7 --temperature 0.7 --rise 0.5 --seed 9 --mask-steps 2"
     options = dict(guidance=2.5, soften=3, mask_guidance=0.5, top_k=3, top_p=0.7, temperature=0.7)
     pixels = archived(run, *flags.split())
-    assert_drawn(pixels, [1, 1], **options, seed=9, schedule=sample.masked_schedule(SCALES, 2))
+    schedule = sample.masked_schedule(SCALES, 2)
+    assert_sampled(pixels, [1, 1], **options, rise=0.5, seed=9, schedule=schedule)
 
-    run_folder(Path("run"), PLAIN, "next-scale.pt", flags=dict(causal=True))
-    pixels = archived("run", "--count", 1)
-    assert_drawn(pixels, [0, 1, 2], PLAIN, is_causal=True)
-    os.unlink("run/args.json")
-    assert call("run") == 2  # not as HMAR
+    save_model("var", transformer=PLAIN, is_causal=True)
+    assert_sampled(archived("var", "--count", 1), [0, 1, 2], PLAIN, is_causal=True, **SAMPLING)
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden files here")
-def test_published_weights_are_sampled_as_published():
-    Path("args.json").write_text("not of a run")
-    golden = torch.load(GOLDEN / "published_A.pt")["state"]
-    codec = tokenizer.from_published(golden["vqvae"])
+def test_the_command_samples_published_weights():
+    golden = torch.load(GOLDEN)["state"]
     for name in golden:
         torch.save(golden[name], name)
-    flags = ("--tokenizer", "vqvae", "--scales", 1, 2, 3, "4x4", "--labels", 2)
-    for name in ("var", "nsp", "hmar"):
-        params = hmar.from_published(golden[name], ((1, 1), (2, 2), (3, 3), (4, 4)))
-        options = sample.published_options(params, is_causal=name == "var")
-        pixels = archived(name, *flags, "--count", 2)
-        assert_drawn(pixels, [2, 2], params, codec, **options)
-    for scales in ([1, 2, 3, 4], ["1x1", "1x4", "1x9", "1x16"]):  # of as many tokens
-        status = call("var", "--tokenizer", "vqvae", "--scales", *scales, "--out", "folder")
-        assert status == (0 if scales[1] == 2 else 2)
+    model = sample.load_model("hmar", "vqvae", ((1, 1), (2, 2), (3, 3), (4, 4)))
+    flags = ("--tokenizer", "vqvae", "--scales", 1, 2, 3, "4x4", "--labels", 2, "--count", 2)
+    pair = model["transformer"], model["tokenizer"]
+    assert_sampled(archived("hmar", *flags), [2, 2], *pair, **model["sampling"])
 
 
-BAD_INPUT = f"""
-. --out a.gif --labels{51 * " 0"}  --labels: got 51, expected at most 50
-. --edit loop.png --pad 0.2  missing or no regular file: loop.png
-. --labels 3  --labels: got '3', expected 0 to 2 or such as disc, ring, star
-. --top-p x  argument --top-p: invalid float value: 'x'
-. --top-p 95  top_p: got 95
-. --count 100000000000000  can't allocate memory
-. --count 0  --count: got 0, expected 1 or more
-. --out a.gif --count 51  --count: got 51
-. --seed -1  seed: got -1
-. --out hmar.pt/x.png  File exists: 'hmar.pt'
-. --out .  --out: . holds something else: count None -> 8
-. --out cats.bmp  cats.bmp, expected .png, .jpg
-. --out v1.2  v1.2, expected .png, .jpg
-. --out cut.npz  cut/settings.json: expected a JSON object
-cut  cut/args.json: expected a JSON object
-. --out photo.png --edit photo.png --pad 0.2  is also to be read
-none  none: cannot be read: FileNotFoundError
-code.pt  code.pt: cannot be read
-nan.pt  nan.pt: no weights
-large.pt  logits: got nan or infinity
-plain --tokenizer decoder.pt  images: got nan
-. --tokenizer hmar.pt  hmar.pt: no weights
-. --tokenizer codec.pt  args.json: tells of another tokenizer.pt than this
-. --pad 0.2  --edit: expected with --mask, or --pad
-. --edit photo.png --mask black.png  --mask: expected white
-. --edit photo.png --pad 0.2 --out a.gif  .gif (not of edits)
-. --soften -1  soften: got -1.0
-. --temperature -1  temperature: got -1.0
-. --out {240 * "x"}.png  .png: cannot be written: [Errno
-deep  deep/args.json: expected a JSON object
-typed  typed/args.json: class_names: got 3
-foreign  foreign/args.json: tells of another hmar.pt
-. --scales 1 2 3  --scales: got some, but a run has its own
-. --device cuda  --device: got cuda, but no GPU 0 is here
+BAD_INPUT = """
+run --labels 3  --labels: got '3', expected 0 to 2 or a name such as disc, ring, star
+run --count 0  --count: got 0, expected 1 or more
+run --seed -1  seed: got -1
+run --soften -1  soften: got -1.0
+run --top-p 95  top_p: got 95
+run --mask-steps -1  masked passes: got -1
+run --out photo.png --edit photo.png --pad 0.2  --out: got photo.png, which would be overwritten
+none  none: no weights
+photo.png  photo.png: no weights
+run --tokenizer none  none: no weights
+half  half: has no transformer
+run --pad 0.2  --edit: expected with --mask, or --pad
+run --edit photo.png --pad 0.7  --edit: expected with --mask, or --pad
+run --edit photo.png --mask black.png  --mask: expected white
+run --edit none.png --pad 0.2  No such file or directory: 'none.png'
+run --edit text.png --pad 0.2  cannot identify image file 'text.png'
+run --out sheet.xyz  unknown file extension: .xyz
 """
 
 
 @pytest.mark.parametrize("line", BAD_INPUT.strip().splitlines())
-def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys, monkeypatch, line):
+def test_bad_input_is_one_line(run, line):
+    Image.new("L", (8, 8)).save("black.png")
+    Path("text.png").write_text("text")
+    Path("half").mkdir()
+    torch.save(dict(tokenizer=CODEC), "half/model.pt")
+    before = contents(".")
     flags, message = line.split("  ")
-    monkeypatch.chdir(run)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    before = contents(run)
-    status = call("--out", tmp_path / "folder", *flags.split())
-    printed = capsys.readouterr().err
-    assert status == 2 and message in printed and printed.count("\n") == 1
-    assert not list(tmp_path.iterdir()) and contents(run) == before
+    said = call("--out", "new", *flags.split())
+    assert said.startswith("sample.py: ") and message in said and "\n" not in said
+    assert contents(".") == before
 
 
-def test_names_of_any_characters_are_drawn_and_printed(monkeypatch):
-    out = "é\u4e2d.png"
-    run_folder(Path("run"), class_names=["é\u4e2d", "\ud800\x1b\n" * 40, "a"])
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    assert call("run", "--labels", "é\u4e2d", 1, 2, "--count", 1, "--out", out) == 0
-    sys.stdout.flush()
-    assert sys.stdout.buffer.getvalue() == b"wrote \\xe9\\u4e2d.png\n"
-    assert Image.open(out).height == 3 * 50
+def test_names_of_any_characters_are_sampled():
+    save_model("run", classes=["é\u4e2d", "a" * 300, "b"])
+    assert call("run", "--labels", "é\u4e2d", 1, 2, "--count", 1, "--out", "é.png") is None
+    assert Image.open("é.png").height == 3 * 50

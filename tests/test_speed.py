@@ -43,8 +43,7 @@ def small(scales=SCALES, depth=3, masked=1):
 def loss(name, params, *batch):
     """A stage's, of a batch from `batch_of`."""
     if name == "tokenizer":
-        made = tokenizer.training_pass(params, *batch)
-        return made["images"].sum() + made["coarse_images"].sum() + made["loss"]
+        return tokenizer.training_loss(params, *batch)["loss"]
     losses = hmar.masked_losses if name == "masked" else hmar.next_scale_losses
     return losses(params, *batch).mean()
 

@@ -24,7 +24,7 @@ from helpers import (
     small_codec,
     state_dict,
 )
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
@@ -115,7 +115,7 @@ def straight_through(value, gradient_to):
 
 
 @given(pyramids(3, 3), st.integers(1, 6), st.data(), st.floats(0, 2), seeds)
-def test_training_pass(scales, batch, data, commitment, seed):
+def test_training_loss(scales, batch, data, commitment, seed):
     codec = scrambled(small_codec(channels=64), seed, 0.1) | quantiser(9, 8, seed=seed)
     coarse = sorted(data.draw(st.sets(st.integers(0, batch - 1))))
     stops = [data.draw(st.integers(0, len(scales) - 1)) for _ in coarse]
@@ -124,7 +124,7 @@ def test_training_pass(scales, batch, data, commitment, seed):
     images = normal(batch, 3, *(2 * side for side in scales[-1]), seed=seed)
     with mock.patch.object(tokenizer, "encode_features", lambda *_: features):
         given = (torch.tensor(rows, dtype=torch.int64) for rows in (coarse, stops))
-        made = tokenizer.training_pass(codec, images, scales, *given, commitment)
+        made = tokenizer.training_loss(codec, images, scales, *given, commitment=commitment)
 
     slow = [list(zip(*slow_quantise(codec, feature, scales))) for feature in features]
     residuals, tokens, maps = zip(*slow)
@@ -145,7 +145,7 @@ def test_training_pass(scales, batch, data, commitment, seed):
         decoded.append(straight_through(maps[stop, i], cells))
     decoded = tokenizer.decode_unclamped(codec, torch.stack(decoded))
     ours = torch.cat([made["images"], made["coarse_images"]])
-    for pair in ((made["loss"], loss), (ours, decoded)):
+    for pair in ((made["quantisation"], loss), (ours, decoded)):
         close(*pair)
         totals = [(value * normal(*value.shape, seed=seed)).sum() for value in pair]
         options = dict(retain_graph=True, materialize_grads=True)
@@ -203,27 +203,12 @@ def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, dtype,
     assert leaves_equal(loaded, pytree.tree_map(torch.Tensor.float, half))
 
 
-@given(st.sampled_from(NAMES), st.sampled_from(["missing", "extra", (), (5,), (2, 3, 4)]))
-def test_published_weights_that_do_not_fit_are_refused(name, change):
-    state = dict(WEIGHTS)
-    message = "^(codec|state_dict): no tokenizer's"
-    if change == "missing":
-        del state[name]
-    elif change == "extra":
-        assume("embedding" not in name)
-        state[re.sub(r"\w+$", change, name)] = torch.zeros(3)
-        message += ".* TypeError: .*extra"  # a wrong key is named
-    else:
-        state[name] = torch.zeros(change)
-    refused(message, tokenizer.from_published, state)
-
-
-def test_something_else_than_a_tokenizer_is_refused():
-    for other in (None, {}, {0: 1}, {"trainer": {"x": 3}}):
+def test_weights_that_are_not_a_tokenizers_are_refused():
+    for gap in ("embedding", "qresi", "conv_in", r"decoder\.up", r"down\.0"):
+        other = {name: leaf for name, leaf in WEIGHTS.items() if not re.search(gap, name)}
         refused("^state_dict: no tokenizer's", tokenizer.from_published, other)
-        refused("^codec: no tokenizer's", tokenizer.check, other)
-    without = {name: part for name, part in OURS.items() if name != "phi"}
-    refused("KeyError: 'phi'", tokenizer.check, without)
+    for other in (None, {}, {"trainer": {"x": 3}}):
+        refused("^state_dict: no tokenizer's", tokenizer.from_published, other)
 
 
 # Bad input
