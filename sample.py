@@ -591,20 +591,22 @@ def parser():
     top = argparse.ArgumentParser(description="Sample images, or repaint a part of one.")
     add = top.add_argument
     add("run", help="run folder of train.py, its model.pt, or published weights")
-    add("--tokenizer", help="file with another tokenizer; needed for published weights")
-    scales = "scales of published weights for other sizes, such as 1 2 3 4 or 2x3"
+    add("--tokenizer", help="file with another tokenizer; published transformers need one")
+    scales = "all scales of published weights of another size, coarse to fine, such as 1 2 4 or 2x3"
     add("--scales", nargs="+", type=scale_pair, help=scales)
-    labels = "class names or numbers (default: all; the first ten for a sheet)"
-    add("--labels", nargs="+", help=labels)
+    labels = "class names, or numbers of classes that have no such name (default: all; the first "
+    add("--labels", nargs="+", help=labels + "ten for a sheet)")
     add("--count", type=int, default=8, help="images for each label (default: 8)")
-    seed = "seed of the first image; image i has the seed plus i (default: 0)"
+    seed = "image i uses the random numbers of seed + i (default: 0)"
     add("--seed", type=int, default=0, help=seed)
-    out = ".png, .jpg or .webp: a sheet; .gif: a sheet after each pass; .npz: an array for FID "
-    out += "programs; anything else: a folder of images (default: samples.png)"
+    out = (
+        "picture file: a sheet with a row for each label; .gif: a sheet after each pass; .npz: an "
+    )
+    out += "array for FID programs; no suffix: a folder of images (default: samples.png)"
     add("--out", type=Path, default=Path("samples.png"), help=out)
-    add("--edit", type=Path, help="image to repaint, cropped to the shape of the model")
-    add("--mask", type=Path, help="image of the same shape, white where to repaint")
-    pad = "instead of --mask: surround the image with a border of this share of its size"
+    add("--edit", type=Path, help="image to repaint; it is cropped and reduced to the model's size")
+    add("--mask", type=Path, help="image with the same proportions, white where to repaint")
+    pad = "instead of --mask: shrink the image and paint a border of this share of the model's size"
     add("--pad", type=float, default=0.0, help=pad)
     add_device_flags(top)
 
@@ -612,12 +614,16 @@ def parser():
     add = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
     add("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
     add("--mask-guidance", type=float, help="the same in masked passes")
-    add("--rise", type=float, help="how guidance grows over the scales; 0: it is constant")
-    add("--soften", type=float, help="divergence in nats at which guidance is halved; 0: never")
+    rise = "at scale k of S guidance is multiplied by (k / (S - 1)) ** RISE; 0 keeps it constant"
+    add("--rise", type=float, help=rise)
+    soften = "guidance is halved where predictions with and without a class differ by this "
+    add("--soften", type=float, help=soften + "divergence in nats; 0: never")
     add("--temperature", type=float, help="divides the logits; 0: take the most likely code")
     add("--top-k", type=int, help="sample only the k most likely codes; 0: all")
-    add("--top-p", type=float, help="sample only the most likely codes of this probability")
-    add("--mask-steps", type=int, metavar="N", help="masked passes at each scale")
+    top_p = "sample only the most likely codes whose probabilities add up to this; 1: all"
+    add("--top-p", type=float, help=top_p)
+    passes = "masked passes at each scale, which sample the least confident tokens again"
+    add("--mask-steps", type=int, metavar="N", help=passes)
     return top
 
 
@@ -625,7 +631,7 @@ def add_device_flags(top):
     """Adds --device and --dtype to a parser."""
     device = "default: a GPU if there is one"
     top.add_argument("--device", choices=("cuda", "cpu"), help=device)
-    dtype = "default: bf16 where the processor multiplies it in hardware"
+    dtype = "default: bf16 where the processor has instructions for it"
     top.add_argument("--dtype", choices=("bf16", "fp32"), help=dtype)
 
 

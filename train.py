@@ -956,23 +956,26 @@ def parser():
         description="Train HMAR from scratch, on your images or on shapes."
     )
     add = top.add_argument
-    data = "folder of images, with a sub-folder for each class or none (default: built-in shapes)"
-    add("--data", help=data)
+    data = "folder of images, one sub-folder for each class, or images directly in it "
+    add("--data", help=data + "(default: a built-in data set, drawings of ten shapes)")
     add("--size", type=int, help="side of the images in pixels (default: 64; shapes: 32)")
-    add("--depth", type=int, help="transformer blocks; decides all other sizes (default: 2)")
+    depth = "transformer blocks; the other settings, the recipe, follow from it, the size and the "
+    add("--depth", type=int, help=depth + "number of images (default: 2)")
     add("--out", help="run folder (default: runs/ and the name of the data folder)")
     add("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
-    recipe = "(default: by the recipe)"
-    add("--steps", type=int, help=f"training steps of each stage {recipe}")
-    add("--batch", type=int, help=f"images in a step, over all processes {recipe}")
-    lr = "peak of the learning rate; the masked stage takes a quarter of it"
-    add("--lr", type=float, help=f"{lr} {recipe}")
-    add("--flip", action="store_true", help="mirror every second crop")
+    steps = "training steps of each of the three stages (default: by the recipe)"
+    add("--steps", type=int, help=steps)
+    add("--batch", type=int, help="images in a step, over all processes (default: by the recipe)")
+    lr = (
+        "peak of the learning rate; the masked stage takes a quarter of it (default: by the recipe)"
+    )
+    add("--lr", type=float, help=lr)
+    add("--flip", action="store_true", help="mirror every second crop of a folder's images")
     causal = "train VAR instead: attend to coarser scales, no masked stage"
     add("--causal", action="store_true", help=causal)
-    tokenizer = "model file or published tokenizer: use it instead of training one"
+    tokenizer = "use this finished tokenizer, of a model file or published, and train none"
     add("--tokenizer", help=tokenizer)
-    init = "model file or published transformer: start from its weights"
+    init = "continue from this model file: keep its tokenizer and depth, train its transformer on"
     add("--init", help=init)
     sample.add_device_flags(top)
     return top
