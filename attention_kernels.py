@@ -72,7 +72,7 @@ def dense_masked_attention(query, key, value, block_lengths, is_causal=False, sc
 
 
 def _block_by_block(query, key, value, block_lengths, is_causal, scale):
-    # A token's heads lie side by side in dimension 1 here, so that the final cat copies whole rows.
+    # With tokens in dimension 1 and heads in dimension 2, the final cat copies contiguous rows.
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
 
     queries = query.split(block_lengths, dim=1)
@@ -192,8 +192,9 @@ jit = triton.jit if triton else lambda function: function
 
 @jit
 def _program(work, ROWS):
-    """A program's tile; place (batch, head); offset of that head in statistics; rows; which rows
-    exist; bounds (the first column that each row sees, the first one after those).
+    """Returns, for the current program: the pointer to its tile; (batch, head); the offset of that
+    head in statistics; its rows; which of them exist; (the first column that each row sees, the
+    first one after those).
     """
     tiles, bounds, tile_count, heads, tokens = work
     program = tl.program_id(0)  # a head's tiles run side by side and find its keys in the cache
@@ -304,7 +305,8 @@ def _forward_kernel(tensors, statistics, work, scale, DIM, ROWS, COLUMNS, DOT, A
 def _score_gradient(q, k, do, v, scale, logsumexp, delta, PRECISION):
     """Probabilities and gradients of the scores, (queries, keys).
 
-    With k, q, v, do in place of q, k, do, v, both are transposed.
+    The dK/dV kernel passes k, q, v, do in place of q, k, do, v and gets the transposes, (keys,
+    queries).
     """
     p = tl.exp2(_products(q, k, delta.dtype, PRECISION) * (scale * 1.4426950408889634) - logsumexp)
     return p, p * (_products(do, v, delta.dtype, PRECISION) - delta)

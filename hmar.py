@@ -4,11 +4,12 @@
 
 L is the number of tokens of all scales, len_0 that of scale 0, C the width.
 
-A sequence holds all scales, coarse to fine. Scale 0 consists of start tokens and the class; each
-later scale of `inputs`, the map that the coarser scales add up to. Attention stays inside a scale,
-so that sampling needs no cache: the Markov property. With is_causal=True all this is VAR, where a
-scale attends to the coarser ones too. The masked branch shares the first blocks, the trunk, and
-also sees the visible tokens of its own scale: `apply_mask` is where the mask goes.
+A sequence holds all scales, coarse to fine. The input at scale 0 is start tokens plus the class
+embedding; at each later scale it is the map that the coarser scales add up to, resized. Attention
+stays inside a scale, so that sampling needs no cache: the Markov property. With is_causal=True all
+this is VAR, where a scale attends to the coarser ones too. The masked branch shares the first
+blocks, the trunk, and also sees the visible tokens of its own scale: `apply_mask` is where the mask
+goes.
 
 A model is a tree of tensors: its keys are argument names of functions, its shapes are the
 configuration.
@@ -118,20 +119,31 @@ def zeroes_hidden(params):
     return "own_input" in params["masked"]
 
 
-def branch_features(params, branch, labels, inputs, *own, k=None, is_causal=False, cache=None):
+def branch_features(
+    params,
+    branch,
+    labels,
+    inputs,
+    own_inputs=None,
+    mask=None,
+    *,
+    k=None,
+    is_causal=False,
+    cache=None,
+):
     """The features (B, n, C), fp32, that the head of a branch ("next_scale" or "masked") reads.
 
-    own: of the masked branch (own_inputs, mask). k: one scale alone, for sampling. cache: for VAR's
+    own_inputs, mask: for the masked branch. k: one scale alone, for sampling. cache: for VAR's
     sampling, a list for each block, to which this function appends the (key, value) of scale k.
     """
     ks = range(len(params["positions"])) if k is None else [k]
     condition = F.embedding(labels, params["classes"])  # (B, C)
-    x = embed_inputs(params, condition, inputs, own, ks)  # (B, n, C)
+    x = embed_inputs(params, condition, inputs, own_inputs, mask, ks)  # (B, n, C)
 
     blocks = params["trunk"] + params[branch]["blocks"]
     sizes = [scale_sizes(params)[i] for i in ks]
     look_around = partial(convolve_by_scale, sizes=sizes)
-    if cache is None:  # scale 1, because the queries are already divided by a temperature
+    if cache is None:  # scale 1, because the queries already carry a learned factor
         pattern = dict(block_lengths=[h * w for h, w in sizes], is_causal=is_causal, scale=1.0)
         attends = [partial(block_sparse_attention, **pattern)] * len(blocks)
     else:
@@ -144,18 +156,18 @@ def branch_features(params, branch, labels, inputs, *own, k=None, is_causal=Fals
     return modulate(x, scale, shift)
 
 
-def embed_inputs(params, condition, inputs, own, ks):
+def embed_inputs(params, condition, inputs, own_inputs, mask, ks):
     """The embeddings (B, n, C) of scales ks, which the blocks read; condition (B, C) is the class.
 
-    own: of the masked branch (own_inputs, mask).
+    own_inputs, mask: for the masked branch, otherwise None.
     """
     tokens = [condition[:, None] + params["start"]] if 0 in ks else []  # (B, len_0, C)
     if ks[-1] > 0:
         sizes = [scale_sizes(params)[i] for i in ks if i > 0]
-        if own:
-            tokens.append(apply_mask(params, inputs, *own, sizes))
-        else:
+        if mask is None:
             tokens.append(convolve_by_scale(inputs, sizes, **params["input"]))
+        else:
+            tokens.append(apply_mask(params, inputs, own_inputs, mask, sizes))
 
     rows = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in ks]
     return torch.cat(tokens, 1) + torch.cat(rows)
@@ -183,16 +195,17 @@ def transformer_block(
 
 
 def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
-    """Cosine attention (B, n, C): queries and keys have unit length, scores a learned temperature.
+    """Cosine attention of x (B, n, C): queries and keys are normalised to unit length.
 
-    log_temperature (heads,) is clamped at log 100.
+    Scores are multiplied by exp(log_temperature), a learned factor for each of the heads, clamped
+    at 100.
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     parts = linear(x, qkv, bias).unflatten(-1, (3, len(log_temperature), -1))
     parts = parts.permute(2, 0, 3, 1, 4)  # (3, B, heads, n, head_dim)
     qk, (v,) = parts.split([2, 1])
 
-    # queries, of length temperature, and keys, of length 1
+    # queries get the length `temperature`, keys the length 1
     temperature = log_temperature.clamp(max=math.log(100)).exp().view(1, -1, 1, 1)
     length = torch.stack([temperature, torch.ones_like(temperature)])  # (2, 1, heads, 1, 1)
     wide = torch.promote_types(qk.dtype, torch.float32)
@@ -322,14 +335,14 @@ def token_losses(params, branch, features, tokens, chosen=None):
 
     The head runs on the chosen tokens only.
     """
-    rows = features, tokens, neighbour_tokens(params, tokens)
-    rows = [x.flatten(0, 1) for x in rows if x is not None]
+    near = neighbour_tokens(params, tokens)  # (B, L, 6), or None
+    features, targets = features.flatten(0, 1), tokens.flatten()
+    near = None if near is None else near.flatten(0, 1)
     if chosen is not None:
-        rows = [x.index_select(0, chosen) for x in rows]
-    features, targets, *near = rows
-    return F.cross_entropy(
-        branch_logits(params, branch, features, *near), targets, reduction="none"
-    )
+        features, targets = features.index_select(0, chosen), targets.index_select(0, chosen)
+        near = None if near is None else near.index_select(0, chosen)
+    logits = branch_logits(params, branch, features, near)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def scale_weights(scales, kind):
@@ -565,7 +578,7 @@ def from_published(state_dict, scales=None):
         return params
     except (AttributeError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"state_dict: no transformer's: {reason}") from error
+        raise ValueError(f"state_dict: not a transformer's: {reason}") from error
 
 
 def published_is_causal(state_dict):

@@ -91,8 +91,8 @@ def steps(
     seeds = [int(seed) + i for i in range(batch)] if np.ndim(seed) == 0 else seed
     if schedule is None:
         schedule = [[count] for count in tokenizer.lengths(scales)]
-    numbers = dict(rise=rise, soften=soften, temperature=temperature, seed=min(seeds, default=0))
-    check_arguments(params, codec, labels, schedule, has_masked, seeds, top_p, numbers)
+    numbers = dict(rise=rise, soften=soften, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_arguments(params, codec, labels, seeds, schedule, has_masked, **numbers)
 
     f_hat = codebook.new_zeros(batch, codebook.shape[1], *scales[-1])  # (B, code_dim, h, w)
     cache = [[] for _ in range(hmar.block_count(params))] if is_causal else None
@@ -111,15 +111,16 @@ def steps(
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         for number, keep in enumerate(keeps):
             if number == 0:  # this pass sees only coarser scales
-                branch, strength, seen = "next_scale", guidance, [inputs]
+                branch, strength, seen = "next_scale", guidance, dict(inputs=inputs)
             else:  # a masked pass also sees the tokens of this scale that were kept
                 zeroed = hidden if hmar.zeroes_hidden(params) else None
                 own = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
-                branch, strength, seen = "masked", mask_guidance, [inputs, own, hidden]
+                branch, strength = "masked", mask_guidance
+                seen = dict(inputs=inputs, own_inputs=own, mask=hidden)
 
             # The blocks run once a pass, the head once for each wave.
             strength = strength * progress**rise
-            features = guided_features(params, branch, labels, seen, k, strength, cache)
+            features = guided_features(params, branch, labels, strength, cache, k, **seen)
 
             uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
             tokens, confidence = tokens.clone(), torch.zeros_like(uniform)  # fp64
@@ -156,7 +157,7 @@ def hide_least_confident(confidence, hidden, keep):
     return hidden & (order.argsort(-1) >= keep)
 
 
-def check_arguments(params, codec, labels, schedule, has_masked, seeds, top_p, numbers):
+def check_arguments(params, codec, labels, seeds, schedule, has_masked, **numbers):
     """ValueError where the arguments of `steps` would silently give wrong images."""
     counts, codes = tokenizer.lengths(hmar.scale_sizes(params)), codec["codebook"].shape
     expected = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
@@ -168,27 +169,28 @@ def check_arguments(params, codec, labels, schedule, has_masked, seeds, top_p, n
         raise ValueError(f"schedule: got {schedule}; masked passes need a masked branch, scale > 0")
     if len(seeds) != len(labels):
         raise ValueError(f"seed: got {len(seeds)} for {len(labels)} labels")
-    for name, number in numbers.items():
+    for name, number in (numbers | dict(seed=min(seeds, default=0))).items():
         if not number >= 0:
             raise ValueError(f"{name}: got {number}, expected 0 or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p}, expected above 0, at most 1")
+    if not 0 < numbers["top_p"] <= 1:
+        raise ValueError(f"top_p: got {numbers['top_p']}, expected above 0, at most 1")
     classes = len(params["classes"]) - 1
     # values are checked on the CPU only: reading them would make a GPU wait
     if labels.is_cpu and len(labels) and not 0 <= labels.min() <= labels.max() <= classes:
         raise ValueError(f"labels: got {labels.tolist()}, expected 0 to {classes} (no class)")
 
 
-def guided_features(params, branch, labels, seen, k, strength, cache):
+def guided_features(params, branch, labels, strength, cache, k, **inputs):
     """The features that the head of a branch reads: (1, B, n_k, C), with guidance (2, B, n_k, C).
 
-    The second of the two is computed without a class.
+    The second of the two is computed without a class. inputs: those of hmar.branch_features.
     """
     halves = 1
     if strength != 0 or cache is not None:  # a cache needs both halves from the start
         halves, null = 2, torch.full_like(labels, len(params["classes"]) - 1)
-        labels, seen = torch.cat([labels, null]), [torch.cat([x, x]) for x in seen]
-    features = hmar.branch_features(params, branch, labels, *seen, k=k, cache=cache)
+        labels = torch.cat([labels, null])
+        inputs = {name: torch.cat([x, x]) for name, x in inputs.items()}
+    features = hmar.branch_features(params, branch, labels, **inputs, k=k, cache=cache)
     return features.unflatten(0, (halves, -1))
 
 
@@ -372,12 +374,12 @@ def shares_of_hidden(keeps, hidden, has_masked_branch):
 
 
 def evidence(codebook, residual, outside, size):
-    """Logits (B, n, codes) that favour codes like the seen part of cells cut by the mask's edge.
+    """Log-likelihood (B, n, codes) of each code, given the seen part of cells at the mask's edge.
 
     residual (B, code_dim, h, w) is left to quantise and known where outside (B, 1, h, w). Of the m
     places of a cell a share s is seen, with mean a and variance v. If places are independent and
-    Gaussian, the mean of the whole cell has mean a and variance v (1 - s) / (m s). The logits are
-    the logarithm of that density at each code, up to a constant.
+    Gaussian, the mean of the whole cell has mean a and variance v (1 - s) / (m s). Returned is the
+    logarithm of that density at each code, up to a constant; 0 in cells that are not seen at all.
     """
     seen = outside.to(residual.dtype)
     share = tokenizer.resize_to_scale(seen, size)  # (B, n, 1)
@@ -418,7 +420,7 @@ def decode_in_parts(codec, f_hat):
 
 
 def images_at_once(pixels):
-    """How many images of so many pixels pass a network together: 512 of 32 x 32."""
+    """How many images with this number of pixels pass a network together: 512 of 32 x 32."""
     return max(1, 2**19 // pixels)
 
 
@@ -483,6 +485,9 @@ def read_photo_and_mask(photo_path, mask_path, pad, size):
         # Both are brought to a grid on which times x times cells become one pixel of the model, so
         # that a pixel that is shown is a mean of shown cells only.
         mask = read_image(mask_path).convert("L")
+        skew = abs(mask.width * photo.height - mask.height * photo.width)
+        if skew > max(*mask.size, *photo.size):  # sides that were rounded may differ by a pixel
+            raise ValueError(f"--mask: got {mask.size} pixels for a photo of {photo.size}")
         ratios = [min(image.width / size[0], image.height / size[1]) for image in (photo, mask)]
         times = math.ceil(max(4, *ratios))  # at least 4, because small photos would become jagged
         grid = [times * side for side in size]
@@ -585,6 +590,9 @@ def to_device(tree, device):
 
 # ---- here the method ends; the command
 
+# arguments of `steps` that are flags too
+SAMPLING_FLAGS = "guidance", "mask_guidance", "rise", "soften", "temperature", "top_k", "top_p"
+
 
 def parser():
     """The flags of `python sample.py`."""
@@ -592,38 +600,40 @@ def parser():
     add = top.add_argument
     add("run", help="run folder of train.py, its model.pt, or published weights")
     add("--tokenizer", help="file with another tokenizer; published transformers need one")
-    scales = "all scales of published weights of another size, coarse to fine, such as 1 2 4 or 2x3"
-    add("--scales", nargs="+", type=scale_pair, help=scales)
-    labels = "class names, or numbers of classes that have no such name (default: all; the first "
-    add("--labels", nargs="+", help=labels + "ten for a sheet)")
+    text = "all scales of published weights of another size, coarse to fine, such as 1 2 4 or 2x3"
+    add("--scales", nargs="+", type=scale_pair, help=text)
+    text = "class names, or numbers of classes that have no such name (default: all; the first "
+    add("--labels", nargs="+", help=text + "ten for a sheet)")
     add("--count", type=int, default=8, help="images for each label (default: 8)")
-    seed = "image i uses the random numbers of seed + i (default: 0)"
-    add("--seed", type=int, default=0, help=seed)
-    out = (
+    text = "image i uses the random numbers of seed + i (default: 0)"
+    add("--seed", type=int, default=0, help=text)
+    text = (
         "picture file: a sheet with a row for each label; .gif: a sheet after each pass; .npz: an "
     )
-    out += "array for FID programs; no suffix: a folder of images (default: samples.png)"
-    add("--out", type=Path, default=Path("samples.png"), help=out)
+    text += "array for FID programs; no suffix: a folder of images (default: samples.png)"
+    add("--out", type=Path, default=Path("samples.png"), help=text)
     add("--edit", type=Path, help="image to repaint; it is cropped and reduced to the model's size")
     add("--mask", type=Path, help="image with the same proportions, white where to repaint")
-    pad = "instead of --mask: shrink the image and paint a border of this share of the model's size"
-    add("--pad", type=float, default=0.0, help=pad)
+    text = (
+        "instead of --mask: shrink the image and paint a border of this share of the model's size"
+    )
+    add("--pad", type=float, default=0.0, help=text)
     add_device_flags(top)
 
     title = "sampling settings (the defaults are stored in the model)"
     add = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
     add("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
     add("--mask-guidance", type=float, help="the same in masked passes")
-    rise = "at scale k of S guidance is multiplied by (k / (S - 1)) ** RISE; 0 keeps it constant"
-    add("--rise", type=float, help=rise)
-    soften = "guidance is halved where predictions with and without a class differ by this "
-    add("--soften", type=float, help=soften + "divergence in nats; 0: never")
+    text = "at scale k of S guidance is multiplied by (k / (S - 1)) ** RISE; 0 keeps it constant"
+    add("--rise", type=float, help=text)
+    text = "guidance is halved where predictions with and without a class differ by this "
+    add("--soften", type=float, help=text + "divergence in nats; 0: never")
     add("--temperature", type=float, help="divides the logits; 0: take the most likely code")
     add("--top-k", type=int, help="sample only the k most likely codes; 0: all")
-    top_p = "sample only the most likely codes whose probabilities add up to this; 1: all"
-    add("--top-p", type=float, help=top_p)
-    passes = "masked passes at each scale, which sample the least confident tokens again"
-    add("--mask-steps", type=int, metavar="N", help=passes)
+    text = "sample only the smallest set of codes with at least this probability together; 1: all"
+    add("--top-p", type=float, help=text)
+    text = "masked passes at each scale, which sample the least confident tokens again"
+    add("--mask-steps", type=int, metavar="N", help=text)
     return top
 
 
@@ -680,7 +690,7 @@ def exit_with_a_line(name):
 
 
 def class_numbers(texts, names):
-    """The numbers of classes given by name or number. A name goes before an equal number."""
+    """The numbers of classes given by name, or by number where no class has that name."""
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for text in texts:
         if text not in numbers:
@@ -692,41 +702,43 @@ def class_numbers(texts, names):
 def write_images(args):
     """Samples what the flags ask for and writes it to --out. ValueError where they do not fit."""
     out, suffix = args.out, args.out.suffix.lower()
-    is_folder = not suffix or out.is_dir()
+    if out.is_dir() or not suffix:
+        suffix = "folder"
+    elif suffix not in {".npz", *Image.registered_extensions()}:
+        raise ValueError(f"--out: got {out}, expected .png, .jpg, .gif, .npz or no suffix")
     if args.count < 1:
         raise ValueError(f"--count: got {args.count}, expected 1 or more")
-    if out in (args.edit, args.mask):
+    if out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
         raise ValueError(f"--out: got {out}, which would be overwritten")
 
     model = load_model(args.run, args.tokenizer, args.scales)
     for name in ("tokenizer", "transformer"):
         if name not in model:
             raise ValueError(f"{args.run}: has no {name}")
-    some = model["classes"] if is_folder or suffix == ".npz" else model["classes"][:10]
+    some = model["classes"][: None if suffix in ("folder", ".npz") else 10]
     classes = class_numbers(args.labels or some, model["classes"])
     names = [model["classes"][label] for label in classes]
     labels = torch.tensor(classes).repeat_interleave(args.count)
-    sample_frames, batch = make_sampler(args, model, labels)
+    sample_frames, batch = make_sampler(args, model, labels, every_pass=suffix == ".gif")
     batches = torch.arange(len(labels)).split(batch)
 
-    if is_folder:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if suffix == "folder":
         write_folder(out, labels.tolist(), batches, sample_frames)
     elif suffix == ".npz":
         pixels = np.concatenate([to_bytes(sample_frames(numbers)[0]) for numbers in batches])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(out, arr_0=pixels, labels=labels.numpy())
+        with open(out, "wb") as file:
+            np.savez(file, arr_0=pixels, labels=labels.numpy())
     else:
         frames = zip(*(sample_frames(numbers) for numbers in batches))
-        pages = [sheet(torch.cat(parts).chunk(len(names)), names) for parts in frames]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_sheets(out, pages)
-    print(f"wrote {out}: {args.count} each of {', '.join(dict.fromkeys(names))}")
+        save_sheets(out, [sheet(torch.cat(parts).chunk(len(names)), names) for parts in frames])
+    print(f"{out}: {args.count} each of {', '.join(dict.fromkeys(names))}")
 
 
-def make_sampler(args, model, labels):
+def make_sampler(args, model, labels, every_pass):
     """(a function from the numbers (n,) of images to [images (n, 3, H, W), ...], batch size).
 
-    The list has an entry for each pass if --out is a .gif, otherwise the finished images alone.
+    The list has an entry for each pass if every_pass, otherwise the finished images alone.
     """
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
@@ -735,10 +747,7 @@ def make_sampler(args, model, labels):
     scales, cell = hmar.scale_sizes(params), tokenizer.downsampling(codec)
     height, width = (cell * side for side in scales[-1])
 
-    flags = {name: x for name, x in vars(args).items() if name in model["sampling"]}
-    options = model["sampling"] | flags | dict(is_causal=model["is_causal"])
-    if "mask_steps" in args:
-        options["schedule"] = masked_schedule(scales, args.mask_steps)
+    options = sampling_options(args, model)
     if args.edit or args.mask or args.pad:
         if not args.edit or not (args.mask or 0 < args.pad < 0.5):
             raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
@@ -750,12 +759,22 @@ def make_sampler(args, model, labels):
         if args.edit:
             pair = (x.expand(len(numbers), -1, -1, -1) for x in (photo, mask))
             return [edit(params, codec, *pair, **own).cpu()]
-        if args.out.suffix.lower() == ".gif":
+        if every_pass:
             passes = steps(params, codec, **own)
             return [decode_in_parts(codec, step.f_hat).cpu() for step in passes]
         return [generate(params, codec, **own)[0].cpu()]
 
     return sample_frames, min(50, images_at_once(height * width))
+
+
+def sampling_options(args, model):
+    """The keyword arguments of `steps`: those stored in the model, replaced by flags."""
+    flags = {name: x for name, x in vars(args).items() if name in SAMPLING_FLAGS}
+    options = model["sampling"] | flags | dict(is_causal=model["is_causal"])
+    if "mask_steps" in args:
+        scales = hmar.scale_sizes(model["transformer"])
+        options["schedule"] = masked_schedule(scales, args.mask_steps)
+    return options
 
 
 def write_folder(folder, labels, batches, sample_frames):
@@ -764,7 +783,7 @@ def write_folder(folder, labels, batches, sample_frames):
     paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
     there = sum(path.exists() for path in paths)
     if there:
-        print(f"{folder}: {there} of {len(paths)} images are there already and stay as they are")
+        print(f"{folder}: {there} of {len(paths)} images are there already and are kept")
     for numbers in batches:
         missing = [i for i in numbers.tolist() if not paths[i].exists()]
         if not missing:

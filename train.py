@@ -172,7 +172,8 @@ def fit(stage, run, out, tree, loss, batch, evaluate, draw, after_step=None, ext
         after_step(step, traces, tree, average)  may change leaves of the last two in place
     """
     steps, size = run["steps"][stage], run["batch"]
-    leaves = [new_parameter(leaf) for leaf in pytree.tree_leaves(tree)]
+    leaves, structure = pytree.tree_flatten(tree)
+    leaves = [nn.Parameter(leaf.detach().clone()) for leaf in leaves]
     average, best = ([leaf.detach().clone() for leaf in leaves] for _ in range(2))
     optimizers = new_optimizers(tree, leaves, run["decay"], run["newton_schulz"])
     tensors = [*leaves, *average, *best, *extra]
@@ -185,104 +186,98 @@ def fit(stage, run, out, tree, loss, batch, evaluate, draw, after_step=None, ext
     window, begun, saved = [], (step, time.monotonic()), time.monotonic()
     while step < steps:
         step += 1
-        reports, traces = [], []
+        report, traces = {}, []
         for part in parts:
+            tree = pytree.tree_unflatten(leaves, structure)
+            value, numbers, trace = loss(tree, **batch(step, part))
             share = len(part) / len(own)
-            value, report, trace = loss(replace_leaves(tree, leaves), **batch(step, part))
             (share * value).backward()
-            reports.append({name: share * x.detach() for name, x in report.items()})
+            for name, number in numbers.items():
+                report[name] = report.get(name, 0) + share * number.detach()
             traces.append(trace)
         average_gradients(leaves)
-        gradient = nn.utils.clip_grad_norm_(leaves, CLIP)
+        report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
 
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, run["lr"][stage])
             optimizer.step()
             optimizer.zero_grad()
         update_average(average, leaves, step, steps)
+        average_tree = pytree.tree_unflatten(average, structure)
         if after_step:
             with torch.no_grad():
-                after_step(step, traces, *(replace_leaves(tree, x) for x in (leaves, average)))
+                after_step(step, traces, tree, average_tree)
 
-        window.append(pytree.tree_map(lambda *x: sum(x), *reports) | dict(gradient=gradient))
+        window.append(report)
         is_evaluation = step == steps or step % math.ceil(steps / run["evaluations"]) == 0
         if step % LOG_EVERY and not is_evaluation:
             continue
         log(out, stage, step, steps, begun, means(window))
         window.clear()
 
+        is_over = False
         if is_evaluation:
-            found = broadcast(evaluate(replace_leaves(tree, average)) if rank() == 0 else None)
+            found = broadcast(evaluate(average_tree) if rank() == 0 else None)
             log(out, stage, step, steps, begun, {f"held_out_{x}": found[x] for x in found})
             if rank() == 0:
-                draw(replace_leaves(tree, average))
+                draw(average_tree)
             if found["loss"] < best_loss:
                 best_step, best_loss = step, found["loss"]
                 torch._foreach_copy_(best, average)
-            if step - best_step >= PATIENCE * steps:
-                step = steps  # ends the stage; a resumed run has no steps left either
+            is_over = step - best_step >= PATIENCE * steps
         if is_evaluation or time.monotonic() - saved > SAVE_SECONDS:
-            save_checkpoint(out, stage, step, best_step, best_loss, tensors, optimizers)
+            done = steps if is_over else step  # after an early stop a resumed run has no steps left
+            save_checkpoint(out, stage, done, best_step, best_loss, tensors, optimizers)
             saved = time.monotonic()
+        if is_over:
+            break
 
     say(f"{stage}: best at step {best_step}, loss {best_loss:.4g}")
-    return replace_leaves(tree, best)
-
-
-def new_parameter(leaf):
-    """A copy of a leaf that is trained. Muon takes matrices only, so a convolution becomes one.
-
-    `replace_leaves` restores the shape.
-    """
-    leaf = leaf.detach().clone()
-    return nn.Parameter(leaf.flatten(1) if leaf.ndim == 4 else leaf)
-
-
-def replace_leaves(tree, leaves):
-    """The tree with these leaves instead, in the shapes of its own, without a copy."""
-    own, structure = pytree.tree_flatten(tree)
-    return pytree.tree_unflatten([leaf.view_as(old) for leaf, old in zip(leaves, own)], structure)
+    return pytree.tree_unflatten(best, structure)
 
 
 def new_optimizers(tree, leaves, decay, newton_schulz=5):
     """[Muon for matrices and convolutions (Jordan et al. 2024), AdamW for all other leaves].
 
-    The keys hmar.TABLES and tokenizer.TABLES name matrices that AdamW trains. Muon multiplies in
-    bf16 where the processor has it, whatever --dtype is.
+    leaves: the parameters, in the order of the tree's leaves. The keys hmar.TABLES and
+    tokenizer.TABLES name matrices that AdamW trains. Muon multiplies in bf16 where the processor
+    has it, whatever --dtype is.
     """
     matrices, others = [], []
-    for (path, old), leaf in zip(pytree.tree_flatten_with_path(tree)[0], leaves, strict=True):
+    for (path, _), leaf in zip(pytree.tree_flatten_with_path(tree)[0], leaves, strict=True):
         keys = {getattr(entry, "key", None) for entry in path}
-        embeds_codes = old.ndim == 2 and keys & {"input", "own_input"}  # not a convolution
+        embeds_codes = leaf.ndim == 2 and keys & {"input", "own_input"}  # not a convolution
         is_table = embeds_codes or keys & (hmar.TABLES | tokenizer.TABLES)
-        (others if old.ndim < 2 or is_table else matrices).append(leaf)
+        (others if leaf.ndim < 2 or is_table else matrices).append(leaf)
     muon = Muon(matrices, decay, newton_schulz, sample.find_dtype(None, leaves[0].device))
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)]
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon, to the bit, but in any dtype (Jordan et al. 2024).
+    """torch.optim.Muon, to the bit, but in any dtype and for convolutions (Jordan et al. 2024).
 
     torch's version always multiplies in bf16, which takes 20 times as long as fp32 on a processor
-    without bf16. Steps are scaled to the size of AdamW's: both use one rate (Liu et al. 2025).
+    without bf16. A convolution is treated as a matrix with a row for each output channel. Steps are
+    scaled to the size of AdamW's: both use one rate (Liu et al. 2025).
     """
 
-    def __init__(self, matrices, decay, newton_schulz, dtype):
-        super().__init__(matrices, dict(lr=0.0))
+    def __init__(self, leaves, decay, newton_schulz, dtype):
+        super().__init__(leaves, dict(lr=0.0))
         self.decay, self.newton_schulz, self.dtype = decay, newton_schulz, dtype
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for matrix in group["params"]:
-            state = self.state[matrix]
+        for leaf in group["params"]:
+            state, gradient = self.state[leaf], leaf.grad.flatten(1)
             if not state:
-                state["momentum"] = torch.zeros_like(matrix)
-            momentum = state["momentum"].lerp_(matrix.grad, 1 - 0.95)
-            update = matrix.grad.lerp(momentum, 0.95).to(self.dtype)  # Nesterov's
+                state["momentum"] = torch.zeros_like(gradient)
+            momentum = state["momentum"].lerp_(gradient, 1 - 0.95)
+            update = gradient.lerp(momentum, 0.95).to(self.dtype)  # Nesterov's
             update = orthogonalize(update, self.newton_schulz)
-            matrix.mul_(1 - group["lr"] * self.decay)
-            matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
+            size = 0.2 * math.sqrt(max(update.shape))
+            leaf.mul_(1 - group["lr"] * self.decay)
+            leaf.add_(update.view_as(leaf), alpha=-group["lr"] * size)
 
 
 def orthogonalize(matrix, iterations):
@@ -333,7 +328,7 @@ def log(out, stage, step, steps, begun, numbers):
     if rank() == 0:
         with open(out / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
-    pace = (time.monotonic() - begun[1]) / (step - begun[0])  # seconds a step
+    pace = (time.monotonic() - begun[1]) / (step - begun[0])  # seconds per step
     left = datetime.timedelta(seconds=round(pace * (steps - step)))
     words = "  ".join(f"{name} {x:.4g}" for name, x in numbers.items() if isinstance(x, float))
     say(f"{stage} {step}/{steps}  {left} left  {words}")
@@ -593,7 +588,8 @@ def fit_tree(run, params):
         params = hmar.resize_positions(params, run["scales"])
     if len(params["classes"]) != classes + 1:  # new embeddings, those of an untrained tree
         width = params["classes"].shape[1]
-        new = hmar.init(depth=1, width=width, classes=classes, seed=run["seed"])
+        sizes = dict(codes=1, code_dim=1, scales=((1, 1),))  # only its classes are used
+        new = hmar.init(depth=1, width=width, classes=classes, **sizes, seed=run["seed"])
         params["classes"] = new["classes"]
     return params
 
@@ -770,9 +766,10 @@ def read_crops(run, files, number):
 
 
 def crop(image, size, seed):
-    """A square crop of an image, resized to size x size: random, of all to 1 / 1.125 of the side.
+    """A square crop of an image, resized to size x size.
 
-    seed None: the largest square at the centre.
+    Its side is random between 1 / 1.125 and 1 times the shorter side of the image, and so is its
+    place. seed None: the largest square, at the centre.
     """
     width, height = image.size
     reach = min(width, height)  # the side of the square
@@ -847,7 +844,7 @@ def epoch_order(seed, epoch, count):
 
 
 def generator_of(*key):
-    """Randomness as a function of where it is used: (seed, stage, step, ...)."""
+    """A generator whose seed is a hash of where it is used: (seed, stage, step, ...)."""
     number = hashlib.sha256(repr(key).encode()).digest()[:7]
     return torch.Generator().manual_seed(int.from_bytes(number, "big"))
 
@@ -952,73 +949,65 @@ def average_gradients(leaves):
 
 def parser():
     """The flags of `python train.py`."""
-    top = argparse.ArgumentParser(
-        description="Train HMAR from scratch, on your images or on shapes."
-    )
+    top = argparse.ArgumentParser(description="Train HMAR from scratch, on your images or shapes.")
     add = top.add_argument
-    data = "folder of images, one sub-folder for each class, or images directly in it "
-    add("--data", help=data + "(default: a built-in data set, drawings of ten shapes)")
+    text = "folder of images, one sub-folder for each class, or images directly in it (default: a "
+    add("--data", help=text + "built-in data set, drawings of ten shapes)")
     add("--size", type=int, help="side of the images in pixels (default: 64; shapes: 32)")
-    depth = "transformer blocks; the other settings, the recipe, follow from it, the size and the "
-    add("--depth", type=int, help=depth + "number of images (default: 2)")
+    text = "transformer blocks; the other settings, the recipe, follow from it, the size and the "
+    add("--depth", type=int, help=text + "number of images (default: 2)")
     add("--out", help="run folder (default: runs/ and the name of the data folder)")
     add("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
-    steps = "training steps of each of the three stages (default: by the recipe)"
-    add("--steps", type=int, help=steps)
+    text = "training steps of each of the three stages (default: by the recipe)"
+    add("--steps", type=int, help=text)
     add("--batch", type=int, help="images in a step, over all processes (default: by the recipe)")
-    lr = (
-        "peak of the learning rate; the masked stage takes a quarter of it (default: by the recipe)"
-    )
-    add("--lr", type=float, help=lr)
+    text = "peak of the learning rate, of which the masked stage takes a quarter (default: by the "
+    add("--lr", type=float, help=text + "recipe)")
     add("--flip", action="store_true", help="mirror every second crop of a folder's images")
-    causal = "train VAR instead: attend to coarser scales, no masked stage"
-    add("--causal", action="store_true", help=causal)
-    tokenizer = "use this finished tokenizer, of a model file or published, and train none"
-    add("--tokenizer", help=tokenizer)
-    init = "continue from this model file: keep its tokenizer and depth, train its transformer on"
-    add("--init", help=init)
+    text = "train VAR instead: attend to coarser scales, no masked stage"
+    add("--causal", action="store_true", help=text)
+    text = "use this finished tokenizer, of a model file or published, and train none"
+    add("--tokenizer", help=text)
+    text = "continue from this model file: keep its tokenizer and depth, train its transformer on"
+    add("--init", help=text)
     sample.add_device_flags(top)
     return top
 
 
 def read_settings(out):
-    """The settings in a run folder's args.json; {} if the folder is missing or empty.
+    """The settings in a run folder's args.json; None if the folder is missing or empty.
 
     ValueError if the folder holds something else, of which nothing must be overwritten.
     """
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if names <= {"args.json.tmp"}:
-        return {}
+    if names <= {"args.json.tmp"}:  # a run that was killed at once
+        return None
     try:
         settings = json.loads((out / "args.json").read_text())
-        settings["class_names"], settings["images"]
-        return settings
+        scales = tuple(map(tuple, settings["scales"]))
+        return settings | dict(scales=scales, flags=dict(settings["flags"]))
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"--out: {out} is neither empty nor a run of train.py") from error
 
 
-def choose_settings(args, given, names, count):
-    """The settings of the run: those of the recipe, replaced by the flags that are given.
+def choose_settings(args, flags, names, count):
+    """The settings of a new run: those of the recipe, replaced by the flags that are given.
 
-    given: trees of --tokenizer and --init. names, count: of the classes and images. ValueError
-    where flags do not fit.
+    flags: the flags as they are compared on resuming. names, count: of the classes and images.
+    ValueError where flags do not fit.
     """
-    for name in ("size", "depth", "steps", "batch", "lr"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name}: got {value}, expected above 0")
-
     depth, size, cell = args.depth or 2, args.size or (64 if args.data else 32), None
-    if "transformer" in given:
-        depth = hmar.block_count(given["transformer"])
-    if "tokenizer" in given:
-        cell = tokenizer.downsampling(given["tokenizer"])
+    if args.init:
+        depth = hmar.block_count(load_part(args.init, "transformer"))
+    if args.init or args.tokenizer:
+        codec = load_part(args.tokenizer or args.init, "tokenizer")
+        cell = tokenizer.downsampling(codec)
     settings = recipe(depth, size, count, len(names), is_shapes=not args.data, cell=cell)
     if size % settings["cell"] or size < 2 * settings["cell"]:
         raise ValueError(f"--size: got {size}, expected 2, 3, ... times {settings['cell']}")
 
-    if "tokenizer" in given:
-        settings["codec"] = dict(zip(("codes", "code_dim"), given["tokenizer"]["codebook"].shape))
+    if cell:
+        settings["codec"] = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
     if args.batch:
         settings["batch"] = args.batch
     if args.steps:
@@ -1026,61 +1015,81 @@ def choose_settings(args, given, names, count):
     if args.lr:
         rates, peak = settings["lr"], max(settings["lr"].values())
         settings["lr"] = {name: args.lr * rate / peak for name, rate in rates.items()}
-    if settings["batch"] % world():
-        got = f"--batch: got {settings['batch']}"
-        raise ValueError(f"{got}, expected a multiple of the {world()} processes")
-    flags = {name: getattr(args, name) for name in ("seed", "flip", "causal", "dtype")}
-    flags |= dict(data=bool(args.data), tokenizer=args.tokenizer, init=args.init)
-    return flags | settings | dict(class_names=names)
+    others = {name: flags[name] for name in ("seed", "flip", "causal", "dtype")}
+    return settings | others | dict(class_names=names, flags=flags)
+
+
+def load_part(path, name):
+    """The tokenizer or the transformer in a file of weights. ValueError if it has none."""
+    model = sample.load_model(path)
+    if name not in model:
+        raise ValueError(f"{path}: has no {name}")
+    return model[name]
+
+
+def begin_run(args, out):
+    """(settings, files): of a new run, or of the one that the folder holds.
+
+    files: as `list_images` returns them; None for shapes or where images are prepared already.
+    ValueError where flags do not fit, or differ from those that the run was begun with.
+    """
+    for name in ("size", "depth", "steps", "batch", "lr"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name}: got {value}, expected above 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed: got {args.seed}, expected 0 or more")
+
+    flags = {name: x for name, x in vars(args).items() if name not in ("out", "device")}
+    flags["data"] = args.data is not None  # its path may change
+    before = read_settings(out)
+    if (out / "labels.npy").exists():  # so it is a run of ours
+        others = [name for name in flags if before["flags"].get(name) != flags[name]]
+        if others:
+            words = [f"--{name} {before['flags'].get(name)} -> {flags[name]}" for name in others]
+            raise ValueError(f"--out: {out} was begun with other flags: {', '.join(words)}")
+        return before, None
+
+    files, names, count = None, [*SHAPES], SHAPE_IMAGES
+    if args.data:
+        files, names = list_images(args.data)
+        count = len(files)
+    return choose_settings(args, flags, names, count), files
 
 
 def train(args):
-    """All stages in order, each unless RUN/model.pt has its result; before them the images."""
-    out = Path(args.out or f"runs/{Path(args.data or 'shapes').resolve().name}")
-    before = read_settings(out)
-    is_prepared = (out / "labels.npy").exists()
-    files, names, count = None, [*SHAPES], SHAPE_IMAGES
-    if is_prepared:
-        names, count = before["class_names"], before["images"]
-    elif args.data:
-        files, names = list_images(args.data)
-        count = len(files)
-
-    given = {}
-    if args.init or args.tokenizer:
-        given = sample.load_model(args.init or args.tokenizer, args.tokenizer)
-    if not args.init:
-        given.pop("transformer", None)
-    elif not {"tokenizer", "transformer"} <= given.keys():
-        raise ValueError(
-            f"--init: {args.init} has no transformer, or no tokenizer: see --tokenizer"
-        )
-
-    run = choose_settings(args, given, names, count)
-    settings = json.loads(json.dumps(run))  # lists for tuples, as in the file
-    others = [name for name in settings if before and before.get(name) != settings[name]]
-    if others:
-        words = [f"{name} {before.get(name)} -> {settings[name]}"[:60] for name in others]
-        raise ValueError(f"--out: {out} was begun with other flags: {', '.join(words)}")
-
+    """Prepares the images, then runs each stage whose result is not yet in RUN/model.pt."""
     device = sample.find_device(args.device)
     start_processes(device)
-    if rank() == 0:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-    write_file(out / "args.json", lambda file: file.write(json.dumps(settings, indent=1).encode()))
-    if not is_prepared and rank() == 0:
+    out = Path(args.out or f"runs/{Path(args.data or 'shapes').resolve().name}")
+    run, files = begin_run(args, out)
+    if run["batch"] % world():
+        got = f"--batch: got {run['batch']}"
+        raise ValueError(f"{got}, expected a multiple of the {world()} processes")
+    wait_for_all()  # all have read the folder before the first writes there
+
+    if rank() == 0 and not (out / "labels.npy").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(run, indent=1)
+        write_file(out / "args.json", lambda file: file.write(text.encode()))
+        (out / "samples").mkdir(exist_ok=True)
         prepare_images(run, out, files)
     wait_for_all()
     print_settings(args, run, out, device)
 
-    model = dict(classes=names, sampling=run["sampling"], is_causal=run["causal"])
+    model = dict(classes=run["class_names"], sampling=run["sampling"], is_causal=run["causal"])
     if (out / "model.pt").exists():
         model = sample.load_model(out)
+    wait_for_all()
     if "tokenizer" not in model:
-        codec = given.get("tokenizer") or train_tokenizer(run, out, device)
+        given = args.tokenizer or args.init
+        codec = load_part(given, "tokenizer") if given else train_tokenizer(run, out, device)
+        if rank() == 0:
+            (out / "tokens.npy").unlink(missing_ok=True)  # tokens of another tokenizer
         model = save_model(out, model | dict(tokenizer=codec))
     if "transformer" not in model:
-        params = train_next_scale(run, out, device, model["tokenizer"], given.get("transformer"))
+        start = load_part(args.init, "transformer") if args.init else None
+        params = train_next_scale(run, out, device, model["tokenizer"], start)
         model = save_model(out, model | dict(transformer=params))
     if "masked" not in model["transformer"] and not run["causal"]:
         params = train_masked(run, out, device, model["tokenizer"], model["transformer"])
@@ -1096,9 +1105,11 @@ def train(args):
 
 def print_settings(args, run, out, device):
     """Prints what is trained on what."""
+    if rank() == 0 and args.data:
+        found = len(image_paths(args.data))
+        if found not in (0, run["images"]):
+            say(f"{args.data} has {found} images now; the {run['images']} of before are used")
     held_out, labels = load_labels(out)
-    if args.data and run["images"] != (found := len(image_paths(args.data))) > 0:
-        say(f"{args.data} has {found} images now; the {run['images']} of before are used")
     dtype = str(sample.find_dtype(run["dtype"], device)).removeprefix("torch.")
     say(
         f"{out}: {len(labels)} images to train on, {len(held_out)} held out, "
@@ -1111,12 +1122,14 @@ def save_model(out, model):
     """Writes RUN/model.pt and returns what it now contains.
 
     It is read again so that a stage starts from the same objects whether or not the run was killed
-    before it.
+    before it: then the files are equal to the byte.
     """
     model = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), model)
     write_file(out / "model.pt", lambda file: torch.save(model, file))
     wait_for_all()
-    return sample.load_model(out)
+    model = sample.load_model(out)
+    wait_for_all()
+    return model
 
 
 def main(argv=None):

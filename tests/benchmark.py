@@ -449,7 +449,7 @@ def transformer_flops(params):
         x = hmar.branch_features(params, branch, labels, inputs, *own)[0]
         if own:  # the head runs on what is hidden
             x = x.index_select(0, torch.arange(later // 2))
-        hmar.branch_logits(params, branch, x, labels.new_zeros(len(x), 4)).sum().backward()
+        hmar.branch_logits(params, branch, x, labels.new_zeros(len(x), 6)).sum().backward()
 
     with mock.patch.object(attention_kernels, "INTERPRETED", True):  # not the CPU's path
         flops = count_flops(step)
@@ -464,7 +464,7 @@ def learning(params):
 
 def optimizer_flops(tree):
     """FLOPs of Muon's step."""
-    leaves = [train.new_parameter(leaf) for leaf in pytree.tree_leaves(tree)]
+    leaves = [torch.nn.Parameter(leaf) for leaf in pytree.tree_leaves(tree)]
     for leaf in leaves:
         leaf.grad = torch.zeros_like(leaf)
     return count_flops(train.new_optimizers(tree, leaves, 0)[0].step)

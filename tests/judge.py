@@ -263,12 +263,7 @@ def model_of(run, flags=()):
     """(params, codec, options of `sample.steps`) of a run folder and flags of sample.py."""
     model = sample.load_model(run)
     args = sample.parser().parse_args([str(run), *flags])
-    given = {name: x for name, x in vars(args).items() if name in model["sampling"]}
-    options = model["sampling"] | given | dict(is_causal=model["is_causal"])
-    if "mask_steps" in args:
-        scales = hmar.scale_sizes(model["transformer"])
-        options["schedule"] = sample.masked_schedule(scales, args.mask_steps)
-    return model["transformer"], model["tokenizer"], options
+    return model["transformer"], model["tokenizer"], sample.sampling_options(args, model)
 
 
 DRAW = """import resource, sys, time, sample

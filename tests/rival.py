@@ -96,7 +96,7 @@ class UNet(nn.Module):
 def fit(model, pixels, labels, seconds):
     """(model with averaged weights, steps)."""
     tree = dict(model.named_parameters())
-    leaves = [train.new_parameter(leaf) for leaf in tree.values()]
+    leaves = [torch.nn.Parameter(leaf.detach().clone()) for leaf in tree.values()]
     # by their dotted names Muon gets embeddings and modulation too: nearer than with AdamW
     optimizers = train.new_optimizers(tree, leaves, decay=0)
     average, batches, step, left, start = None, [], 0, 1.0, time.process_time()
@@ -110,7 +110,7 @@ def fit(model, pixels, labels, seconds):
         noise, times = torch.randn_like(images), torch.randn(len(rows)).sigmoid()
         mixed = noise.lerp(images, times[:, None, None, None])
         known = labels[rows].masked_fill(torch.rand(len(rows)) < train.LABEL_DROP, -1)
-        now = train.replace_leaves(tree, leaves)
+        now = dict(zip(tree, leaves, strict=True))
         velocity = torch.func.functional_call(model, now, (mixed, times, known))
         F.mse_loss(velocity, images - noise).backward()
 
@@ -124,7 +124,7 @@ def fit(model, pixels, labels, seconds):
         if left < COOL_DOWN:
             average = average or [leaf.detach().clone() for leaf in leaves]
             torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - EMA)
-    model.load_state_dict(train.replace_leaves(tree, average))
+    model.load_state_dict(dict(zip(tree, average, strict=True)))
     return model, step
 
 

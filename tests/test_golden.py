@@ -145,4 +145,4 @@ def test_the_published_layouts_load(golden):
         assert shapes(hmar.from_published(state)) == shapes(ours), kind
         assert hmar.published_is_causal(state) == (kind == "var")
     # stage two's: loaded as VAR it would sample rubbish
-    refused("no transformer's", hmar.from_published, layout(golden, "mp"))
+    refused("not a transformer's", hmar.from_published, layout(golden, "mp"))

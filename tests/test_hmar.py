@@ -328,11 +328,11 @@ def test_weights_that_are_not_a_transformers_are_refused(state):
     gaps = "^class", "^pos_start", "^(lvl_emb|word_emb)", r"blocks\.0\.", r"head\.", "ada_lin"
     for gap in gaps:
         other = {name: leaf for name, leaf in state.items() if not re.search(gap, name)}
-        refused("^state_dict: no transformer's", hmar.from_published, other, SCALES)
+        refused("^state_dict: not a transformer's", hmar.from_published, other, SCALES)
     for scales in (None, SCALES[:2], ((1, 1), (2, 2), (2, 2))):
         refused("^scales: got .* expected some of 11", hmar.from_published, state, scales)
     for other in (None, {}, {"trainer": {"x": 3}}):
-        refused("^state_dict: no transformer's", hmar.from_published, other)
+        refused("^state_dict: not a transformer's", hmar.from_published, other)
 
 
 def test_a_masked_branch_is_added_once_and_has_one_to_all_blocks():

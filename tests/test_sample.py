@@ -497,7 +497,7 @@ def test_the_command_samples_the_same_images_in_every_form(run, capsys):
     flags = (run, "--labels", "star", "0", "--count", 3, "--seed", 5, "--out")
     for name in ("sheet.png", "growing.gif", "all.npz", "folder"):
         assert call(*flags, name) is None
-        assert f"wrote {name}: 3 each of star, disc\n" in capsys.readouterr().out
+        assert f"{name}: 3 each of star, disc\n" in capsys.readouterr().out
     labels, archive = [2, 2, 2, 0, 0, 0], np.load("all.npz")
     pixels = archive["arr_0"]
     assert_sampled(pixels, labels, seed=5, **SAMPLING)
@@ -531,7 +531,7 @@ def test_an_interrupted_folder_keeps_its_images(run, capsys, monkeypatch):
     Path("a/000001-0.png").unlink()
     before = contents("a")
     assert call(*flags) is None
-    assert "a: 1 of 12 images are there already and stay" in capsys.readouterr().out
+    assert "a: 1 of 12 images are there already and are kept" in capsys.readouterr().out
     after = contents("a")
     assert len(after) == 12 and before.items() <= after.items()
     pixels = [np.asarray(Image.open(f"a/{name}")) for name in sorted(after)]
@@ -625,13 +625,17 @@ run --edit photo.png --pad 0.7  --edit: expected with --mask, or --pad
 run --edit photo.png --mask black.png  --mask: expected white
 run --edit none.png --pad 0.2  No such file or directory: 'none.png'
 run --edit text.png --pad 0.2  cannot identify image file 'text.png'
-run --out sheet.xyz  unknown file extension: .xyz
+run --out sheet.xyz  --out: got sheet.xyz, expected .png
+run --top-k -1  top_k: got -1
+run --out ./a/../photo.png --edit photo.png --pad 0.2  which would be overwritten
+run --edit photo.png --mask wide.png  --mask: got (300, 40) pixels for a photo of (8, 6)
 """
 
 
 @pytest.mark.parametrize("line", BAD_INPUT.strip().splitlines())
 def test_bad_input_is_one_line(run, line):
-    Image.new("L", (8, 8)).save("black.png")
+    Image.new("L", (8, 6)).save("black.png")
+    Image.new("L", (300, 40)).save("wide.png")
     Path("text.png").write_text("text")
     Path("half").mkdir()
     torch.save(dict(tokenizer=CODEC), "half/model.pt")

@@ -206,9 +206,9 @@ def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, dtype,
 def test_weights_that_are_not_a_tokenizers_are_refused():
     for gap in ("embedding", "qresi", "conv_in", r"decoder\.up", r"down\.0"):
         other = {name: leaf for name, leaf in WEIGHTS.items() if not re.search(gap, name)}
-        refused("^state_dict: no tokenizer's", tokenizer.from_published, other)
+        refused("^state_dict: not a tokenizer's", tokenizer.from_published, other)
     for other in (None, {}, {"trainer": {"x": 3}}):
-        refused("^state_dict: no tokenizer's", tokenizer.from_published, other)
+        refused("^state_dict: not a tokenizer's", tokenizer.from_published, other)
 
 
 # Bad input

@@ -284,10 +284,10 @@ def test_a_run_is_saved_after_so_many_seconds_at_a_line(monkeypatch, seconds, sa
 
 def test_muon_has_matrices_and_convolutions_but_what_faces_codes_and_classes():
     inner = [(96, 32), (32, 32), (128, 32), (32, 128)]  # attention, then mlp
-    small = [(32, 36), (64, 32), (32, 64), *inner]  # the input, what looks at neighbours
+    small = [(32, 4, 3, 3), (64, 32), (32, 64), *inner]  # the input, what looks at neighbours
     for options, expected in ((dict(convolutions=True, neighbours=True), small), ({}, inner)):
         params = tree(depth=1, masked=0, random=False, **options)
-        leaves = [train.new_parameter(leaf) for leaf in pytree.tree_leaves(params)]
+        leaves = pytree.tree_leaves(params)
         optimizers = train.new_optimizers(params, leaves, 0)
         muon, adamw = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
         assert sorted(tuple(leaf.shape) for leaf in muon) == sorted(expected)
@@ -308,17 +308,18 @@ def test_newton_schulz_is_a_polynomial_of_singular_values(shape, iterations):
 
 def test_muon_in_bf16_is_torchs_to_the_bit():
     generator = torch.Generator().manual_seed(0)
-    ours = [torch.randn(shape, generator=generator) for shape in ((5, 9), (9, 5), (7, 7))]
-    theirs = [leaf.clone() for leaf in ours]
+    ours = [torch.randn(shape, generator=generator) for shape in ((5, 9), (9, 5), (7, 7, 3, 3))]
+    theirs = [leaf.clone().flatten(1) for leaf in ours]
     muon = torch.optim.Muon(theirs, weight_decay=0.5, adjust_lr_fn="match_rms_adamw", ns_steps=3)
     optimizers = train.Muon(ours, 0.5, 3, torch.bfloat16), muon
     for step in range(1, 6):
         for leaf, other in zip(ours, theirs):
-            leaf.grad = other.grad = torch.randn(leaf.shape, generator=generator)
+            leaf.grad = torch.randn(leaf.shape, generator=generator)
+            other.grad = leaf.grad.flatten(1)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 0.1 * step
             optimizer.step()
-    assert difference(ours, theirs) == 0
+    assert difference([leaf.flatten(1) for leaf in ours], theirs) == 0
 
 
 def test_muon_multiplies_in_bf16_only_where_the_processor_does(monkeypatch):
@@ -619,8 +620,7 @@ def test_init_fits_classes_scales_and_branches():
     assert difference(made["levels"], params["levels"]) < 1e-6
 
     save_params("bare.pt", codec=None)
-    expected = "train.py: --init: bare.pt has no transformer, or no tokenizer"
-    assert run("new", "--init", "bare.pt").startswith(expected)
+    assert run("new", "--init", "bare.pt") == "train.py: bare.pt: has no tokenizer"
     assert run("new", *SHORT, "--init", "bare.pt", "--tokenizer", "init.pt") is None
 
 
@@ -634,6 +634,8 @@ def test_a_given_tokenizer_is_used_as_it_is():
     model = sample.load_model("run")
     assert leaves_equal(model["tokenizer"], CODEC)
     assert hmar.block_count(model["transformer"]) == 1
+    shutil.move("given.pt", "elsewhere.pt")  # once it is in model.pt, its file is not needed
+    assert run("run", *SHORT, "--tokenizer", "given.pt") is None
     assert {line["stage"] for line in lines_of("run")} == {"next-scale", "masked"}
     rates = train.read_settings(Path("run"))["lr"]
     assert rates["next-scale"] == 1e-9 and rates["masked"] == 2.5e-10
@@ -663,19 +665,34 @@ def test_a_stage_is_finished_if_the_model_file_has_its_part(base, out):
         assert run(out) is None
     assert results(out) == results(base)
 
+    (out / "model.pt").unlink()  # to train a tokenizer anew
+    (out / "tokens.npy").write_bytes(b"of another tokenizer")
+    assert run(out) is None
+    assert results(out) == results(base)
+
+
+def test_a_folder_that_was_never_prepared_may_begin_anew(base):
+    Path("run").mkdir()
+    Path("run/args.json.tmp").write_text("{")
+    with mock.patch.object(train, "prepare_images", side_effect=KeyboardInterrupt):
+        assert run("run", "--seed", 7) == "train.py: stopped"
+    assert run("run") is None
+    assert results("run") == results(base)
+
 
 def test_other_flags_are_refused_by_name(base, out):
     line = run(out, "--seed", 3, "--flip")
-    expected = "was begun with other flags: seed 0 -> 3, flip False -> True"
+    expected = "was begun with other flags: --seed 0 -> 3, --flip False -> True"
     assert line == f"train.py: --out: {out} {expected}"
     for flags, name in (
-        (["--depth", 2], "depth 1 -> 2"),
-        (["--size", 32], "size 16 -> 32"),
-        (["--steps", 9], "steps "),
-        (["--lr", 1], "lr "),
-        (["--batch", 8], "batch 4 -> 8"),
-        (["--causal"], "causal False -> True"),
-        (["--dtype", "bf16"], "dtype fp32 -> bf16"),
+        (["--depth", 2], "--depth 1 -> 2"),
+        (["--size", 32], "--size 16 -> 32"),
+        (["--steps", 9], "--steps 24 -> 9"),
+        (["--lr", 1], "--lr None -> 1"),
+        (["--batch", 8], "--batch 4 -> 8"),
+        (["--causal"], "--causal False -> True"),
+        (["--dtype", "bf16"], "--dtype fp32 -> bf16"),
+        (["--tokenizer", "none.pt"], "--tokenizer None -> none.pt"),
     ):
         assert name in run(out, *flags), name
     shutil.move("data", "elsewhere")  # a path is no other flag
@@ -691,6 +708,7 @@ def test_other_flags_are_refused_by_name(base, out):
         ("args.json", '{"lr": 1}'),
         ("args.json", "[]"),
         ("args.json", "text"),
+        ("labels.npy", "another program's"),
     ],
 )
 def test_a_folder_that_is_no_run_is_refused_and_stays_as_it_is(name, content):
@@ -710,6 +728,7 @@ BAD_INPUT = """
 --steps 0  --steps: got 0, expected above 0
 --lr 0  --lr: got 0.0, expected above 0
 --lr nan  --lr: got nan, expected above 0
+--seed -1  --seed: got -1, expected 0 or more
 --tokenizer none.pt  none.pt: no weights
 --init none.pt  none.pt: no weights
 --init text.pt  text.pt: no weights
