@@ -98,15 +98,14 @@ def steps(
     cache = [[] for _ in range(hmar.block_count(params))] if is_causal else None
 
     for k, size in enumerate(scales):
-        tokens = torch.zeros(batch, math.prod(size), dtype=torch.int64, device=codebook.device)
-        hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be sampled
         keeps = schedule[k]
         progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0  # from 0 to 1
-        if known is not None:  # some tokens are given; of others a part of the cell is seen
-            f_hat = torch.where(known.outside, known.f_hats[k], f_hat)  # as it was before scale k
-            tokens, hidden = known.tokens[k], ~known.given[k]
-            keeps = shares_of_hidden(keeps, hidden, k > 0 and has_masked)  # now (B, 1) each
-            seen_logits = evidence(codebook, known.features - f_hat, known.outside, size)
+        tokens = torch.zeros(batch, math.prod(size), dtype=torch.int64, device=codebook.device)
+        hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be sampled
+        if known is not None:  # an edit: some tokens are given
+            tokens, hidden, seen_logits = known_tokens(codec, known, f_hat, size)
+            keeps = shares_of_hidden(keeps, hidden)  # now (B, 1) each
+            likelihood = torch.zeros(batch, dtype=torch.float64, device=codebook.device)
 
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         for number, keep in enumerate(keeps):
@@ -133,6 +132,9 @@ def steps(
                     logits = classifier_free_guidance(logits, *free, strength, soften)
                 if known is not None:
                     logits = logits + seen_logits[:, wave]
+                    if number == 0:  # how likely the given tokens are after this path
+                        log_p = both[0].log_softmax(-1).gather(-1, tokens[:, wave, None])
+                        likelihood += log_p[..., 0].masked_fill(hidden[:, wave], 0).sum(1)
                 is_sampled = temperature >= 0.001  # otherwise the most likely code is taken
                 logits = logits / temperature if is_sampled else logits
                 logits = filter_logits(logits, top_k, top_p)
@@ -142,6 +144,13 @@ def steps(
 
             hidden = hide_least_confident(confidence, hidden, keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
+            if number + 1 == len(keeps) and known is not None and known.particles > 1:
+                is_last = k + 1 == len(scales)
+                rows = choose_particles(likelihood, known.particles, seeds, k, is_last)  # (B,)
+                tokens, hidden, grown = (x[rows] for x in (tokens, hidden, grown))
+                if is_causal:  # a cache has rows with a class, then rows without one
+                    pair = torch.cat([rows, rows + batch])
+                    cache = [[(key[pair], value[pair]) for key, value in layer] for layer in cache]
             yield Step(k, number, tokens, hidden, grown)
 
         f_hat = grown  # the next scale is sampled from this
@@ -293,27 +302,30 @@ def published_schedule(scales):
 
 
 class Known(NamedTuple):
-    """What `edit` passes to `steps` about the images, by scale."""
+    """What `edit` passes to `steps` about the images."""
 
-    tokens: tuple  # of (B, n_k) int64
-    given: list  # of (B, n_k) bool: cells that lie wholly outside the mask
-    f_hats: list  # of (B, code_dim, h, w): before each scale, and after the last
     features: torch.Tensor  # (B, code_dim, h, w), the encoder's output
-    outside: torch.Tensor  # (B, 1, h, w) bool
+    outside: torch.Tensor  # (B, 1, h, w) bool: positions wholly outside the mask
+    particles: int  # so many rows of the batch, one after another, are of one image
 
 
 @torch.no_grad()
-def edit(params, codec, images, mask, labels, *, schedule=None, is_causal=False, **options):
+def edit(params, codec, images, mask, labels, *, particles=8, schedule=None, seed=0, **options):
     """images (B, 3, H, W) in [-1, 1], repainted under the mask as labels (B,) (HMAR, editing).
 
     mask: (B, 1, H, W) bool, True = repaint. Hidden pixels have no influence on the result, and
-    pixels outside the mask stay as they are. At each scale the tokens whose cells lie outside the
-    mask are those of the image. The others are sampled, then sampled again by the masked branch,
-    which sees the given ones. The decoder's error just outside the mask is known; it is
-    extrapolated and subtracted inside, fading over two latent cells.
+    pixels outside the mask stay as they are. At each scale, cells outside the mask are quantised
+    from what the edit itself has left over there. The others are sampled, then sampled again by the
+    masked branch, which sees the given ones. The decoder's error just outside the mask is known; it
+    is extrapolated and subtracted inside, fading over two latent cells.
 
-    schedule: as for `steps`; None: one masked pass at each scale if there is a masked branch.
-    options: other arguments of `steps`. ValueError if images, mask and labels do not fit.
+    particles: samples of each image that are followed at once. After each scale they are resampled
+        by the likelihood of the given tokens (sequential Monte Carlo), so that coarse tokens agree
+        with what is visible; the best one is returned. Time and memory grow with their number.
+    schedule, seed: as for `steps`; schedule None: one masked pass at each scale if the tree has a
+        masked branch. options: other arguments of `steps`.
+
+    ValueError if images, mask and labels do not fit.
     """
     scales = hmar.scale_sizes(params)
     expected = (len(labels), 1, *images.shape[2:])
@@ -324,25 +336,54 @@ def edit(params, codec, images, mask, labels, *, schedule=None, is_causal=False,
         raise ValueError(f"mask: got {got}, expected a bool tensor {expected}")
     tokenizer.check_images(codec, images.masked_fill(mask, 0), scales)
     if schedule is None:
-        has_masked = "masked" in params and not is_causal
-        schedule = masked_schedule(scales, 1 if has_masked else 0)
+        schedule = masked_schedule(scales, 1 if "masked" in params else 0)
 
     cell = tokenizer.downsampling(codec)
     images = replace_hidden(images, mask, 4 * cell)
-
     parts = images.split(images_at_once(images.shape[2:].numel()))
     features = torch.cat([tokenizer.encode_features(codec, part) for part in parts])
-    _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
-    hidden = F.adaptive_max_pool2d(mask.float(), scales[-1])  # (B, 1, h, w)
-    given = [F.adaptive_max_pool2d(hidden, size).flatten(1) == 0 for size in scales]
-    f_hats = [torch.zeros_like(f_hats[0]), *f_hats]
-    known = Known(tokens, given, f_hats, features, hidden == 0)
+    outside = F.adaptive_max_pool2d(mask.float(), scales[-1]) == 0  # (B, 1, h, w)
 
-    options |= dict(schedule=schedule, is_causal=is_causal, known=known)
-    *_, last = steps(params, codec, labels, **options)
-    painted = decode_in_parts(codec, torch.where(known.outside, f_hats[-1], last.f_hat))
+    rows = torch.arange(len(images)).repeat_interleave(particles)
+    known = Known(features[rows], outside[rows], particles)
+    seeds = [int(seed) + i for i in range(len(labels))] if np.ndim(seed) == 0 else seed
+    seeds = [number + (i << 48) for number in seeds for i in range(particles)]
+    labels = torch.as_tensor(labels)[rows]
+    *_, last = steps(params, codec, labels, schedule=schedule, seed=seeds, known=known, **options)
+
+    *_, (_, _, f_hat) = tokenizer.quantise(codec, features, scales)  # right outside the mask
+    painted = decode_in_parts(codec, torch.where(outside, f_hat, last.f_hat[::particles]))
     painted = painted + extrapolate(images - painted, ~mask, 2 * cell)
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
+
+
+def known_tokens(codec, known, f_hat, size):
+    """(tokens, hidden (B, n_k), logits (B, n_k, codes)) at a scale of an edit.
+
+    Where not hidden, cells lie outside the mask, and tokens are given. logits: see `evidence`.
+    """
+    residual = known.features - f_hat
+    tokens = tokenizer.nearest(codec["codebook"], tokenizer.resize_to_scale(residual, size))
+    hidden = F.adaptive_max_pool2d((~known.outside).float(), size).flatten(1) > 0
+    return tokens, hidden, evidence(codec["codebook"], residual, known.outside, size)
+
+
+def choose_particles(likelihood, particles, seeds, k, is_last):
+    """The rows (B,) with which an edit goes on after scale k, by likelihood (B,) in nats.
+
+    Of each image's particles, one is chosen the more often the more likely it is (systematic
+    resampling, Kitagawa 1996); at the last scale the most likely one in all rows.
+    """
+    weights = likelihood.view(-1, particles).softmax(1)  # (images, particles)
+    if is_last:
+        chosen = weights.argmax(1, keepdim=True).expand(-1, particles)
+    else:
+        offsets = [np.random.default_rng((seed, k)).random() for seed in seeds[::particles]]
+        offsets = torch.tensor(offsets, device=weights.device)[:, None]  # (images, 1)
+        places = (torch.arange(particles, device=weights.device) + offsets) / particles
+        chosen = torch.searchsorted(weights.cumsum(1), places).clamp(max=particles - 1)
+    first = particles * torch.arange(len(weights), device=weights.device)
+    return (first[:, None] + chosen).flatten()
 
 
 def replace_hidden(images, mask, reach):
@@ -356,19 +397,12 @@ def replace_hidden(images, mask, reach):
     return torch.where(mask, mean + extrapolate(images - mean, ~mask, reach), images)
 
 
-def shares_of_hidden(keeps, hidden, has_masked_branch):
+def shares_of_hidden(keeps, hidden):
     """[(B, 1), ...]: the tokens that an image keeps at each pass, in proportion to its hidden ones.
 
-    Example: with keeps (1, 1, 2, 4) and half of the tokens hidden, an image keeps 1, 0, 1 and 2. If
-    a scale has a single pass, partly given images get a second, masked one, because the first does
-    not see the given tokens.
+    Example: with keeps (1, 1, 2, 4) and half of the tokens hidden, an image keeps 1, 0, 1 and 2.
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
-
-    is_partly = (count > 0) & (count < total)
-    if len(keeps) == 1 and has_masked_branch and is_partly.any():
-        return [torch.where(is_partly, 0, count), torch.where(is_partly, count, 0)]
-
     sums = [(count * done + total - 1) // total for done in accumulate(keeps, initial=0)]
     return [after - before for before, after in pairwise(sums)]
 
@@ -618,6 +652,8 @@ def parser():
         "instead of --mask: shrink the image and paint a border of this share of the model's size"
     )
     add("--pad", type=float, default=0.0, help=text)
+    text = "samples of an edit that are followed at once, of which the best is kept (default: 8)"
+    add("--particles", type=int, default=8, help=text)
     add_device_flags(top)
 
     title = "sampling settings (the defaults are stored in the model)"
@@ -706,8 +742,9 @@ def write_images(args):
         suffix = "folder"
     elif suffix not in {".npz", *Image.registered_extensions()}:
         raise ValueError(f"--out: got {out}, expected .png, .jpg, .gif, .npz or no suffix")
-    if args.count < 1:
-        raise ValueError(f"--count: got {args.count}, expected 1 or more")
+    for name, number in dict(count=args.count, particles=args.particles).items():
+        if number < 1:
+            raise ValueError(f"--{name}: got {number}, expected 1 or more")
     if out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
         raise ValueError(f"--out: got {out}, which would be overwritten")
 
@@ -753,18 +790,21 @@ def make_sampler(args, model, labels, every_pass):
             raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
         edited = read_photo_and_mask(args.edit, args.mask, args.pad, (width, height))
         photo, mask = to_device(edited, device)
+        if "mask_steps" not in args:  # the schedule of samples is not that of edits
+            options.pop("schedule", None)
 
     def sample_frames(numbers):
         own = options | dict(labels=labels[numbers], seed=(args.seed + numbers).tolist())
         if args.edit:
             pair = (x.expand(len(numbers), -1, -1, -1) for x in (photo, mask))
-            return [edit(params, codec, *pair, **own).cpu()]
+            return [edit(params, codec, *pair, particles=args.particles, **own).cpu()]
         if every_pass:
             passes = steps(params, codec, **own)
             return [decode_in_parts(codec, step.f_hat).cpu() for step in passes]
         return [generate(params, codec, **own)[0].cpu()]
 
-    return sample_frames, min(50, images_at_once(height * width))
+    batch = min(50, images_at_once(height * width))
+    return sample_frames, max(1, batch // args.particles) if args.edit else batch
 
 
 def sampling_options(args, model):

@@ -65,7 +65,7 @@ def recipe(depth, size, images, classes, is_shapes=False, cell=None):
     relative_depth = depth / 2
     is_large = depth >= 8  # from here on the published layers
     training_images = images - count_held_out(images)
-    has_perceptual_loss = size >= 48 and not is_large and classes > 1  # not worth its time at 32
+    has_perceptual_loss = size >= 48 and not is_large  # not worth its time at 32
 
     # The tokenizer. With fold, squares of 2 x 2 pixels become channels, which lowers the FD of
     # reconstructions at 64 pixels from 3.55 to 1.65 for 5 % more time.
@@ -124,23 +124,30 @@ def recipe(depth, size, images, classes, is_shapes=False, cell=None):
         # Three Newton-Schulz iterations of Muon instead of five save a third of the time, but raise
         # the FD of photographs by 4 to 14 %, so only the built-in shapes use three.
         newton_schulz=3 if is_shapes else 5,
-        evaluations=3 * depth,  # in each stage
+        evaluations=3 * max(2, depth),  # in each stage
         crops=1 if is_shapes else min(16, max(2, CROPS // images)),
-        sampling=sampling_settings(depth, size),
+        sampling=sampling_settings(depth, size, classes),
         masked_passes=2 if is_large else 0,  # by default; with neighbours they help edits only
     )
 
 
-def sampling_settings(depth, size):
-    """Keyword arguments of `sample.steps` that suit a model of this recipe."""
-    settings = dict(soften=0.1, top_k=0, top_p=1.0)
+def sampling_settings(depth, size, classes):
+    """Keyword arguments of `sample.steps` that suit a model of this recipe.
+
+    A single class has nothing to be guided by: its predictions differ from those without a class
+    only by noise.
+    """
     if depth <= 2:
-        guidance = 7.0 if size <= 32 else 4.3
-        return settings | dict(guidance=guidance, mask_guidance=3.0, rise=2.0, temperature=0.95)
-    if depth < 8:
-        guidance = 3.05 if size <= 32 else 2.4
-        return settings | dict(guidance=guidance, mask_guidance=2.0, rise=1.0, temperature=0.9)
-    return settings | dict(guidance=1.5, mask_guidance=1.5, rise=1.0, temperature=1.0)
+        settings = dict(guidance=7.0 if size <= 32 else 4.3, mask_guidance=3.0, rise=2.0)
+        settings |= dict(temperature=0.95)
+    elif depth < 8:
+        settings = dict(guidance=3.05 if size <= 32 else 2.4, mask_guidance=2.0, rise=1.0)
+        settings |= dict(temperature=0.9)
+    else:
+        settings = dict(guidance=1.5, mask_guidance=1.5, rise=1.0, temperature=1.0)
+    if classes == 1:
+        settings |= dict(guidance=0.0, mask_guidance=0.0)
+    return settings | dict(soften=0.1, top_k=0, top_p=1.0)
 
 
 def default_scales(size, cell, growth, doubled=True):
@@ -423,18 +430,21 @@ def replace_dead_codes(chosen, traces, generator, codebook, average):
 def learn_perceptual_layers(run, out, images, device, dtype):
     """Layers for tokenizer.perceptual_error: those of a small classifier of the training images.
 
-    Trained in seconds, and again when a run is resumed. Returns [] if the recipe has no such loss.
+    If there is a single class, it learns which of four quarter-turns an image was given (Gidaris et
+    al. 2018). Trained in seconds, and again when a run is resumed. Returns [] if the recipe has no
+    such loss.
     """
     if not run["perceptual"]:
         return []
     _, labels = load_labels(out)
+    has_classes = len(run["class_names"]) > 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run["seed"])
         net = nn.ModuleList()
         for inputs, width in itertools.pairwise(PERCEPTUAL_WIDTHS):
             convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
             net.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
-        net.append(nn.Linear(PERCEPTUAL_WIDTHS[-1], len(run["class_names"])))
+        net.append(nn.Linear(PERCEPTUAL_WIDTHS[-1], len(run["class_names"]) if has_classes else 4))
     *layers, head = net.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
 
@@ -445,11 +455,16 @@ def learn_perceptual_layers(run, out, images, device, dtype):
         generator = generator_of(run["seed"], "levels", step)
         rows = torch.randint(len(images), (count,), generator=generator)
         crops = torch.randint(run["crops"], (count,), generator=generator)
-        pixels = to_unit(images[rows.numpy(), crops.numpy()]).to(device)
+        pixels, targets = to_unit(images[rows.numpy(), crops.numpy()]), labels[rows]
+        if not has_classes:
+            targets = torch.randint(4, (count,), generator=generator)
+            turned = [image.rot90(turn, (1, 2)) for image, turn in zip(pixels, targets.tolist())]
+            pixels = torch.stack(turned)
+        pixels, targets = pixels.to(device), targets.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
             *_, features = tokenizer.feature_maps(layers, pixels)
             scores = head(features.mean((2, 3)))
-        F.cross_entropy(scores, labels[rows].to(device)).backward()
+        F.cross_entropy(scores, targets).backward()
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 3e-3)
         optimizer.step()
         optimizer.zero_grad()

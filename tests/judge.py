@@ -51,6 +51,7 @@ LETTERS = "2345GJKQRS"  # none is like its mirror image
 FEATURES = 64
 PHOTOGRAPHS = ("cifar10", "photos64")  # read from a folder
 EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # minutes
+OTHER_EPOCHS = 24  # of a network that learns other classes
 
 
 def draw_letter(index, size=32):
@@ -106,8 +107,9 @@ def read_folder(folder, class_names):
 def images_of(kind, data=None, others=None, fresh=None):
     """[(images, labels) to train the judge on, the same to compare with].
 
-    Models see none to compare with; the judge's own photographs only where there are no others.
-    Of others and fresh, folders that take their places, images that data holds too are left out.
+    Models see none of the images to compare with. They see those that the judge is trained on, too,
+    unless there are others. others and fresh are folders that take the places of data/train and
+    data/test; images that data holds as well are left out.
     """
     if kind in PHOTOGRAPHS:
         _, names = train.list_images(f"{data}/train")
@@ -115,7 +117,7 @@ def images_of(kind, data=None, others=None, fresh=None):
         known = {image.numpy().tobytes() for images, _ in parts for image in images}
         for part, folder in enumerate((others, fresh)):
             if folder is not None:
-                images, labels = read_folder(folder, names)
+                images, labels = read_folder(folder, train.list_images(folder)[1])
                 is_new = torch.tensor([image.numpy().tobytes() not in known for image in images])
                 parts[part] = images[is_new], labels[is_new]
         return parts
@@ -123,9 +125,9 @@ def images_of(kind, data=None, others=None, fresh=None):
     return [drawn(draw, 1_000_000, 16_000), drawn(draw, 2_000_000, 2_000)]
 
 
-def network(classes, size=32):
+def network(classes, size=32, wider=1):
     """Images (B, 3, H, W) -> logits; the last layer reads features of unit variance."""
-    widths = (32, 64, 96, 96)
+    widths = [wider * width for width in (32, 64, 96, 96)]
     while size > 32:  # thinner levels come first: twice the size, half the width
         widths = (widths[0] // 2, *widths)
         size = -(-size // 2)
@@ -161,13 +163,20 @@ def moved(images, generator):
     return images.flip(-1) if mirror % 2 else images
 
 
-def train_judge(kind, images, labels, batch=64):
-    """The network, trained once, in eval mode; of letters mirrored ones are ten more classes."""
-    mirrored, epochs = kind == "letters", EPOCHS[kind]
+def train_judge(kind, images, labels, batch=64, probe=None):
+    """The network, trained once, in eval mode; of letters, mirrored ones are ten more classes.
+
+    probe: (images, labels) of the classes to be judged, if the network learns other ones: a linear
+    classifier of its features is then trained on these.
+    """
+    if probe is not None:
+        judge = train_judge(f"{kind}-others", images, labels, batch)
+        return fit_probe(judge, *probe)
+    mirrored, epochs = kind == "letters", EPOCHS.get(kind, OTHER_EPOCHS)
     classes = (int(labels.max()) + 1) * (1 + mirrored)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        judge = network(classes, images.shape[-1])
+        judge = network(classes, images.shape[-1], 1 if kind in EPOCHS else 2)
     seen = images.numpy().tobytes() + labels.numpy().tobytes()
     name = f"judge-{kind}-{epochs}-{zlib.crc32(seen):x}.pt"
     cache = Path(tempfile.gettempdir(), name)
@@ -183,19 +192,37 @@ def train_judge(kind, images, labels, batch=64):
         order = torch.randperm(len(images), generator=generator)
         for rows in order[: len(order) - len(order) % batch].split(batch):
             pictures, targets = roughen(images[rows], generator), labels[rows]
-            if kind in PHOTOGRAPHS:
+            if kind not in ("shapes", "letters"):
                 pictures = moved(pictures, generator)
             if mirrored:
                 flip = torch.rand(len(rows), generator=generator) < 0.3
                 pictures = torch.where(flip[:, None, None, None], pictures.flip(-1), pictures)
                 targets = targets + 10 * flip
-            loss = F.cross_entropy(judge(pictures), targets)
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind not in EPOCHS):
+                scores = judge(pictures)
+            loss = F.cross_entropy(scores.float(), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     train.write_file(cache, lambda file: torch.save(judge.state_dict(), file))
     return judge.eval()
+
+
+def fit_probe(judge, images, labels):
+    """The judge with another last layer: logistic regression of its features."""
+    rows = features(judge, images).float()
+    probe = nn.Linear(rows.shape[1], int(labels.max()) + 1)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(probe(rows), labels) + 1e-3 * probe.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return nn.Sequential(*judge[:-1], probe)
 
 
 @torch.no_grad()

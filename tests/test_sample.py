@@ -20,7 +20,6 @@ from helpers import (
     normal,
     pyramids,
     quantiser,
-    random_tokens,
     refused,
     scrambled,
     small_codec,
@@ -43,7 +42,7 @@ CODEC = small_codec()
 PARAMS = scrambled(tree(SCALES, codes=16, code_dim=8, random=False), scale=0.15)
 PARAMS = pytree.tree_map(torch.Tensor.float, PARAMS)
 NAMES = ["disc", "ring", "star"]
-SAMPLING = train.sampling_settings(2, 32)
+SAMPLING = train.sampling_settings(2, 32, 3)
 MODEL = dict(tokenizer=CODEC, transformer=PARAMS, classes=NAMES, sampling=SAMPLING, is_causal=False)
 PLAIN = {name: branch for name, branch in PARAMS.items() if name != "masked"}
 LABELS = torch.tensor([2, 0, 3])
@@ -77,10 +76,8 @@ def slow_sample(logits, codes, uniform):
     return token, math.exp(logits[token]) / sums[-1]
 
 
-def slow_shares(keeps, k, hidden, total):
+def slow_shares(keeps, hidden, total):
     """What an image keeps at each pass with only so many of a scale's tokens hidden."""
-    if k > 0 and len(keeps) == 1 and 0 < hidden < total:
-        return 0, hidden  # once more by the branch that sees the given ones
     done = [math.ceil(hidden * sum_ / total) for sum_ in itertools.accumulate(keeps, initial=0)]
     return [after - before for before, after in itertools.pairwise(done)]
 
@@ -96,11 +93,12 @@ def slow_steps(params, codec, label, seed, options, known=None):
         tokens, hidden, seen = [0] * (h * w), list(range(h * w)), [0] * (h * w)
         keeps = options["schedule"][k]
         if known is not None:
-            f_hat = torch.where(known.outside, known.f_hats[k], f_hat)
-            tokens = known.tokens[k][0].tolist()
-            hidden = [place for place in hidden if not known.given[k][0, place]]
-            keeps = slow_shares(keeps, k, len(hidden), h * w)
             left = known.features - f_hat
+            cells = F.adaptive_avg_pool2d(left, (h, w)).flatten(2)[0].T  # (n, code_dim)
+            tokens = torch.cdist(cells, codec["codebook"]).argmin(1).tolist()
+            share = F.adaptive_avg_pool2d(known.outside.double(), (h, w)).flatten()
+            hidden = [place for place in hidden if share[place] < 1 - 1e-9]
+            keeps = slow_shares(keeps, len(hidden), h * w)
             seen = sample.evidence(codec["codebook"], left, known.outside, (h, w))[0]
         inputs = tokenizer.resize_to_scale(f_hat, (h, w))
         for number, keep in enumerate(keeps):
@@ -142,12 +140,8 @@ def slow_steps(params, codec, label, seed, options, known=None):
 
 
 def some_known(scales, seed):
-    counts = tokenizer.lengths(scales)
-    tokens, draws = (random_tokens(1, scales, 5, seed + i) for i in range(2))
-    given = (draws < 3).split(counts, 1)
-    features, *f_hats = normal(len(scales) + 1, 1, 4, *scales[-1], seed=seed)
-    outside = given[-1].view(1, 1, *scales[-1])
-    return sample.Known(tokens.split(counts, 1), given, f_hats, features, outside)
+    features, chances = normal(2, 1, 4, *scales[-1], seed=seed)
+    return sample.Known(features, chances[:, :1] > 0, 1)
 
 
 @st.composite
@@ -279,28 +273,79 @@ HALF = MASKS[[2, 2, 2]]
 
 @pytest.mark.parametrize(
     "params, options",
-    [(PLAIN, {}), (PARAMS, {}), (PARAMS, dict(is_causal=True))]  # VAR takes one pass a scale
+    [(PLAIN, {}), (PARAMS, {}), (PLAIN, dict(is_causal=True))]  # VAR takes one pass a scale
     + [(PARAMS, dict(schedule=keeps)) for keeps in ([[1], [4], [12]], [[1], [0, 4], [3, 0, 9]])],
 )
-def test_each_image_is_edited_as_alone(params, options):
+@pytest.mark.parametrize("particles", [1, 3])
+def test_each_image_is_edited_as_alone(params, options, particles):
     """Outside the mask it stays as it is; under a full mask it is as generated."""
     images, labels = picture(6), torch.tensor([1, 2, 0, 2, 3, 0])
+    edit = partial(sample.edit, params, CODEC, particles=particles, **options)
     with (
         mock.patch.object(sample, "images_at_once", return_value=4),
         mock.patch.object(tokenizer, "encoder", wraps=tokenizer.encoder) as encoder,
         mock.patch.object(tokenizer, "decoder", wraps=tokenizer.decoder) as decoder,
     ):
-        edited = sample.edit(params, CODEC, images, MASKS, labels, seed=9, **options)
+        edited = edit(images, MASKS, labels, seed=9)
     for network in (encoder, decoder):
         assert [len(call.args[0]) for call in network.call_args_list] == [4, 2]
     assert torch.equal(edited.masked_fill(MASKS, 0), images.masked_fill(MASKS, 0))
     for i in range(6):
         own = [x[i : i + 1] for x in (images, MASKS, labels)]
-        close(edited[i : i + 1], sample.edit(params, CODEC, *own, seed=9 + i, **options), 1e-5)
+        close(edited[i : i + 1], edit(*own, seed=9 + i), 1e-5)
     passes = 1 if params is PARAMS and not options else 0
     options = dict(schedule=sample.masked_schedule(SCALES, passes)) | options
     generated, _ = sample.generate(params, CODEC, labels[1:2], seed=10, **options)
     close(edited[1:2], generated, 1e-5)
+
+
+@given(pyramids(3, 3), st.booleans(), st.integers(0, 99))
+def test_particles_are_weighed_by_the_likelihood_of_given_tokens(scales, looks, seed):
+    params, codec = tree(scales, masked=0, neighbours=looks, seed=seed), quantiser(5, 4, seed=seed)
+    known = some_known(scales, seed)
+    known = sample.Known(*(x.expand(4, -1, -1, -1) for x in known[:2]), 2)
+    labels, likelihoods = torch.tensor([1, 1, 2, 2]), []
+
+    def choose(likelihood, *_):
+        likelihoods.append(likelihood.clone())
+        return torch.arange(4)
+
+    with mock.patch.object(sample, "choose_particles", choose):
+        steps = list(sample.steps(params, codec, labels, known=known, seed=seed, guidance=2))
+    tokens = torch.cat([step.tokens for step in steps], 1)
+    inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
+    logits = hmar.next_scale_logits(params, labels, inputs, tokens=tokens)
+    log_p = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    for size, part, ours in zip(scales, log_p.split(tokenizer.lengths(scales), 1), likelihoods):
+        is_given = F.adaptive_avg_pool2d(known.outside.double(), size).flatten(1) > 1 - 1e-9
+        close(ours, part.masked_fill(~is_given, 0).sum(1), 1e-9)
+
+
+@given(st.lists(st.integers(-9, 9), min_size=3, max_size=3), st.integers(0, 99))
+def test_particles_are_resampled_in_proportion(likelihood, seed):
+    likelihood = torch.tensor([likelihood, [0.0, 0.0, -80.0]], dtype=torch.float64)
+    seeds = [seed, None, None, seed + 1, None, None]
+    rows = sample.choose_particles(likelihood.flatten(), 3, seeds, 1, is_last=False).view(2, 3)
+    counts = torch.stack([(rows[0] == i).sum() for i in range(3)])
+    assert ((counts - 3 * likelihood[0].softmax(0)).abs() < 1 + 1e-9).all() and counts.sum() == 3
+    assert set(rows[1].tolist()) == {3, 4}  # of the second image, and never its third particle
+    rows = sample.choose_particles(likelihood.flatten(), 3, seeds, 1, is_last=True).view(2, 3)
+    assert (rows[0] == likelihood[0].argmax()).all() and (rows[1] == 3).all()
+
+
+def test_more_particles_agree_better_with_what_is_visible():
+    """The likelihood of the given tokens, as the model itself judges it, is higher."""
+    images, found = picture(6, seed=3), []
+    for particles in (1, 8):
+        with mock.patch.object(sample, "steps", wraps=sample.steps) as steps:
+            sample.edit(
+                PARAMS, CODEC, images, MASKS[[2] * 6], LABELS.repeat(2), particles=particles
+            )
+        known, kwargs = steps.call_args.kwargs["known"], steps.call_args.kwargs
+        *_, last = sample.steps(*steps.call_args.args, **kwargs)
+        error = (known.features - last.f_hat).square().mean(1, keepdim=True)
+        found.append(error[known.outside].mean())
+    assert found[1] < found[0]
 
 
 def test_edits_take_a_masked_pass_by_default():
@@ -347,25 +392,6 @@ def test_evidence_is_the_density_of_a_cell_seen_in_part():
     variance = (seen - mean[:, None]).square().mean() * (1 - 0.75) / (4 * 0.75)
     close(logits[0, 0], -0.5 * (codebook - mean).square().sum(1) / variance)
     assert logits.shape == (1, 4, 7) and not logits[0, 1:].any()
-
-
-def test_an_edit_knows_what_lies_outside_the_mask():
-    mask, images = MASKS[[4, 5]], picture(2)
-    mask[1] = torch.arange(6)[:, None] == 3  # beyond the upper cells' pixels, in their latents
-    with mock.patch.object(sample, "steps", wraps=sample.steps) as steps:
-        sample.edit(PARAMS, CODEC, images, mask, LABELS[:2])
-    known = steps.call_args.kwargs["known"]
-    tokens = torch.cat(known.tokens, 1)
-    images = sample.replace_hidden(images, mask, 4 * tokenizer.downsampling(CODEC))
-    assert torch.equal(tokens, tokenizer.encode(CODEC, images, SCALES))
-    assert torch.equal(known.outside.flatten(1), known.given[-1])
-    close(known.features, tokenizer.encode_features(CODEC, images))
-    maps = [*tokenizer.f_hat_by_scale(CODEC, tokens, SCALES)]
-    close(torch.stack(known.f_hats), torch.stack([0 * maps[0], *maps]).detach(), 1e-5)
-    hidden = mask.unflatten(3, (4, -1)).unflatten(2, (3, -1)).any(5).any(3)  # latent cells
-    for size, is_given in zip(SCALES, known.given):  # of 2 x 2 in 3 x 4 they overlap
-        share_hidden = F.adaptive_avg_pool2d(hidden.float(), size)
-        assert torch.equal(is_given, share_hidden.flatten(1) == 0)
 
 
 def test_what_decoding_does_at_the_edge_is_taken_back():

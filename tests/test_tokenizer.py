@@ -107,6 +107,13 @@ def test_cast_moves_the_convolutions_alone():
     assert (decoded - truth).abs().mean() < 0.05 * truth.abs().mean()
 
 
+def test_one_scale_alone_has_no_inputs():
+    codec, tokens = quantiser(7, 2), random_tokens(3, ((2, 2),), 7)
+    for inputs in (tokenizer.next_scale_inputs, tokenizer.masked_inputs):
+        made = inputs(codec, tokens, ((2, 2),))
+        assert made.shape == (3, 0, 2) and made.dtype == codec["codebook"].dtype
+
+
 # Training
 
 

@@ -140,16 +140,16 @@ def test_a_run_learns_and_leaves_a_folder(base, folder):
     assert re.search(r"next-scale 16/24  0:00:\d\d left  loss \d", said)
     assert str(folder) not in record and str(base) not in record  # both may move
     for stage in STAGES:
-        losses = [line["loss"] for line in lines_of(base, stage, "loss")]
+        losses = [line["held_out_loss"] for line in lines_of(base, stage, "held_out_loss")]
         assert losses[-1] < losses[0]
-        assert len(losses) == len(lines_of(base, stage, "held_out_loss"))
+        assert len(losses) == len(lines_of(base, stage, "loss"))
     names = "args.json images.npy labels.npy metrics.jsonl model.pt"
     names += " samples/masked.png samples/next-scale.png samples/reconstructions.png tokens.npy"
     assert sorted(contents(base)) == names.split()
 
     model = sample.load_model(base)
     assert model["classes"] == sorted(train.SHAPES[:3]) and model["is_causal"] is False
-    assert model["sampling"] == train.sampling_settings(1, 16)
+    assert model["sampling"] == train.sampling_settings(1, 16, 3)
     trees = model["tokenizer"], model["transformer"]
     assert all(type(leaf) is torch.Tensor for leaf in pytree.tree_leaves(trees))
     assert "masked" in model["transformer"]
@@ -420,11 +420,16 @@ def test_shapes_take_fewer_steps_and_scales_than_other_images():
     assert shapes | {name: own[name] for name in differ} == own
 
 
+def test_an_evaluation_without_a_gain_ends_no_stage_at_two_thirds():
+    for depth in (1, 2, 3):
+        assert train.recipe(depth, 32, 1000, 10)["evaluations"] * train.PATIENCE >= 2
+
+
 def test_sampling_settings_fit_the_sampler():
     labels = torch.tensor([0])
     for depth, size in itertools.product((1, 2, 3, 8), (32, 64)):
         given = tree(codes=16, code_dim=8, masked=0, random=False), CODEC, labels
-        next(sample.steps(*given, **train.sampling_settings(depth, size)))
+        next(sample.steps(*given, **train.sampling_settings(depth, size, 10)))
 
 
 # What the stages compute
@@ -514,6 +519,25 @@ def test_the_perceptual_network_learns_classes_in_all_crops(own_folder):
     whole, half = (layers[0](part) for part in (x, x[:4]))
     assert torch.allclose(whole[:4], half, atol=1e-6) and not whole.requires_grad
     assert train.learn_perceptual_layers(run | dict(perceptual=False), *given) == []
+
+
+def test_a_folder_without_classes_learns_quarter_turns_and_is_not_guided(own_folder):
+    images = np.stack(
+        [np.asarray(train.draw_shape(10 * i + 8, 24)[0]) for i in range(30)]
+    )  # arrows
+    images = images.transpose(0, 3, 1, 2)[:, None]
+    np.save("labels.npy", np.zeros(34, np.int64))
+    run = dict(perceptual=True, class_names=["one"], seed=0, size=24, crops=1)
+    run |= dict(steps=dict(tokenizer=150))
+    given = Path(), images, torch.device("cpu"), torch.float32
+    with mock.patch.object(F, "cross_entropy", wraps=F.cross_entropy) as losses:
+        train.learn_perceptual_layers(run, *given)
+    values = [F.cross_entropy(*call.args).item() for call in losses.call_args_list]
+    assert np.mean(values[-5:]) < 0.7 * np.log(4) < np.mean(values[:5])
+    with_classes, without = (train.recipe(2, 64, 1000, classes) for classes in (10, 1))
+    differ = {name for name in without if without[name] != with_classes[name]}
+    assert differ == {"sampling"} and without["perceptual"]
+    assert without["sampling"]["guidance"] == without["sampling"]["mask_guidance"] == 0
 
 
 def test_dead_codes_are_replaced(monkeypatch):
