@@ -12,6 +12,7 @@ tests/judge.py cifar10 RUN --data DIR --edit   test images whose halves are repa
 tests/judge.py claims --data DIR       trains and judges the paper's claims
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 tests/judge.py shapes RUN --write DIR  README's growth.png, edit.png and curve.png
+tests/judge.py photos64 RUN --data DIR --write DIR   its edit-photos64.webp
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
 Prints, a name and numbers a line: held-out loss; the share taken for their class of test images,
@@ -419,22 +420,29 @@ def write_letters(folder):
 
 
 @torch.no_grad()
-def write_pictures(run, folder):
-    """growth.png, samples after each scale; edit.png, right halves repainted."""
+def write_growth(run, path):
+    """Samples of every second shape, decoded after each scale."""
     params, codec, options = model_of(run)
     labels, names = torch.arange(0, 10, 2), train.SHAPES[::2]
-    drawing = sample.steps(params, codec, labels, seed=100, **options)
-    last = {step.scale: step.f_hat for step in drawing}
+    passes = sample.steps(params, codec, labels, seed=100, **options)
+    last = {step.scale: step.f_hat for step in passes}
     grown = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in last.values()], 1)
-    sample.sheet(list(grown), names).save(Path(folder, "growth.png"))
+    sample.sheet(list(grown), names).save(path)
 
-    images = drawn(train.draw_shape, 500_000, 10)[0][::2]  # no run sees these
-    mask = torch.zeros(5, 1, 32, 32, dtype=torch.bool)
-    mask[..., 16:] = True
+
+@torch.no_grad()
+def write_edits(run, images, labels, path):
+    """The first image of each of ten classes, its right half hidden, and three edits of it."""
+    params, codec, options = model_of(run)
+    names = sample.load_model(run)["classes"][:10]
+    first = [int((labels == label).nonzero()[0]) for label in range(len(names))]
+    images, labels = images[first], labels[first]
+    mask = torch.zeros_like(images[:, :1], dtype=torch.bool)
+    mask[..., images.shape[3] // 2 :] = True
     given = params, codec, images, mask, labels
-    made = [sample.edit(*given, seed=seed, **options) for seed in (5, 15, 25)]
+    made = [sample.edit(*given, seed=seed, **options) for seed in (100, 200, 300)]
     columns = [images, images.masked_fill(mask, 0), *made]
-    sample.sheet(list(torch.stack(columns, 1)), names).save(Path(folder, "edit.png"))
+    sample.sheet(list(torch.stack(columns, 1)), names).save(path)
 
 
 def write_curve(folder):
@@ -483,16 +491,27 @@ def main(argv=None):
 
     if args.write and args.kind == "letters":
         return write_letters(args.write)
-    if args.write:
-        write_pictures(args.run[0], args.write)
+    if args.write and args.kind == "shapes":
+        write_growth(args.run[0], Path(args.write, "growth.png"))
+        write_edits(
+            args.run[0], *drawn(train.draw_shape, 500_000, 10), Path(args.write, "edit.png")
+        )
         return write_curve(args.write)
+    if args.write:
+        _, names = train.list_images(f"{args.data}/train")
+        test = read_folder(f"{args.data}/test", names)
+        return write_edits(args.run[0], *test, Path(args.write, f"edit-{args.kind}.webp"))
 
     kind = "cifar10" if args.kind == "claims" else args.kind
     if kind in PHOTOGRAPHS and not args.data:
         parser.error("--data: expected")
     training, held_out = images_of(kind, args.data, args.others, args.fresh)
-    judge = train_judge(kind, *training)
-    print(f"{kind}: right on {accuracy(judge, *training):.4g} of the judge's own images")
+    probe = None
+    if args.others and kind == "photos64":  # whose classes are other ones
+        _, names = train.list_images(f"{args.data}/train")
+        probe = read_folder(f"{args.data}/train", names)
+    judge = train_judge(kind, *training, probe=probe)
+    print(f"{kind}: right on {accuracy(judge, *(probe or training)):.4g} of the judge's own images")
     if args.kind == "claims":
         claims(judge, held_out, args.data)
     for run in args.run:
