@@ -424,6 +424,12 @@ CAST_KEYS = {"trunk", "blocks", "head", "expand", "contract"}
 TABLES = {"classes", "start", "levels", "positions", "embedding", "head", "modulation", "depthwise"}
 
 
+def is_table(keys, leaf):
+    """Whether AdamW trains a leaf below these keys, although it may be a matrix."""
+    embeds_codes = leaf.ndim == 2 and keys & {"input", "own_input"}  # published; not a convolution
+    return bool(keys & TABLES or embeds_codes)
+
+
 def cast(params, dtype):
     """The same tree with blocks and heads (CAST_KEYS) in dtype; gradients pass through."""
 

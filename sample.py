@@ -87,12 +87,13 @@ def steps(
     """
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
     batch, has_masked = len(labels), "masked" in params and not is_causal
-    labels = torch.as_tensor(labels, device=codebook.device)
-    seeds = [int(seed) + i for i in range(batch)] if np.ndim(seed) == 0 else seed
+    labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, batch)
     if schedule is None:
         schedule = [[count] for count in tokenizer.lengths(scales)]
-    numbers = dict(rise=rise, soften=soften, temperature=temperature, top_k=top_k, top_p=top_p)
-    check_arguments(params, codec, labels, seeds, schedule, has_masked, **numbers)
+    limits = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
+    limits |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_arguments(params, codec, labels, seeds, schedule, has_masked, **limits)
+    labels = labels.to(codebook.device)
 
     f_hat = codebook.new_zeros(batch, codebook.shape[1], *scales[-1])  # (B, code_dim, h, w)
     cache = [[] for _ in range(hmar.block_count(params))] if is_causal else None
@@ -103,23 +104,23 @@ def steps(
         tokens = torch.zeros(batch, math.prod(size), dtype=torch.int64, device=codebook.device)
         hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be sampled
         if known is not None:  # an edit: some tokens are given
-            tokens, hidden, seen_logits = known_tokens(codec, known, f_hat, size)
+            tokens, hidden, evidence_logits = known_tokens(codec, known, f_hat, size)
             keeps = shares_of_hidden(keeps, hidden)  # now (B, 1) each
             likelihood = torch.zeros(batch, dtype=torch.float64, device=codebook.device)
 
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         for number, keep in enumerate(keeps):
             if number == 0:  # this pass sees only coarser scales
-                branch, strength, seen = "next_scale", guidance, dict(inputs=inputs)
+                branch, strength, branch_inputs = "next_scale", guidance, dict(inputs=inputs)
             else:  # a masked pass also sees the tokens of this scale that were kept
                 zeroed = hidden if hmar.zeroes_hidden(params) else None
                 own = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
                 branch, strength = "masked", mask_guidance
-                seen = dict(inputs=inputs, own_inputs=own, mask=hidden)
+                branch_inputs = dict(inputs=inputs, own_inputs=own, mask=hidden)
 
             # The blocks run once a pass, the head once for each wave.
             strength = strength * progress**rise
-            features = guided_features(params, branch, labels, strength, cache, k, **seen)
+            features = guided_features(params, branch, labels, strength, cache, k, **branch_inputs)
 
             uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
             tokens, confidence = tokens.clone(), torch.zeros_like(uniform)  # fp64
@@ -131,7 +132,7 @@ def steps(
                 if free:  # with guidance: logits without a class
                     logits = classifier_free_guidance(logits, *free, strength, soften)
                 if known is not None:
-                    logits = logits + seen_logits[:, wave]
+                    logits = logits + evidence_logits[:, wave]
                     if number == 0:  # how likely the given tokens are after this path
                         log_p = both[0].log_softmax(-1).gather(-1, tokens[:, wave, None])
                         likelihood += log_p[..., 0].masked_fill(hidden[:, wave], 0).sum(1)
@@ -166,7 +167,12 @@ def hide_least_confident(confidence, hidden, keep):
     return hidden & (order.argsort(-1) >= keep)
 
 
-def check_arguments(params, codec, labels, seeds, schedule, has_masked, **numbers):
+def seeds_of_images(seed, count):
+    """A list of seeds: seed + i for image i, or the list itself if there is a seed for each."""
+    return [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else seed
+
+
+def check_arguments(params, codec, labels, seeds, schedule, has_masked, **limits):
     """ValueError where the arguments of `steps` would silently give wrong images."""
     counts, codes = tokenizer.lengths(hmar.scale_sizes(params)), codec["codebook"].shape
     expected = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
@@ -178,11 +184,11 @@ def check_arguments(params, codec, labels, seeds, schedule, has_masked, **number
         raise ValueError(f"schedule: got {schedule}; masked passes need a masked branch, scale > 0")
     if len(seeds) != len(labels):
         raise ValueError(f"seed: got {len(seeds)} for {len(labels)} labels")
-    for name, number in (numbers | dict(seed=min(seeds, default=0))).items():
-        if not number >= 0:
+    for name, number in (limits | dict(seed=min(seeds, default=0))).items():
+        if not 0 <= number < math.inf:
             raise ValueError(f"{name}: got {number}, expected 0 or more")
-    if not 0 < numbers["top_p"] <= 1:
-        raise ValueError(f"top_p: got {numbers['top_p']}, expected above 0, at most 1")
+    if not 0 < limits["top_p"] <= 1:
+        raise ValueError(f"top_p: got {limits['top_p']}, expected above 0, at most 1")
     classes = len(params["classes"]) - 1
     # values are checked on the CPU only: reading them would make a GPU wait
     if labels.is_cpu and len(labels) and not 0 <= labels.min() <= labels.max() <= classes:
@@ -314,10 +320,11 @@ def edit(params, codec, images, mask, labels, *, particles=8, schedule=None, see
     """images (B, 3, H, W) in [-1, 1], repainted under the mask as labels (B,) (HMAR, editing).
 
     mask: (B, 1, H, W) bool, True = repaint. Hidden pixels have no influence on the result, and
-    pixels outside the mask stay as they are. At each scale, cells outside the mask are quantised
-    from what the edit itself has left over there. The others are sampled, then sampled again by the
-    masked branch, which sees the given ones. The decoder's error just outside the mask is known; it
-    is extrapolated and subtracted inside, fading over two latent cells.
+    pixels outside the mask stay as they are. Tokens wholly outside the mask are not sampled: they
+    are the codes nearest to the encoder's features minus the edit's own f_hat so far. The others
+    are sampled, then sampled again by the masked branch, which sees the given ones. The decoder's
+    error just outside the mask is known; it is extrapolated and subtracted inside, fading over two
+    latent cells.
 
     particles: samples of each image that are followed at once. After each scale they are resampled
         by the likelihood of the given tokens (sequential Monte Carlo), so that coarse tokens agree
@@ -346,8 +353,9 @@ def edit(params, codec, images, mask, labels, *, particles=8, schedule=None, see
 
     rows = torch.arange(len(images)).repeat_interleave(particles)
     known = Known(features[rows], outside[rows], particles)
-    seeds = [int(seed) + i for i in range(len(labels))] if np.ndim(seed) == 0 else seed
-    seeds = [number + (i << 48) for number in seeds for i in range(particles)]
+    seeds = seeds_of_images(seed, len(labels))
+    # particle 0 has the seed of the image, the others seeds that are far from those of all images
+    seeds = [own + (i << 48) for own in seeds for i in range(particles)]
     labels = torch.as_tensor(labels)[rows]
     *_, last = steps(params, codec, labels, schedule=schedule, seed=seeds, known=known, **options)
 
@@ -360,7 +368,8 @@ def edit(params, codec, images, mask, labels, *, particles=8, schedule=None, see
 def known_tokens(codec, known, f_hat, size):
     """(tokens, hidden (B, n_k), logits (B, n_k, codes)) at a scale of an edit.
 
-    Where not hidden, cells lie outside the mask, and tokens are given. logits: see `evidence`.
+    hidden is True for tokens whose cell touches the mask; the others are fixed to the nearest code.
+    logits: see `evidence`.
     """
     residual = known.features - f_hat
     tokens = tokenizer.nearest(codec["codebook"], tokenizer.resize_to_scale(residual, size))
@@ -371,14 +380,15 @@ def known_tokens(codec, known, f_hat, size):
 def choose_particles(likelihood, particles, seeds, k, is_last):
     """The rows (B,) with which an edit goes on after scale k, by likelihood (B,) in nats.
 
-    Of each image's particles, one is chosen the more often the more likely it is (systematic
-    resampling, Kitagawa 1996); at the last scale the most likely one in all rows.
+    The particles of each image are resampled in proportion to their likelihood (systematic
+    resampling, Kitagawa 1996). At the last scale the most likely one fills all rows.
     """
     weights = likelihood.view(-1, particles).softmax(1)  # (images, particles)
     if is_last:
         chosen = weights.argmax(1, keepdim=True).expand(-1, particles)
     else:
-        offsets = [np.random.default_rng((seed, k)).random() for seed in seeds[::particles]]
+        # 2^31 is the number of no pass, so that these numbers are not those of `uniform_numbers`
+        offsets = [np.random.default_rng((seed, k, 2**31)).random() for seed in seeds[::particles]]
         offsets = torch.tensor(offsets, device=weights.device)[:, None]  # (images, 1)
         places = (torch.arange(particles, device=weights.device) + offsets) / particles
         chosen = torch.searchsorted(weights.cumsum(1), places).clamp(max=particles - 1)
@@ -740,7 +750,7 @@ def write_images(args):
     out, suffix = args.out, args.out.suffix.lower()
     if out.is_dir() or not suffix:
         suffix = "folder"
-    elif suffix not in {".npz", *Image.registered_extensions()}:
+    elif suffix != ".npz" and Image.registered_extensions().get(suffix) not in Image.SAVE:
         raise ValueError(f"--out: got {out}, expected .png, .jpg, .gif, .npz or no suffix")
     for name, number in dict(count=args.count, particles=args.particles).items():
         if number < 1:

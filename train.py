@@ -35,7 +35,7 @@ import tokenizer
 
 COOL_DOWN = 0.6  # last share of a stage's steps, in which the learning rate falls to zero
 WARM_UP = 0.06  # first share, in which it rises to its peak
-AVERAGED = 0.25  # share of the steps over which the moving average of the weights (EMA) reaches
+AVERAGED = 0.25  # time constant of the weights' moving average (EMA), as a share of the steps
 PATIENCE = 1 / 3  # a stage ends after this share of the steps without a better held-out loss
 CLIP = 1.0  # largest norm of the gradient
 LOG_EVERY = 50  # steps
@@ -167,36 +167,38 @@ def default_scales(size, cell, growth, doubled=True):
 # ---- the loop of all stages
 
 
-def fit(stage, run, out, tree, loss, batch, evaluate, draw, after_step=None, extra=()):
+def fit(stage, run, out, tree, loss, make_batch, evaluate, draw, after_step=None, extra=()):
     """Trains all leaves of a tree; returns their moving average (EMA) at the best evaluation.
 
     stage: its name. run: the settings. out: the run folder. extra: tensors that after_step changes.
 
-        loss(tree, **batch)     -> (mean over its images, {name: tensor} to log, traces)
-        batch(step, positions)  -> {name: tensor} of these images of the batch of a step
-        evaluate(tree)          -> {name: number or list} on held-out images; least "loss" is best
-        draw(tree)              writes a sheet of pictures
+        loss(tree, **batch)          -> (mean over its images, {name: tensor} to log, traces)
+        make_batch(step, positions)  -> {name: tensor} of these images of the batch of a step
+        evaluate(tree)               -> {name: number or list} on held-out images; the least
+                                        "loss" is best
+        draw(tree)                   writes a sheet of pictures
         after_step(step, traces, tree, average)  may change leaves of the last two in place
     """
-    steps, size = run["steps"][stage], run["batch"]
+    steps, batch_size = run["steps"][stage], run["batch"]
     leaves, structure = pytree.tree_flatten(tree)
     leaves = [nn.Parameter(leaf.detach().clone()) for leaf in leaves]
     average, best = ([leaf.detach().clone() for leaf in leaves] for _ in range(2))
     optimizers = new_optimizers(tree, leaves, run["decay"], run["newton_schulz"])
     tensors = [*leaves, *average, *best, *extra]
     step, best_step, best_loss = load_checkpoint(out, stage, tensors, optimizers)
-    numbers = sum(leaf.numel() for leaf in leaves)
-    say(f"{stage}: {numbers / 1e6:.3g} M parameters, {steps} steps of {size} images, {step} done")
+    tree, average_tree = (pytree.tree_unflatten(x, structure) for x in (leaves, average))
+    millions = sum(leaf.numel() for leaf in leaves) / 1e6
+    work = f"{steps} steps of {batch_size} images, {step} done"
+    say(f"{stage}: {millions:.3g} M parameters, {work}")
 
-    own = np.split(np.arange(size), world())[rank()]  # this process's images in a batch
+    own = np.split(np.arange(batch_size), world())[rank()]  # this process's images in a batch
     parts = np.array_split(own, math.ceil(len(own) / sample.images_at_once(run["size"] ** 2)))
     window, begun, saved = [], (step, time.monotonic()), time.monotonic()
     while step < steps:
         step += 1
         report, traces = {}, []
         for part in parts:
-            tree = pytree.tree_unflatten(leaves, structure)
-            value, numbers, trace = loss(tree, **batch(step, part))
+            value, numbers, trace = loss(tree, **make_batch(step, part))
             share = len(part) / len(own)
             (share * value).backward()
             for name, number in numbers.items():
@@ -210,7 +212,6 @@ def fit(stage, run, out, tree, loss, batch, evaluate, draw, after_step=None, ext
             optimizer.step()
             optimizer.zero_grad()
         update_average(average, leaves, step, steps)
-        average_tree = pytree.tree_unflatten(average, structure)
         if after_step:
             with torch.no_grad():
                 after_step(step, traces, tree, average_tree)
@@ -246,15 +247,14 @@ def fit(stage, run, out, tree, loss, batch, evaluate, draw, after_step=None, ext
 def new_optimizers(tree, leaves, decay, newton_schulz=5):
     """[Muon for matrices and convolutions (Jordan et al. 2024), AdamW for all other leaves].
 
-    leaves: the parameters, in the order of the tree's leaves. The keys hmar.TABLES and
-    tokenizer.TABLES name matrices that AdamW trains. Muon multiplies in bf16 where the processor
-    has it, whatever --dtype is.
+    leaves: the parameters, in the order of the tree's leaves. hmar.is_table and tokenizer.TABLES
+    name the matrices that AdamW trains. Muon multiplies in bf16 where the processor has it,
+    whatever --dtype is.
     """
     matrices, others = [], []
     for (path, _), leaf in zip(pytree.tree_flatten_with_path(tree)[0], leaves, strict=True):
         keys = {getattr(entry, "key", None) for entry in path}
-        embeds_codes = leaf.ndim == 2 and keys & {"input", "own_input"}  # not a convolution
-        is_table = embeds_codes or keys & (hmar.TABLES | tokenizer.TABLES)
+        is_table = hmar.is_table(keys, leaf) or keys & tokenizer.TABLES
         (others if leaf.ndim < 2 or is_table else matrices).append(leaf)
     muon = Muon(matrices, decay, newton_schulz, sample.find_dtype(None, leaves[0].device))
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)]
@@ -282,9 +282,9 @@ class Muon(torch.optim.Optimizer):
             momentum = state["momentum"].lerp_(gradient, 1 - 0.95)
             update = gradient.lerp(momentum, 0.95).to(self.dtype)  # Nesterov's
             update = orthogonalize(update, self.newton_schulz)
-            size = 0.2 * math.sqrt(max(update.shape))
+            scale = 0.2 * math.sqrt(max(update.shape))
             leaf.mul_(1 - group["lr"] * self.decay)
-            leaf.add_(update.view_as(leaf), alpha=-group["lr"] * size)
+            leaf.add_(update.view_as(leaf), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrix, iterations):
@@ -381,7 +381,7 @@ def train_tokenizer(run, out, device):
         images_per_coarse=run["batch"] / math.ceil(run["batch"] / COARSE_EVERY),
     )
 
-    def batch(step, positions):
+    def make_batch(step, positions):
         rows, crops, generator = choose_rows(run, "tokenizer", step, len(training))
         stops = torch.randint(len(scales) - 1, (run["batch"],), generator=generator)
         images = to_unit(training[rows[positions], crops[positions]])
@@ -408,7 +408,7 @@ def train_tokenizer(run, out, device):
             generator = generator_of(run["seed"], "revive", step)
             replace_dead_codes(chosen, traces, generator, codec["codebook"], average["codebook"])
 
-    return fit("tokenizer", run, out, codec, loss, batch, evaluate, draw, after_step, [chosen])
+    return fit("tokenizer", run, out, codec, loss, make_batch, evaluate, draw, after_step, [chosen])
 
 
 def count_chosen(chosen, traces):
@@ -520,7 +520,7 @@ def train_next_scale(run, out, device, codec, start=None):
     held_out_labels, labels = load_labels(out)
     held_out, training = split_held_out(load_tokens(run, out, codec, device, dtype))
 
-    def batch(step, positions):
+    def make_batch(step, positions):
         rows, tokens, _ = choose_tokens(run, "next-scale", step, labels, training)
         return sample.to_device(dict(labels=rows[positions], tokens=tokens[positions]), device)
 
@@ -539,7 +539,7 @@ def train_next_scale(run, out, device, codec, start=None):
         fast = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
         draw_samples(run, out / "samples/next-scale.png", *fast, schedule=None)
 
-    return fit("next-scale", run, out, params, loss, batch, evaluate, draw)
+    return fit("next-scale", run, out, params, loss, make_batch, evaluate, draw)
 
 
 def train_masked(run, out, device, codec, params):
@@ -555,7 +555,7 @@ def train_masked(run, out, device, codec, params):
     held_out, training = split_held_out(load_tokens(run, out, codec, device, dtype))
     count = sum(tokenizer.lengths(scales)[1:])  # tokens that a mask may hide
 
-    def batch(step, positions):
+    def make_batch(step, positions):
         rows, tokens, generator = choose_tokens(run, "masked", step, labels, training)
         ratio = torch.rand(run["batch"], 1, generator=generator)  # of hidden tokens, by image
         mask = torch.rand(run["batch"], count, generator=generator) < ratio
@@ -583,7 +583,7 @@ def train_masked(run, out, device, codec, params):
         draw_samples(run, out / "samples/masked.png", *fast, schedule=schedule)
 
     branch = dict(masked=params["masked"])
-    return params | fit("masked", run, out, branch, loss, batch, evaluate, draw)
+    return params | fit("masked", run, out, branch, loss, make_batch, evaluate, draw)
 
 
 def new_tree(run):
@@ -1008,8 +1008,8 @@ def read_settings(out):
 def choose_settings(args, flags, names, count):
     """The settings of a new run: those of the recipe, replaced by the flags that are given.
 
-    flags: the flags as they are compared on resuming. names, count: of the classes and images.
-    ValueError where flags do not fit.
+    flags: command-line values stored in args.json, which a resumed run must repeat. names: of the
+    classes. count: of the images. ValueError where flags do not fit.
     """
     depth, size, cell = args.depth or 2, args.size or (64 if args.data else 32), None
     if args.init:

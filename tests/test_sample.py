@@ -418,6 +418,7 @@ def test_arguments_that_do_not_fit_are_refused():
         "top_p: got nan": dict(top_p=math.nan),
         "top_p: got 95": dict(top_p=95),
         "rise: got -1": dict(rise=-1),
+        "guidance: got nan": dict(guidance=math.nan),
         "soften: got nan": dict(soften=math.nan),
         "temperature: got -1": dict(temperature=-1),
         "seed: got -1": dict(seed=-1),
@@ -652,6 +653,7 @@ run --edit photo.png --mask black.png  --mask: expected white
 run --edit none.png --pad 0.2  No such file or directory: 'none.png'
 run --edit text.png --pad 0.2  cannot identify image file 'text.png'
 run --out sheet.xyz  --out: got sheet.xyz, expected .png
+run --out sheet.psd  --out: got sheet.psd, expected .png
 run --top-k -1  top_k: got -1
 run --out ./a/../photo.png --edit photo.png --pad 0.2  which would be overwritten
 run --edit photo.png --mask wide.png  --mask: got (300, 40) pixels for a photo of (8, 6)

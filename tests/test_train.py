@@ -206,7 +206,7 @@ def toy_fit(out, evaluate=lambda tree: dict(loss=1.0), loss=toy_loss, steps=12, 
     os.makedirs(out, exist_ok=True)
     run = dict(steps=dict(toy=steps), lr=dict(toy=0.1), batch=4, size=16, evaluations=often)
     run |= dict(decay=0.05, newton_schulz=5)
-    functions = dict(loss=loss, batch=toy_batch, evaluate=evaluate, draw=lambda tree: None)
+    functions = dict(loss=loss, make_batch=toy_batch, evaluate=evaluate, draw=lambda tree: None)
     return train.fit("toy", run, Path(out), toy_tree(), **functions, **more)
 
 
@@ -339,7 +339,7 @@ def test_a_batch_in_parts_is_one_batch(monkeypatch):
 def test_what_is_not_finite_is_not_saved():
     for _ in range(2):  # the same command says so again
         line = run("run", "--lr", 1e30)
-        assert "tokenizer, step 8: the loss or gradient is not finite; a lower --lr may" in line
+        assert re.search(r"tokenizer, step \d+: the loss or gradient is not finite", line)
         assert not {"run/model.pt", "run/checkpoint.pt"} & contents(".").keys()
 
 
@@ -466,7 +466,7 @@ def test_the_tokenizer_learns_from_all_errors_whatever_the_parts(monkeypatch):
         layers.append(torch.nn.Sequential(*parts, torch.nn.ReLU()).eval())
     monkeypatch.setattr(train, "learn_perceptual_layers", lambda *_: layers)
     given = captured("run", *FLAGS, "--batch", 10)
-    codec, batch = given["tree"], given["batch"](3, np.arange(10))
+    codec, batch = given["tree"], given["make_batch"](3, np.arange(10))
     images, coarse, stops = (batch[name] for name in ("images", "coarse", "stops"))
     assert coarse.tolist() == [0, 4, 8] and set(stops.tolist()) <= {0, 1, 2}
     passed = tokenizer.training_loss(codec, images, SCALES, coarse, stops)
@@ -484,7 +484,7 @@ def test_the_tokenizer_learns_from_all_errors_whatever_the_parts(monkeypatch):
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
     assert report["loss"] is value
 
-    parts = [given["batch"](3, positions) for positions in np.arange(10).reshape(2, 5)]
+    parts = [given["make_batch"](3, positions) for positions in np.arange(10).reshape(2, 5)]
     for name, tensors in (("images", images), ("stops", stops)):
         assert torch.equal(torch.cat([part[name] for part in parts]), tensors)
     mean = sum(given["loss"](codec, **part)[0] for part in parts) / 2
@@ -495,7 +495,7 @@ def test_an_epoch_has_every_image_once_in_any_crop():
     given = captured("run", *FLAGS)
     crops = prepared("run")[3:].reshape(27 * 16, -1)
     places = {crop.tobytes(): place for place, crop in enumerate(crops)}
-    images = [given["batch"](step, np.arange(4))["images"] for step in range(1, 55)]
+    images = [given["make_batch"](step, np.arange(4))["images"] for step in range(1, 55)]
     pixels = ((torch.cat(images) + 1) * 127.5).round().byte().numpy()
     rows, crops = np.divmod([places[image.tobytes()] for image in pixels], 16)
     epochs = rows.reshape(8, 27)
@@ -547,7 +547,7 @@ def test_dead_codes_are_replaced(monkeypatch):
     for step in range(1, 25):
         before = codebook.clone()
         averages = dict(codebook=before.clone())  # which a revived code enters at once
-        *_, trace = given["loss"](given["tree"], **given["batch"](step, np.arange(4)))
+        *_, trace = given["loss"](given["tree"], **given["make_batch"](step, np.arange(4)))
         tokens = torch.cat([x.flatten() for x in trace[0]])
         chosen_by_now = chosen.clone().index_add_(0, tokens, torch.ones_like(tokens))
         given["after_step"](step, [trace], given["tree"], averages)
@@ -602,7 +602,7 @@ def test_labels_masks_and_losses_of_the_stages(base, out):
         given = captured(out, *FLAGS)
         assert given["stage"] == name
         params = hmar.add_masked_branch(plain, 1) | given["tree"]
-        batches = [given["batch"](step, np.arange(4)) for step in range(1, 150)]
+        batches = [given["make_batch"](step, np.arange(4)) for step in range(1, 150)]
         labels += [batch["labels"] for batch in batches]
         own, tokens, *masked = batches[0].values()
         sees = [params, own, tokens, tokenizer.next_scale_inputs(codec, tokens, SCALES)]
