@@ -137,12 +137,13 @@ def sampling_settings(depth, size, classes):
     A single class has nothing to be guided by: its predictions differ from those without a class
     only by noise.
     """
-    if depth <= 2:
-        settings = dict(guidance=7.0 if size <= 32 else 4.3, mask_guidance=3.0, rise=2.0)
-        settings |= dict(temperature=0.95)
+    if depth <= 2 and size <= 32:
+        settings = dict(guidance=6.0, mask_guidance=3.0, rise=1.0, temperature=0.95)
+    elif depth <= 2:
+        settings = dict(guidance=4.3, mask_guidance=3.0, rise=2.0, temperature=0.95)
     elif depth < 8:
-        settings = dict(guidance=3.05 if size <= 32 else 2.4, mask_guidance=2.0, rise=1.0)
-        settings |= dict(temperature=0.9)
+        guidance = 3.05 if size <= 32 else 2.4
+        settings = dict(guidance=guidance, mask_guidance=2.0, rise=1.0, temperature=0.9)
     else:
         settings = dict(guidance=1.5, mask_guidance=1.5, rise=1.0, temperature=1.0)
     if classes == 1:
