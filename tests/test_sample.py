@@ -575,6 +575,14 @@ def test_the_command_edits(run):
         assert pixels.shape == (6, 8, 3) and np.array_equal(pixels[1:5, 1:7], inner)
     archived(*edit, "--pad", 0.49)
 
+    # what a model stores is the schedule of its samples; edits take a masked pass all the same
+    lone = [[1], [4], [12]]
+    save_model("other", sampling=SAMPLING | dict(schedule=lone))
+    given = (*edit[1:], "--mask", "mask.png")
+    ours, theirs = (archived(name, *given) for name in ("run", "other"))
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours, archived("run", *given, "--mask-steps", 0))
+
 
 @given(width=st.integers(3, 70), height=st.integers(3, 70))
 def test_what_the_command_shows_does_not_depend_on_hidden_pixels(width, height):

@@ -534,6 +534,8 @@ def test_a_folder_without_classes_learns_quarter_turns_and_is_not_guided(own_fol
         train.learn_perceptual_layers(run, *given)
     values = [F.cross_entropy(*call.args).item() for call in losses.call_args_list]
     assert np.mean(values[-5:]) < 0.7 * np.log(4) < np.mean(values[:5])
+    turns = torch.cat([call.args[1] for call in losses.call_args_list])
+    assert turns.bincount(minlength=4).min() > 1000
     with_classes, without = (train.recipe(2, 64, 1000, classes) for classes in (10, 1))
     differ = {name for name in without if without[name] != with_classes[name]}
     assert differ == {"sampling"} and without["perceptual"]
