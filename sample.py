@@ -359,7 +359,7 @@ def edit(params, codec, images, mask, labels, *, particles=8, schedule=None, see
     labels = torch.as_tensor(labels)[rows]
     *_, last = steps(params, codec, labels, schedule=schedule, seed=seeds, known=known, **options)
 
-    *_, (_, _, f_hat) = tokenizer.quantise(codec, features, scales)  # right outside the mask
+    *_, (_, _, f_hat) = tokenizer.quantise(codec, features, scales)  # of the visible part
     painted = decode_in_parts(codec, torch.where(outside, f_hat, last.f_hat[::particles]))
     painted = painted + extrapolate(images - painted, ~mask, 2 * cell)
     return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
