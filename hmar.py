@@ -20,12 +20,12 @@ configuration.
     next_scale {blocks [block, ...], modulation, head}
     masked {blocks, modulation, head, mask_embedding (C,), own_input}
     optional in both branches: neighbours {embedding (6, codes + 1, C), expand, contract}
-    block {modulation, attention, mlp, depthwise}; see the functions of these names
+    block {modulation, attention, mlp or mlp_tanh, depthwise}; see `transformer_block`
 
 Three kinds of trees differ in what they have. Trees of small models have everything above, with
 3 x 3 convolutions in input, own_input and depthwise, which treat the map of each scale by itself
-(`convolve_by_scale`). Trees of `init` by default have neither convolutions nor neighbours, and
-published ones have no own_input either. Arguments:
+(`convolve_by_scale`). Trees of `init` by default have neither convolutions nor neighbours.
+Published ones have no own_input either, and mlp_tanh in place of mlp. Arguments:
 
     labels      (B,) int64, 0 to classes; `classes` is the null class
     inputs      (B, L - len_0, code_dim), from tokenizer.next_scale_inputs
@@ -174,14 +174,14 @@ def embed_inputs(params, condition, inputs, own_inputs, mask, ks):
 
 
 def transformer_block(
-    x, condition, attend, look_around, modulation, attention, mlp, depthwise=None
+    x, condition, attend, look_around, modulation, attention, mlp=None, mlp_tanh=None, depthwise=None
 ):
     """x (B, n, C) after attention and MLP, each modulated by condition (B, C).
 
     attend(query, key, value), each (B, heads, n, head_dim). look_around(x, **depthwise): a
     convolution over each scale's map, which published blocks do not have (UniFormer, Li et al.
-    2022, has one in every block). Blocks with it use exact GELU, which is six times as fast on a
-    CPU; published blocks use its tanh approximation.
+    2022, has one in every block). mlp has exact GELU. Published blocks have mlp_tanh instead, with
+    the tanh approximation, which takes six times as long in bf16 on a CPU.
     """
     if depthwise is not None:
         x = x + look_around(x, **depthwise)
@@ -190,8 +190,10 @@ def transformer_block(
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(1)  # the published order
 
     x = x + gamma1 * self_attention(modulate(x, scale1, shift1), attend, **attention)
-    approximate = "tanh" if depthwise is None else "none"
-    return x + gamma2 * feed_forward(modulate(x, scale2, shift2), approximate, **mlp)
+    x2 = modulate(x, scale2, shift2)
+    if mlp is not None:
+        return x + gamma2 * feed_forward(x2, **mlp)
+    return x + gamma2 * feed_forward(x2, approximate="tanh", **mlp_tanh)
 
 
 def self_attention(x, attend, qkv, q_bias, v_bias, log_temperature, project):
@@ -222,7 +224,7 @@ def cached_attention(query, key, value, past):
     return F.scaled_dot_product_attention(query, keys, values, scale=1.0)
 
 
-def feed_forward(x, approximate, expand, contract):
+def feed_forward(x, expand, contract, approximate="none"):
     """The MLP of x (..., C) with GELU; approximate: "none" or "tanh", as torch names its forms."""
     x = linear(x, **expand)
     return linear(F.gelu(x, approximate=approximate), **contract)
@@ -276,7 +278,7 @@ def look_at_neighbours(features, near, embedding, expand, contract):
     x = F.layer_norm(features, features.shape[-1:], eps=1e-6)
     for table, codes in zip(embedding, near.unbind(-1), strict=True):
         x = x + F.embedding(codes, table)
-    return features + feed_forward(x, "none", expand, contract)
+    return features + feed_forward(x, expand, contract)
 
 
 def neighbour_tokens(params, tokens, k=None):
@@ -523,8 +525,8 @@ PUBLISHED_NAMES = (  # patterns in published names -> ours, replaced in this ord
     ("^ns_", "next_scale."),
     ("^mask_", "masked."),
     ("(.head_nm)?.ada_lin.1", ".modulation"),
-    ("ffn.fc1", "mlp.expand"),
-    ("ffn.fc2", "mlp.contract"),
+    ("ffn.fc1", "mlp_tanh.expand"),
+    ("ffn.fc2", "mlp_tanh.contract"),
     ("attn", "attention"),
     ("proj", "project"),
     ("mat_qkv.weight", "qkv"),

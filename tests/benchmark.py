@@ -200,19 +200,20 @@ def dense_blocks(params, x, condition, mask, caches=None):
     branch = params["next_scale"]
     blocks = params["trunk"] + branch["blocks"]
     for block, cache in zip(blocks, caches or [None] * len(blocks)):
-        x = dense_block(x, condition, mask, cache, "tanh", **block)
+        x = dense_block(x, condition, mask, cache, **block)
 
     modulation = F.linear(F.silu(condition), **branch["modulation"])
     scale, shift = modulation.unflatten(-1, (1, 2, -1)).unbind(2)
     return F.linear(dense_norm(x.float(), scale, shift).float(), **branch["head"]).float()
 
 
-def dense_block(x, condition, mask, cache, approximate, modulation, attention, mlp):
+def dense_block(x, condition, mask, cache, modulation, attention, mlp=None, mlp_tanh=None):
     six = F.linear(F.silu(condition), **modulation).unflatten(-1, (1, 6, -1))  # (B, 1, 6, C)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)
     x = x + dense_attention(dense_norm(x, scale1, shift1), mask, cache, **attention).mul_(gamma1)
-    h = F.linear(dense_norm(x, scale2, shift2), **mlp["expand"])
-    return x + F.linear(F.gelu(h, approximate=approximate), **mlp["contract"]).mul(gamma2)
+    weights, approximate = (mlp, "none") if mlp else (mlp_tanh, "tanh")
+    h = F.linear(dense_norm(x, scale2, shift2), **weights["expand"])
+    return x + F.linear(F.gelu(h, approximate=approximate), **weights["contract"]).mul(gamma2)
 
 
 def dense_norm(x, scale, shift):
@@ -280,35 +281,43 @@ def dense_filtered(logits):
 
 
 def training(size, batch, **sizes):
-    """Rows of a step of stage one, forward and backward."""
+    """Rows of a step of stage one, forward and backward.
+
+    Trees of `init` have exact GELU, published ones its tanh approximation.
+    """
     params = trainable(begin(size, **sizes))
+    as_published = with_tanh(params)
     lengths = tokenizer.lengths(hmar.scale_sizes(params))
     labels = torch.randint(1000, (batch,), device=DEVICE)
     tokens = torch.randint(4096, (batch, sum(lengths)), device=DEVICE)
     inputs = torch.randn(batch, sum(lengths[1:]), 32, device=DEVICE)
     leaves = pytree.tree_leaves(params)
 
-    def published(mask, autocast=False):
+    def published(mask, autocast=False, params=as_published):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             logits = dense_logits(params, labels, inputs, mask)
             loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    def ours(dtype, is_causal):
+    def ours(dtype, is_causal, params=params):
         fast = hmar.cast(params, dtype)
         loss = hmar.next_scale_losses(fast, labels, tokens, inputs, is_causal).mean()
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     for is_causal in (False, True):
         mask = dense_mask(lengths, is_causal)
-        refuse("ours in fp32", ours(torch.float32, is_causal), published(mask), 1e-3)
+        for tree in (params, as_published):
+            given = published(mask, params=tree)
+            refuse("ours in fp32", ours(torch.float32, is_causal, tree), given, 1e-3)
     refuse("autocast", published(mask, True), published(mask), 0.1)
     dtype = sample.find_dtype(None, DEVICE)
     contestants = {
         "published, fp32": partial(published, mask),
         "published, bf16 autocast": partial(published, mask, autocast=True),
+        "published, bf16 autocast, exact GELU": partial(published, mask, True, params),
         "ours": partial(ours, dtype, is_causal=False),
         "ours, VAR mode": partial(ours, dtype, is_causal=True),
+        "ours, published weights": partial(ours, dtype, False, as_published),
     }
     with FakeTensorMode():
         flops = batch * transformer_flops(without_values(params))
@@ -330,9 +339,9 @@ def sampling(size, batch, **sizes):
     several = sample.published_schedule(scales)
     once = [[length] for length in tokenizer.lengths(scales)]
     # autocast keeps the casts of parameters: faster
-    published = partial(dense_sample, trainable(params), codec, labels)
+    published = partial(dense_sample, trainable(with_tanh(params)), codec, labels)
 
-    def ours(schedule, is_causal=False):
+    def ours(schedule, is_causal=False, fast=fast):
         options = VAR | dict(schedule=schedule, is_causal=is_causal, mask_guidance=0, soften=0)
         for _ in sample.steps(fast, codec, labels, **options):
             pass
@@ -343,6 +352,9 @@ def sampling(size, batch, **sizes):
         f"ours, {sum(map(len, several))} passes": partial(ours, several),
         f"ours, {len(once)} passes": partial(ours, once),
         f"ours, {len(once)} passes, VAR mode": partial(ours, once, is_causal=True),
+        f"ours, {sum(map(len, several))} passes, published weights": partial(
+            ours, several, fast=with_tanh(fast)
+        ),
     }
     return timed(contestants, 2, 0)
 
@@ -353,6 +365,14 @@ def begin(size, depth, width):
     params["classes"] *= 30
     params["next_scale"]["head"]["weight"] *= 50
     return sample.to_device(params, DEVICE)
+
+
+def with_tanh(tree):
+    """The tree with the published activation: each block's mlp is called mlp_tanh."""
+    if isinstance(tree, dict):
+        renamed = {"mlp_tanh" if key == "mlp" else key: tree[key] for key in tree}
+        return {key: with_tanh(part) for key, part in renamed.items()}
+    return [with_tanh(part) for part in tree] if isinstance(tree, list) else tree
 
 
 def trainable(tree):

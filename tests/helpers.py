@@ -108,12 +108,14 @@ def small_codec(**options):
 def tree(scales=((1, 1), (2, 2), (2, 3)), masked=1, own_input=True, random=True, **options):
     """A transformer with 16 channels a head and a masked branch of `masked` blocks, none if 0.
 
-    random: in float64, with leaves far from initial values and temperatures around their limit.
+    own_input: False for a tree with the published leaves and activation. random: in float64, with
+    leaves far from initial values and temperatures around their limit.
     """
     sizes = dict(depth=2, classes=3, codes=5, code_dim=4, heads=2, seed=0) | options
     params = hmar.init(**sizes, scales=scales, width=16 * sizes["heads"])
     if masked:
         params = hmar.add_masked_branch(params, masked, own_input)
+    params = params if own_input else benchmark.with_tanh(params)
     if not random:
         return params
 
@@ -196,11 +198,11 @@ def published(params):
         "qkv": "mat_qkv.weight",
         "attention": "attn",
         "project": "proj",
-        "mlp.expand": "ffn.fc1",
-        "mlp.contract": "ffn.fc2",
+        "mlp_tanh.expand": "ffn.fc1",
+        "mlp_tanh.contract": "ffn.fc2",
     }
     rows = torch.cat([grid.flatten(0, 1) for grid in params["positions"]])
-    state = state_dict(params | dict(positions=rows), names)
+    state = state_dict(benchmark.with_tanh(params) | dict(positions=rows), names)
     for name, leaf in list(state.items()):
         if name in ("pos_start", "pos_1LC", "mask_embed.weight"):
             state[name] = leaf[None]

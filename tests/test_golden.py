@@ -138,6 +138,7 @@ def shapes(tree):
 def test_the_published_layouts_load(golden):
     with torch.device("meta"):
         codec, params = tokenizer.init(), hmar.init(depth=16)
+        params = benchmark.with_tanh(params)
         combined = hmar.add_masked_branch(params, own_input=False)
     assert shapes(tokenizer.from_published(layout(golden, "vqvae"))) == shapes(codec)
     for kind, ours in dict(var=params, nsp=params, hmar=combined).items():
