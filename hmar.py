@@ -174,7 +174,15 @@ def embed_inputs(params, condition, inputs, own_inputs, mask, ks):
 
 
 def transformer_block(
-    x, condition, attend, look_around, modulation, attention, mlp=None, mlp_tanh=None, depthwise=None
+    x,
+    condition,
+    attend,
+    look_around,
+    modulation,
+    attention,
+    mlp=None,
+    mlp_tanh=None,
+    depthwise=None,
 ):
     """x (B, n, C) after attention and MLP, each modulated by condition (B, C).
 

@@ -103,10 +103,10 @@ def steps(
         progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0  # from 0 to 1
         tokens = torch.zeros(batch, math.prod(size), dtype=torch.int64, device=codebook.device)
         hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be sampled
-        if known is not None:  # an edit: some tokens are given
-            tokens, hidden, evidence_logits = known_tokens(codec, known, f_hat, size)
+        clues = None
+        if known is not None:  # an edit: some tokens are given, and there are clues to others
+            tokens, hidden, clues = known_tokens(codec, known, f_hat, size)
             keeps = shares_of_hidden(keeps, hidden)  # now (B, 1) each
-            likelihood = torch.zeros(batch, dtype=torch.float64, device=codebook.device)
 
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         for number, keep in enumerate(keeps):
@@ -118,30 +118,15 @@ def steps(
                 branch, strength = "masked", mask_guidance
                 branch_inputs = dict(inputs=inputs, own_inputs=own, mask=hidden)
 
-            # The blocks run once a pass, the head once for each wave.
             strength = strength * progress**rise
             features = guided_features(params, branch, labels, strength, cache, k, **branch_inputs)
-
             uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
-            tokens, confidence = tokens.clone(), torch.zeros_like(uniform)  # fp64
-            for wave in hmar.waves(params, k):  # m positions; each sees tokens of earlier waves
-                near = hmar.neighbour_tokens(params, tokens, k)  # (B, n_k, 6), or None
-                near = None if near is None else near[:, wave]
-                both = hmar.branch_logits(params, branch, features[:, :, wave], near)
-                logits, *free = both  # (B, m, codes) each
-                if free:  # with guidance: logits without a class
-                    logits = classifier_free_guidance(logits, *free, strength, soften)
-                if known is not None:
-                    logits = logits + evidence_logits[:, wave]
-                    if number == 0:  # how likely the given tokens are after this path
-                        log_p = both[0].log_softmax(-1).gather(-1, tokens[:, wave, None])
-                        likelihood += log_p[..., 0].masked_fill(hidden[:, wave], 0).sum(1)
-                is_sampled = temperature >= 0.001  # otherwise the most likely code is taken
-                logits = logits / temperature if is_sampled else logits
-                logits = filter_logits(logits, top_k, top_p)
-                new, probability = sample_codes(logits, uniform[:, wave] if is_sampled else None)
-                confidence[:, wave] = probability.double()
-                tokens[:, wave] = torch.where(hidden[:, wave], new, tokens[:, wave])
+            places = k, tokens, hidden, uniform, clues
+            tokens, confidence, log_p = sample_pass(
+                params, branch, features, *places, strength, soften, temperature, top_k, top_p
+            )
+            if number == 0:  # how likely the given tokens of an edit are after its path
+                likelihood = log_p
 
             hidden = hide_least_confident(confidence, hidden, keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
@@ -155,6 +140,53 @@ def steps(
             yield Step(k, number, tokens, hidden, grown)
 
         f_hat = grown  # the next scale is sampled from this
+
+
+def sample_pass(
+    params,
+    branch,
+    features,
+    k,
+    tokens,
+    hidden,
+    uniform,
+    clues,
+    strength,
+    soften,
+    temperature,
+    top_k,
+    top_p,
+):
+    """Samples the hidden tokens of scale k: (tokens (B, n_k), confidence, log-likelihood (B,)).
+
+    features: of `guided_features`, for which the blocks ran once; here the head runs once for each
+    wave of tokens. uniform (B, n_k) decides the samples. confidence (B, n_k), fp64, is the
+    probability of each token. clues: None, or for an edit logits (B, n_k, codes) to be added; then
+    the log-likelihood is that of the tokens that are not hidden, otherwise 0.
+    """
+    tokens, confidence = tokens.clone(), torch.zeros_like(uniform)
+    likelihood = uniform.new_zeros(len(tokens))
+    is_sampled = temperature >= 0.001  # otherwise the most likely code is taken
+
+    for wave in hmar.waves(params, k):  # m positions; each sees tokens of earlier waves
+        near = hmar.neighbour_tokens(params, tokens, k)  # (B, n_k, 6), or None
+        near = None if near is None else near[:, wave]
+        both = hmar.branch_logits(params, branch, features[:, :, wave], near)
+        logits = both[0]  # (B, m, codes)
+        if len(both) == 2:  # the second are logits without a class
+            logits = classifier_free_guidance(*both, strength, soften)
+
+        if clues is not None:
+            logits = logits + clues[:, wave]
+            given = both[0].log_softmax(-1).gather(-1, tokens[:, wave, None])[..., 0]
+            likelihood += given.masked_fill(hidden[:, wave], 0).sum(1)
+
+        logits = logits / temperature if is_sampled else logits
+        logits = filter_logits(logits, top_k, top_p)
+        new, probability = sample_codes(logits, uniform[:, wave] if is_sampled else None)
+        confidence[:, wave] = probability.double()
+        tokens[:, wave] = torch.where(hidden[:, wave], new, tokens[:, wave])
+    return tokens, confidence, likelihood
 
 
 def hide_least_confident(confidence, hidden, keep):
@@ -657,11 +689,13 @@ def parser():
     text += "array for FID programs; no suffix: a folder of images (default: samples.png)"
     add("--out", type=Path, default=Path("samples.png"), help=text)
     add("--edit", type=Path, help="image to repaint; it is cropped and reduced to the model's size")
-    add("--mask", type=Path, help="image with the same proportions, white where to repaint")
+    place = top.add_mutually_exclusive_group()
+    text = "image with the same proportions, white where to repaint"
+    place.add_argument("--mask", type=Path, help=text)
     text = (
         "instead of --mask: shrink the image and paint a border of this share of the model's size"
     )
-    add("--pad", type=float, default=0.0, help=text)
+    place.add_argument("--pad", type=float, default=0.0, help=text)
     text = "samples of an edit that are followed at once, of which the best is kept (default: 8)"
     add("--particles", type=int, default=8, help=text)
     add_device_flags(top)
