@@ -1,25 +1,31 @@
-"""Four yardsticks: classifiers that never see the model, and Frechet distances in their features.
+"""Four data sets and their judges: classifiers that never see the model.
 
-tests/judge.py shapes RUN              drawings of train.py
-tests/judge.py letters RUN             Pillow's own font; a mirrored letter is a wrong one
+tests/judge.py shapes RUN              the built-in shapes of train.py
+tests/judge.py letters RUN             Pillow's own font; a mirrored letter counts as a wrong one
 tests/judge.py cifar10 RUN --data DIR  DIR holds train/ and test/, one sub-folder a class
-tests/judge.py photos64 RUN --data DIR so too, of any classes and pixels
-tests/judge.py cifar10 RUN --data DIR --others DIR --fresh DIR   judge trained on, samples compared
-                                       with images of folders beyond those of --data
-tests/judge.py KIND RUN ... --guidance 2 3 4    reports the nearest and the one as sure as real
-                                       images, both chosen on the run's held-out ones
-tests/judge.py cifar10 RUN --data DIR --edit   test images whose halves are repainted
-tests/judge.py claims --data DIR       trains and judges the paper's claims
+tests/judge.py photos64 RUN --data DIR the same for photographs of any classes and size
+tests/judge.py cifar10 RUN --data DIR --others DIR --fresh DIR   the judge learns, and samples are
+                                       compared with, images of other folders than those of --data
+tests/judge.py photos64 RUN --data DIR --others DIR   the judge learns features from images of other
+                                       classes, then a linear classifier of these features
+tests/judge.py KIND RUN ... --guidance 2 3 4    finds the strength of guidance with the lowest FD
+                                       on one half of the images, reports on the other
+tests/judge.py KIND RUN ... --edit     test images whose halves, or the middle, are repainted
+tests/judge.py claims --data DIR ...   trains and judges the paper's claims
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 tests/judge.py shapes RUN --write DIR  README's growth.png, edit.png and curve.png
 tests/judge.py photos64 RUN --data DIR --write DIR   its edit-photos64.webp
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
-Prints, a name and numbers a line: held-out loss; the share taken for their class of test images,
-of the judge's own and of samples; the Frechet distance to test images (Heusel et al. 2017, section
-2) of samples and reconstructions; recall (Kynkaanniemi et al. 2019, section 3); seconds of a core
-to draw 500; memory (Linux); of samples and reconstructions the power in eight bands of frequency
-over that of test images; of 1,000 test images the PSNR after each scale and its codes' perplexity.
+Images that no model saw are split into two halves: settings are chosen by the first, and what is
+printed compares with the second.
+
+Prints, a name and numbers a line: held-out loss; accuracy, the share that the judge takes for their
+class, of real images and of samples; FD, the Frechet distance in the judge's features (Heusel et
+al. 2017, section 2), of samples and of reconstructions to real images; recall (Kynkaanniemi et al.
+2019, section 3); seconds of a core to sample 500 images; memory (Linux); of samples and
+reconstructions the power in eight bands of frequency over that of real images; of 1,000 real images
+the PSNR after each scale and the perplexity of its codes.
 """
 
 import argparse
@@ -124,6 +130,13 @@ def images_of(kind, data=None, others=None, fresh=None):
         return parts
     draw = dict(shapes=train.draw_shape, letters=draw_letter)[kind]
     return [drawn(draw, 1_000_000, 16_000), drawn(draw, 2_000_000, 2_000)]
+
+
+def halves(images, labels):
+    """[(images, labels) that settings are chosen by, the same to report on]: a random split."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    middle = len(order) // 2
+    return [(images[rows], labels[rows]) for rows in (order[:middle], order[middle:])]
 
 
 def network(classes, size=32, wider=1):
@@ -267,24 +280,15 @@ def power(images, bands=8):
     return torch.stack([spectrum[band == number].mean() for number in range(bands)])
 
 
-def chosen_guidances(judge, run, guidances, flags):
-    """Two of the list, by the run's own held-out images: {"nearest": the one whose samples are
-    nearest to them, "as sure": the one whose samples are right most nearly as often as they}.
-    """
-    labels, _ = train.load_labels(Path(run))
-    pixels, _ = train.split_held_out(np.load(Path(run, "images.npy"), mmap_mode="c"))
-    images = train.to_unit(pixels[:, 0])
-    held_out, real = features(judge, images), accuracy(judge, images, labels)
-    print(f"held-out training images: right {real:.4g}")
-
-    distances, gaps = {}, {}
+def choose_guidance(judge, images, run, guidances, flags):
+    """The strength of the list at which samples have the lowest FD to images."""
+    reference, distances = features(judge, images), {}
     for guidance in guidances:
         pixels, asked, *_ = draw_samples(run, [*flags, "--guidance", str(guidance)])
-        right = accuracy(judge, pixels, asked)
-        distances[guidance] = frechet(features(judge, pixels), held_out)
-        gaps[guidance] = abs(right - real)
-        print(f"guidance {guidance:g}  right {right:.4g}  to those {distances[guidance]:.4g}")
-    return {"nearest": min(distances, key=distances.get), "as sure": min(gaps, key=gaps.get)}
+        distances[guidance] = frechet(features(judge, pixels), reference)
+        words = f"accuracy {accuracy(judge, pixels, asked):.4g}  FD {distances[guidance]:.4g}"
+        print(f"guidance {guidance:g}  {words}, by which it is chosen")
+    return min(distances, key=distances.get)
 
 
 def model_of(run, flags=()):
@@ -329,18 +333,18 @@ def report(judge, held_out, run, flags=()):
     kept = train.evaluate_tokenizer(codec, few, scales)
 
     log = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
-    looks = [x for x in log if x["stage"] == "next-scale" and "held_out_loss" in x]
+    evaluations = [x for x in log if x["stage"] == "next-scale" and "held_out_loss" in x]
 
-    # what is drawn
+    # what is sampled
     pixels, asked, seconds, peak_mb = draw_samples(run, flags)
-    drawn_features = features(judge, pixels)
+    sampled = features(judge, pixels)
     return dict(
-        loss=min(x["held_out_loss"] for x in looks),
-        real=accuracy(judge, images, labels),
-        right=accuracy(judge, pixels, asked),
-        frechet=frechet(drawn_features, reference),
-        reconstructions=frechet(features(judge, decoded), reference),
-        recall=recall(drawn_features, reference),
+        loss=min(x["held_out_loss"] for x in evaluations),
+        real_accuracy=accuracy(judge, images, labels),
+        accuracy=accuracy(judge, pixels, asked),
+        fd=frechet(sampled, reference),
+        reconstructions_fd=frechet(features(judge, decoded), reference),
+        recall=recall(sampled, reference),
         power=power(pixels) / real_power,
         power_reconstructions=power(decoded) / real_power,
         seconds=seconds,
@@ -371,7 +375,7 @@ def claims(judge, held_out, data, out="runs/claims"):
         show(numbers)
         rows.setdefault(name, []).append(numbers)
 
-    for seed in "012":
+    for seed in "123":
         run = f"{out}/{seed}"
         minutes = trained(*flags, seed, "--out", run)
         for passes in "0124":
@@ -387,28 +391,45 @@ def claims(judge, held_out, data, out="runs/claims"):
 
     for name, seeds in rows.items():
         print(f"\n{name}")
-        for number in ("minutes", "loss", "right", "frechet", "recall", "seconds", "peak_mb"):
+        for number in ("minutes", "loss", "accuracy", "fd", "recall", "seconds", "peak_mb"):
             values = np.array([row[number] for row in seeds])
             show({number: (values.mean(), values.std(ddof=1))})
 
 
 @torch.no_grad()
-def report_edits(judge, held_out, run, flags, count=400):
-    """Prints, with halves repainted, the share right and jumps across the seam to originals'."""
-    order = torch.randperm(len(held_out[0]), generator=torch.Generator().manual_seed(0))
-    images, labels = (rows[order[:count]] for rows in held_out)  # files come by class
+def report_edits(judge, held_out, run, flags, count=300):
+    """Prints of images whose halves, or the middle quarter, are repainted: accuracy; the squared
+    error of what was hidden; at the mask's edge, the jumps divided by those of the originals.
+    """
+    images, labels = (rows[:count] for rows in held_out)  # in random order
     params, codec, options = model_of(run, flags)
-    middle = images.shape[3] // 2
-    for turn, name in enumerate(("left", "lower", "right", "upper")):
-        mask = torch.zeros_like(images[:, :1], dtype=torch.bool)
-        mask[..., :middle] = True
-        mask = mask.rot90(turn, (2, 3))
-        made = sample.edit(params, codec, images, mask, labels, seed=8000, **options)
+    middle, quarter = images.shape[3] // 2, images.shape[3] // 4
+    left, box = (torch.zeros_like(images[:, :1], dtype=torch.bool) for _ in range(2))
+    left[..., :middle] = True
+    box[..., quarter : quarter + middle, quarter : quarter + middle] = True
+    masks = {
+        name: left.rot90(i, (2, 3)) for i, name in enumerate(("left", "lower", "right", "upper"))
+    }
 
-        upright = torch.stack([made, images]).rot90(-turn, (3, 4))
-        jumps = (upright[..., middle] - upright[..., middle - 1]).abs().mean((1, 2, 3))
-        right, seam = accuracy(judge, made, labels), jumps[0] / jumps[1]
-        print(f"{name}  right {right:.3g}  seam {seam:.3g}", flush=True)
+    def jumps(pictures, mask):
+        """The mean difference between pixels on both sides of the mask's edge."""
+        total = count = 0
+        for axis in (2, 3):
+            edge = mask.diff(dim=axis)
+            total += (pictures.diff(dim=axis).abs().mean(1, keepdim=True) * edge).sum()
+            count += edge.sum()
+        return total / count
+
+    for name, mask in (masks | dict(middle=box)).items():
+        made = []
+        for rows in torch.arange(len(images)).split(25):
+            own = images[rows], mask[rows], labels[rows]
+            seeds = (8000 + rows).tolist()
+            made.append(sample.edit(params, codec, *own, seed=seeds, **options))
+        made = torch.cat(made)
+        error = (made - images).square().mean(1, keepdim=True)[mask].mean()
+        words = f"accuracy {accuracy(judge, made, labels):.3g}  error {error:.3g}"
+        print(f"{name}  {words}  seam {jumps(made, mask) / jumps(images, mask):.3g}", flush=True)
 
 
 def write_letters(folder):
@@ -511,20 +532,21 @@ def main(argv=None):
         _, names = train.list_images(f"{args.data}/train")
         probe = read_folder(f"{args.data}/train", names)
     judge = train_judge(kind, *training, probe=probe)
-    print(f"{kind}: right on {accuracy(judge, *(probe or training)):.4g} of the judge's own images")
+    own, unseen = accuracy(judge, *(probe or training)), accuracy(judge, *held_out)
+    print(f"{kind}: accuracy on {unseen:.4g} of unseen images, {own:.4g} of the judge's own")
+    choosing, reporting = halves(*held_out)
     if args.kind == "claims":
-        claims(judge, held_out, args.data)
+        claims(judge, reporting, args.data)
     for run in args.run:
         print(f"\n{kind} {run}", *flags)
         if args.edit:
-            report_edits(judge, held_out, run, flags)
+            report_edits(judge, reporting, run, flags)
             continue
-        if not args.guidance:
-            show(report(judge, held_out, run, flags))
-            continue
-        for name, guidance in chosen_guidances(judge, run, args.guidance, flags).items():
-            print(f"{name}: guidance {guidance:g}")
-            show(report(judge, held_out, run, [*flags, "--guidance", str(guidance)]))
+        own = list(flags)
+        if args.guidance:
+            guidance = choose_guidance(judge, choosing[0], run, args.guidance, flags)
+            own += ["--guidance", str(guidance)]
+        show(report(judge, reporting, run, own))
 
 
 if __name__ == "__main__":
