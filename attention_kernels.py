@@ -4,7 +4,9 @@
 explicit mask and defines what is correct. On NVIDIA GPUs three Triton kernels (forward; dQ; dK and
 dV) compute the softmax in a streaming fashion, as FlashAttention-2 does (Dao 2023, algorithms 1
 and 2). The tests compile these kernels and run them in Triton's interpreter; they have not run on a
-GPU yet. On all other devices PyTorch computes block by block.
+GPU yet. So the first call for a GPU, dtype and head_dim compares them with dense attention and, if
+they differ, warns and lets PyTorch compute (`_kernels_agree`). On all other devices PyTorch
+computes block by block.
 
     >>> query, key, value = torch.randn(3, 2, 4, 14, 32)
     >>> block_sparse_attention(query, key, value, block_lengths=(1, 4, 9)).shape
@@ -14,6 +16,7 @@ GPU yet. On all other devices PyTorch computes block by block.
 import functools
 import itertools
 import os
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +45,8 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     joining the heads needs no copy. Gradients of the first order are supported. ValueError if the
     shapes, dtypes or lengths do not fit.
 
-    Before capturing a CUDA graph, call it once: the first call copies its tile table to the GPU.
+    Before compiling it or capturing a CUDA graph, call it once: the first call checks the kernels
+    and copies its tile table to the GPU.
     """
     query, key, value, scale = _check(query, key, value, block_lengths, scale)
     block_lengths = tuple(block_lengths)
@@ -51,7 +55,10 @@ def block_sparse_attention(query, key, value, block_lengths, is_causal=False, sc
     is_sparse = len(block_lengths) > 1  # one block is plain attention, which torch computes
     on_gpu = query.is_cuda and query.dtype != torch.float64
     if INTERPRETED or (has_kernels and is_sparse and on_gpu):
-        return _forward(query, key, value, block_lengths, bool(is_causal), scale)[0]
+        # torch.compile and fake tensors cannot look at numbers
+        is_traced = torch.compiler.is_compiling() or type(query) not in (Tensor, torch.nn.Parameter)
+        if is_traced or _kernels_agree(query.device, query.dtype, query.shape[-1]):
+            return _forward(query, key, value, block_lengths, bool(is_causal), scale)[0]
     return _block_by_block(query, key, value, block_lengths, is_causal, scale)
 
 
@@ -431,6 +438,70 @@ def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
     work = (tiles, bounds, len(tiles), heads, tokens)
     with torch.cuda.device_of(query):  # Triton launches on the current device
         kernel[(len(tiles) * batch * heads,)](tensors, statistics, work, scale, **constants)
+
+
+# ---- the kernels' check of themselves
+
+
+@functools.cache
+def _kernels_agree(device, dtype, head_dim):
+    """Whether the kernels compute what dense attention does, tried on a small case; warns if not.
+
+    It is tried once in a process. With True the kernels are used from then on, otherwise PyTorch.
+    """
+    lengths, scale = (1, 4, 9, 70), head_dim**-0.5
+    generator = torch.Generator().manual_seed(0)
+    tensors = torch.randn(4, 1, 2, sum(lengths), head_dim, generator=generator).to(device, dtype)
+    no_autocast = torch.autocast(device.type, enabled=False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), no_autocast:
+            for is_causal in (False, True):
+                pattern = lengths, is_causal, scale
+                ours = _output_and_gradients(_forward, tensors, pattern)
+                dense = _output_and_gradients(dense_masked_attention, tensors, pattern)
+                exact = _output_and_gradients(dense_masked_attention, tensors.double(), pattern)
+                allowed = _allowed_errors(tensors, scale, dense, exact)
+                names = "output", "dQ", "dK", "dV"
+                for name, got, truth, most in zip(names, ours, exact, allowed, strict=True):
+                    error = (got - truth).abs().max()
+                    if not error <= most:  # nan is an error too
+                        raise ArithmeticError(f"{name} is wrong by {error:.1e}, allowed {most:.1e}")
+    except Exception as error:  # noqa: BLE001 - compilers and drivers raise errors of many kinds
+        case = f"{device}, {dtype}, head_dim {head_dim}: {type(error).__name__}: {error}"
+        words = "Triton kernels fail their check and are not used, so training is slower:"
+        warnings.warn(f"{words} {case}", RuntimeWarning, stacklevel=3)
+        return False
+    return True
+
+
+def _output_and_gradients(attention, tensors, pattern):
+    """[output, dQ, dK, dV] of attention(query, key, value, *pattern); tensors: these and dO."""
+    *qkv, output_gradient = tensors
+    leaves = [x.detach().clone().requires_grad_() for x in qkv]
+    output = attention(*leaves, *pattern)
+    if attention is _forward:
+        output, _ = output
+    return [output.detach(), *torch.autograd.grad(output, leaves, output_gradient)]
+
+
+def _allowed_errors(tensors, scale, dense, exact):
+    """The largest errors of output, dQ, dK and dV that rounding explains.
+
+    dense, exact: those of a dense computation in the same dtype and in float64. Allowed is twice
+    the dense error, a few roundings of the largest value, and what recomputation rounds: the
+    exponent, a difference of numbers as large as Q K; delta, which does not cancel dO V where a
+    token sees one key only.
+    """
+    q, k, _, do = (x.double() for x in tensors)
+    eps = torch.finfo(tensors[0].dtype).eps
+    score_eps = min(eps, torch.finfo(torch.float32).eps)
+    score = (q.abs() @ k.abs().mT).max() * scale * score_eps
+    delta = (exact[0] * do).abs().sum(-1).max() * scale
+    deltas = 0, delta * k.abs().max(), delta * q.abs().max(), 0
+    return [
+        2 * (plain - truth).abs().max() + (4 * eps + score) * truth.abs().max() + eps * term
+        for plain, truth, term in zip(dense, exact, deltas, strict=True)
+    ]
 
 
 # ---- the operators

@@ -5,6 +5,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
+import warnings
 from unittest import mock
 
 import benchmark
@@ -93,33 +94,21 @@ def run(tensors, *pattern, attention=block_sparse_attention):
 
 
 def check(tensors, block_lengths, is_causal, scale=None):
-    """The entry's output and gradients, against float64 on the same rounded inputs.
-
-    Allowed is twice a dense computation's error in the same dtype, a few roundings of the largest
-    value, and what recomputation rounds: the exponent, a difference of numbers as large as Q K;
-    delta, which does not cancel dO V where a token sees one key only.
-    """
+    """The entry's output and gradients, against float64 on the same rounded inputs."""
     pattern = (block_lengths, is_causal, scale)
-    wide = q, k, _, do = [x.double() for x in tensors]
+    wide = [x.double() for x in tensors]
     ours = run(tensors, *pattern)
     dense = run(tensors, *pattern, attention=dense_masked_attention)
     exact = run(wide, *pattern, attention=dense_masked_attention)
     assert ours[0].transpose(1, 2).is_contiguous()  # the heads can be joined without a copy
 
-    scale = scale or q.shape[-1] ** -0.5
-    score = (q.abs() @ k.abs().mT).max() * scale * torch.finfo(torch.float32).eps
-    dtype = tensors[0].dtype
-    eps = torch.finfo(dtype).eps
-    delta = (exact[0] * do).abs().sum(-1).max() * scale
-    deltas = (0, delta * k.abs().max(), delta * q.abs().max(), 0)
+    query = tensors[0]
+    allowed = kernels._allowed_errors(tensors, scale or query.shape[-1] ** -0.5, dense, exact)
     names = ("output", "dquery", "dkey", "dvalue")
-    for name, got, truth, plain, term in zip(names, ours, exact, dense, deltas, strict=True):
-        assert got.dtype == dtype and got.shape == q.shape
-        largest = truth.abs().max()
-        allowed = 2 * (plain - truth).abs().max() + eps * (4 * largest + term) + score * largest
-        if dtype == torch.float64:
-            allowed = 1e-12
-        assert (got - truth).abs().max() <= allowed, name
+    for name, got, truth, most in zip(names, ours, exact, allowed, strict=True):
+        assert got.dtype == query.dtype and got.shape == query.shape
+        most = 1e-12 if query.dtype == torch.float64 else most
+        assert (got - truth).abs().max() <= most, name
 
 
 @needs_kernels
@@ -145,6 +134,42 @@ def test_real_tile_sizes(is_causal):
     block_lengths = (1, 4, 9, 16, 65, 130)
     check(inputs(block_lengths, 1, 1, 136, torch.float32), block_lengths, is_causal)
     check(inputs((5, 513), head_dim=40, dtype=torch.float16), (5, 513), is_causal)
+
+
+# ---- the check at the first call
+
+
+@needs_kernels
+@parametrize("dtype", [torch.float16, torch.float32])
+@parametrize("broken", ["_forward_kernel", "_dq_kernel", "_dkv_kernel"])
+@parametrize("way", ["raises", "writes nothing", "is wrong"])
+def test_a_broken_kernel_is_noticed_and_not_used(broken, dtype, way, monkeypatch):
+    """One warning for a device, dtype and head_dim; then PyTorch computes, and rightly."""
+    works = getattr(kernels, broken)
+
+    class Broken:
+        def __getitem__(self, grid):
+            def launch(tensors, *arguments, **constants):
+                if way == "raises":
+                    raise RuntimeError("no such instruction")
+                if way == "is wrong":
+                    works[grid](tensors, *arguments, **constants)
+                    tensors[-1][0].mul_(1.2)  # of the pointers the last result
+
+            return launch
+
+    kernels._kernels_agree.cache_clear()
+    monkeypatch.setattr(kernels, broken, Broken())
+    tensors = inputs((1, 5, 20), dtype=dtype, head_dim=24)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        check(tensors, (1, 5, 20), False)
+        check(tensors, (1, 5, 20), True)
+    kernels._kernels_agree.cache_clear()
+    messages = [str(x.message) for x in warned if "Triton kernels" in str(x.message)]
+    (message,) = messages
+    assert "head_dim 24" in message
+    assert ("no such instruction" if way == "raises" else "is wrong by") in message
 
 
 # ---- the PyTorch path
