@@ -199,9 +199,10 @@ jit = triton.jit if triton else lambda function: function
 
 @jit
 def _program(work, ROWS):
-    """Returns, for the current program: the pointer to its tile; (batch, head); the offset of that
-    head in statistics; its rows; which of them exist; (the first column that each row sees, the
-    first one after those).
+    """(tile, (batch, head), first, rows, inside, (low, high)) of the current program.
+
+    tile is a pointer, and first the offset of the head in statistics. inside tells which rows
+    exist. Each row sees columns low to high - 1.
     """
     tiles, bounds, tile_count, heads, tokens = work
     program = tl.program_id(0)  # a head's tiles run side by side and find its keys in the cache
@@ -219,9 +220,8 @@ def _program(work, ROWS):
 def _columns(tile, MASKED, COLUMNS):
     """Start and stop of the walk without or with a mask, and the column offsets of one step."""
     STEP: tl.constexpr = COLUMNS // 2 if MASKED and COLUMNS > 16 else COLUMNS
-    walk = (
-        tile + 2 + 2 * MASKED
-    )  # a tile is (rows, unmasked columns, masked columns), two ints each
+    # a tile is (rows, unmasked columns, masked columns), two ints each
+    walk = tile + 2 + 2 * MASKED
     return tl.load(walk), tl.load(walk + 1), tl.arange(0, STEP)
 
 
@@ -451,7 +451,7 @@ def _kernels_agree(device, dtype, head_dim):
     """
     lengths, scale = (1, 4, 9, 70), head_dim**-0.5
     generator = torch.Generator().manual_seed(0)
-    tensors = torch.randn(4, 1, 2, sum(lengths), head_dim, generator=generator).to(device, dtype)
+    tensors = torch.randn(4, 1, 1, sum(lengths), head_dim, generator=generator).to(device, dtype)
     no_autocast = torch.autocast(device.type, enabled=False)
     try:
         with torch.inference_mode(False), torch.enable_grad(), no_autocast:

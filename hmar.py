@@ -108,7 +108,7 @@ def apply_mask(params, inputs, own_inputs, mask, sizes):
     branch = params["masked"]
     weight = branch.get("own_input", params["input"]["weight"])
     visible = convolve_by_scale(own_inputs, sizes, weight, bias=None)
-    if weight.ndim == 2:  # a convolution shows a hidden place the visible tokens beside it
+    if weight.ndim == 2:  # a convolution reads visible neighbours, so hidden places keep its output
         visible = visible.masked_fill(mask[..., None], 0)
     visible = visible + mask[..., None] * branch["mask_embedding"]
     return convolve_by_scale(inputs, sizes, **params["input"]) + visible
@@ -247,11 +247,12 @@ def modulate(x, scale, shift):
 def convolve_by_scale(x, sizes, weight, bias):
     """A convolution of each scale's map by itself: x (B, n, C') -> (B, n, C).
 
-    weight (C, C' / groups, 3, 3) or, as published, a matrix (C, C').
+    weight: (C, C', 3, 3), or (C, 1, 3, 3) for each channel by itself, or as published a matrix
+    (C, C').
     """
     if weight.ndim == 2:
         return linear(x, weight, bias)
-    groups = x.shape[-1] // weight.shape[1]
+    groups = x.shape[-1] if weight.shape[1] == 1 else 1
     rows = []
     for part, size in zip(x.to(weight.dtype).split([h * w for h, w in sizes], 1), sizes):
         maps = part.unflatten(1, size).permute(0, 3, 1, 2)  # (B, C', h, w)
@@ -429,8 +430,8 @@ def init(
 # of attention, the residual stream, embeddings, the modulation of heads and losses stay in fp32.
 CAST_KEYS = {"trunk", "blocks", "head", "expand", "contract"}
 
-# Leaves below these keys are tables, gates, outputs or convolutions of single channels. `train.py`
-# trains them and all vectors by AdamW, the other matrices and convolutions by Muon.
+# `train.py` trains the leaves below these keys and all vectors by AdamW, the other matrices and
+# convolutions by Muon.
 TABLES = {"classes", "start", "levels", "positions", "embedding", "head", "modulation", "depthwise"}
 
 

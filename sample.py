@@ -5,7 +5,8 @@
 
 `steps` is the method as a generator, so that a caller can watch it or stop it; `generate` and
 `edit` consume it. The random numbers of an image are a function of its seed, the scale and the
-pass. The other images of a batch change it by rounding only (in bf16 rounding may change a token).
+pass. An image depends on the rest of its batch only
+through rounding (which in bf16 may change a token).
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024);
 classifier-free guidance (Ho and Salimans 2021).
@@ -90,8 +91,8 @@ def steps(
     labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, batch)
     if schedule is None:
         schedule = [[count] for count in tokenizer.lengths(scales)]
-    limits = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
-    limits |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    filters = dict(soften=soften, temperature=temperature, top_k=top_k, top_p=top_p)
+    limits = filters | dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise)
     check_arguments(params, codec, labels, seeds, schedule, has_masked, **limits)
     labels = labels.to(codebook.device)
 
@@ -121,16 +122,16 @@ def steps(
             strength = strength * progress**rise
             features = guided_features(params, branch, labels, strength, cache, k, **branch_inputs)
             uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
-            places = k, tokens, hidden, uniform, clues
+            state = tokens, hidden, uniform, clues
             tokens, confidence, log_p = sample_pass(
-                params, branch, features, *places, strength, soften, temperature, top_k, top_p
+                params, branch, features, k, *state, strength=strength, **filters
             )
-            if number == 0:  # how likely the given tokens of an edit are after its path
+            if number == 0:  # of an edit's given tokens, under the coarser scales sampled so far
                 likelihood = log_p
 
             hidden = hide_least_confident(confidence, hidden, keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
-            if number + 1 == len(keeps) and known is not None and known.particles > 1:
+            if known is not None and number + 1 == len(keeps):  # an edit goes on with its best
                 is_last = k + 1 == len(scales)
                 rows = choose_particles(likelihood, known.particles, seeds, k, is_last)  # (B,)
                 tokens, hidden, grown = (x[rows] for x in (tokens, hidden, grown))
@@ -151,21 +152,22 @@ def sample_pass(
     hidden,
     uniform,
     clues,
+    *,
     strength,
     soften,
     temperature,
     top_k,
     top_p,
 ):
-    """Samples the hidden tokens of scale k: (tokens (B, n_k), confidence, log-likelihood (B,)).
+    """Samples the hidden tokens of scale k: (tokens (B, n_k), confidence, given_log_p (B,)).
 
     features: of `guided_features`, for which the blocks ran once; here the head runs once for each
     wave of tokens. uniform (B, n_k) decides the samples. confidence (B, n_k), fp64, is the
     probability of each token. clues: None, or for an edit logits (B, n_k, codes) to be added; then
-    the log-likelihood is that of the tokens that are not hidden, otherwise 0.
+    given_log_p is the log-probability of the tokens that are not hidden, otherwise 0.
     """
     tokens, confidence = tokens.clone(), torch.zeros_like(uniform)
-    likelihood = uniform.new_zeros(len(tokens))
+    given_log_p = uniform.new_zeros(len(tokens))
     is_sampled = temperature >= 0.001  # otherwise the most likely code is taken
 
     for wave in hmar.waves(params, k):  # m positions; each sees tokens of earlier waves
@@ -178,15 +180,15 @@ def sample_pass(
 
         if clues is not None:
             logits = logits + clues[:, wave]
-            given = both[0].log_softmax(-1).gather(-1, tokens[:, wave, None])[..., 0]
-            likelihood += given.masked_fill(hidden[:, wave], 0).sum(1)
+            log_p = both[0].log_softmax(-1).gather(-1, tokens[:, wave, None])[..., 0]
+            given_log_p += log_p.masked_fill(hidden[:, wave], 0).sum(1)
 
         logits = logits / temperature if is_sampled else logits
         logits = filter_logits(logits, top_k, top_p)
         new, probability = sample_codes(logits, uniform[:, wave] if is_sampled else None)
         confidence[:, wave] = probability.double()
         tokens[:, wave] = torch.where(hidden[:, wave], new, tokens[:, wave])
-    return tokens, confidence, likelihood
+    return tokens, confidence, given_log_p
 
 
 def hide_least_confident(confidence, hidden, keep):
@@ -206,10 +208,8 @@ def seeds_of_images(seed, count):
 
 def check_arguments(params, codec, labels, seeds, schedule, has_masked, **limits):
     """ValueError where the arguments of `steps` would silently give wrong images."""
-    counts, codes = tokenizer.lengths(hmar.scale_sizes(params)), codec["codebook"].shape
-    expected = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
-    if tuple(codes) != expected:
-        raise ValueError(f"codec: got (codes, code_dim) {tuple(codes)}, expected {expected}")
+    check_codes(params, codec)
+    counts = tokenizer.lengths(hmar.scale_sizes(params))
     if [sum(keeps) for keeps in schedule] != counts:
         raise ValueError(f"schedule: got {schedule}, expected these sums by scale: {counts}")
     if len(schedule[0]) > 1 or (max(map(len, schedule)) > 1 and not has_masked):
@@ -225,6 +225,14 @@ def check_arguments(params, codec, labels, seeds, schedule, has_masked, **limits
     # values are checked on the CPU only: reading them would make a GPU wait
     if labels.is_cpu and len(labels) and not 0 <= labels.min() <= labels.max() <= classes:
         raise ValueError(f"labels: got {labels.tolist()}, expected 0 to {classes} (no class)")
+
+
+def check_codes(params, codec):
+    """ValueError if the transformer was made for other codes than those of the tokenizer."""
+    codes = tuple(codec["codebook"].shape)
+    expected = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
+    if codes != expected:
+        raise ValueError(f"tokenizer: got (codes, code_dim) {codes}, expected {expected}")
 
 
 def guided_features(params, branch, labels, strength, cache, k, **inputs):
@@ -245,8 +253,8 @@ def classifier_free_guidance(conditional, unconditional, strength, soften=0.0):
     """(1 + t) conditional - t unconditional, t the strength (Ho and Salimans 2021, equation 6).
 
     Logits (B, m, codes). With soften, t is divided by 1 + (D / soften)^2, where D is the divergence
-    between the two in nats. So the class is amplified where it changes little and not exaggerated
-    where it already decides.
+    of the prediction without the class from that with it, in nats. So guidance is weaker where the
+    class already decides.
     """
     if soften:
         log_p, log_q = conditional.log_softmax(-1), unconditional.log_softmax(-1)
@@ -419,7 +427,7 @@ def choose_particles(likelihood, particles, seeds, k, is_last):
     if is_last:
         chosen = weights.argmax(1, keepdim=True).expand(-1, particles)
     else:
-        # 2^31 is the number of no pass, so that these numbers are not those of `uniform_numbers`
+        # No pass has the number 2^31, so these numbers differ from those of `uniform_numbers`.
         offsets = [np.random.default_rng((seed, k, 2**31)).random() for seed in seeds[::particles]]
         offsets = torch.tensor(offsets, device=weights.device)[:, None]  # (images, 1)
         places = (torch.arange(particles, device=weights.device) + offsets) / particles
@@ -470,18 +478,18 @@ def evidence(codebook, residual, outside, size):
     return torch.where(share > 0, -0.5 * precision * distance, 0.0)
 
 
-def extrapolate(images, known, reach):
-    """Extrapolates known (B, 1, H, W) pixels of images (B, C, H, W), ring by ring, fading to 0."""
-    images = images.masked_fill(~known, 0)
+def extrapolate(images, visible, reach):
+    """Images (B, C, H, W), continued from visible (B, 1, H, W) pixels, in rings that fade to 0."""
+    images = images.masked_fill(~visible, 0)
     carried = torch.zeros_like(images)
     for ring in range(1, reach + 1):
-        share = F.avg_pool2d(known.to(images.dtype), 3, stride=1, padding=1)
+        share = F.avg_pool2d(visible.to(images.dtype), 3, stride=1, padding=1)
         # a share is 0, or 1/9 and more
         near = F.avg_pool2d(images, 3, stride=1, padding=1) / share.clamp(min=0.1)
-        fresh = ~known & (share > 0)
+        fresh = ~visible & (share > 0)
         images = torch.where(fresh, near, images)
         carried = torch.where(fresh, near * (1 - ring / (reach + 1)), carried)
-        known = known | fresh
+        visible = visible | fresh
     return carried
 
 
@@ -558,8 +566,8 @@ def read_photo_and_mask(photo_path, mask_path, pad, size):
     """
     photo = read_image(photo_path)
     if mask_path:
-        # Both are brought to a grid on which times x times cells become one pixel of the model, so
-        # that a pixel that is shown is a mean of shown cells only.
+        # Both are resized to `times` times the model's size, so that a pixel that is shown is a
+        # mean of cells outside the mask only.
         mask = read_image(mask_path).convert("L")
         skew = abs(mask.width * photo.height - mask.height * photo.width)
         if skew > max(*mask.size, *photo.size):  # sides that were rounded may differ by a pixel
@@ -684,19 +692,20 @@ def parser():
     text = "image i uses the random numbers of seed + i (default: 0)"
     add("--seed", type=int, default=0, help=text)
     text = (
-        "picture file: a sheet with a row for each label; .gif: a sheet after each pass; .npz: an "
+        "picture file: a sheet with a row for each label; .gif: one after each pass, but of edits "
+        "only the last; .npz: an "
     )
     text += "array for FID programs; no suffix: a folder of images (default: samples.png)"
     add("--out", type=Path, default=Path("samples.png"), help=text)
     add("--edit", type=Path, help="image to repaint; it is cropped and reduced to the model's size")
-    place = top.add_mutually_exclusive_group()
-    text = "image with the same proportions, white where to repaint"
-    place.add_argument("--mask", type=Path, help=text)
+    add = top.add_mutually_exclusive_group().add_argument
+    add("--mask", type=Path, help="image with the same proportions, white where to repaint")
     text = (
         "instead of --mask: shrink the image and paint a border of this share of the model's size"
     )
-    place.add_argument("--pad", type=float, default=0.0, help=text)
-    text = "samples of an edit that are followed at once, of which the best is kept (default: 8)"
+    add("--pad", type=float, default=0.0, help=text)
+    add = top.add_argument
+    text = "candidates for an edit, which are sampled together; the best one is kept (default: 8)"
     add("--particles", type=int, default=8, help=text)
     add_device_flags(top)
 
@@ -704,10 +713,10 @@ def parser():
     add = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
     add("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
     add("--mask-guidance", type=float, help="the same in masked passes")
-    text = "at scale k of S guidance is multiplied by (k / (S - 1)) ** RISE; 0 keeps it constant"
+    text = "guidance is multiplied by (k / (S - 1)) ** RISE at scale k of 0 to S - 1; 0: constant"
     add("--rise", type=float, help=text)
-    text = "guidance is halved where predictions with and without a class differ by this "
-    add("--soften", type=float, help=text + "divergence in nats; 0: never")
+    text = "guidance is halved where the predictions with and without a class have a KL divergence "
+    add("--soften", type=float, help=text + "of this many nats; 0: never")
     add("--temperature", type=float, help="divides the logits; 0: take the most likely code")
     add("--top-k", type=int, help="sample only the k most likely codes; 0: all")
     text = "sample only the smallest set of codes with at least this probability together; 1: all"
@@ -733,7 +742,9 @@ def scale_pair(text):
 
 def find_device(name=None):
     """The torch.device of --device; by default this process's GPU if there is one, else the CPU."""
-    if name == "cpu" or (name is None and not torch.cuda.is_available()):
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: got cuda, but PyTorch finds no GPU")
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -834,8 +845,6 @@ def make_sampler(args, model, labels, every_pass):
             raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
         edited = read_photo_and_mask(args.edit, args.mask, args.pad, (width, height))
         photo, mask = to_device(edited, device)
-        if "mask_steps" not in args:  # the schedule of samples is not that of edits
-            options.pop("schedule", None)
 
     def sample_frames(numbers):
         own = options | dict(labels=labels[numbers], seed=(args.seed + numbers).tolist())
@@ -852,12 +861,14 @@ def make_sampler(args, model, labels, every_pass):
 
 
 def sampling_options(args, model):
-    """The keyword arguments of `steps`: those stored in the model, replaced by flags."""
+    """The keyword arguments of `steps` or `edit`: those stored in the model, replaced by flags."""
     flags = {name: x for name, x in vars(args).items() if name in SAMPLING_FLAGS}
     options = model["sampling"] | flags | dict(is_causal=model["is_causal"])
     if "mask_steps" in args:
         scales = hmar.scale_sizes(model["transformer"])
         options["schedule"] = masked_schedule(scales, args.mask_steps)
+    elif args.edit:  # the model's schedule is that of samples
+        options.pop("schedule", None)
     return options
 
 

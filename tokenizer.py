@@ -209,9 +209,8 @@ def decode_unclamped(codec, f_hat):
 
 def encoder(x, conv_in, down, middle, norm_out, conv_out):
     """Images (B, 3, H, W) -> (B, code_dim, h, w): levels that halve the sides, then the middle."""
-    x = F.pixel_unshuffle(
-        x, fold_side(conv_in["weight"].shape[1])
-    )  # squares of pixels become channels
+    # squares of pixels become channels
+    x = F.pixel_unshuffle(x, fold_side(conv_in["weight"].shape[1]))
     x = convolution(x, **conv_in)
     for weights in [*down, middle]:
         x = level(x, **weights)
@@ -296,8 +295,8 @@ def training_loss(
     coarse, stops (n,) int64: image coarse[i] is decoded a second time, from scales 0 to stops[i]
     only, so that coarse scales become images by themselves.
     images_per_coarse: images in a batch for each image in `coarse`. The coarse error is divided by
-    the expected number of such images, so that the losses of parts of a batch add up to the loss of
-    the batch whatever number of them a part has.
+    the expected number of such images, so that the losses of the parts of a batch add up to its
+    loss although they have unequal numbers of them.
     hue_variance: `measure_hue_variance` of the training data.
     perceptual_layers: as for `perceptual_error`; without any, this term is zero.
     commitment: weight of the error that moves features to their codes (VAR, equation 5).

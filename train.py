@@ -65,7 +65,7 @@ def recipe(depth, size, images, classes, is_shapes=False, cell=None):
     relative_depth = depth / 2
     is_large = depth >= 8  # from here on the published layers
     training_images = images - count_held_out(images)
-    has_perceptual_loss = size >= 48 and not is_large  # not worth its time at 32
+    has_detail = size >= 48 and not is_large  # images whose detail a small model can learn
 
     # The tokenizer. With fold, squares of 2 x 2 pixels become channels, which lowers the FD of
     # reconstructions at 64 pixels from 3.55 to 1.65 for 5 % more time.
@@ -93,7 +93,7 @@ def recipe(depth, size, images, classes, is_shapes=False, cell=None):
     # are needed; no folder is seen more than 200 times.
     seen = min(50_000 * relative_depth**3 * math.sqrt(32 / size), 200 * training_images)
     batch = 8 * round(2 * relative_depth**1.5)
-    if size >= 48 and not is_large:  # fewer images in smaller batches were as good
+    if has_detail:  # fewer images in smaller batches were as good
         seen *= 0.69
         batch //= 2
     shares = {"tokenizer": 0.43 if fold > 1 else 0.35, "next-scale": 1, "masked": 1 / 11}
@@ -116,7 +116,7 @@ def recipe(depth, size, images, classes, is_shapes=False, cell=None):
         transformer=dict(depth=depth) | local,
         masked_blocks=(depth + 1) // 2,
         loss_weights="lognormal" if is_large else "token",
-        perceptual=has_perceptual_loss,
+        perceptual=has_detail,  # not worth its time at 32 pixels
         batch=batch,
         steps=steps,
         lr={"tokenizer": rate, "next-scale": rate, "masked": rate / 4},
@@ -174,7 +174,8 @@ def fit(stage, run, out, tree, loss, make_batch, evaluate, draw, after_step=None
 
     stage: its name. run: the settings. out: the run folder. extra: tensors that after_step changes.
 
-        loss(tree, **batch)          -> (mean over its images, {name: tensor} to log, traces)
+        loss(tree, **batch)          -> (mean over its images, {name: tensor} to log, what
+                                        after_step needs: it gets a list with one for each part)
         make_batch(step, positions)  -> {name: tensor} of these images of the batch of a step
         evaluate(tree)               -> {name: number or list} on held-out images; the least
                                         "loss" is best
@@ -186,8 +187,8 @@ def fit(stage, run, out, tree, loss, make_batch, evaluate, draw, after_step=None
     leaves = [nn.Parameter(leaf.detach().clone()) for leaf in leaves]
     average, best = ([leaf.detach().clone() for leaf in leaves] for _ in range(2))
     optimizers = new_optimizers(tree, leaves, run["decay"], run["newton_schulz"])
-    tensors = [*leaves, *average, *best, *extra]
-    step, best_step, best_loss = load_checkpoint(out, stage, tensors, optimizers)
+    state = [*leaves, *average, *best, *extra]  # all that is changed, always in place
+    step, best_step, best_loss = load_checkpoint(out, stage, state, optimizers)
     tree, average_tree = (pytree.tree_unflatten(x, structure) for x in (leaves, average))
     millions = sum(leaf.numel() for leaf in leaves) / 1e6
     work = f"{steps} steps of {batch_size} images, {step} done"
@@ -237,7 +238,7 @@ def fit(stage, run, out, tree, loss, make_batch, evaluate, draw, after_step=None
             is_over = step - best_step >= PATIENCE * steps
         if is_evaluation or time.monotonic() - saved > SAVE_SECONDS:
             done = steps if is_over else step  # after an early stop a resumed run has no steps left
-            save_checkpoint(out, stage, done, best_step, best_loss, tensors, optimizers)
+            save_checkpoint(out, stage, done, best_step, best_loss, state, optimizers)
             saved = time.monotonic()
         if is_over:
             break
@@ -369,11 +370,10 @@ def load_checkpoint(out, stage, tensors, optimizers):
 
 
 def train_tokenizer(run, out, device):
-    """Trains a codec on images so that each of its scales is an image by itself."""
+    """Trains a codec on images so that its first scales alone, however many, decode to one too."""
     dtype, scales = sample.find_dtype(run["dtype"], device), run["scales"]
-    held_out, training = split_held_out(
-        np.load(out / "images.npy", mmap_mode="c")
-    )  # (n, crops, 3, H, W)
+    images = np.load(out / "images.npy", mmap_mode="c")  # (n, crops, 3, H, W)
+    held_out, training = split_held_out(images)
     held_out = to_unit(held_out[:EVALUATED, 0]).to(device)
     codec = sample.to_device(tokenizer.init(**run["codec"], seed=run["seed"]), device)
     chosen = torch.zeros(len(codec["codebook"]), dtype=torch.int64, device=device)
@@ -517,7 +517,7 @@ def train_next_scale(run, out, device, codec, start=None):
     """
     dtype, scales = sample.find_dtype(run["dtype"], device), run["scales"]
     codec = sample.to_device(codec, device)
-    params = sample.to_device(fit_tree(run, start) if start else new_tree(run), device)
+    params = sample.to_device(adapt_tree(run, start) if start else new_tree(run), device)
     weights = hmar.scale_weights(scales, run["loss_weights"]).to(device)  # (L,)
     held_out_labels, labels = load_labels(out)
     held_out, training = split_held_out(load_tokens(run, out, codec, device, dtype))
@@ -535,7 +535,8 @@ def train_next_scale(run, out, device, codec, start=None):
         return total, dict(loss=total, scale_losses=torch.stack(by_scale)), None
 
     def evaluate(params):
-        return evaluate_loss(run, device, loss, params, held_out_labels, held_out)
+        batch = held_out_batch(held_out_labels, held_out)
+        return evaluate_loss(run, device, loss, params, batch)
 
     def draw(params):
         fast = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
@@ -575,9 +576,10 @@ def train_masked(run, out, device, codec, params):
         return total, dict(loss=total), None
 
     def evaluate(branch):
+        batch = held_out_batch(held_out_labels, held_out)
         generator = generator_of("held-out mask")
-        mask = torch.rand(min(EVALUATED, len(held_out)), count, generator=generator) < 0.5
-        return evaluate_loss(run, device, loss, branch, held_out_labels, held_out, mask)
+        batch["mask"] = torch.rand(len(batch["tokens"]), count, generator=generator) < 0.5
+        return evaluate_loss(run, device, loss, branch, batch)
 
     def draw(branch):
         fast = hmar.cast(params | branch, dtype), tokenizer.cast(codec, dtype)
@@ -595,8 +597,8 @@ def new_tree(run):
     return hmar.init(**run["transformer"], **sizes)
 
 
-def fit_tree(run, params):
-    """A given transformer for the run: all blocks in the trunk, the run's scales and classes."""
+def adapt_tree(run, params):
+    """A trained transformer for this run: without a masked branch, with its scales and classes."""
     branch, classes = params["next_scale"], len(run["class_names"])
     params = params | dict(trunk=params["trunk"] + branch["blocks"])
     params["next_scale"] = branch | dict(blocks=[])
@@ -611,17 +613,21 @@ def fit_tree(run, params):
     return params
 
 
-@torch.no_grad()
-def evaluate_loss(run, device, loss, tree, labels, tokens, *mask):
-    """{"loss": the mean loss of held-out images}: labels (n,), tokens (n, crops, L), masks."""
+def held_out_batch(labels, tokens):
+    """The labels and tokens of the images of an evaluation; tokens (n, crops, L)."""
     tokens = torch.from_numpy(tokens[:EVALUATED, 0].astype(np.int64))
-    batch = labels[: len(tokens)], tokens, *mask
+    return dict(labels=labels[: len(tokens)], tokens=tokens)
 
+
+@torch.no_grad()
+def evaluate_loss(run, device, loss, tree, batch):
+    """{"loss": the mean loss of a batch}, computed in parts."""
     total = 0.0
-    for part in zip(*(rows.split(sample.images_at_once(run["size"] ** 2)) for rows in batch)):
-        value, *_ = loss(tree, *sample.to_device(part, device))
-        total += len(part[0]) * value.item()
-    return dict(loss=total / len(tokens))
+    for rows in torch.arange(len(batch["tokens"])).split(sample.images_at_once(run["size"] ** 2)):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        value, *_ = loss(tree, **sample.to_device(part, device))
+        total += len(rows) * value.item()
+    return dict(loss=total / len(batch["tokens"]))
 
 
 def draw_samples(run, path, params, codec, schedule):
@@ -685,9 +691,8 @@ def draw_shape(index, size=32):
     rotation = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
     centre = np.array([12 + 8 * x, 12 + 8 * y]) / 32
     radius = (9.5 + 4 * radius) / 32
-    mask = Image.new(
-        "L", (4 * size, 4 * size)
-    )  # drawn at four times the size and averaged, for soft edges
+    # drawn at four times the size and averaged, for soft edges
+    mask = Image.new("L", (4 * size, 4 * size))
     for outline, ink in zip(OUTLINES[SHAPES[label]], (255, 0)):
         corners = (centre + radius * np.array(outline) @ rotation) * 4 * size
         ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=ink)
@@ -975,7 +980,7 @@ def parser():
     add("--depth", type=int, help=text + "number of images (default: 2)")
     add("--out", help="run folder (default: runs/ and the name of the data folder)")
     add("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
-    text = "training steps of each of the three stages (default: by the recipe)"
+    text = "training steps, one number for all three stages (default: by the recipe)"
     add("--steps", type=int, help=text)
     add("--batch", type=int, help="images in a step, over all processes (default: by the recipe)")
     text = "peak of the learning rate, of which the masked stage takes a quarter (default: by the "
@@ -983,9 +988,9 @@ def parser():
     add("--flip", action="store_true", help="mirror every second crop of a folder's images")
     text = "train VAR instead: attend to coarser scales, no masked stage"
     add("--causal", action="store_true", help=text)
-    text = "use this finished tokenizer, of a model file or published, and train none"
+    text = "use the tokenizer in this model.pt or published file, and train none"
     add("--tokenizer", help=text)
-    text = "continue from this model file: keep its tokenizer and depth, train its transformer on"
+    text = "continue from this model.pt: keep its tokenizer, train its transformer further"
     add("--init", help=text)
     sample.add_device_flags(top)
     return top
@@ -1014,11 +1019,15 @@ def choose_settings(args, flags, names, count):
     classes. count: of the images. ValueError where flags do not fit.
     """
     depth, size, cell = args.depth or 2, args.size or (64 if args.data else 32), None
-    if args.init:
-        depth = hmar.block_count(load_part(args.init, "transformer"))
     if args.init or args.tokenizer:
         codec = load_part(args.tokenizer or args.init, "tokenizer")
         cell = tokenizer.downsampling(codec)
+    if args.init:
+        params = load_part(args.init, "transformer")
+        sample.check_codes(params, codec)
+        depth = hmar.block_count(params)
+        if args.depth not in (None, depth):
+            raise ValueError(f"--depth: got {args.depth}, but {args.init} has depth {depth}")
     settings = recipe(depth, size, count, len(names), is_shapes=not args.data, cell=cell)
     if size % settings["cell"] or size < 2 * settings["cell"]:
         raise ValueError(f"--size: got {size}, expected 2, 3, ... times {settings['cell']}")

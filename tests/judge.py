@@ -467,8 +467,8 @@ def write_edits(run, images, labels, path):
 
 
 def write_curve(folder):
-    """curve.png: a line for each model in the table of RESULTS.md, section 5, whose rows begin with
-    model | CPU seconds | Frechet distance; both axes logarithmic.
+    """curve.png: a line for each model in the table of RESULTS.md, section 7, whose rows begin with
+    model | CPU seconds | FD; both axes logarithmic.
     """
     page = Image.new("RGB", (480, 300), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
@@ -485,8 +485,8 @@ def write_curve(folder):
     draw.text((255, 298), "minutes of training on one core", "black", font, anchor="mb")
     draw.text((50, 14), "Frechet distance, CIFAR-10", "black", font, anchor="lt")
 
-    section = Path(ROOT, "tests/RESULTS.md").read_text().split("\n## ")[5]
-    for model, colour in dict(ours="#c03030", UNet="#3050c0").items():
+    section = Path(ROOT, "tests/RESULTS.md").read_text().split("\n## ")[7]
+    for model, colour in dict(HMAR="#c03030", UNet="#3050c0").items():
         rows = re.findall(rf"^\| {model}[^|]* \| ([\d,]+) \| ([\d.]+)", section, re.MULTILINE)
         places = [place(int(seconds.replace(",", "")) / 60, float(x)) for seconds, x in rows]
         draw.line(places, colour, 2)

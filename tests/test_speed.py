@@ -186,7 +186,7 @@ def test_gpu_refuses_what_disagrees(capsys, monkeypatch):
     assert benchmark.main(command) == 0
     out = capsys.readouterr().out
     ran = "1 passed" if kernels.triton else "1 skipped"  # a Mac has no Triton
-    assert "REHEARSAL" in out and ran in out and out.count(": ours") == 5
+    assert "REHEARSAL" in out and ran in out and out.count(": ours") == 7
 
     whole = hmar.feed_forward
     monkeypatch.setattr(hmar, "feed_forward", lambda *args, **more: 1.01 * whole(*args, **more))
