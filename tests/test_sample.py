@@ -574,6 +574,9 @@ def test_the_command_edits(run):
     for pixels in archived(*edit, "--pad", 0.2):
         assert pixels.shape == (6, 8, 3) and np.array_equal(pixels[1:5, 1:7], inner)
     archived(*edit, "--pad", 0.49)
+    _, mask = sample.read_photo_and_mask("photo.png", None, 0.25, (80, 60))
+    rows, columns = mask[0, 0].logical_not().nonzero().T
+    assert {*rows.tolist()} == {*range(15, 45)} and {*columns.tolist()} == {*range(20, 60)}
 
     # what a model stores is the schedule of its samples; edits take a masked pass all the same
     lone = [[1], [4], [12]]
@@ -606,6 +609,15 @@ def test_a_thin_stroke_of_a_large_mask_is_repainted(run):
     Image.fromarray(stroke).save("stroke.png")
     _, mask = sample.read_photo_and_mask("photo.png", "stroke.png", 0, (8, 6))
     assert mask[..., 2].all() and mask.sum() == 6
+    # a pixel of the model is the mean of the photo's
+    fine = np.indices((24, 32)).sum(0) % 2 * 255
+    Image.fromarray(fine.astype(np.uint8)).save("fine.png")
+    pixels, _ = sample.read_photo_and_mask("fine.png", "stroke.png", 0, (8, 6))
+    assert pixels.abs().max() < 0.01
+    # light grey counts as white, dark grey as black
+    Image.fromarray(np.uint8([[0, 127, 128, 255]]).repeat(3, 0)).resize((8, 6), 0).save("grey.png")
+    _, mask = sample.read_photo_and_mask("photo.png", "grey.png", 0, (8, 6))
+    assert torch.equal(mask[0, 0, 0], torch.tensor([False] * 4 + [True] * 4))
     Image.new("RGBA", (8, 6)).save("stroke.png")  # transparent, which is read as white
     assert "--mask: expected" in call(run, "--edit", "photo.png", "--mask", "stroke.png")
 

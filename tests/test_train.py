@@ -398,6 +398,7 @@ def test_the_recipe_grows_by_its_laws():
     assert [runs[15]["codec"][name] for name in ("codes", "code_dim")] == [4096, 32]
     for name in ("convolutions", "neighbours"):
         assert [name in run["transformer"] for run in runs] == 7 * [True] + 23 * [False]
+    assert [run["loss_weights"] for run in runs] == 7 * ["token"] + 23 * ["lognormal"]
     few = train.recipe(8, 32, 200, 10)
     assert few["steps"]["next-scale"] * few["batch"] < 201 * 175  # 200 epochs
     for size, cell in ((16, 4), (64, 4), (96, 8), (128, 8), (256, 16), (1024, 16)):
@@ -612,10 +613,20 @@ def test_labels_masks_and_losses_of_the_stages(base, out):
         if name == "masked":
             sees += [tokenizer.masked_inputs(codec, tokens, SCALES, *masked), *masked]
             expected = hmar.masked_losses(*sees).sum() / (4 * 18)
-            ratios = torch.cat([batch["mask"].float().mean(1) for batch in batches])
+            ratios = torch.stack([batch["mask"].float().mean(1) for batch in batches])
             assert np.histogram(ratios, 4, (0, 1))[0].min() > 100
+            assert ratios.std(1).mean() > 0.2  # each image has its own
         torch.testing.assert_close(given["loss"](given["tree"], **batches[0])[0], expected)
         remove(out, *["transformer"][: name == "masked"])
+
+    # the weights of large models
+    settings = json.loads((out / "args.json").read_text()) | dict(loss_weights="lognormal")
+    (out / "args.json").write_text(json.dumps(settings))
+    losses = hmar.next_scale_losses(*sees).mean(0)
+    expected = (losses * hmar.scale_weights(SCALES, "lognormal")).sum()
+    given = captured(out, *FLAGS)
+    torch.testing.assert_close(given["loss"](given["tree"], **batches[0])[0], expected)
+
     counts = torch.cat(labels).bincount()
     assert len(counts) == 4 and counts.min() > 0 and 70 < counts[3] < 170  # a tenth
 
