@@ -350,3 +350,13 @@ def test_arguments_that_would_broadcast_are_refused():
             hmar.masked_logits(PARAMS, other, inputs, own, mask)
     looks = tree(neighbours=True)
     refused("^tokens: got None", hmar.next_scale_logits, looks, *arguments(looks, 2)[:2])
+
+
+def test_inputs_of_other_tokenizers_are_refused():
+    """Twice as many channels would fit convolutions of two groups."""
+    params = tree(convolutions=True, neighbours=True)
+    labels, inputs, _, _ = arguments(params, 2)
+    with pytest.raises(RuntimeError):
+        hmar.next_scale_logits(
+            params, labels, inputs.repeat(1, 1, 2), False, random_tokens(2, SCALES, 5)
+        )
