@@ -37,7 +37,7 @@ SIZES = {256: (4, 8), 512: (1, 8), 1024: (1, 2)}  # pixels -> images and depth; 
 ROUNDS = 5
 
 
-# ---- what is measured, and how it is told
+# ---- what is measured, and how it is printed
 
 
 def conditions():
@@ -492,7 +492,7 @@ def optimizer_flops(tree):
 
 COSTS = """\
 Computed, on ImageNet: tokenizer / next-scale / masked stage. EFLOP; parameters in millions; hours \
-at 66 TFLOP/s, 40 % of a 24 GB card, 12 bytes a parameter exchanged at 24 GB/s; no looks.
+at 66 TFLOP/s, 40 % of a 24 GB card, 12 bytes a parameter exchanged at 24 GB/s; no evaluations.
 """
 
 
