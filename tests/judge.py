@@ -298,11 +298,11 @@ def model_of(run, flags=()):
     return model["transformer"], model["tokenizer"], sample.sampling_options(args, model)
 
 
-DRAW = """import resource, sys, time, sample
+DRAW = """import pathlib, re, sys, time, sample
 start = time.process_time()
 sample.main(sys.argv[1:])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(time.process_time() - start, peak)"""
+status = pathlib.Path("/proc/self/status").read_text()
+print(time.process_time() - start, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)"""
 
 
 def draw_samples(run, flags):
