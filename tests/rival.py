@@ -4,10 +4,11 @@ python tests/rival.py cifar10 --data DIR --seconds 300 [--steps 5 10 30] [--guid
 
 The data sets, --data, --others and --fresh are those of judge.py (letters: the folder that it
 writes). The UNet is trained for so many seconds of processor time on --train DIR, otherwise on
-train.py's images, all but every 21st. Then 50 images of each class are sampled in each way: with so many steps, a
-strength of guidance, a solver, times that are denser near the images (--density above 1), and
-guidance only between two times (--interval; noise is 0, images are 1). For each number of steps the
-way with the lowest FD on one half of the images that no model saw is reported by the other half.
+train.py's images, all but every 21st. Then 50 images of each class are sampled in each way: with so
+many steps, a strength of guidance, a solver, times that are denser near the images (--density above
+1), and guidance only between two times (--interval; noise is 0, images are 1). For each number of
+steps the way with the lowest FD on one half of the images that no model saw is reported by the
+other half.
 
 Rectified flow (Lipman et al. 2023, Liu et al. 2023), logit-normal times (Esser et al. 2024),
 classifier-free guidance (Ho & Salimans 2022), in an interval (Kynkaanniemi et al. 2024), Euler's
