@@ -445,9 +445,9 @@ def _launch(which, tensors, statistics, block_lengths, is_causal, scale):
 
 @functools.cache
 def _kernels_agree(device, dtype, head_dim):
-    """Whether the kernels compute what dense attention does, tried on a small case; warns if not.
+    """Whether the kernels compute what dense attention does, on a small case; warns if not.
 
-    It is tried once in a process. With True the kernels are used from then on, otherwise PyTorch.
+    Computed once in a process for each device, dtype and head_dim.
     """
     lengths, scale = (1, 4, 9, 70), head_dim**-0.5
     generator = torch.Generator().manual_seed(0)

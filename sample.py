@@ -131,7 +131,7 @@ def steps(
 
             hidden = hide_least_confident(confidence, hidden, keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
-            if known is not None and number + 1 == len(keeps):  # an edit goes on with its best
+            if known is not None and number + 1 == len(keeps):  # an edit: resample its particles
                 is_last = k + 1 == len(scales)
                 rows = choose_particles(likelihood, known.particles, seeds, k, is_last)  # (B,)
                 tokens, hidden, grown = (x[rows] for x in (tokens, hidden, grown))
@@ -698,13 +698,11 @@ def parser():
     text += "array for FID programs; no suffix: a folder of images (default: samples.png)"
     add("--out", type=Path, default=Path("samples.png"), help=text)
     add("--edit", type=Path, help="image to repaint; it is cropped and reduced to the model's size")
-    add = top.add_mutually_exclusive_group().add_argument
     add("--mask", type=Path, help="image with the same proportions, white where to repaint")
     text = (
         "instead of --mask: shrink the image and paint a border of this share of the model's size"
     )
     add("--pad", type=float, default=0.0, help=text)
-    add = top.add_argument
     text = "candidates for an edit, which are sampled together; the best one is kept (default: 8)"
     add("--particles", type=int, default=8, help=text)
     add_device_flags(top)
@@ -742,9 +740,7 @@ def scale_pair(text):
 
 def find_device(name=None):
     """The torch.device of --device; by default this process's GPU if there is one, else the CPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: got cuda, but PyTorch finds no GPU")
-    if name == "cpu" or not torch.cuda.is_available():
+    if name == "cpu" or (name is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

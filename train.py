@@ -370,7 +370,7 @@ def load_checkpoint(out, stage, tensors, optimizers):
 
 
 def train_tokenizer(run, out, device):
-    """Trains a codec on images so that its first scales alone, however many, decode to one too."""
+    """Trains a codec whose first scales alone, however many, decode to an image too."""
     dtype, scales = sample.find_dtype(run["dtype"], device), run["scales"]
     images = np.load(out / "images.npy", mmap_mode="c")  # (n, crops, 3, H, W)
     held_out, training = split_held_out(images)
@@ -990,7 +990,9 @@ def parser():
     add("--causal", action="store_true", help=text)
     text = "use the tokenizer in this model.pt or published file, and train none"
     add("--tokenizer", help=text)
-    text = "continue from this model.pt: keep its tokenizer, train its transformer further"
+    text = (
+        "continue from this model.pt: keep its tokenizer and depth, go on training its transformer"
+    )
     add("--init", help=text)
     sample.add_device_flags(top)
     return top
@@ -1026,8 +1028,6 @@ def choose_settings(args, flags, names, count):
         params = load_part(args.init, "transformer")
         sample.check_codes(params, codec)
         depth = hmar.block_count(params)
-        if args.depth not in (None, depth):
-            raise ValueError(f"--depth: got {args.depth}, but {args.init} has depth {depth}")
     settings = recipe(depth, size, count, len(names), is_shapes=not args.data, cell=cell)
     if size % settings["cell"] or size < 2 * settings["cell"]:
         raise ValueError(f"--size: got {size}, expected 2, 3, ... times {settings['cell']}")
