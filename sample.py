@@ -5,8 +5,8 @@
 
 `steps` is the method as a generator, so that a caller can watch it or stop it; `generate` and
 `edit` consume it. The random numbers of an image are a function of its seed, the scale and the
-pass. An image depends on the rest of its batch only
-through rounding (which in bf16 may change a token).
+pass. An image depends on the rest of its batch only through rounding (which in bf16 may change a
+token).
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024);
 classifier-free guidance (Ho and Salimans 2021).

@@ -134,7 +134,7 @@ def recipe(depth, size, images, classes, is_shapes=False, cell=None):
 def sampling_settings(depth, size, classes):
     """Keyword arguments of `sample.steps` that suit a model of this recipe.
 
-    Chosen by the FD to images that no model saw (tests/RESULTS.md, section 6; depth 3: section 4).
+    Chosen by the FD to images that no model saw (tests/RESULTS.md, section 3).
     A single class has nothing to be guided by: its predictions differ from those without a class
     only by noise.
     """
@@ -1074,6 +1074,11 @@ def begin_run(args, out):
         if others:
             words = [f"--{name} {before['flags'].get(name)} -> {flags[name]}" for name in others]
             raise ValueError(f"--out: {out} was begun with other flags: {', '.join(words)}")
+        if args.data and image_paths(args.data):  # a run goes on where its data are gone
+            _, names = list_images(args.data)
+            # A single class has the folder's name, which may change.
+            if len(names) > 1 and names != before["class_names"]:
+                raise ValueError(f"--out: {out} was begun with other classes than {args.data} has")
         return before, None
 
     files, names, count = None, [*SHAPES], SHAPE_IMAGES
@@ -1138,7 +1143,8 @@ def print_settings(args, run, out, device):
     held_out, labels = load_labels(out)
     dtype = str(sample.find_dtype(run["dtype"], device)).removeprefix("torch.")
     say(
-        f"{out}: {len(labels)} images to train on, {len(held_out)} held out, "
+        f"{out}: {'VAR' if run['causal'] else 'HMAR'} of depth {run['depth']}, "
+        f"{len(labels)} images to train on, {len(held_out)} held out, "
         f"{len(run['class_names'])} classes; {device}, {dtype}, "
         f"{torch.get_num_threads()} threads, {world()} processes"
     )

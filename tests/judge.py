@@ -8,8 +8,9 @@ tests/judge.py cifar10 RUN --data DIR --others DIR --fresh DIR   the judge learn
                                        compared with, images of other folders than those of --data
 tests/judge.py photos64 RUN --data DIR --others DIR   the judge learns features from images of other
                                        classes, then a linear classifier of these features
-tests/judge.py KIND RUN ... --guidance 2 3 4    finds the strength of guidance with the lowest FD
-                                       on one half of the images, reports on the other
+tests/judge.py KIND RUN ... --choose "--guidance 4 --rise 0" "--guidance 6"   chooses the settings
+                                       with the lowest FD on one half of the images, reports on the
+                                       other
 tests/judge.py KIND RUN ... --edit     test images whose halves, or the middle, are repainted
 tests/judge.py claims --data DIR ...   trains and judges the paper's claims
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
@@ -57,7 +58,7 @@ import train
 LETTERS = "2345GJKQRS"  # none is like its mirror image
 FEATURES = 64
 PHOTOGRAPHS = ("cifar10", "photos64")  # read from a folder
-EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # minutes
+EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # take minutes
 OTHER_EPOCHS = 24  # of a network that learns other classes
 
 
@@ -124,7 +125,9 @@ def images_of(kind, data=None, others=None, fresh=None):
         known = {image.numpy().tobytes() for images, _ in parts for image in images}
         for part, folder in enumerate((others, fresh)):
             if folder is not None:
-                images, labels = read_folder(folder, train.list_images(folder)[1])
+                has_other_classes = kind == "photos64" and folder == others
+                own = train.list_images(folder)[1] if has_other_classes else names
+                images, labels = read_folder(folder, own)
                 is_new = torch.tensor([image.numpy().tobytes() not in known for image in images])
                 parts[part] = images[is_new], labels[is_new]
         return parts
@@ -280,14 +283,14 @@ def power(images, bands=8):
     return torch.stack([spectrum[band == number].mean() for number in range(bands)])
 
 
-def choose_guidance(judge, images, run, guidances, flags):
-    """The strength of the list at which samples have the lowest FD to images."""
+def choose_settings(judge, images, run, choices, flags):
+    """The one of several flags of sample.py, "--name value ...", with the lowest FD to images."""
     reference, distances = features(judge, images), {}
-    for guidance in guidances:
-        pixels, asked, *_ = draw_samples(run, [*flags, "--guidance", str(guidance)])
-        distances[guidance] = frechet(features(judge, pixels), reference)
-        words = f"accuracy {accuracy(judge, pixels, asked):.4g}  FD {distances[guidance]:.4g}"
-        print(f"guidance {guidance:g}  {words}, by which it is chosen")
+    for choice in choices:
+        pixels, asked, *_ = draw_samples(run, [*flags, *choice.split()])
+        distances[choice] = frechet(features(judge, pixels), reference)
+        words = f"accuracy {accuracy(judge, pixels, asked):.4g}  FD {distances[choice]:.4g}"
+        print(f"{choice}: {words}, by which it is chosen", flush=True)
     return min(distances, key=distances.get)
 
 
@@ -503,7 +506,7 @@ def main(argv=None):
     parser.add_argument("--data")
     parser.add_argument("--others")
     parser.add_argument("--fresh")
-    parser.add_argument("--guidance", type=float, nargs="+")
+    parser.add_argument("--choose", nargs="+")
     parser.add_argument("--edit", action="store_true")
     parser.add_argument("--write")
     argv = sys.argv[1:] if argv is None else argv
@@ -543,9 +546,8 @@ def main(argv=None):
             report_edits(judge, reporting, run, flags)
             continue
         own = list(flags)
-        if args.guidance:
-            guidance = choose_guidance(judge, choosing[0], run, args.guidance, flags)
-            own += ["--guidance", str(guidance)]
+        if args.choose:
+            own += choose_settings(judge, choosing[0], run, args.choose, flags).split()
         show(report(judge, reporting, run, own))
 
 

@@ -299,26 +299,34 @@ def test_each_image_is_edited_as_alone(params, options, particles):
     close(edited[1:2], generated, 1e-5)
 
 
-@given(pyramids(3, 3), st.booleans(), st.integers(0, 99))
-def test_particles_are_weighed_by_the_likelihood_of_given_tokens(scales, looks, seed):
+@given(pyramids(3, 3), st.booleans(), st.booleans(), st.integers(0, 99))
+@example(SCALES, False, True, 0)
+@example(SCALES, True, True, 1)
+def test_particles_are_weighed_by_the_likelihood_of_given_tokens(scales, looks, is_causal, seed):
+    """Given the coarser tokens of their own past, which resampling has moved to other rows."""
     params, codec = tree(scales, masked=0, neighbours=looks, seed=seed), quantiser(5, 4, seed=seed)
     known = some_known(scales, seed)
     known = sample.Known(*(x.expand(4, -1, -1, -1) for x in known[:2]), 2)
-    labels, likelihoods = torch.tensor([1, 1, 2, 2]), []
+    options = dict(known=known, seed=seed, guidance=2, is_causal=is_causal)
+    labels, likelihoods, swap = torch.tensor([1, 1, 2, 2]), [], torch.tensor([1, 0, 3, 2])
 
     def choose(likelihood, *_):
         likelihoods.append(likelihood.clone())
-        return torch.arange(4)
+        return swap
 
     with mock.patch.object(sample, "choose_particles", choose):
-        steps = list(sample.steps(params, codec, labels, known=known, seed=seed, guidance=2))
-    tokens = torch.cat([step.tokens for step in steps], 1)
-    inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
-    logits = hmar.next_scale_logits(params, labels, inputs, tokens=tokens)
-    log_p = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    for size, part, ours in zip(scales, log_p.split(tokenizer.lengths(scales), 1), likelihoods):
+        steps = list(sample.steps(params, codec, labels, **options))
+    tokens = torch.zeros(4, sum(tokenizer.lengths(scales)), dtype=torch.int64)
+    scale_parts = tokens.split(tokenizer.lengths(scales), 1)  # views, filled scale by scale
+    for k, (size, step) in enumerate(zip(scales, steps, strict=True)):
+        scale_parts[k].copy_(step.tokens[swap])  # as they were sampled
+        inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
+        logits = hmar.next_scale_logits(params, labels, inputs, is_causal, tokens)
+        log_p = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        part = log_p.split(tokenizer.lengths(scales), 1)[k]
         is_given = F.adaptive_avg_pool2d(known.outside.double(), size).flatten(1) > 1 - 1e-9
-        close(ours, part.masked_fill(~is_given, 0).sum(1), 1e-9)
+        close(likelihoods[k], part.masked_fill(~is_given, 0).sum(1), 1e-9)
+        tokens.copy_(tokens[swap])
 
 
 @given(st.lists(st.integers(-9, 9), min_size=3, max_size=3), st.integers(0, 99))
@@ -405,6 +413,18 @@ def test_what_decoding_does_at_the_edge_is_taken_back():
         distance = (outside - torch.tensor([y, x])).abs().amax(1).min()
         expected = 0.25 * (distance / (reach + 1)).clamp(max=1)
         close(edited[i, :, y, x], expected.expand(3), 1e-6)
+
+
+def test_outside_the_mask_the_known_features_are_decoded():
+    images, cell = picture(3), tokenizer.downsampling(CODEC)
+    with mock.patch.object(sample, "decode_in_parts", wraps=sample.decode_in_parts) as decode:
+        sample.edit(PARAMS, CODEC, images, HALF, LABELS)
+    (_, decoded) = decode.call_args.args
+    visible = sample.replace_hidden(images, HALF, 4 * cell)
+    *_, (_, _, known) = tokenizer.quantise(CODEC, tokenizer.encode_features(CODEC, visible), SCALES)
+    is_known = (decoded - known).abs().amax(1) < 1e-5  # (3, 3, 4)
+    outside = F.adaptive_max_pool2d(HALF.float(), SCALES[-1])[:, 0] == 0
+    assert is_known[outside].all() and not is_known[~outside].all()
 
 
 def test_arguments_that_do_not_fit_are_refused():
@@ -585,6 +605,10 @@ def test_the_command_edits(run):
     ours, theirs = (archived(name, *given) for name in ("run", "other"))
     assert np.array_equal(ours, theirs)
     assert not np.array_equal(ours, archived("run", *given, "--mask-steps", 0))
+    with mock.patch.object(sample, "edit", wraps=sample.edit) as edited:
+        archived("run", *given, "--particles", 3)
+        archived("run", *given)
+    assert [call.kwargs["particles"] for call in edited.call_args_list] == [3, 8]
 
 
 @given(width=st.integers(3, 70), height=st.integers(3, 70))
