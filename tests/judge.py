@@ -12,7 +12,6 @@ tests/judge.py KIND RUN ... --choose "--guidance 4 --rise 0" "--guidance 6"   ch
                                        with the lowest FD on one half of the images, reports on the
                                        other
 tests/judge.py KIND RUN ... --edit     test images whose halves, or the middle, are repainted
-tests/judge.py claims --data DIR ...   trains and judges the paper's claims
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 tests/judge.py shapes RUN --write DIR  README's growth.png, edit.png and curve.png
 tests/judge.py photos64 RUN --data DIR --write DIR   its edit-photos64.webp
@@ -38,7 +37,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from pathlib import Path
 
@@ -362,43 +360,6 @@ def show(numbers):
         print(name, *(f"{x:.4g}" for x in np.atleast_1d(value)), flush=True)
 
 
-def claims(judge, held_out, data, out="runs/claims"):
-    """Prints each way's numbers, VAR's too; then means of three seeds, deviations."""
-    rows, recipe = {}, train.recipe
-    flags = ["--data", f"{data}/train", "--size", str(held_out[0].shape[-1]), "--seed"]
-
-    def trained(*flags):
-        start = time.process_time()
-        train.main(flags)
-        return (time.process_time() - start) / 60
-
-    def judged(name, minutes, run, *options):
-        numbers = dict(minutes=minutes) | report(judge, held_out, run, options)
-        print(f"\n{name}, seed {seed}")
-        show(numbers)
-        rows.setdefault(name, []).append(numbers)
-
-    for seed in "123":
-        run = f"{out}/{seed}"
-        minutes = trained(*flags, seed, "--out", run)
-        for passes in "0124":
-            judged(f"masked passes: {passes}", minutes, run, "--mask-steps", passes)
-
-        same = [*flags, seed, "--tokenizer", run, "--out"]
-        judged("VAR", trained(*same, f"{run}-var", "--causal"), f"{run}-var")
-        for kind in ("scale", "lognormal"):
-            other = dict(loss_weights=kind)
-            train.recipe = lambda *sizes, other=other, **more: recipe(*sizes, **more) | other
-            judged(f"loss weights: {kind}", trained(*same, f"{run}-{kind}"), f"{run}-{kind}")
-        train.recipe = recipe
-
-    for name, seeds in rows.items():
-        print(f"\n{name}")
-        for number in ("minutes", "loss", "accuracy", "fd", "recall", "seconds", "peak_mb"):
-            values = np.array([row[number] for row in seeds])
-            show({number: (values.mean(), values.std(ddof=1))})
-
-
 @torch.no_grad()
 def report_edits(judge, held_out, run, flags, count=300):
     """Prints of images whose halves, or the middle quarter, are repainted: accuracy; the squared
@@ -501,7 +462,7 @@ def write_curve(folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1])
-    parser.add_argument("kind", choices=(*EPOCHS, "claims"))
+    parser.add_argument("kind", choices=[*EPOCHS])
     parser.add_argument("run", nargs="*")
     parser.add_argument("--data")
     parser.add_argument("--others")
@@ -526,22 +487,19 @@ def main(argv=None):
         test = read_folder(f"{args.data}/test", names)
         return write_edits(args.run[0], *test, Path(args.write, f"edit-{args.kind}.webp"))
 
-    kind = "cifar10" if args.kind == "claims" else args.kind
-    if kind in PHOTOGRAPHS and not args.data:
+    if args.kind in PHOTOGRAPHS and not args.data:
         parser.error("--data: expected")
-    training, held_out = images_of(kind, args.data, args.others, args.fresh)
+    training, held_out = images_of(args.kind, args.data, args.others, args.fresh)
     probe = None
-    if args.others and kind == "photos64":  # whose classes are other ones
+    if args.others and args.kind == "photos64":  # whose classes are other ones
         _, names = train.list_images(f"{args.data}/train")
         probe = read_folder(f"{args.data}/train", names)
-    judge = train_judge(kind, *training, probe=probe)
+    judge = train_judge(args.kind, *training, probe=probe)
     own, unseen = accuracy(judge, *(probe or training)), accuracy(judge, *held_out)
-    print(f"{kind}: accuracy on {unseen:.4g} of unseen images, {own:.4g} of the judge's own")
+    print(f"{args.kind}: accuracy on {unseen:.4g} of unseen images, {own:.4g} of the judge's own")
     choosing, reporting = halves(*held_out)
-    if args.kind == "claims":
-        claims(judge, reporting, args.data)
     for run in args.run:
-        print(f"\n{kind} {run}", *flags)
+        print(f"\n{args.kind} {run}", *flags)
         if args.edit:
             report_edits(judge, reporting, run, flags)
             continue
