@@ -545,6 +545,23 @@ def test_a_folder_without_classes_learns_quarter_turns_and_is_not_guided(own_fol
     assert without["sampling"]["guidance"] == without["sampling"]["mask_guidance"] == 0
 
 
+def test_a_model_of_a_folder_without_classes_is_refined_and_edits(own_folder):
+    Path("flat").mkdir()
+    for index in range(8):
+        train.draw_shape(index, 16)[0].save(f"flat/{index}.png")
+    assert run("run", "--data", "flat", "--steps", 2) is None
+    model = sample.load_model("run")
+    assert model["classes"] == ["flat"] and "masked" in model["transformer"]
+    flags = ["run", "--count", 2, "--device", "cpu", "--dtype", "fp32", "--out"]
+    assert failure(sample.main, *flags, "samples.npz", "--mask-steps", 1) is None
+    assert np.load("samples.npz")["arr_0"].shape == (2, 16, 16, 3)
+    edit = "--edit", "flat/0.png", "--pad", 0.25
+    assert failure(sample.main, *flags, "edits.npz", *edit) is None
+    inner = np.asarray(train.draw_shape(0, 16)[0].resize((8, 8)))
+    for pixels in np.load("edits.npz")["arr_0"]:
+        assert np.array_equal(pixels[4:12, 4:12], inner)
+
+
 def test_dead_codes_are_replaced(monkeypatch):
     monkeypatch.setattr(train, "REVIVE_EVERY", 4)
     given = captured("run", *FLAGS)
