@@ -141,9 +141,9 @@ def sampling_settings(depth, size, classes):
     if depth <= 2 and size <= 32:
         settings = dict(guidance=6.0, mask_guidance=3.0, rise=1.0, temperature=0.95)
     elif depth <= 2:
-        settings = dict(guidance=4.3, mask_guidance=3.0, rise=2.0, temperature=0.95)
+        settings = dict(guidance=4.3, mask_guidance=3.0, rise=2.0, temperature=0.9)
     elif depth < 8:
-        guidance = 3.05 if size <= 32 else 2.4
+        guidance = 4.5 if size <= 32 else 3.5
         settings = dict(guidance=guidance, mask_guidance=2.0, rise=1.0, temperature=0.9)
     else:
         settings = dict(guidance=1.5, mask_guidance=1.5, rise=1.0, temperature=1.0)
