@@ -56,7 +56,7 @@ import train
 LETTERS = "2345GJKQRS"  # none is like its mirror image
 FEATURES = 64
 PHOTOGRAPHS = ("cifar10", "photos64")  # read from a folder
-EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # take minutes
+EPOCHS = dict(shapes=4, letters=4, cifar10=16, photos64=12)  # training takes minutes
 OTHER_EPOCHS = 24  # of a network that learns other classes
 
 
@@ -282,7 +282,7 @@ def power(images, bands=8):
 
 
 def choose_settings(judge, images, run, choices, flags):
-    """The one of several flags of sample.py, "--name value ...", with the lowest FD to images."""
+    """The one of choices, each "--flag value ..." of sample.py, with the lowest FD to images."""
     reference, distances = features(judge, images), {}
     for choice in choices:
         pixels, asked, *_ = draw_samples(run, [*flags, *choice.split()])
