@@ -306,7 +306,7 @@ def training_loss(
     term is relative to the data's variance: in photographs hue varies little beside brightness, so
     that no code would be spent on it otherwise.
 
-    Returns loss, coarse, quantisation: scalars; images: reconstructions (B, 3, H, W), not clamped;
+    Returns loss, error (squared), coarse, quantisation: scalars; images: reconstructions (B, 3, H, W), not clamped;
     coarse_images (n, 3, H, W); tokens, residuals: one entry a scale, see `quantise`.
     """
     features = _widen(encode_features(codec, images))  # (B, code_dim, h, w)
@@ -334,14 +334,15 @@ def training_loss(
 
     error = whole - images
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
-    loss = error.square().mean() + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges
+    squared_error = error.square().mean()
+    loss = squared_error + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges
     loss = loss + TEXTURE_WEIGHT * (texture(whole) - texture(images)).abs().mean()
     hue_error = hues(error).square().mean() / (hue_variance + 0.01)  # 0.01 for grey images
     loss = loss + HUE_WEIGHT * hue_error
     loss = loss + PERCEPTUAL_WEIGHT * perceptual_error(perceptual_layers, whole, images)
     loss = loss + COARSE_WEIGHT * coarse_error + quantisation
 
-    made = dict(loss=loss, coarse=coarse_error, quantisation=quantisation)
+    made = dict(loss=loss, error=squared_error, coarse=coarse_error, quantisation=quantisation)
     made |= dict(images=whole, coarse_images=coarse_images)
     return made | dict(tokens=tokens, residuals=residuals)
 

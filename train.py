@@ -1,25 +1,33 @@
-"""Training: built-in shapes or a folder of images -> model.pt; and `python train.py`.
+"""Training: a dataset of images and labels -> a model; and `python train.py`.
 
-    images, prepared once -> tokenizer stage -> tokens (N, crops, L) -> next-scale, masked stage
+    dataset[i] -> (PIL image, label)
+    crops, uint8 (B, 3, size, size) -> train_tokenizer -> codec
+    crops -> tokens (B, L) -> train_transformer: next-scale stage, then masked stage -> params
 
-The seed and the number of a step decide its batch. So a run that was killed goes on from its last
-checkpoint to the same weights, bit for bit on one CPU with the same number of threads. The
-tokenizer is trained without an adversarial loss. Its perceptual loss uses a small network that is
-trained on the same images first (`learn_perceptual_layers`).
+A stage is one loop. The seed and the number of a step decide its batch and its random numbers. So a
+run that was killed goes on from its last checkpoint to the same weights, bit for bit on one CPU
+with the same number of threads. Crops are made when they are needed, and nothing is prepared.
+
+`train` runs all stages on a dataset. Each stage can be called alone, too, on trees of tensors and
+an iterator of batches. The tokenizer is trained without an adversarial loss.
 """
 
 import argparse
+import ast
 import colorsys
+import contextlib
 import datetime
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,70 +43,194 @@ import tokenizer
 
 COOL_DOWN = 0.6  # last share of a stage's steps, in which the learning rate falls to zero
 WARM_UP = 0.06  # first share, in which it rises to its peak
-AVERAGED = 0.25  # time constant of the weights' moving average (EMA), as a share of the steps
-PATIENCE = 1 / 3  # a stage ends after this share of the steps without a better held-out loss
 CLIP = 1.0  # largest norm of the gradient
-LOG_EVERY = 50  # steps
-SAVE_SECONDS = 300  # after so long without a checkpoint the next logged step saves one
-LABEL_DROP = 0.1  # share of labels replaced by the null class, for guidance
 REVIVE_EVERY = 20  # steps, after which codes that were never chosen are replaced
 REVIVE_UNTIL = 0.8  # share of the steps; later codes get time to settle
 COARSE_EVERY = 4  # every fourth image of a batch is decoded from coarse scales too
 PERCEPTUAL_STEPS = 400  # of the perceptual network
 PERCEPTUAL_WIDTHS = 3, 32, 64, 96, 128  # its channels
-SHAPE_IMAGES = 20_500  # in the built-in data set
-CROPS = 20_000  # of all images together, if there are fewer images: 2 to 16 crops of each
 EVALUATED = 128  # held-out images in an evaluation
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+LOG_EVERY = 50  # steps
+TOKENIZER_REPORT = "loss", "error", "coarse", "quantisation"  # logged of its training loss
+SAVE_SECONDS = 300  # between two checkpoints that no evaluation asks for
+CACHE_BYTES = 2**29  # of decoded images that `Folder` and `Drawings` keep, in each process
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+# ---- a run
+
+
+def train(
+    dataset,
+    out=None,
+    *,
+    size=64,
+    depth=None,
+    seed=0,
+    flip=False,
+    is_causal=None,
+    is_simple=False,
+    tokenizer=None,
+    init=None,
+    device=None,
+    dtype=None,
+    workers=None,
+    **settings,
+):
+    """Trains a tokenizer and a transformer on a dataset; returns a model as `sample.load_model`.
+
+    dataset: a map-style dataset as torch defines it. dataset[i] is (PIL image, int label) for i
+        from 0 to len(dataset) - 1, and dataset.classes has the names of the classes; without it
+        there is one class. If dataset[i] raises OSError, another image takes its place.
+    out: the run folder, in which a run that was stopped goes on. None: nothing is written.
+    size: side in pixels of the square crops that are learned.
+    depth: transformer blocks. None: 2, or those of init.
+    flip: mirrors every second crop.
+    is_causal: True trains VAR, in which a scale attends to the coarser ones. None: as init is.
+    is_simple: says that the images are simple drawings, which need fewer steps.
+    tokenizer: a model or its file, whose tokenizer is used; none is trained then.
+    init: a model or its file, whose tokenizer is used and whose transformer is trained further.
+    device, dtype: names, see `sample.find_device` and `sample.find_dtype`.
+    workers: processes that read images. None: none on a CPU, up to eight on a GPU.
+    settings: replace entries of `recipe`; steps and lr replace those of all stages.
+
+    Raises ValueError if the arguments do not fit each other or the run in `out`, KeyboardInterrupt
+    after Ctrl-C and a checkpoint, FloatingPointError if a loss is not finite.
+    """
+    flags = dict(size=size, depth=depth, seed=seed, flip=flip, is_causal=is_causal)
+    flags |= dict(is_simple=is_simple, tokenizer=tokenizer, init=init, dtype=dtype)
+    device = start_processes(sample.find_device(device))
+    plan = begin_run(dataset, out, flags, settings)
+    return run_stages(dataset, plan, out, device, workers)
+
+
+def run_stages(dataset, plan, out=None, device="cpu", workers=None):
+    """Runs the stages whose results are not yet in the model of the run folder; returns the model.
+
+    plan: of `begin_run`. The other arguments are those of `train`.
+    """
+    out, settings, flags = out and Path(out), plan["settings"], plan["flags"]
+    classes, scales, seed = plan["classes"], settings["scales"], flags["seed"]
+    dtype = sample.find_dtype(flags["dtype"], device)
+
+    order = torch.randperm(len(dataset), generator=generator_of(seed, "rows")).tolist()
+    count = count_held_out(len(dataset))
+    options = dict(size=flags["size"], seed=seed, flip=flags["flip"], classes=len(classes))
+    held_out = Crops(dataset, order[:count], **options)
+    training = Crops(dataset, order[count:], **options, central_every=settings["central_every"])
+    reading = dict(seed=seed, batch=settings["batch"], device=device, workers=workers)
+
+    model = dict(classes=classes, sampling=arguments(sample.steps, settings))
+    if out and (out / "model.pt").exists():
+        model = sample.load_model(out)
+    print_plan(plan, out, device, dtype, len(training), count)
+
+    with catch_interrupt() as stop:
+        shared = dict(out=out, seed=seed, device=device, dtype=dtype, stop=stop)
+
+        if "tokenizer" not in model and (flags["tokenizer"] or flags["init"]):
+            model["tokenizer"] = part_of(flags["tokenizer"] or flags["init"], "tokenizer")
+            model = save_model(out, model)
+
+        if "tokenizer" not in model:
+            images, _ = central_crops(training)
+            perceptual_layers = []
+            if settings["perceptual"]:
+                count = min(PERCEPTUAL_STEPS, settings["tokenizer_steps"])
+                perceptual_layers = learn_perceptual_layers(training, count, seed, device, dtype)
+            model["tokenizer"] = train_tokenizer(
+                tokenizer.init(**arguments(tokenizer.init, settings), seed=seed),
+                partial(crop_batches, training, stage="tokenizer", **reading),
+                central_crops(held_out)[0],
+                steps=settings["tokenizer_steps"],
+                lr=settings["tokenizer_lr"],
+                later=later_steps(plan, "tokenizer"),
+                hue_variance=tokenizer.measure_hue_variance(to_unit(images)),
+                perceptual_layers=perceptual_layers,
+                **arguments(train_tokenizer, settings),
+                **shared,
+            )
+            model = save_model(out, model)
+
+        codec = sample.to_device(tokenizer.cast(model["tokenizer"], dtype), device)
+        shared |= dict(classes=classes, sampling=model["sampling"])
+
+        if "transformer" not in model:
+            model["transformer"] = train_transformer(
+                new_transformer(plan, *codec["codebook"].shape),
+                codec,
+                partial(token_batches, training, codec, scales, stage="next-scale", **reading),
+                encode_held_out(codec, held_out, scales),
+                steps=settings["next_scale_steps"],
+                lr=settings["next_scale_lr"],
+                later=later_steps(plan, "next_scale"),
+                **arguments(train_transformer, settings),
+                **shared,
+            )
+            model = save_model(out, model)
+
+        if "masked" not in model["transformer"] and "causal" not in model["transformer"]:
+            model["transformer"] = train_transformer(
+                hmar.add_masked_branch(model["transformer"], settings["masked_blocks"], seed=seed),
+                codec,
+                partial(token_batches, training, codec, scales, stage="masked", **reading),
+                encode_held_out(codec, held_out, scales),
+                steps=settings["masked_steps"],
+                lr=settings["masked_lr"],
+                **arguments(train_transformer, settings),
+                **shared,
+            )
+            if settings["masked_passes"]:
+                schedule = sample.masked_schedule(scales, settings["masked_passes"])
+                model["sampling"] = model["sampling"] | dict(schedule=schedule)
+            model = save_model(out, model)
+
+    if out and rank() == 0:
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+    broken = int(training.is_broken.sum() + held_out.is_broken.sum())
+    if broken:
+        log(f"{broken} of {len(dataset)} images were left out")
+    return model
 
 
 # ---- the settings of a run
 
 
-def recipe(depth, size, images, classes, is_shapes=False, cell=None):
+def recipe(depth, size, images, classes, is_simple=False, cell=None):
     """The settings of a run on so many images of size x size pixels, {name: value}.
 
-    Chosen at depths 2 and 3 and extrapolated so that depth 16 has the published sizes. is_shapes:
-    the data set is the built-in one. cell: the side in pixels of a latent position, if a tokenizer
-    is given.
+    Each is an argument of a function with that name, or is read by `run_stages`. They were chosen
+    at depths 2 and 3 and are extrapolated so that depth 16 has the published sizes. is_simple: the
+    images are simple drawings. cell: the side in pixels of a latent position, if a tokenizer is
+    given.
     """
-    relative_depth = depth / 2
+    relative_depth = depth / 2  # most numbers below were chosen at depth 2
     is_large = depth >= 8  # from here on the published layers
     training_images = images - count_held_out(images)
     has_detail = size >= 48 and not is_large  # images whose detail a small model can learn
 
     # The tokenizer. With fold, squares of 2 x 2 pixels become channels, which lowers the FD of
-    # reconstructions at 64 pixels from 3.55 to 1.65 for 5 % more time.
+    # reconstructions at 64 pixels from 3.55 to 1.65 for 5 % more time. Every level but the last
+    # halves the sides, and the fold halves them once.
     fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
-    own_cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
-    halvings = own_cell.bit_length() - 1
-    codec = dict(
-        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(relative_depth))),
-        code_dim=32 if is_large else 16,
-        channels=fold * max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
-        # Every level but the last halves the sides, and the fold halves them once.
-        multipliers=halvings * (1,) if fold > 1 else (1, 1, 2, 2, 4)[: halvings + 1],
-        fold=fold,
-        residual_blocks=2 if is_large else 1,
-        attention=is_large,
-    )
-    cell = cell or own_cell
-    growth = 2 if depth <= 2 else math.sqrt(2)  # of the sides of scales; 2 is worse at depth 3
+    new_cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
+    halvings = round(math.log2(new_cell // fold))
+    cell = cell or new_cell
 
-    # The transformer. Convolutions lower the loss by .16 nats a token, neighbours by .24 and more.
-    local = {} if is_large else dict(gamma=0.1, convolutions=True, neighbours=True)
+    # Sides of scales that grow by a factor of 2 were worse at depth 3.
+    growth = 2 if depth <= 2 else math.sqrt(2)
 
     # Images seen grow like the parameters, with depth^3 (Hoffmann et al. 2022), and the batch like
     # the root of the images seen (McCandlish et al. 2018). Larger images have more tokens, so fewer
-    # are needed; no folder is seen more than 200 times.
+    # are needed; no dataset is seen more than 200 times.
     seen = min(50_000 * relative_depth**3 * math.sqrt(32 / size), 200 * training_images)
     batch = 8 * round(2 * relative_depth**1.5)
     if has_detail:  # fewer images in smaller batches were as good
         seen *= 0.69
         batch //= 2
-    shares = {"tokenizer": 0.43 if fold > 1 else 0.35, "next-scale": 1, "masked": 1 / 11}
+    shares = dict(tokenizer=0.43 if fold > 1 else 0.35, next_scale=1, masked=1 / 11)
     steps = {name: math.ceil(share * seen / batch) for name, share in shares.items()}
-    if is_shapes:  # which are simple
+    if is_simple:
         steps = {name: math.ceil(0.68 * number) for name, number in steps.items()}
 
     # Deep models want a lower rate (HyperP, arXiv 2603.28743); rate * decay * steps stays constant
@@ -106,56 +238,75 @@ def recipe(depth, size, images, classes, is_shapes=False, cell=None):
     rate = 4e-3 * relative_depth**-0.7
 
     return dict(
+        # tokenizer.init
+        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(relative_depth))),
+        code_dim=32 if is_large else 16,
+        channels=fold * max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
+        multipliers=(1,) * (halvings + 1) if fold > 1 else (1, 1, 2, 2, 4)[: halvings + 1],
+        residual_blocks=2 if is_large else 1,
+        attention=is_large,
+        fold=fold,
+        # hmar.init. Convolutions lower the loss by .16 nats a token, neighbours by .24 and more.
         depth=depth,
-        size=size,
-        images=images,
-        cell=cell,
-        codec=codec,
-        # Photographs get their last scale twice, for fine grain.
-        scales=default_scales(size, cell, growth, doubled=not is_shapes),
-        transformer=dict(depth=depth) | local,
+        scales=default_scales(size, cell, growth, doubled=not is_simple),
+        gamma=None if is_large else 0.1,
+        convolutions=not is_large,
+        neighbours=not is_large,
         masked_blocks=(depth + 1) // 2,
-        loss_weights="lognormal" if is_large else "token",
-        perceptual=has_detail,  # not worth its time at 32 pixels
+        # The stages.
         batch=batch,
-        steps=steps,
-        lr={"tokenizer": rate, "next-scale": rate, "masked": rate / 4},
+        tokenizer_steps=steps["tokenizer"],
+        next_scale_steps=steps["next_scale"],
+        masked_steps=steps["masked"],
+        tokenizer_lr=rate,
+        next_scale_lr=rate,
+        masked_lr=rate / 4,
         decay=0.05 * relative_depth**-0.8,
         # Three Newton-Schulz iterations of Muon instead of five save a third of the time, but raise
-        # the FD of photographs by 4 to 14 %, so only the built-in shapes use three.
-        newton_schulz=3 if is_shapes else 5,
-        evaluations=3 * max(2, depth),  # in each stage
-        crops=1 if is_shapes else min(16, max(2, CROPS // images)),
-        sampling=sampling_settings(depth, size, classes),
+        # the FD of photographs by 4 to 14 %, so only simple drawings use three.
+        newton_schulz=3 if is_simple else 5,
+        averaged=0.25,
+        evaluations=3 * max(2, depth),
+        patience=1 / 3,
+        label_drop=0.1,
+        loss_weights="lognormal" if is_large else "token",
+        perceptual=has_detail,  # not worth its time at 32 pixels
+        # One crop in so many is the central one, which is not resampled if it has the right size.
+        central_every=1 if is_simple else min(16, max(2, 20_000 // images)),
+        # The sampler.
+        **sampling_settings(depth, size, classes),
         masked_passes=2 if is_large else 0,  # by default; with neighbours they help edits only
     )
+
+
+# Chosen at depths 2 and 3 by the FD to images that no model saw (tests/RESULTS.md, section 3).
+SAMPLING = {  # (depth, side in pixels, each at most): guidance, mask_guidance, rise, temperature
+    (2, 32): (6.0, 3.0, 1.0, 0.95),
+    (2, math.inf): (4.3, 3.0, 2.0, 0.9),
+    (7, 32): (4.5, 2.0, 1.0, 0.9),
+    (7, math.inf): (3.5, 2.0, 1.0, 0.9),
+    (math.inf, math.inf): (1.5, 1.5, 1.0, 1.0),  # not tried
+}
 
 
 def sampling_settings(depth, size, classes):
     """Keyword arguments of `sample.steps` that suit a model of this recipe.
 
-    Chosen at depths 2 and 3, 32 and 64 pixels, by the FD to images that no model saw
-    (tests/RESULTS.md, section 3); those of other depths and sizes were not tried. A single class
-    has nothing to be guided by: its predictions differ from those without a class only by noise.
+    A single class has nothing to be guided by: its predictions differ from those without a class
+    only by noise.
     """
-    if depth <= 2 and size <= 32:
-        settings = dict(guidance=6.0, mask_guidance=3.0, rise=1.0, temperature=0.95)
-    elif depth <= 2:
-        settings = dict(guidance=4.3, mask_guidance=3.0, rise=2.0, temperature=0.9)
-    elif depth < 8:
-        guidance = 4.5 if size <= 32 else 3.5
-        settings = dict(guidance=guidance, mask_guidance=2.0, rise=1.0, temperature=0.9)
-    else:
-        settings = dict(guidance=1.5, mask_guidance=1.5, rise=1.0, temperature=1.0)
+    fitting = [row for (most, side), row in SAMPLING.items() if depth <= most and size <= side]
+    guidance, mask_guidance, rise, temperature = fitting[0]
     if classes == 1:
-        settings |= dict(guidance=0.0, mask_guidance=0.0)
-    return settings | dict(soften=0.1, top_k=0, top_p=1.0)
+        guidance = mask_guidance = 0.0
+    settings = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise)
+    return settings | dict(soften=0.1, temperature=temperature, top_k=0, top_p=1.0)
 
 
 def default_scales(size, cell, growth, doubled=True):
     """The published scales where they fit, otherwise sides that grow by a factor.
 
-    doubled: the last scale comes twice if its side is at most 8.
+    doubled: the last scale comes twice if its side is at most 8, for fine grain.
     """
     if cell == 16 and size in hmar.SCALES:
         return hmar.SCALES[size]
@@ -166,101 +317,464 @@ def default_scales(size, cell, growth, doubled=True):
     return tuple((side, side) for side in sides)
 
 
-# ---- the loop of all stages
+def replace_settings(settings, changes):
+    """The settings with some of them replaced by name.
 
-
-def fit(stage, run, out, tree, loss, make_batch, evaluate, draw, after_step=None, extra=()):
-    """Trains all leaves of a tree; returns their moving average (EMA) at the best evaluation.
-
-    stage: its name. run: the settings. out: the run folder. extra: tensors that after_step changes.
-
-        loss(tree, **batch)          -> (mean over its images, {name: tensor} to log, what
-                                        after_step needs: it gets a list with one for each part)
-        make_batch(step, positions)  -> {name: tensor} of these images of the batch of a step
-        evaluate(tree)               -> {name: number or list} on held-out images; the least
-                                        "loss" is best
-        draw(tree)                   writes a sheet of pictures
-        after_step(step, traces, tree, average)  may change leaves of the last two in place
+    steps and lr stand for those of all stages; the masked stage takes a quarter of the rate.
+    ValueError for an unknown name, a value of another type, or a number that is not above 0.
     """
-    steps, batch_size = run["steps"][stage], run["batch"]
-    leaves, structure = pytree.tree_flatten(tree)
-    leaves = [nn.Parameter(leaf.detach().clone()) for leaf in leaves]
-    average, best = ([leaf.detach().clone() for leaf in leaves] for _ in range(2))
-    optimizers = new_optimizers(tree, leaves, run["decay"], run["newton_schulz"])
-    state = [*leaves, *average, *best, *extra]  # all that is changed, always in place
-    step, best_step, best_loss = load_checkpoint(out, stage, state, optimizers)
-    tree, average_tree = (pytree.tree_unflatten(x, structure) for x in (leaves, average))
-    millions = sum(leaf.numel() for leaf in leaves) / 1e6
-    work = f"{steps} steps of {batch_size} images, {step} done"
-    say(f"{stage}: {millions:.3g} M parameters, {work}")
+    stages = "tokenizer", "next_scale", "masked"
+    changes = dict(changes)
+    if "steps" in changes:
+        steps = changes.pop("steps")
+        changes = {f"{stage}_steps": steps for stage in stages} | changes
+    if "lr" in changes:
+        peak = changes.pop("lr")
+        rates = dict(tokenizer_lr=peak, next_scale_lr=peak, masked_lr=peak / 4)
+        changes = rates | changes
 
-    own = np.split(np.arange(batch_size), world())[rank()]  # this process's images in a batch
-    parts = np.array_split(own, math.ceil(len(own) / sample.images_at_once(run["size"] ** 2)))
-    window, begun, saved = [], (step, time.monotonic()), time.monotonic()
-    while step < steps:
-        step += 1
-        report, traces = {}, []
-        for part in parts:
-            value, numbers, trace = loss(tree, **make_batch(step, part))
-            share = len(part) / len(own)
-            (share * value).backward()
-            for name, number in numbers.items():
-                report[name] = report.get(name, 0) + share * number.detach()
-            traces.append(trace)
+    for name, value in changes.items():
+        if name not in settings:
+            raise ValueError(f"{name}: no such setting, expected one of {', '.join(settings)}")
+        before = settings[name]
+        fits = isinstance(value, type(before)) and isinstance(value, bool) == isinstance(
+            before, bool
+        )
+        is_number = isinstance(before, float | None) and isinstance(value, int | float)
+        if not fits and not is_number:
+            raise ValueError(f"{name}: got {value!r}, expected a value like {before!r}")
+        if name.endswith(("_steps", "_lr", "batch")) and not 0 < value < math.inf:
+            raise ValueError(f"{name}: got {value}, expected above 0")
+    return settings | changes
+
+
+def arguments(function, settings):
+    """The settings that are arguments of a function, by name."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in settings.items() if name in names}
+
+
+def count_held_out(images):
+    """How many of so many images are held out: a twentieth, 128 to 500, at most an eighth."""
+    return max(1, min(500, max(128, images // 20), images // 8))
+
+
+# ---- the tokenizer's loop
+
+
+def train_tokenizer(
+    codec,
+    batches,
+    held_out,
+    scales,
+    *,
+    steps,
+    lr,
+    decay=0.05,
+    newton_schulz=5,
+    averaged=0.25,
+    evaluations=6,
+    patience=1 / 3,
+    hue_variance=0.0,
+    perceptual_layers=(),
+    seed=0,
+    later=0,
+    out=None,
+    device="cpu",
+    dtype=torch.float32,
+    stop=None,
+):
+    """Returns the codec, trained so that its first scales alone, however many, show an image too.
+
+    codec: a tree of `tokenizer.init`. All its leaves are trained; returned is their moving average
+        (EMA) at the best evaluation.
+    batches: an iterator of (images uint8 (B, 3, H, W), anything), or a function that returns the
+        iterator of the steps after a number of steps, such as `crop_batches`. Each of several
+        processes gets its own share of a batch.
+    held_out: images uint8 (n, 3, H, W) to evaluate on, `evaluations` times.
+    steps, lr: how many, and the peak of the learning rate. decay: weight decay of Muon.
+    newton_schulz: iterations of Muon. averaged, patience: the average's time constant, and how long
+        a stage goes on without a better evaluation, as shares of the steps.
+    hue_variance, perceptual_layers: of `tokenizer.training_loss`.
+    later: work of later stages in steps of this one, for the time that is left of a run.
+    out: the run folder. stop: an event after which the stage saves and raises KeyboardInterrupt.
+    """
+    codec = trainable(codec, device)
+    leaves, codes = pytree.tree_leaves(codec), len(codec["codebook"])
+    state = new_state(codec, decay, newton_schulz)
+    state["chosen"] = torch.zeros(codes, dtype=torch.int64, device=device)  # since the last revival
+    clock = begin_stage(out, "tokenizer", state, steps, later)
+    at_once = sample.images_at_once(held_out[0, 0].numel())
+    batches = iter(batches(state["step"]) if callable(batches) else batches)
+    held_out = to_unit(held_out.to(device))
+    window, save_at = [], time.monotonic() + SAVE_SECONDS
+
+    while state["step"] < steps:
+        step = state["step"] = state["step"] + 1
+        images, _ = next(batches)  # (b, 3, H, W), this process's share of the batch
+        batch = world() * len(images)
+        positions = torch.arange(batch).tensor_split(world())[rank()]  # of these images in it
+        generator = generator_of(seed, "tokenizer", step)
+        stops = torch.randint(len(scales) - 1, (batch,), generator=generator)[positions]
+
+        report, tokens, residuals = {}, [], []
+        for pixels, places, last_scales in micro_batches(at_once, images, positions, stops):
+            coarse = (places % COARSE_EVERY == 0).nonzero()[:, 0]  # also decoded from coarse scales
+            result = tokenizer.training_loss(
+                tokenizer.cast(codec, dtype),
+                to_unit(pixels.to(device)),
+                scales,
+                coarse.to(device),
+                last_scales[coarse].to(device),
+                hue_variance=hue_variance,
+                perceptual_layers=perceptual_layers,
+                images_per_coarse=batch / math.ceil(batch / COARSE_EVERY),
+            )
+            share = len(pixels) / len(images)
+            (share * result["loss"]).backward()
+            add_to_report(report, share, {name: result[name] for name in TOKENIZER_REPORT})
+            tokens.append(result["tokens"])
+            residuals.append(result["residuals"])
+
         average_gradients(leaves)
         report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
+        optimizer_step(state["optimizers"], learning_rate(step, steps, lr))
+        update_average(state["average"], codec, averaged * steps, step)
 
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, run["lr"][stage])
-            optimizer.step()
-            optimizer.zero_grad()
-        update_average(average, leaves, step, steps)
-        if after_step:
-            with torch.no_grad():
-                after_step(step, traces, tree, average_tree)
+        count_chosen(state["chosen"], tokens)
+        if step == 1 or (step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * steps):
+            # At step 1 this initialises the codebook from data.
+            revive_codes(state, residuals, generator_of(seed, "revive", step))
 
         window.append(report)
-        is_evaluation = step == steps or step % math.ceil(steps / run["evaluations"]) == 0
-        if step % LOG_EVERY and not is_evaluation:
-            continue
-        log(out, stage, step, steps, begun, means(window))
-        window.clear()
-
-        is_over = False
+        is_evaluation = step == steps or step % math.ceil(steps / evaluations) == 0
+        is_logged = is_evaluation or step % LOG_EVERY == 0
+        if is_logged:
+            log_numbers(out, "tokenizer", step, clock, means(window))
+            window.clear()
         if is_evaluation:
-            found = broadcast(evaluate(average_tree) if rank() == 0 else None)
-            log(out, stage, step, steps, begun, {f"held_out_{x}": found[x] for x in found})
-            if rank() == 0:
-                draw(average_tree)
-            if found["loss"] < best_loss:
-                best_step, best_loss = step, found["loss"]
-                torch._foreach_copy_(best, average)
-            is_over = step - best_step >= PATIENCE * steps
-        if is_evaluation or time.monotonic() - saved > SAVE_SECONDS:
-            done = steps if is_over else step  # after an early stop a resumed run has no steps left
-            save_checkpoint(out, stage, done, best_step, best_loss, state, optimizers)
-            saved = time.monotonic()
-        if is_over:
-            break
+            fast = tokenizer.cast(state["average"], dtype)
+            found = evaluate_tokenizer(fast, held_out, scales) if rank() == 0 else None
+            found = broadcast(found)
+            log_numbers(out, "tokenizer", step, clock, {f"held_out_{x}": found[x] for x in found})
+            draw_reconstructions(out, fast, held_out[:8], scales)
+            keep_best(state, found["error"], steps, patience)
+        if is_evaluation or (is_logged and time.monotonic() > save_at):
+            save_at = save_checkpoint(out, "tokenizer", state)
+        if stop is not None and stop.is_set():
+            save_and_stop(out, "tokenizer", state, report)
 
-    say(f"{stage}: best at step {best_step}, loss {best_loss:.4g}")
-    return pytree.tree_unflatten(best, structure)
+    log(f"tokenizer: best at step {state['best_step']}, held-out error {state['best_loss']:.4g}")
+    return state["best"]
 
 
-def new_optimizers(tree, leaves, decay, newton_schulz=5):
+def count_chosen(chosen, tokens):
+    """Adds to chosen (codes,) how often each code was chosen in a batch, in all processes.
+
+    tokens: [(tokens (b, n_k) of each scale), ...], of each micro-batch.
+    """
+    tokens = torch.cat([x.flatten() for x in itertools.chain(*tokens)])
+    counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
+    chosen.add_(add_over_processes(counts))
+
+
+@torch.no_grad()
+def revive_codes(state, residuals, generator):
+    """Replaces codes that were never chosen by residuals, in place; then counts begin again.
+
+    residuals: [(residuals (b, n_k, code_dim) of each scale), ...], of each micro-batch.
+    """
+    codebook, average = state["tree"]["codebook"], state["average"]["codebook"]
+    by_scale = [gather(torch.cat(parts)) for parts in zip(*residuals)]
+    codes, dead = tokenizer.revive_codes(codebook, state["chosen"], by_scale, generator)
+    codebook.copy_(codes)
+    average[dead] = codes[dead]  # otherwise the average would long remember the dead codes
+    state["chosen"].zero_()
+
+
+# ---- the transformer's loop
+
+
+def train_transformer(
+    params,
+    codec,
+    batches,
+    held_out,
+    *,
+    steps,
+    lr,
+    decay=0.05,
+    newton_schulz=5,
+    averaged=0.25,
+    evaluations=6,
+    patience=1 / 3,
+    label_drop=0.1,
+    loss_weights="token",
+    seed=0,
+    later=0,
+    classes=(),
+    sampling=None,
+    out=None,
+    device="cpu",
+    dtype=torch.float32,
+    stop=None,
+):
+    """Returns the transformer, trained to predict tokens from those of coarser scales (HMAR).
+
+    params: a tree of `hmar.init`. If it has a masked branch, that alone is trained, to predict
+        hidden tokens from the others of their scale too (HMAR, stage two).
+    codec: the tokenizer of the tokens; it stays as it is.
+    batches: an iterator of (labels (B,), tokens int64 (B, L)), or a function that returns the
+        iterator of the steps after a number of steps, such as `token_batches`.
+    held_out: (labels (n,), tokens (n, L)) to evaluate on.
+    label_drop: the share of labels that become the null class. loss_weights: of
+        `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
+    classes, sampling: names and settings, for the grid of samples that is drawn into `out`.
+    The other arguments are those of `train_tokenizer`.
+    """
+    is_masked = "masked" in params
+    stage, scales = "masked" if is_masked else "next-scale", hmar.scale_sizes(params)
+    codec = sample.to_device(codec, device)
+    at_once = images_at_once(params, codec)
+    weights = hmar.scale_weights(scales, loss_weights).to(device)  # (L,)
+    # The masked stage trains its branch alone. The rest is cast once.
+    frozen = hmar.cast(sample.to_device(params, device), dtype) if is_masked else {}
+    trained = trainable(dict(masked=params["masked"]) if is_masked else params, device)
+    leaves = pytree.tree_leaves(trained)
+    state = new_state(trained, decay, newton_schulz)
+    clock = begin_stage(out, stage, state, steps, later)
+    batches = iter(batches(state["step"]) if callable(batches) else batches)
+    if is_masked:
+        generator = generator_of("held-out mask")
+        held_out = *held_out, draw_masks(len(held_out[0]), scales, generator, ratio=0.5)
+    window, save_at = [], time.monotonic() + SAVE_SECONDS
+
+    while state["step"] < steps:
+        step = state["step"] = state["step"] + 1
+        labels, tokens = next(batches)  # (b,), (b, L), this process's share of the batch
+        batch = world() * len(tokens)
+        positions = torch.arange(batch).tensor_split(world())[rank()]  # of these images in it
+        generator = generator_of(seed, stage, step)
+        is_dropped = torch.rand(batch, generator=generator)[positions] < label_drop
+        labels = labels.masked_fill(is_dropped.to(labels.device), len(params["classes"]) - 1)
+        examples = labels, tokens
+        if is_masked:
+            examples = labels, tokens, draw_masks(batch, scales, generator)[positions]
+
+        report = {}
+        for part in micro_batches(at_once, *examples):
+            fast = hmar.cast(frozen | trained, dtype)
+            result = transformer_loss(fast, codec, weights, *sample.to_device(part, device))
+            share = len(part[0]) / len(tokens)
+            (share * result["loss"]).backward()
+            add_to_report(report, share, result)
+
+        average_gradients(leaves)
+        report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
+        optimizer_step(state["optimizers"], learning_rate(step, steps, lr))
+        update_average(state["average"], trained, averaged * steps, step)
+
+        window.append(report)
+        is_evaluation = step == steps or step % math.ceil(steps / evaluations) == 0
+        is_logged = is_evaluation or step % LOG_EVERY == 0
+        if is_logged:
+            log_numbers(out, stage, step, clock, means(window))
+            window.clear()
+        if is_evaluation:
+            fast = hmar.cast(frozen | state["average"], dtype)
+            found = evaluate_transformer(fast, codec, weights, held_out) if rank() == 0 else None
+            found = broadcast(found)
+            log_numbers(out, stage, step, clock, dict(held_out_loss=found))
+            draw_samples(out, stage, fast, codec, classes, sampling)
+            keep_best(state, found, steps, patience)
+        if is_evaluation or (is_logged and time.monotonic() > save_at):
+            save_at = save_checkpoint(out, stage, state)
+        if stop is not None and stop.is_set():
+            save_and_stop(out, stage, state, report)
+
+    log(f"{stage}: best at step {state['best_step']}, held-out loss {state['best_loss']:.4g}")
+    return params | state["best"]
+
+
+def transformer_loss(params, codec, weights, labels, tokens, mask=None):
+    """{"loss": the mean loss in nats a token, ...} of labels (B,), tokens (B, L).
+
+    weights (L,) are those of tokens; with a mask (B, L - len_0), the loss is that of hidden tokens.
+    """
+    scales = hmar.scale_sizes(params)
+    inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
+    if mask is None:
+        losses = hmar.losses(params, labels, tokens, inputs).mean(0)  # (L,)
+        by_scale = [scale.mean() for scale in losses.split(tokenizer.lengths(scales))]
+        return dict(loss=(losses * weights).sum(), scale_losses=torch.stack(by_scale))
+
+    own_inputs = tokenizer.masked_inputs(codec, tokens, scales, mask)
+    losses = hmar.losses(params, labels, tokens, inputs, own_inputs, mask)  # (M,)
+    # Half of all tokens are hidden on average. Divided by that number, the losses of micro-batches
+    # add up to the loss of the batch.
+    return dict(loss=losses.sum() / (0.5 * mask.numel()))
+
+
+def images_at_once(params, codec):
+    """How many images pass the transformer together, see `sample.images_at_once`."""
+    cells = math.prod(hmar.scale_sizes(params)[-1])
+    return sample.images_at_once(cells * tokenizer.downsampling(codec) ** 2)
+
+
+def draw_masks(count, scales, generator, ratio=None):
+    """(count, L - len_0) bool, True where a token is hidden.
+
+    ratio: the share of hidden tokens. None: any share, a random one for each image (HMAR).
+    """
+    tokens = sum(tokenizer.lengths(scales)[1:])
+    ratio = torch.rand(count, 1, generator=generator) if ratio is None else ratio
+    return torch.rand(count, tokens, generator=generator) < ratio
+
+
+def new_transformer(plan, codes, code_dim):
+    """The tree that the next-scale stage begins with: an untrained one, or that of init."""
+    settings, flags, classes = plan["settings"], plan["flags"], len(plan["classes"])
+    if not flags["init"]:
+        sizes = arguments(hmar.init, settings) | dict(codes=codes, code_dim=code_dim)
+        return hmar.init(**sizes, classes=classes, causal=plan["is_causal"], seed=flags["seed"])
+
+    params = part_of(flags["init"], "transformer")
+    branch = params["next_scale"]
+    params = params | dict(trunk=params["trunk"] + branch["blocks"])
+    params["next_scale"] = branch | dict(blocks=[])
+    params.pop("masked", None)
+    if hmar.scale_sizes(params) != settings["scales"]:
+        params = hmar.resize_positions(params, settings["scales"])
+    if len(params["classes"]) != classes + 1:
+        # New embeddings, as in an untrained tree of this width.
+        width = params["classes"].shape[1]
+        sizes = dict(depth=1, codes=1, code_dim=1, scales=((1, 1),), width=width)
+        params["classes"] = hmar.init(**sizes, classes=classes, seed=flags["seed"])["classes"]
+    return params
+
+
+# ---- evaluation and pictures
+
+
+@torch.no_grad()
+def evaluate_tokenizer(codec, images, scales):
+    """{name: number or list} for held-out images (B, 3, H, W) in [-1, 1].
+
+    error: the squared error. psnr: in dB, after each scale. perplexity: of the codes of each scale,
+    the exponential of their entropy.
+    """
+    errors, counts = [], torch.zeros(len(scales), len(codec["codebook"]))
+    for part in images.split(sample.images_at_once(images[0, 0].numel())):
+        features = tokenizer.encode_features(codec, part)
+        _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
+        decoded = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in f_hats])
+        errors.append((decoded - part).square().mean((2, 3, 4)))  # (S, B)
+        for k, chosen in enumerate(tokens):
+            counts[k] += torch.bincount(chosen.flatten().cpu(), minlength=counts.shape[1])
+
+    errors = torch.cat(errors, 1)
+    psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean(1).tolist()
+    share = counts.double() / counts.sum(1, keepdim=True)
+    perplexity = torch.special.entr(share).sum(1).exp().tolist()
+    return dict(error=errors[-1].mean().item(), psnr=psnr, perplexity=perplexity)
+
+
+@torch.no_grad()
+def evaluate_transformer(params, codec, weights, examples):
+    """The mean of `transformer_loss` over examples: labels (n,), tokens (n, L), perhaps a mask."""
+    total = 0.0
+    for part in micro_batches(images_at_once(params, codec), *examples):
+        result = transformer_loss(params, codec, weights, *sample.to_device(part, weights.device))
+        total += len(part[0]) / len(examples[0]) * result["loss"].item()
+    return total
+
+
+@torch.no_grad()
+def draw_reconstructions(out, codec, images, scales):
+    """Writes samples/reconstructions.png: images (n, 3, H, W), then the same after each scale."""
+    if out is None or rank() > 0:
+        return
+    features = tokenizer.encode_features(codec, images)
+    f_hats = [f_hat for _, _, f_hat in tokenizer.quantise(codec, features, scales)]
+    rows = [images, *(tokenizer.decode_features(codec, f_hat) for f_hat in f_hats)]
+    names = ["original", *(f"after {h}x{w}" for h, w in scales)]
+    save_picture(out / "samples/reconstructions.png", sample.sheet(rows, names))
+
+
+def draw_samples(out, stage, params, codec, classes, sampling):
+    """Writes samples/STAGE.png, a grid with eight samples of each of the first ten classes."""
+    if out is None or rank() > 0:
+        return
+    labels = torch.arange(min(10, len(classes))).repeat_interleave(8)
+    model = dict(tokenizer=codec, transformer=params, classes=classes, sampling=sampling or {})
+    passes = 1 if "masked" in params else 0
+    schedule = sample.masked_schedule(hmar.scale_sizes(params), passes)
+    images = sample.generate(model, labels, schedule=schedule)
+    save_picture(out / f"samples/{stage}.png", sample.sheet(images.split(8), classes[:10]))
+
+
+def save_picture(path, picture):
+    """Writes a picture and prints its name."""
+    path.parent.mkdir(exist_ok=True)
+    picture.save(path)
+    log(f"{path} is written")
+
+
+# ---- what both loops use: state, optimizers, moving average, log, checkpoints
+
+
+def trainable(tree, device):
+    """A copy of the tree on a device, whose leaves are parameters."""
+    return pytree.tree_map(lambda leaf: nn.Parameter(leaf.detach().to(device, copy=True)), tree)
+
+
+def new_state(tree, decay, newton_schulz):
+    """All that a stage changes and a checkpoint saves: {name: number, tree or optimizers}.
+
+    Whatever a loop adds to it is saved and restored too.
+    """
+    average, best = (pytree.tree_map(lambda leaf: leaf.detach().clone(), tree) for _ in range(2))
+    optimizers = new_optimizers(tree, decay, newton_schulz)
+    state = dict(step=0, best_step=0, best_loss=math.inf)
+    return state | dict(tree=tree, average=average, best=best, optimizers=optimizers)
+
+
+def begin_stage(out, stage, state, steps, later):
+    """Restores the state from a checkpoint of the stage, if there is one; returns a clock.
+
+    The clock, for `log_numbers`: (seconds, steps done, steps, steps' worth of later stages).
+    """
+    load_checkpoint(out, stage, state)
+    leaves = pytree.tree_leaves(state["tree"])
+    millions = sum(leaf.numel() for leaf in leaves) / 1e6
+    log(f"{stage}: {millions:.3g} M parameters, {steps} steps, {state['step']} done")
+    return time.monotonic(), state["step"], steps, later
+
+
+def new_optimizers(tree, decay, newton_schulz=5):
     """[Muon for matrices and convolutions (Jordan et al. 2024), AdamW for all other leaves].
 
-    leaves: the parameters, in the order of the tree's leaves. hmar.is_table and tokenizer.TABLES
-    name the matrices that AdamW trains. Muon multiplies in bf16 where the processor has it,
-    whatever --dtype is.
+    Muon multiplies in bf16 where the processor has it, whatever the dtype of the stage is.
     """
     matrices, others = [], []
-    for (path, _), leaf in zip(pytree.tree_flatten_with_path(tree)[0], leaves, strict=True):
-        keys = {getattr(entry, "key", None) for entry in path}
-        is_table = hmar.is_table(keys, leaf) or keys & tokenizer.TABLES
-        (others if leaf.ndim < 2 or is_table else matrices).append(leaf)
-    muon = Muon(matrices, decay, newton_schulz, sample.find_dtype(None, leaves[0].device))
-    return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)]
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        (matrices if is_matrix(path, leaf) else others).append(leaf)
+    dtype = sample.find_dtype(None, pytree.tree_leaves(tree)[0].device)
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    return [Muon(matrices, decay, newton_schulz, dtype), adamw]
+
+
+MATRICES = {"qkv", "project", "expand", "contract"}  # keys of the matrices that Muon trains
+
+
+def is_matrix(path, leaf):
+    """Whether Muon trains a leaf: full convolutions and the MATRICES of blocks.
+
+    All else (embeddings, heads, modulation, depthwise convolutions, vectors) is AdamW's.
+    """
+    if leaf.ndim == 4:
+        return leaf.shape[1] > 1
+    return leaf.ndim == 2 and any(getattr(entry, "key", None) in MATRICES for entry in path)
 
 
 class Muon(torch.optim.Optimizer):
@@ -302,6 +816,15 @@ def orthogonalize(matrix, iterations):
     return x.T if is_tall else x
 
 
+def optimizer_step(optimizers, rate):
+    """A step of each optimizer at this learning rate; then gradients begin again."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def learning_rate(step, steps, peak):
     """Warm-up, constant, then linear to zero (Hägele et al. 2024)."""
     left = 1 - (step - 1) / steps
@@ -309,339 +832,429 @@ def learning_rate(step, steps, peak):
 
 
 @torch.no_grad()
-def update_average(average, leaves, step, steps):
-    """Moves the average; its window grows with the step, so that initial weights soon leave it."""
-    kept = min(1 - 1 / (1 + AVERAGED * steps), step / (step + 10))
-    torch._foreach_lerp_(average, leaves, 1 - kept)
+def update_average(average, tree, window, step):
+    """Moves the average towards the tree, in place; window: its time constant in steps.
+
+    At first the window grows with the step, so that initial weights soon leave the average.
+    """
+    kept = min(1 - 1 / (1 + window), step / (step + 10))
+    torch._foreach_lerp_(pytree.tree_leaves(average), pytree.tree_leaves(tree), 1 - kept)
+
+
+def keep_best(state, loss, steps, patience):
+    """Keeps the average if it has the lowest loss so far; ends the stage if that was long ago."""
+    if loss < state["best_loss"]:
+        state["best_step"], state["best_loss"] = state["step"], loss
+        pytree.tree_map(torch.Tensor.copy_, state["best"], state["average"])
+    if state["step"] - state["best_step"] >= patience * steps:
+        state["step"] = steps
+
+
+def micro_batches(images_at_once, *tensors):
+    """Yields tuples of parts of the tensors (B, ...), of at most so many images each."""
+    count = math.ceil(len(tensors[0]) / images_at_once)
+    yield from zip(*(tensor.tensor_split(count) for tensor in tensors))
+
+
+def add_to_report(report, share, result):
+    """Adds the numbers of a micro-batch, which is this share of a batch, to those of the step."""
+    for name, number in result.items():
+        report[name] = report.get(name, 0) + share * number.detach()
 
 
 def means(window):
     """{name: number or list}: reports of several steps, averaged over them and the processes."""
+    found = {}
+    for name in window[0]:
+        mean = torch.stack([report[name] for report in window]).mean(0)
+        found[name] = (add_over_processes(mean) / world()).tolist()
+    return found
 
-    def mean(*values):
-        return (add_over_processes(torch.stack(values).mean(0)) / world()).tolist()
 
-    return pytree.tree_map(mean, *window)
+def log_numbers(out, stage, step, clock, numbers):
+    """Prints numbers and the time left, of the stage and of the run; adds a line to metrics.jsonl.
 
-
-def log(out, stage, step, steps, begun, numbers):
-    """Appends a line to metrics.jsonl and prints it with the time left at the pace since `begun`.
-
-    begun: (step, seconds). ValueError if a number is not finite. After a kill some steps may have
-    two lines; the later one counts.
+    FloatingPointError if a number is not finite. After a kill some steps may have two lines; the
+    later one counts.
     """
-    try:
-        line = json.dumps(dict(stage=stage, step=step) | numbers, allow_nan=False)
-    except ValueError as error:
-        text = "the loss or gradient is not finite; a lower --lr may help"
-        raise ValueError(f"{stage}, step {step}: {text}") from error
-    if rank() == 0:
+    check_finite(stage, step, numbers)
+    if out is not None and rank() == 0:
         with open(out / "metrics.jsonl", "a") as file:
-            file.write(line + "\n")
-    pace = (time.monotonic() - begun[1]) / (step - begun[0])  # seconds per step
-    left = datetime.timedelta(seconds=round(pace * (steps - step)))
+            file.write(json.dumps(dict(stage=stage, step=step) | numbers) + "\n")
+
+    begun, done, steps, later = clock
+    pace = (time.monotonic() - begun) / max(1, step - done)  # seconds per step
+    stage_left, run_left = (
+        datetime.timedelta(seconds=round(pace * more))
+        for more in (steps - step, steps - step + later)
+    )
     words = "  ".join(f"{name} {x:.4g}" for name, x in numbers.items() if isinstance(x, float))
-    say(f"{stage} {step}/{steps}  {left} left  {words}")
+    log(f"{stage} {step}/{steps}  {stage_left} left, of the run {run_left}  {words}")
 
 
-def save_checkpoint(out, stage, step, best_step, best_loss, tensors, optimizers):
-    """Replaces RUN/checkpoint.pt, which holds all that a stage needs to go on."""
-    saved = dict(stage=stage, step=step, best_step=best_step, best_loss=best_loss)
-    saved |= dict(tensors=[tensor.detach() for tensor in tensors])
-    saved |= dict(optimizers=[optimizer.state_dict() for optimizer in optimizers])
-    write_file(out / "checkpoint.pt", lambda file: torch.save(saved, file))
+def check_finite(stage, step, numbers):
+    """FloatingPointError if one of the numbers, or of lists of them, is not finite."""
+    if not all(np.isfinite(x).all() for x in numbers.values()):
+        text = "the loss or gradient is not finite; a lower --lr may help"
+        raise FloatingPointError(f"{stage}, step {step}: {text}")
+
+
+def save_checkpoint(out, stage, state):
+    """Replaces RUN/checkpoint.pt; returns the time at which the next one is due.
+
+    Saving takes at most a thirtieth of the time.
+    """
+    begun = time.monotonic()
+    if out is not None:
+        saved = pytree.tree_map(saved_leaf, state)
+        write_file(out / "checkpoint.pt", partial(torch.save, dict(stage=stage, state=saved)))
+    now = time.monotonic()
+    return now + max(SAVE_SECONDS, 30 * (now - begun))
+
+
+def saved_leaf(leaf):
+    """What a checkpoint holds of a leaf of the state: a number, a tensor or a state dict."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach()
+    return leaf.state_dict() if hasattr(leaf, "state_dict") else leaf
 
 
 @torch.no_grad()
-def load_checkpoint(out, stage, tensors, optimizers):
-    """(step, best_step, best_loss) to go on from; a checkpoint of the stage fills the tensors."""
-    path = out / "checkpoint.pt"
-    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    if saved.get("stage") != stage:
-        return 0, 0, math.inf
-    for tensor, old in zip(tensors, saved["tensors"], strict=True):
-        tensor.copy_(old)
-    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    return saved["step"], saved["best_step"], saved["best_loss"]
+def restored_leaf(leaf, saved):
+    """A leaf of the state, changed in place to what a checkpoint holds of it; or a saved number."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.copy_(saved)
+    if hasattr(leaf, "state_dict"):
+        leaf.load_state_dict(saved)
+        return leaf
+    return saved
 
 
-# ---- the tokenizer stage
+def load_checkpoint(out, stage, state):
+    """Restores the state, in place, if RUN/checkpoint.pt is of this stage."""
+    path = None if out is None else out / "checkpoint.pt"
+    if path is None or not path.exists():
+        return
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if saved["stage"] == stage:
+        state.update(pytree.tree_map(restored_leaf, state, saved["state"]))
 
 
-def train_tokenizer(run, out, device):
-    """Trains a codec whose first scales alone, however many, decode to an image too."""
-    dtype, scales = sample.find_dtype(run["dtype"], device), run["scales"]
-    images = np.load(out / "images.npy", mmap_mode="c")  # (n, crops, 3, H, W)
-    held_out, training = split_held_out(images)
-    held_out = to_unit(held_out[:EVALUATED, 0]).to(device)
-    codec = sample.to_device(tokenizer.init(**run["codec"], seed=run["seed"]), device)
-    chosen = torch.zeros(len(codec["codebook"]), dtype=torch.int64, device=device)
-    terms = dict(
-        hue_variance=tokenizer.measure_hue_variance(to_unit(training[:EVALUATED, 0])),
-        perceptual_layers=learn_perceptual_layers(run, out, training, device, dtype),
-        images_per_coarse=run["batch"] / math.ceil(run["batch"] / COARSE_EVERY),
-    )
-
-    def make_batch(step, positions):
-        rows, crops, generator = choose_rows(run, "tokenizer", step, len(training))
-        stops = torch.randint(len(scales) - 1, (run["batch"],), generator=generator)
-        images = to_unit(training[rows[positions], crops[positions]])
-        coarse = torch.from_numpy(np.flatnonzero(positions % COARSE_EVERY == 0))  # rows of the part
-        made = dict(images=images, coarse=coarse, stops=stops[positions][coarse])
-        return sample.to_device(made, device)
-
-    def loss(codec, images, coarse, stops):
-        fast = tokenizer.cast(codec, dtype)
-        made = tokenizer.training_loss(fast, images, scales, coarse, stops, **terms)
-        report = {name: made[name] for name in ("loss", "coarse", "quantisation")}
-        return made["loss"], report, (made["tokens"], made["residuals"])
-
-    def evaluate(codec):
-        return evaluate_tokenizer(tokenizer.cast(codec, dtype), held_out, scales)
-
-    def draw(codec):
-        draw_reconstructions(out, tokenizer.cast(codec, dtype), held_out[:8], scales)
-
-    def after_step(step, traces, codec, average):
-        is_due = step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * run["steps"]["tokenizer"]
-        count_chosen(chosen, traces)
-        if step == 1 or is_due:  # at step 1 this initialises the codebook from data
-            generator = generator_of(run["seed"], "revive", step)
-            replace_dead_codes(chosen, traces, generator, codec["codebook"], average["codebook"])
-
-    return fit("tokenizer", run, out, codec, loss, make_batch, evaluate, draw, after_step, [chosen])
+def save_and_stop(out, stage, state, report):
+    """Saves a checkpoint and raises KeyboardInterrupt; called after Ctrl-C, between two steps."""
+    check_finite(stage, state["step"], dict(gradient=report["gradient"].item()))
+    save_checkpoint(out, stage, state)
+    text = "the same command goes on from there" if out else "nothing is saved without a folder"
+    raise KeyboardInterrupt(f"stopped at step {state['step']} of {stage}; {text}")
 
 
-def count_chosen(chosen, traces):
-    """Adds to chosen (codes,) how often each code was chosen in a batch, in all processes."""
-    tokens = torch.cat([x.flatten() for x in pytree.tree_leaves([trace[0] for trace in traces])])
-    counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
-    chosen.add_(add_over_processes(counts))
+@contextlib.contextmanager
+def catch_interrupt():
+    """Yields an event that Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, partial(handle_interrupt, stop))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def replace_dead_codes(chosen, traces, generator, codebook, average):
-    """Replaces codes that were never chosen by residuals, in place; then counts begin again."""
-    residuals = [gather(torch.cat(parts)) for parts in zip(*(trace[1] for trace in traces))]
-    codes, dead = tokenizer.revive_codes(codebook, chosen, residuals, generator)
-    codebook.copy_(codes)
-    average[dead] = codes[dead]  # otherwise the average would long remember the dead codes
-    chosen.zero_()
+def handle_interrupt(stop, *_):
+    """The handler of Ctrl-C."""
+    if stop.is_set():
+        raise KeyboardInterrupt("stopped")
+    stop.set()
+    print("stopping after this step; once more stops at once", file=sys.stderr)
 
 
-def learn_perceptual_layers(run, out, images, device, dtype):
-    """Layers for tokenizer.perceptual_error: those of a small classifier of the training images.
+# ---- the perceptual network
+
+
+def learn_perceptual_layers(crops, steps, seed, device, dtype):
+    """Layers for `tokenizer.perceptual_error`: those of a small classifier of the training images.
 
     If there is a single class, it learns which of four quarter-turns an image was given (Gidaris et
-    al. 2018). Trained in seconds, and again when a run is resumed. Returns [] if the recipe has no
-    such loss.
+    al. 2018). Trained in seconds, and again when a run goes on.
     """
-    if not run["perceptual"]:
-        return []
-    _, labels = load_labels(out)
-    has_classes = len(run["class_names"]) > 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run["seed"])
+        torch.manual_seed(seed)
         net = nn.ModuleList()
         for inputs, width in itertools.pairwise(PERCEPTUAL_WIDTHS):
             convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
             net.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
-        net.append(nn.Linear(PERCEPTUAL_WIDTHS[-1], len(run["class_names"]) if has_classes else 4))
+        net.append(nn.Linear(PERCEPTUAL_WIDTHS[-1], crops.classes if crops.classes > 1 else 4))
     *layers, head = net.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
 
-    steps = min(PERCEPTUAL_STEPS, run["steps"]["tokenizer"])
-    count = min(32, max(4, 2**17 // run["size"] ** 2))  # fewer images above 64 pixels
-    say(f"tokenizer: the perceptual network, {steps} steps of {count} images")
+    batch = min(32, max(4, 2**17 // crops.size**2))  # fewer images above 64 pixels
+    log(f"tokenizer: first the perceptual network, {steps} steps of {batch} images")
+    reading = dict(seed=seed, stage="perceptual", batch=batch, device=device, is_shared=False)
+    batches = crop_batches(crops, 0, **reading)
     for step in range(1, steps + 1):
-        generator = generator_of(run["seed"], "levels", step)
-        rows = torch.randint(len(images), (count,), generator=generator)
-        crops = torch.randint(run["crops"], (count,), generator=generator)
-        pixels, targets = to_unit(images[rows.numpy(), crops.numpy()]), labels[rows]
-        if not has_classes:
-            targets = torch.randint(4, (count,), generator=generator)
-            turned = [image.rot90(turn, (1, 2)) for image, turn in zip(pixels, targets.tolist())]
-            pixels = torch.stack(turned)
-        pixels, targets = pixels.to(device), targets.to(device)
+        images, labels = next(batches)
+        pixels = to_unit(images)
+        if crops.classes == 1:
+            generator = generator_of(seed, "turns", step)
+            labels = torch.randint(4, (batch,), generator=generator)
+            turned = [image.rot90(turn, (1, 2)) for image, turn in zip(pixels, labels.tolist())]
+            pixels, labels = torch.stack(turned), labels.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
             *_, features = tokenizer.feature_maps(layers, pixels)
             scores = head(features.mean((2, 3)))
-        F.cross_entropy(scores, targets).backward()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 3e-3)
-        optimizer.step()
-        optimizer.zero_grad()
+        F.cross_entropy(scores, labels).backward()
+        optimizer_step([optimizer], learning_rate(step, steps, 3e-3))
     net.eval().requires_grad_(False).to(dtype)
     return [lambda x, layer=layer: layer(x.to(dtype)) for layer in layers]
 
 
-@torch.no_grad()
-def evaluate_tokenizer(codec, images, scales):
-    """{name: number or list} for held-out images (B, 3, H, W) in [-1, 1].
+# ---- data: crops of any dataset, in batches; tokens of crops
 
-    loss: the squared error. psnr: in dB, after each scale. perplexity: of the codes of each scale,
-    the exponential of their entropy.
+
+class Crops(torch.utils.data.Dataset):
+    """Square crops of some images of a dataset: (row, number) -> (uint8 (3, size, size), label).
+
+    A crop is a function of the seed, its image and its number. One number in central_every is the
+    central crop; if flip, every second one of each kind is mirrored.
     """
-    errors, counts = [], torch.zeros(len(scales), len(codec["codebook"]))
-    for part in images.split(sample.images_at_once(images[0, 0].numel())):
-        features = tokenizer.encode_features(codec, part)
-        _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
-        decoded = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in f_hats])
-        errors.append((decoded - part).square().mean((2, 3, 4)))  # (S, B)
-        for k, chosen in enumerate(tokens):
-            counts[k] += torch.bincount(chosen.flatten().cpu(), minlength=counts.shape[1])
 
-    errors = torch.cat(errors, 1)
-    psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean(1).tolist()
-    share = counts.double() / counts.sum(1, keepdim=True)
-    perplexity = torch.special.entr(share).sum(1).exp().tolist()
-    return dict(loss=errors[-1].mean().item(), psnr=psnr, perplexity=perplexity)
+    def __init__(self, dataset, indices, *, size, seed, flip=False, classes=1, central_every=1):
+        self.dataset, self.indices, self.size, self.seed = dataset, indices, size, seed
+        self.flip, self.classes, self.central_every = flip, classes, central_every
+        self.is_broken = torch.zeros(len(indices), dtype=torch.bool).share_memory_()  # by workers
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, key):
+        row, number = key
+        image, label, index = self.read(row)
+        is_central = number % self.central_every == 0
+        pixels = crop(image, self.size, None if is_central else (self.seed, index, number))
+        if self.flip and number // self.central_every % 2:
+            pixels = ImageOps.mirror(pixels)
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), label
+
+    def read(self, row):
+        """(RGB image, label, index) of a row; of the next one that can be read if it cannot.
+
+        An image that cannot be read is printed once.
+        """
+        for other in itertools.chain(range(row, len(self)), range(row)):
+            if self.is_broken[other]:
+                continue
+            index = self.indices[other]
+            try:
+                image, label = self.dataset[index]
+            except OSError as error:
+                self.is_broken[other] = True
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+            if not 0 <= label < self.classes:
+                got = f"label {label} of image {index}"
+                raise ValueError(f"dataset: got {got}, expected below the {self.classes} classes")
+            return sample.convert_to_rgb(image), int(label), index
+        raise ValueError(f"dataset: none of {len(self)} images can be read")
 
 
-@torch.no_grad()
-def draw_reconstructions(out, codec, images, scales):
-    """Writes samples/reconstructions.png: images (n, 3, H, W), then the same after each scale."""
-    features = tokenizer.encode_features(codec, images)
-    f_hats = [f_hat for _, _, f_hat in tokenizer.quantise(codec, features, scales)]
-    rows = [images, *(tokenizer.decode_features(codec, f_hat) for f_hat in f_hats)]
-    names = ["original", *(f"after {h}x{w}" for h, w in scales)]
-    sample.sheet(rows, names).save(out / "samples/reconstructions.png")
+def crop(image, size, seed=None):
+    """A square crop of a PIL image, resized to size x size.
 
-
-# ---- the next-scale and the masked stage
-
-
-def train_next_scale(run, out, device, codec, start=None):
-    """Trains a transformer to predict each scale of the tokens from the coarser ones (HMAR).
-
-    start: a tree to begin with, which is changed to fit the run.
+    Its side is random between 1 / 1.125 and 1 times the shorter side of the image, and so is its
+    place. seed None: the largest square, at the centre.
     """
-    dtype, scales = sample.find_dtype(run["dtype"], device), run["scales"]
-    codec = sample.to_device(codec, device)
-    params = sample.to_device(adapt_tree(run, start) if start else new_tree(run), device)
-    weights = hmar.scale_weights(scales, run["loss_weights"]).to(device)  # (L,)
-    held_out_labels, labels = load_labels(out)
-    held_out, training = split_held_out(load_tokens(run, out, codec, device, dtype))
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    if seed is not None:
+        zoom, x, y = np.random.default_rng(seed).random(3).tolist()
+        side /= 1 + zoom / 8
+        left, top = x * (width - side), y * (height - side)
 
-    def make_batch(step, positions):
-        rows, tokens, _ = choose_tokens(run, "next-scale", step, labels, training)
-        return sample.to_device(dict(labels=rows[positions], tokens=tokens[positions]), device)
-
-    def loss(params, labels, tokens):
-        fast = hmar.cast(params, dtype)
-        inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
-        losses = hmar.next_scale_losses(fast, labels, tokens, inputs, run["causal"]).mean(0)  # (L,)
-        total = (losses * weights).sum()
-        by_scale = [scale.mean() for scale in losses.split(tokenizer.lengths(scales))]
-        return total, dict(loss=total, scale_losses=torch.stack(by_scale)), None
-
-    def evaluate(params):
-        batch = held_out_batch(held_out_labels, held_out)
-        return evaluate_loss(run, device, loss, params, batch)
-
-    def draw(params):
-        fast = hmar.cast(params, dtype), tokenizer.cast(codec, dtype)
-        draw_samples(run, out / "samples/next-scale.png", *fast, schedule=None)
-
-    return fit("next-scale", run, out, params, loss, make_batch, evaluate, draw)
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.LANCZOS, box=box, reducing_gap=2.0)
 
 
-def train_masked(run, out, device, codec, params):
-    """Trains a masked branch to predict hidden tokens from the others too (HMAR, stage two).
+def crop_batches(crops, done, *, stage, batch, seed, device, workers=None, is_shared=True):
+    """Yields (images uint8 (b, 3, size, size), labels (b,)) of the steps after `done` steps.
 
-    The rest of the transformer stays as it is.
+    b is this process's share of the batch, or all of it if not is_shared.
     """
-    dtype, scales = sample.find_dtype(run["dtype"], device), run["scales"]
-    codec = sample.to_device(codec, device)
-    params = hmar.add_masked_branch(params, run["masked_blocks"], seed=run["seed"])
-    params = sample.to_device(params, device)
-    held_out_labels, labels = load_labels(out)
-    held_out, training = split_held_out(load_tokens(run, out, codec, device, dtype))
-    count = sum(tokenizer.lengths(scales)[1:])  # tokens that a mask may hide
-
-    def make_batch(step, positions):
-        rows, tokens, generator = choose_tokens(run, "masked", step, labels, training)
-        ratio = torch.rand(run["batch"], 1, generator=generator)  # of hidden tokens, by image
-        mask = torch.rand(run["batch"], count, generator=generator) < ratio
-        made = dict(labels=rows[positions], tokens=tokens[positions], mask=mask[positions])
-        return sample.to_device(made, device)
-
-    def loss(branch, labels, tokens, mask):
-        fast = hmar.cast(params | branch, dtype)
-        inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
-        own_inputs = tokenizer.masked_inputs(codec, tokens, scales, mask)
-        losses = hmar.masked_losses(fast, labels, tokens, inputs, own_inputs, mask)  # (hidden,)
-        # Divided by the expected number of hidden tokens, half of all, so that the losses of parts
-        # of a batch add up to the loss of the batch.
-        total = losses.sum() / (0.5 * mask.numel())
-        return total, dict(loss=total), None
-
-    def evaluate(branch):
-        batch = held_out_batch(held_out_labels, held_out)
-        generator = generator_of("held-out mask")
-        batch["mask"] = torch.rand(len(batch["tokens"]), count, generator=generator) < 0.5
-        return evaluate_loss(run, device, loss, branch, batch)
-
-    def draw(branch):
-        fast = hmar.cast(params | branch, dtype), tokenizer.cast(codec, dtype)
-        schedule = sample.masked_schedule(scales, 1)
-        draw_samples(run, out / "samples/masked.png", *fast, schedule=schedule)
-
-    branch = dict(masked=params["masked"])
-    return params | fit("masked", run, out, branch, loss, make_batch, evaluate, draw)
+    is_gpu = device.type == "cuda"
+    workers = min(8, os.cpu_count()) * is_gpu if workers is None else workers
+    loader = torch.utils.data.DataLoader(
+        crops,
+        batch_sampler=crop_keys(len(crops), done, stage, batch, seed, is_shared),
+        num_workers=workers,
+        pin_memory=is_gpu,
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator(),
+    )
+    for images, labels in loader:
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def new_tree(run):
-    """An untrained transformer of the run."""
-    sizes = dict(codes=run["codec"]["codes"], code_dim=run["codec"]["code_dim"])
-    sizes |= dict(scales=run["scales"], classes=len(run["class_names"]), seed=run["seed"])
-    return hmar.init(**run["transformer"], **sizes)
+def crop_keys(count, done, stage, batch, seed, is_shared=True):
+    """Yields [(row, number of its crop), ...] of the steps after `done`: a row once an epoch."""
+    for step in itertools.count(done + 1):
+        generator = generator_of(seed, stage, step, "crops")
+        numbers = torch.randint(2**31, (batch,), generator=generator)
+        places = range((step - 1) * batch, step * batch)
+        rows = [epoch_order(seed, place // count, count)[place % count] for place in places]
+        keys = [*zip(rows, numbers.tolist())]
+        yield np.array_split(keys, world())[rank()].tolist() if is_shared else keys
 
 
-def adapt_tree(run, params):
-    """A trained transformer for this run: without a masked branch, with its scales and classes."""
-    branch, classes = params["next_scale"], len(run["class_names"])
-    params = params | dict(trunk=params["trunk"] + branch["blocks"])
-    params["next_scale"] = branch | dict(blocks=[])
-    params.pop("masked", None)
-    if hmar.scale_sizes(params) != run["scales"]:
-        params = hmar.resize_positions(params, run["scales"])
-    if len(params["classes"]) != classes + 1:  # new embeddings, those of an untrained tree
-        width = params["classes"].shape[1]
-        sizes = dict(codes=1, code_dim=1, scales=((1, 1),))  # only its classes are used
-        new = hmar.init(depth=1, width=width, classes=classes, **sizes, seed=run["seed"])
-        params["classes"] = new["classes"]
-    return params
+@lru_cache(2)
+def epoch_order(seed, epoch, count):
+    """The order of the rows in an epoch, the same in every process and after a restart."""
+    return torch.randperm(count, generator=generator_of(seed, "epoch", epoch)).tolist()
 
 
-def held_out_batch(labels, tokens):
-    """The labels and tokens of the images of an evaluation; tokens (n, crops, L)."""
-    tokens = torch.from_numpy(tokens[:EVALUATED, 0].astype(np.int64))
-    return dict(labels=labels[: len(tokens)], tokens=tokens)
+def ignore_interrupt(_):
+    """Lets a worker live on after Ctrl-C, until the main process has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@torch.no_grad()
-def evaluate_loss(run, device, loss, tree, batch):
-    """{"loss": the mean loss of a batch}, computed in parts."""
-    total = 0.0
-    for rows in torch.arange(len(batch["tokens"])).split(sample.images_at_once(run["size"] ** 2)):
-        part = {name: tensor[rows] for name, tensor in batch.items()}
-        value, *_ = loss(tree, **sample.to_device(part, device))
-        total += len(rows) * value.item()
-    return dict(loss=total / len(batch["tokens"]))
+def central_crops(crops, count=EVALUATED):
+    """The central crops of the first images: uint8 (n, 3, size, size), labels (n,)."""
+    pairs = [crops[row, 0] for row in range(min(count, len(crops)))]
+    return torch.utils.data.default_collate(pairs)
 
 
-def draw_samples(run, path, params, codec, schedule):
-    """Writes a sheet with eight samples of each of the first ten classes."""
-    names, few = run["class_names"][:10], sample.images_at_once(run["size"] ** 2)
-    labels = torch.arange(len(names)).repeat_interleave(8)
-    options = run["sampling"] | dict(schedule=schedule, is_causal=run["causal"])
-    images = []
-    for number, part in enumerate(labels.split(few)):
-        images.append(sample.generate(params, codec, part, seed=few * number, **options)[0])
-    sample.sheet(torch.cat(images).split(8), names).save(path)
+def token_batches(crops, codec, scales, done, **reading):
+    """Yields (labels (b,), tokens (b, L)) of `crop_batches`; codec is on the same device."""
+    for images, labels in crop_batches(crops, done, **reading):
+        yield labels, encode_crops(codec, images, scales)
 
 
-# ---- here the method ends; the built-in shapes
+def encode_held_out(codec, crops, scales):
+    """(labels (n,), tokens (n, L)) of the central crops of the first images."""
+    images, labels = central_crops(crops)
+    return labels, encode_crops(codec, images.to(codec["codebook"].device), scales)
+
+
+def encode_crops(codec, images, scales):
+    """Tokens (B, L) of images uint8 (B, 3, H, W), which are encoded a few at a time."""
+    parts = images.split(sample.images_at_once(images[0, 0].numel()))
+    return torch.cat([tokenizer.encode(codec, to_unit(part), scales) for part in parts])
+
+
+def to_unit(images):
+    """uint8 (B, 3, H, W) -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def generator_of(*key):
+    """A generator whose seed is a hash of where it is used: (seed, stage, step, ...)."""
+    number = hashlib.sha256(repr(key).encode()).digest()[:7]
+    return torch.Generator().manual_seed(int.from_bytes(number, "big"))
+
+
+# ---- two small datasets: a folder of images, drawings of shapes
+
+
+class Cached:
+    """A dataset whose images are read once, until the images it keeps take CACHE_BYTES."""
+
+    def __init__(self, count):
+        self.count, self.kept, self.free = count, {}, CACHE_BYTES
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        if index in self.kept:
+            return self.kept[index]
+        image, label = self.read(index)
+        size = 4 * image.width * image.height  # bytes, as Pillow stores an image
+        if size <= self.free:
+            self.kept[index] = image, label
+            self.free -= size
+        return image, label
+
+
+class Folder(Cached):
+    """The images below a folder: a sub-folder for each class, or images alone, which are one class.
+
+    Links are followed, and names that begin with a dot are passed over. Images of deeper folders
+    belong to the class. size: large images may be reduced, but not below twice this size. `names`
+    and `labels` list the images, `classes` the names of the classes. ValueError if there are no
+    images, or images beside sub-folders of images.
+    """
+
+    def __init__(self, folder, size=None):
+        self.folder, self.size = Path(folder), size
+        if not self.folder.is_dir():
+            raise ValueError(f"--data: there is no folder {folder}")
+        parts = image_names(self.folder)
+        if not parts:
+            raise ValueError(f"--data: no images found in {folder} ({', '.join(SUFFIXES)})")
+        alone = [own for own in parts if len(own) == 1]
+        if alone and len(alone) < len(parts):
+            other = next(own for own in parts if len(own) > 1)
+            both = f"{alone[0][0]} and {'/'.join(other)}"
+            raise ValueError(f"--data: {folder} has images beside sub-folders of images: {both}")
+
+        self.classes = [self.folder.resolve().name] if alone else sorted({x[0] for x in parts})
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.names = ["/".join(own) for own in parts]
+        self.labels = [0 if alone else numbers[own[0]] for own in parts]
+        super().__init__(len(parts))
+
+    def read(self, index):
+        path = self.folder / self.names[index]
+        try:
+            shortest = self.size and 2 * self.size
+            return sample.read_image(path, shortest), self.labels[index]
+        except Exception as error:  # Pillow's decoders raise errors of many kinds
+            raise OSError(f"{path}: {error}") from error
+
+    def fingerprint(self):
+        """A hash of the names and of the bytes of a few files; the folder itself may move."""
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        for name in self.names[:: math.ceil(len(self) / 8)]:
+            digest.update((self.folder / name).read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def image_names(folder):
+    """[(..., name), ...]: the parts of the names of all images below a folder, sorted.
+
+    Folders of images inside a class, and sub-folders without any image, are printed. A loop of
+    links ends where it reaches a folder that it came from.
+    """
+    parents, found, visited = {str(folder): {os.path.realpath(folder)}}, [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        own = Path(root).relative_to(folder).parts
+        visited.add(own[:1])
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in list(folders):
+            path = os.path.join(root, name)
+            real = os.path.realpath(path)
+            if real in parents[root]:
+                folders.remove(name)
+            parents[path] = parents[root] | {real}
+        for name in names:
+            if name[0] != "." and name.lower().endswith(SUFFIXES):
+                found.append((*own, name))
+
+    found.sort()
+    nested = sorted({"/".join(parts[:-1]) for parts in found if len(parts) > 2})
+    empty = sorted({own[0] for own in visited if own} - {parts[0] for parts in found})
+    if nested:
+        text = "their images belong to the class of the first folder"
+        log(f"{folder}: {len(nested)} nested folders, such as {nested[0]}: {text}")
+    if empty:
+        log(f"{folder}: no images in {', '.join(empty[:5])}{', ...' if empty[5:] else ''}")
+    return found
+
+
+# ---- the built-in drawings
 
 
 def polygon(points=48, radius=1.0, centre=0.0, start=0.0):
@@ -708,172 +1321,19 @@ def draw_shape(index, size=32):
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), label
 
 
-# ---- images, prepared once; tokens; batches
+class Drawings(Cached):
+    """The built-in data set as a dataset: `draw_shape` of 0 to 20,499."""
 
+    def __init__(self, size=32):
+        super().__init__(20_500)
+        self.size, self.classes = size, [*SHAPES]
 
-def image_paths(folder):
-    """{path: parts of its name inside the folder}, sorted, of all images that are not hidden."""
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
-    parts = {path: path.relative_to(folder).parts for path in found}
-    return {path: own for path, own in parts.items() if not any(x[0] == "." for x in own)}
+    def read(self, index):
+        return draw_shape(index, self.size)
 
-
-def list_images(folder):
-    """([(path, label), ...], class names) of a folder with a sub-folder for each class, or with
-    images alone, which are one class.
-
-    ValueError if there are no images, or images beside sub-folders of images.
-    """
-    parts = image_paths(folder)
-    classes = sorted({own[0] if len(own) > 1 else "" for own in parts.values()})
-    if not classes:
-        raise ValueError(f"--data: no images found in {folder} ({', '.join(SUFFIXES)})")
-    if classes == [""]:
-        return [(path, 0) for path in parts], [Path(folder).resolve().name]
-    if "" in classes:
-        raise ValueError(f"--data: {folder} has images beside sub-folders of images")
-    return [(path, classes.index(own[0])) for path, own in parts.items()], classes
-
-
-def prepare_images(run, out, files):
-    """Writes images.npy, uint8 (N, crops, 3, size, size), and then labels.npy.
-
-    Images come in an order that depends on the seed; the first ones are held out. A file that
-    cannot be read is named and left out. files: as `list_images` returns them; None for shapes.
-    """
-    count, shape = run["images"], (run["crops"], 3, run["size"], run["size"])
-    say(f"{out / 'images.npy'}: up to {count * math.prod(shape) / 2**20:.0f} MiB will be written")
-    order = torch.randperm(count, generator=generator_of(run["seed"], "rows"))
-    header = dict(descr="|u1", fortran_order=False)
-    labels = []
-
-    def write(file):
-        np.lib.format.write_array_header_1_0(file, header | dict(shape=(count, *shape)))
-        with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow releases Python's lock
-            for numbers in print_progress(order.split(64), count, "images prepared"):
-                pairs = pool.map(lambda number: read_crops(run, files, number), numbers.tolist())
-                for crops, label in filter(None, pairs):
-                    file.write(np.ascontiguousarray(crops))
-                    labels.append(label)
-        file.seek(0)  # the header has the same length for fewer images
-        np.lib.format.write_array_header_1_0(file, header | dict(shape=(len(labels), *shape)))
-
-    write_file(out / "images.npy", write)
-    if len(labels) < 2:
-        raise ValueError(f"--data: {len(labels)} images can be read, expected two or more")
-    write_file(out / "labels.npy", lambda file: np.save(file, labels))
-
-
-def read_crops(run, files, number):
-    """(uint8 (crops, 3, size, size), label) of an image, or None if its file cannot be read.
-
-    The first crop is the centre, the others are random; with --flip every second one is mirrored.
-    """
-    size = run["size"]
-    if files is None:
-        image, label = draw_shape(number, size)
-        return np.asarray(image).transpose(2, 0, 1)[None], label
-
-    path, label = files[number]
-    try:
-        image = sample.read_image(path, shortest=2 * size)
-    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise errors of many kinds
-        print(f"left out: {path}: {error}", file=sys.stderr)
-        return None
-    seeds = [None, *((run["seed"], number, i) for i in range(1, run["crops"]))]
-    crops = [crop(image, size, seed) for seed in seeds]
-    if run["flip"]:
-        crops[1::2] = map(ImageOps.mirror, crops[1::2])
-    return np.stack(crops).transpose(0, 3, 1, 2), label
-
-
-def crop(image, size, seed):
-    """A square crop of an image, resized to size x size.
-
-    Its side is random between 1 / 1.125 and 1 times the shorter side of the image, and so is its
-    place. seed None: the largest square, at the centre.
-    """
-    width, height = image.size
-    reach = min(width, height)  # the side of the square
-    left, top = (width - reach) // 2, (height - reach) // 2
-    if seed is not None:
-        zoom, x, y = np.random.default_rng(seed).random(3).tolist()
-        reach /= 1 + zoom / 8
-        left, top = x * (width - reach), y * (height - reach)
-
-    box = (left, top, left + reach, top + reach)
-    return image.resize((size, size), Image.LANCZOS, box=box, reducing_gap=2.0)
-
-
-def count_held_out(images):
-    """How many of so many images are held out: a twentieth, 128 to 500, at most an eighth."""
-    return max(1, min(500, max(128, images // 20), images // 8))
-
-
-def split_held_out(rows):
-    """[held-out, training] rows of all images, which come in the order of images.npy."""
-    return np.split(rows, [count_held_out(len(rows))])
-
-
-def load_labels(out):
-    """[held-out, training] labels, int64 (n,)."""
-    return [torch.from_numpy(part) for part in split_held_out(np.load(out / "labels.npy"))]
-
-
-def load_tokens(run, out, codec, device, dtype):
-    """(N, crops, L), the smallest unsigned type: tokens.npy, which is written first if missing."""
-    path = out / "tokens.npy"
-    if rank() == 0 and not path.exists():
-        images = np.load(out / "images.npy", mmap_mode="c")
-        blocks = np.array_split(images, math.ceil(len(images) / 64))
-        blocks = print_progress(blocks, len(images), "images encoded")
-        fast = tokenizer.cast(codec, dtype)
-        tokens = np.concatenate([encode_crops(run, fast, device, pixels) for pixels in blocks])
-        write_file(path, lambda file: np.save(file, tokens))
-    wait_for_all()
-    return np.load(path, mmap_mode="c")
-
-
-def encode_crops(run, codec, device, pixels):
-    """Tokens (n, crops, L), of the smallest unsigned type, of uint8 (n, crops, 3, size, size)."""
-    parts = torch.from_numpy(pixels).flatten(0, 1).split(sample.images_at_once(run["size"] ** 2))
-    parts = [tokenizer.encode(codec, to_unit(x).to(device), run["scales"]) for x in parts]
-    tokens = torch.cat(parts).cpu().numpy().reshape(len(pixels), run["crops"], -1)
-    return tokens.astype(np.min_scalar_type(len(codec["codebook"]) - 1))
-
-
-def choose_tokens(run, stage, step, labels, tokens):
-    """(labels (batch,), tokens (batch, L), generator) of a step; some labels become no class."""
-    rows, crops, generator = choose_rows(run, stage, step, len(tokens))
-    is_dropped = torch.rand(run["batch"], generator=generator) < LABEL_DROP
-    labels = labels[rows].masked_fill(is_dropped, len(run["class_names"]))
-    return labels, torch.from_numpy(tokens[rows, crops].astype(np.int64)), generator
-
-
-def choose_rows(run, stage, step, count):
-    """(rows, crops, generator) of a step's batch: each of `count` rows once an epoch, any crop."""
-    seed, size = run["seed"], run["batch"]
-    places = range((step - 1) * size, step * size)
-    rows = np.array([epoch_order(seed, i // count, count)[i % count] for i in places])
-    generator = generator_of(seed, stage, step)
-    return rows, torch.randint(run["crops"], (size,), generator=generator).numpy(), generator
-
-
-@lru_cache(2)
-def epoch_order(seed, epoch, count):
-    """The order of the rows in an epoch, the same in every process and after a restart."""
-    return torch.randperm(count, generator=generator_of(seed, "epoch", epoch)).numpy()
-
-
-def generator_of(*key):
-    """A generator whose seed is a hash of where it is used: (seed, stage, step, ...)."""
-    number = hashlib.sha256(repr(key).encode()).digest()[:7]
-    return torch.Generator().manual_seed(int.from_bytes(number, "big"))
-
-
-def to_unit(images):
-    """uint8 (B, 3, H, W) -> float in [-1, 1]."""
-    return torch.as_tensor(images).float() / 127.5 - 1
+    def fingerprint(self):
+        """What stands for a hash of the data, see `signature`."""
+        return "drawings"
 
 
 # ---- files and processes
@@ -888,18 +1348,7 @@ def write_file(path, write):
         os.replace(temporary, path)
 
 
-def print_progress(blocks, total, done):
-    """Yields the blocks; prints every five seconds how many rows of the total are done."""
-    count, printed = 0, time.monotonic()
-    for block in blocks:
-        yield block
-        count += len(block)
-        if count == total or time.monotonic() - printed > 5:
-            printed = time.monotonic()
-            say(f"{count} of {total} {done}")
-
-
-def say(line):
+def log(line):
     """Prints a line in the first process."""
     if rank() == 0:
         print(line, flush=True)
@@ -916,13 +1365,14 @@ def rank():
 
 
 def start_processes(device):
-    """Connects the processes that torchrun started, if there are several."""
+    """Connects the processes that torchrun started, if there are several; returns the device."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world() > 1:
+    if world() > 1 and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(hours=24)  # the others wait while the first prepares images
+        timeout = datetime.timedelta(minutes=10)  # the longest wait is that for an evaluation
         torch.distributed.init_process_group(backend, timeout=timeout)
+    return device
 
 
 def wait_for_all():
@@ -939,12 +1389,12 @@ def broadcast(value):
     return box[0]
 
 
-def gather(rows):
-    """The rows of all processes, one after another."""
+def gather(tensor):
+    """The tensors (n, ...) of all processes, one after another."""
     if world() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(world())]
-    torch.distributed.all_gather(parts, rows)
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    torch.distributed.all_gather(parts, tensor)
     return torch.cat(parts)
 
 
@@ -966,18 +1416,191 @@ def average_gradients(leaves):
         nn.utils.vector_to_parameters(total / world(), gradients)
 
 
+# ---- the run folder
+
+
+def begin_run(dataset, out, flags, changes):
+    """The plan of a new run, or of the one that the folder holds: a dict, stored in args.json.
+
+    flags: the arguments of `train` from size to dtype, by name. changes: its settings. The plan has
+    flags, data (a signature), classes (names), is_causal, settings (`recipe`, with the changes).
+    ValueError where the arguments do not fit each other, the folder, or the run in it.
+    """
+    out, data = out and Path(out), signature(dataset)
+    models = {x: "a model in memory" for x in ("tokenizer", "init") if isinstance(flags[x], dict)}
+    repeated = json.loads(json.dumps(flags | models | changes, default=str))
+    plan = read_plan(out)
+
+    if plan is not None:
+        check_same(out, plan, repeated, data)
+    else:
+        plan = new_plan(dataset, flags, changes)
+        plan |= dict(flags=repeated, data=data)
+        wait_for_all()  # all have read the folder before the first writes there
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(plan, indent=1)
+            write_file(out / "args.json", lambda file: file.write(text.encode()))
+    wait_for_all()
+    return plan | dict(flags=flags)
+
+
+def signature(dataset):
+    """What tells a dataset from others: {"images", "classes", "hash"}.
+
+    The hash is the dataset's own `fingerprint()`, or else that of the labels of a few images, whose
+    pixels may be augmented at random.
+    """
+    count, names = len(dataset), list(getattr(dataset, "classes", ["images"]))
+    if count < 2:
+        raise ValueError(f"dataset: got {count} images, expected two or more")
+    if hasattr(dataset, "fingerprint"):
+        digest = dataset.fingerprint()
+    else:
+        labels = [int(dataset[i][1]) for i in range(0, count, math.ceil(count / 16))]
+        digest = hashlib.sha256(repr(labels).encode()).hexdigest()[:16]
+    # A single class has the folder's name, which may change.
+    return dict(images=count, classes=names if len(names) > 1 else [], hash=digest)
+
+
+def read_plan(out):
+    """The plan in a run folder; None if the folder is missing or empty, or out is None.
+
+    ValueError if the folder holds something else, of which nothing must be overwritten.
+    """
+    if out is None or not out.exists():
+        return None
+    if {path.name for path in out.iterdir()} <= {"args.json.tmp"}:  # a run that was killed at once
+        return None
+    try:
+        plan = json.loads((out / "args.json").read_text())
+        plan["settings"]["scales"] = tuple(map(tuple, plan["settings"]["scales"]))
+        return dict(plan, flags=dict(plan["flags"]), data=dict(plan["data"]))
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--out: {out} is neither empty nor a run of train.py") from error
+
+
+def check_same(out, plan, flags, data):
+    """ValueError if the run in the folder was begun with other flags or other data."""
+    before = plan["flags"]
+    names = [name for name in {**before, **flags} if before.get(name) != flags.get(name)]
+    if names:
+        words = [f"--{name} {before.get(name)} -> {flags.get(name)}" for name in names]
+        raise ValueError(f"--out: {out} was begun with other flags: {', '.join(words)}")
+    names = [name for name in data if plan["data"].get(name) != data[name]]
+    if names:
+        words = [f"{name} {plan['data'].get(name)} -> {data[name]}" for name in names]
+        raise ValueError(f"--out: {out} was begun with other data: {', '.join(words)}")
+
+
+def new_plan(dataset, flags, changes):
+    """The plan of a new run, without its data. ValueError where the flags do not fit."""
+    for name, least in dict(size=1, depth=1, seed=0).items():
+        if flags[name] is not None and flags[name] < least:
+            raise ValueError(f"--{name}: got {flags[name]}, expected {least} or more")
+
+    depth, is_causal, cell = flags["depth"] or 2, bool(flags["is_causal"]), None
+    if flags["tokenizer"] or flags["init"]:
+        codec = part_of(flags["tokenizer"] or flags["init"], "tokenizer")
+        cell = tokenizer.downsampling(codec)
+    if flags["init"]:
+        params = part_of(flags["init"], "transformer")
+        sample.check_codes(params, codec)
+        depth, is_causal = hmar.block_count(params), "causal" in params
+        if flags["depth"] not in (None, depth):
+            raise ValueError(f"--depth: got {flags['depth']}, but --init has {depth} blocks")
+        if flags["is_causal"] not in (None, is_causal):
+            kinds = {False: "HMAR", True: "VAR"}
+            asked, found = kinds[flags["is_causal"]], kinds[is_causal]
+            raise ValueError(f"--causal: {asked} is asked for, but --init is {found}")
+
+    size, classes = flags["size"], list(getattr(dataset, "classes", ["images"]))
+    settings = recipe(depth, size, len(dataset), len(classes), flags["is_simple"], cell)
+    cell = cell or settings["fold"] * 2 ** (len(settings["multipliers"]) - 1)
+    if size % cell or size < 2 * cell:
+        raise ValueError(f"--size: got {size}, expected 2, 3, ... times {cell}")
+
+    settings = replace_settings(settings, changes)
+    fixed = {"depth"}  # is a flag, and so is what --tokenizer and --init have decided
+    if flags["tokenizer"] or flags["init"]:
+        fixed |= inspect.signature(tokenizer.init).parameters.keys()
+    if flags["init"]:
+        fixed |= inspect.signature(hmar.init).parameters.keys() - {"scales"}
+    if fixed & changes.keys():
+        raise ValueError(f"--set: {', '.join(fixed & changes.keys())} cannot be set here")
+    if settings["batch"] % world():
+        got = f"--batch: got {settings['batch']}"
+        raise ValueError(f"{got}, expected a multiple of the {world()} processes")
+    return dict(flags=flags, classes=classes, is_causal=is_causal, settings=settings)
+
+
+def part_of(source, name):
+    """The tokenizer or the transformer of a model, or of a file of weights. ValueError if none."""
+    model = source if isinstance(source, dict) else sample.load_model(source)
+    if name not in model:
+        raise ValueError(f"{source if model is not source else 'model'}: has no {name}")
+    return model[name]
+
+
+def print_plan(plan, out, device, dtype, training, held_out):
+    """Prints what is trained on what."""
+    flags, settings = plan["flags"], plan["settings"]
+    kind = "VAR" if plan["is_causal"] else "HMAR"
+    log(
+        f"{out or 'no run folder'}: {kind} of depth {settings['depth']}, {training} images to "
+        f"train on, {held_out} held out, {len(plan['classes'])} classes; {device}, "
+        f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, "
+        f"{world()} processes"
+    )
+    for name in ("tokenizer", "init"):
+        if flags[name]:
+            where = "a model in memory" if isinstance(flags[name], dict) else flags[name]
+            log(f"--{name}: {where}")
+
+
+# Seconds of a step, relative to one of the tokenizer's; measured at depth 2.
+STEP_COSTS = dict(tokenizer=1.0, next_scale=1.0, masked=1.0)
+
+
+def later_steps(plan, stage):
+    """The work of the stages after this one, in steps of this one."""
+    names = [*STEP_COSTS][[*STEP_COSTS].index(stage) + 1 :]
+    if plan["is_causal"]:
+        names = [name for name in names if name != "masked"]
+    work = sum(plan["settings"][f"{name}_steps"] * STEP_COSTS[name] for name in names)
+    return work / STEP_COSTS[stage]
+
+
+def save_model(out, model):
+    """Writes RUN/model.pt and returns the model on the CPU.
+
+    It is read again, so that a stage begins with the same objects whether or not the run was
+    stopped before it: then the files are equal to the byte.
+    """
+    model = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), model)
+    if out is None:
+        return model
+    write_file(out / "model.pt", partial(torch.save, model))
+    wait_for_all()
+    model = sample.load_model(out)
+    wait_for_all()
+    return model
+
+
 # ---- the command
 
 
 def parser():
     """The flags of `python train.py`."""
-    top = argparse.ArgumentParser(description="Train HMAR from scratch, on your images or shapes.")
+    top = argparse.ArgumentParser(
+        description="Train HMAR from scratch, on your images or drawings."
+    )
     add = top.add_argument
     text = "folder of images, one sub-folder for each class, or images directly in it (default: a "
     add("--data", help=text + "built-in data set, drawings of ten shapes)")
-    add("--size", type=int, help="side of the images in pixels (default: 64; shapes: 32)")
-    text = "transformer blocks; the other settings, the recipe, follow from it, the size and the "
-    add("--depth", type=int, help=text + "number of images (default: 2)")
+    add("--size", type=int, help="side of the images in pixels (default: 64; drawings: 32)")
+    text = "transformer blocks; other settings follow from it, the size and the number of images "
+    add("--depth", type=int, help=text + "(default: 2)")
     add("--out", help="run folder (default: runs/ and the name of the data folder)")
     add("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
     text = "training steps, one number for all three stages (default: by the recipe)"
@@ -985,192 +1608,59 @@ def parser():
     add("--batch", type=int, help="images in a step, over all processes (default: by the recipe)")
     text = "peak of the learning rate, of which the masked stage takes a quarter (default: by the "
     add("--lr", type=float, help=text + "recipe)")
-    add("--flip", action="store_true", help="mirror every second crop of a folder's images")
-    text = "train VAR instead: attend to coarser scales, no masked stage"
-    add("--causal", action="store_true", help=text)
+    text = "replaces other settings of the recipe, such as masked_steps=100 neighbours=False"
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=text)
+    add("--flip", action="store_true", help="mirror every second crop")
+    text = "train VAR instead, for comparison: attend to coarser scales, no masked stage"
+    add("--causal", action="store_true", default=None, help=text)
     text = "use the tokenizer in this model.pt or published file, and train none"
     add("--tokenizer", help=text)
     text = (
-        "continue from this model.pt: keep its tokenizer and depth, go on training its transformer"
+        "continue from this model.pt: keep its tokenizer and depth, train its transformer further"
     )
     add("--init", help=text)
+    text = "processes that read images (default: none on a CPU, up to 8 on a GPU)"
+    add("--workers", type=int, help=text)
     sample.add_device_flags(top)
     return top
 
 
-def read_settings(out):
-    """The settings in a run folder's args.json; None if the folder is missing or empty.
-
-    ValueError if the folder holds something else, of which nothing must be overwritten.
-    """
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if names <= {"args.json.tmp"}:  # a run that was killed at once
-        return None
-    try:
-        settings = json.loads((out / "args.json").read_text())
-        scales = tuple(map(tuple, settings["scales"]))
-        return settings | dict(scales=scales, flags=dict(settings["flags"]))
-    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"--out: {out} is neither empty nor a run of train.py") from error
-
-
-def choose_settings(args, flags, names, count):
-    """The settings of a new run: those of the recipe, replaced by the flags that are given.
-
-    flags: command-line values stored in args.json, which a resumed run must repeat. names: of the
-    classes. count: of the images. ValueError where flags do not fit.
-    """
-    depth, size, cell = args.depth or 2, args.size or (64 if args.data else 32), None
-    if args.init or args.tokenizer:
-        codec = load_part(args.tokenizer or args.init, "tokenizer")
-        cell = tokenizer.downsampling(codec)
-    if args.init:
-        params = load_part(args.init, "transformer")
-        sample.check_codes(params, codec)
-        depth = hmar.block_count(params)
-    settings = recipe(depth, size, count, len(names), is_shapes=not args.data, cell=cell)
-    if size % settings["cell"] or size < 2 * settings["cell"]:
-        raise ValueError(f"--size: got {size}, expected 2, 3, ... times {settings['cell']}")
-
-    if cell:
-        settings["codec"] = dict(zip(("codes", "code_dim"), codec["codebook"].shape))
-    if args.batch:
-        settings["batch"] = args.batch
-    if args.steps:
-        settings["steps"] = dict.fromkeys(settings["steps"], args.steps)
-    if args.lr:
-        rates, peak = settings["lr"], max(settings["lr"].values())
-        settings["lr"] = {name: args.lr * rate / peak for name, rate in rates.items()}
-    others = {name: flags[name] for name in ("seed", "flip", "causal", "dtype")}
-    return settings | others | dict(class_names=names, flags=flags)
-
-
-def load_part(path, name):
-    """The tokenizer or the transformer in a file of weights. ValueError if it has none."""
-    model = sample.load_model(path)
-    if name not in model:
-        raise ValueError(f"{path}: has no {name}")
-    return model[name]
-
-
-def begin_run(args, out):
-    """(settings, files): of a new run, or of the one that the folder holds.
-
-    files: as `list_images` returns them; None for shapes or where images are prepared already.
-    ValueError where flags do not fit, or differ from those that the run was begun with.
-    """
-    for name in ("size", "depth", "steps", "batch", "lr"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name}: got {value}, expected above 0")
-    if args.seed < 0:
-        raise ValueError(f"--seed: got {args.seed}, expected 0 or more")
-
-    flags = {name: x for name, x in vars(args).items() if name not in ("out", "device")}
-    flags["data"] = args.data is not None  # its path may change
-    before = read_settings(out)
-    if (out / "labels.npy").exists():  # so it is a run of ours
-        others = [name for name in flags if before["flags"].get(name) != flags[name]]
-        if others:
-            words = [f"--{name} {before['flags'].get(name)} -> {flags[name]}" for name in others]
-            raise ValueError(f"--out: {out} was begun with other flags: {', '.join(words)}")
-        if args.data and image_paths(args.data):  # a run goes on where its data are gone
-            _, names = list_images(args.data)
-            # A single class has the folder's name, which may change.
-            if len(names) > 1 and names != before["class_names"]:
-                raise ValueError(f"--out: {out} was begun with other classes than {args.data} has")
-        return before, None
-
-    files, names, count = None, [*SHAPES], SHAPE_IMAGES
-    if args.data:
-        files, names = list_images(args.data)
-        count = len(files)
-    return choose_settings(args, flags, names, count), files
-
-
-def train(args):
-    """Prepares the images, then runs each stage whose result is not yet in RUN/model.pt."""
-    device = sample.find_device(args.device)
-    start_processes(device)
-    out = Path(args.out or f"runs/{Path(args.data or 'shapes').resolve().name}")
-    run, files = begin_run(args, out)
-    if run["batch"] % world():
-        got = f"--batch: got {run['batch']}"
-        raise ValueError(f"{got}, expected a multiple of the {world()} processes")
-    wait_for_all()  # all have read the folder before the first writes there
-
-    if rank() == 0 and not (out / "labels.npy").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(run, indent=1)
-        write_file(out / "args.json", lambda file: file.write(text.encode()))
-        (out / "samples").mkdir(exist_ok=True)
-        prepare_images(run, out, files)
-    wait_for_all()
-    print_settings(args, run, out, device)
-
-    model = dict(classes=run["class_names"], sampling=run["sampling"], is_causal=run["causal"])
-    if (out / "model.pt").exists():
-        model = sample.load_model(out)
-    wait_for_all()
-    if "tokenizer" not in model:
-        given = args.tokenizer or args.init
-        codec = load_part(given, "tokenizer") if given else train_tokenizer(run, out, device)
-        if rank() == 0:
-            (out / "tokens.npy").unlink(missing_ok=True)  # tokens of another tokenizer
-        model = save_model(out, model | dict(tokenizer=codec))
-    if "transformer" not in model:
-        start = load_part(args.init, "transformer") if args.init else None
-        params = train_next_scale(run, out, device, model["tokenizer"], start)
-        model = save_model(out, model | dict(transformer=params))
-    if "masked" not in model["transformer"] and not run["causal"]:
-        params = train_masked(run, out, device, model["tokenizer"], model["transformer"])
-        if run["masked_passes"]:
-            schedule = sample.masked_schedule(run["scales"], run["masked_passes"])
-            model["sampling"] = run["sampling"] | dict(schedule=schedule)
-        save_model(out, model | dict(transformer=params))
-
-    if rank() == 0:
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-    say(f"finished; next: python sample.py {out}")
-
-
-def print_settings(args, run, out, device):
-    """Prints what is trained on what."""
-    if rank() == 0 and args.data:
-        found = len(image_paths(args.data))
-        if found not in (0, run["images"]):
-            say(f"{args.data} has {found} images now; the {run['images']} of before are used")
-    held_out, labels = load_labels(out)
-    dtype = str(sample.find_dtype(run["dtype"], device)).removeprefix("torch.")
-    say(
-        f"{out}: {'VAR' if run['causal'] else 'HMAR'} of depth {run['depth']}, "
-        f"{len(labels)} images to train on, {len(held_out)} held out, "
-        f"{len(run['class_names'])} classes; {device}, {dtype}, "
-        f"{torch.get_num_threads()} threads, {world()} processes"
-    )
-
-
-def save_model(out, model):
-    """Writes RUN/model.pt and returns what it now contains.
-
-    It is read again so that a stage starts from the same objects whether or not the run was killed
-    before it: then the files are equal to the byte.
-    """
-    model = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), model)
-    write_file(out / "model.pt", lambda file: torch.save(model, file))
-    wait_for_all()
-    model = sample.load_model(out)
-    wait_for_all()
-    return model
+def parse_settings(texts):
+    """{name: value} of NAME=VALUE; a value is a Python literal, otherwise a string."""
+    changes = {}
+    for text in texts:
+        name, is_assigned, value = text.partition("=")
+        if not is_assigned:
+            raise ValueError(f"--set: got {text}, expected NAME=VALUE")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    return changes
 
 
 def main(argv=None):
-    """The command. SystemExit with a line and status 1 for wrong flags or files."""
+    """The command. SystemExit with a line and status 1 for wrong flags or folders."""
     args = parser().parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # TF32 would choose other tokens
     sample.keep_freed_memory()
     with sample.exit_with_a_line("train.py"):
-        train(args)
+        size = args.size or (64 if args.data else 32)
+        dataset = Folder(args.data, size) if args.data else Drawings(size)
+        out = Path(args.out or f"runs/{Path(args.data or 'shapes').resolve().name}")
+        device = start_processes(sample.find_device(args.device))
+        flags = dict(size=size, depth=args.depth, seed=args.seed, flip=args.flip)
+        flags |= dict(is_causal=args.causal, is_simple=not args.data, dtype=args.dtype)
+        flags |= dict(tokenizer=args.tokenizer, init=args.init)
+        changes = {name: getattr(args, name) for name in ("steps", "batch", "lr")}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        plan = begin_run(dataset, out, flags, changes | parse_settings(args.set))
+
+    try:
+        run_stages(dataset, plan, out, device, args.workers)
+    except (KeyboardInterrupt, FloatingPointError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    log(f"finished; next: python sample.py {out}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
