@@ -598,9 +598,10 @@ def _check_complete(params):
 
     if heads >= 16 and sizes["depth"] != heads:  # all published models have as many blocks as heads
         raise LookupError(f"{sizes['depth']} blocks, expected {heads}")
-    if masked is not None and len(masked["blocks"]) != len(next_scale["blocks"]):
-        counts = len(masked["blocks"]), len(next_scale["blocks"])
-        raise LookupError(f"{counts[0]} blocks in the masked branch, {counts[1]} in the other one")
+    if masked is not None:
+        counts = [len(branch["blocks"]) for branch in (next_scale, masked)]
+        if min(counts) == 0 or counts[0] != counts[1]:
+            raise LookupError(f"{counts} blocks in the two branches, expected as many in both")
 
     with torch.device("meta"):
         whole = init(classes=len(params["classes"]) - 1, **sizes)
