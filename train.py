@@ -16,6 +16,7 @@ import argparse
 import ast
 import colorsys
 import contextlib
+import copy
 import datetime
 import hashlib
 import inspect
@@ -317,6 +318,9 @@ def default_scales(size, cell, growth, doubled=True):
     return tuple((side, side) for side in sides)
 
 
+ABOVE_ZERO = "_steps", "_lr", "batch", "evaluations", "central_every"  # ends of names of settings
+
+
 def replace_settings(settings, changes):
     """The settings with some of them replaced by name.
 
@@ -337,13 +341,11 @@ def replace_settings(settings, changes):
         if name not in settings:
             raise ValueError(f"{name}: no such setting, expected one of {', '.join(settings)}")
         before = settings[name]
-        fits = isinstance(value, type(before)) and isinstance(value, bool) == isinstance(
-            before, bool
-        )
-        is_number = isinstance(before, float | None) and isinstance(value, int | float)
-        if not fits and not is_number:
+        kinds = (int, float) if isinstance(before, float | None) else type(before)
+        is_bool = isinstance(value, bool)  # which Python takes for a number, too
+        if not isinstance(value, kinds) or is_bool != isinstance(before, bool):
             raise ValueError(f"{name}: got {value!r}, expected a value like {before!r}")
-        if name.endswith(("_steps", "_lr", "batch")) and not 0 < value < math.inf:
+        if name.endswith(ABOVE_ZERO) and not 0 < value < math.inf:
             raise ValueError(f"{name}: got {value}, expected above 0")
     return settings | changes
 
@@ -925,7 +927,9 @@ def restored_leaf(leaf, saved):
     if isinstance(leaf, torch.Tensor):
         return leaf.copy_(saved)
     if hasattr(leaf, "state_dict"):
-        leaf.load_state_dict(saved)
+        # Optimizers keep what they are given; a tensor of the mapped file would keep it open, and
+        # Windows replaces no open file.
+        leaf.load_state_dict(copy.deepcopy(saved))
         return leaf
     return saved
 
@@ -1618,7 +1622,7 @@ def parser():
     text = "peak of the learning rate, of which the masked stage takes a quarter (default: by the "
     add("--lr", type=float, help=text + "recipe)")
     text = "replaces other settings of the recipe, such as masked_steps=100 neighbours=False"
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=text)
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     add("--flip", action="store_true", help="mirror every second crop")
     text = "train VAR instead, for comparison: attend to coarser scales, no masked stage"
     add("--causal", action="store_true", default=None, help=text)
@@ -1654,7 +1658,7 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False  # TF32 would choose other tokens
     sample.keep_freed_memory()
     with sample.exit_with_a_line("train.py"):
-        size = args.size or (64 if args.data else 32)
+        size = (64 if args.data else 32) if args.size is None else args.size
         dataset = Folder(args.data, size) if args.data else Drawings(size)
         out = Path(args.out or f"runs/{Path(args.data or 'shapes').resolve().name}")
         device = start_processes(sample.find_device(args.device))
