@@ -394,19 +394,16 @@ def test_particles_are_weighed_by_the_likelihood_of_given_tokens(scales, looks, 
 
 
 def test_particles_of_all_images_have_seeds_of_their_own():
-    """Near ones, as the seeds of a batch are, and far ones; the first has the image's own."""
+    """The first has its image's, the others are far from those of any batch of images."""
     seeds = [5, 6, 7, 2**20, 2**40]
-    ours = sample.seeds_of_particles(seeds, 8)
-    assert len(set(ours)) == 40 and ours[::8] == seeds
-    assert not {*ours} & {seed + i for seed in seeds for i in range(1, 1000)} - {*seeds}
-
-    # and so a batch of one photo is as various as the photo with other seeds
-    params = MODEL | dict(transformer=PLAIN)
-    images, labels = picture(1).expand(2, -1, -1, -1), torch.tensor([1, 1])
+    images, masks = picture(1).expand(5, -1, -1, -1), HALF[[0] * 5]
     with mock.patch.object(sample, "uniform_numbers", wraps=sample.uniform_numbers) as numbers:
-        sample.edit(params, images, HALF[:2], labels, seed=3, particles=3)
-    used = numbers.call_args_list[0].args[0]
-    assert len({*used}) == 6
+        sample.edit(MODEL, images, masks, [1] * 5, seed=seeds, particles=8)
+    for call_ in numbers.call_args_list:
+        used = call_.args[0]
+        assert used[::8] == seeds and len({*used}) == 40
+        far = {*used} - {*seeds}
+        assert not far & {seed + i for seed in seeds for i in range(-1000, 1000)}
 
 
 def test_resampling_of_an_image_has_a_random_number_of_its_own():
