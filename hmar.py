@@ -177,20 +177,16 @@ def self_attention(x, sizes, is_causal, past, qkv, q_bias, v_bias, log_temperatu
     # Queries get the factor as their length and keys 1, so that attention itself has a scale of 1.
     factor = log_temperature.clamp(max=math.log(100)).exp().view(-1, 1, 1)
     length = torch.stack([factor, torch.ones_like(factor)])[:, None]  # (2, 1, heads, 1, 1)
-    q, k = to_length(qk, length)
+    wide = torch.promote_types(qk.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=wide).clamp(min=1e-12)
+    q, k = qk * (length / norm).to(qk.dtype)
+
     if past is None:
         lengths = [h * w for h, w in sizes]
         attended = block_sparse_attention(q, k, v, lengths, is_causal, scale=1.0)
     else:
         attended = cached_attention(q, k, v, past)
     return linear(attended.transpose(1, 2).flatten(2), **project)
-
-
-def to_length(x, length):
-    """x (..., D) with each vector brought to a length; norms are computed in fp32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return x * (length / norm.clamp(min=1e-12)).to(x.dtype)
 
 
 def cached_attention(query, key, value, past):

@@ -161,6 +161,15 @@ def test_training_loss(scales, batch, data, commitment, seed):
             close(gradient, expected)
 
 
+def test_features_move_to_their_codes_a_tenth_as_much_as_codes_to_them():
+    images, nothing = normal(2, 3, 6, 8).tanh().float(), torch.tensor([], dtype=torch.int64)
+    given = small_codec(), images, SCALES, nothing, nothing
+    losses = [tokenizer.training_loss(*given)["quantisation"]]
+    losses += [tokenizer.training_loss(*given, commitment=x)["quantisation"] for x in (0, 1)]
+    ours, without, whole = losses
+    close(ours - without, 0.1 * (whole - without).detach(), 1e-6)
+
+
 # Published weights
 
 
@@ -211,8 +220,12 @@ def test_init_is_a_pure_function_and_fits(multipliers, blocks, attention, dtype,
 
 
 def test_weights_that_are_not_a_tokenizers_are_refused():
-    for gap in ("embedding", "qresi", "conv_in", r"decoder\.up", r"down\.0"):
+    gaps = [f"^{re.escape(name)}$" for name in WEIGHTS if not name.endswith("hit_SV")]  # each entry
+    gaps += ["embedding", "qresi", "conv_in", r"decoder\.up", r"down\.0", r"down\.1", r"up\.1"]
+    gaps += ["encoder.*attn", "decoder.*attn", r"down\.\d\.block\.0", r"up\.0\.block\.1"]
+    for gap in gaps:
         other = {name: leaf for name, leaf in WEIGHTS.items() if not re.search(gap, name)}
+        assert len(other) < len(WEIGHTS)
         refused("^state_dict: not a tokenizer's", tokenizer.from_published, other)
     for other in (None, {}, {"trainer": {"x": 3}}):
         refused("^state_dict: not a tokenizer's", tokenizer.from_published, other)
