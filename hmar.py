@@ -592,15 +592,17 @@ def _check_complete(params):
     """LookupError unless a published tree has as many blocks, and all leaves, as its sizes say."""
     next_scale, masked = params["next_scale"], params.get("masked")
     codes, width = next_scale["head"]["weight"].shape
-    heads = len(params["trunk"][0]["attention"]["log_temperature"])
-    sizes = dict(depth=block_count(params), width=width, heads=heads, scales=scale_sizes(params))
+    blocks = params["trunk"] + next_scale["blocks"]
+    heads = len(blocks[0]["attention"]["log_temperature"])
+    sizes = dict(depth=len(blocks), width=width, heads=heads, scales=scale_sizes(params))
     sizes |= dict(codes=codes, code_dim=params["input"]["weight"].shape[1])
 
-    if heads >= 16 and sizes["depth"] != heads:  # all published models have as many blocks as heads
-        raise LookupError(f"{sizes['depth']} blocks, expected {heads}")
-    if masked is not None and len(masked["blocks"]) != len(next_scale["blocks"]):
-        counts = len(masked["blocks"]), len(next_scale["blocks"])
-        raise LookupError(f"{counts[0]} blocks in the masked branch, {counts[1]} in the other one")
+    if heads >= 16 and len(blocks) != heads:  # all published models have as many blocks as heads
+        raise LookupError(f"{len(blocks)} blocks, expected {heads}")
+    if masked is not None:
+        counts = [len(branch["blocks"]) for branch in (next_scale, masked)]
+        if min(counts) == 0 or counts[0] != counts[1]:
+            raise LookupError(f"{counts} blocks in the two branches, expected as many in both")
 
     with torch.device("meta"):
         whole = init(classes=len(params["classes"]) - 1, **sizes)

@@ -1,12 +1,12 @@
 """Sampling, editing and model files; and `python sample.py`.
 
-    labels (B,) -> for each scale: logits -> guidance -> top-k, top-p -> tokens -> masked passes
-    -> f_hat (B, code_dim, h, w) -> images (B, 3, H, W)
+    labels (B,) -> for each scale: features -> logits -> guidance -> top-k, top-p -> tokens
+    -> masked passes -> f_hat (B, code_dim, h, w) -> images (B, 3, H, W)
 
-`steps` is the method as a generator, so that a caller can watch it or stop it; `generate` and
-`edit` consume it. The random numbers of an image are a function of its seed, the scale and the
-pass. An image depends on the rest of its batch only through rounding (which in bf16 may change a
-token).
+`generate` and `edit` take a whole model, with the settings that suit it. `steps` is the method as
+a generator, so that a caller can watch it or stop it. The random numbers of an image are a function
+of its seed, the scale and the pass. An image depends on the rest of its batch only through rounding
+(which in bf16 may change a token).
 
 Sources: HMAR (Kumbong et al. 2025); MaskGIT (Chang et al. 2022); VAR (Tian et al. 2024);
 classifier-free guidance (Ho and Salimans 2021).
@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import sys
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -32,12 +33,29 @@ import hmar
 import tokenizer
 
 
-def generate(params, codec, labels, **options):
-    """(images (B, 3, H, W) in [-1, 1], tokens (B, L) int64); arguments and errors of `steps`."""
-    last = {step.scale: step for step in steps(params, codec, labels, **options)}
+@torch.no_grad()
+def generate(model, labels, *, seed=0, **overrides):
+    """Images (B, 3, H, W) in [-1, 1], fp32, of the given labels.
 
-    tokens = torch.cat([step.tokens for step in last.values()], 1)
-    return decode_in_parts(codec, last[max(last)].f_hat), tokens
+    model: of `load_model`, or a dict(tokenizer=codec, transformer=params, classes=[name, ...],
+        sampling=settings) of trees on any device, see `load_model`.
+    labels: B numbers of classes, names of classes, or vectors (B, C), see hmar.condition.
+    seed: image i uses the random numbers of seed + i; or a list with a seed for each image.
+    overrides: arguments of `steps` that replace those in model["sampling"].
+
+    The images are computed `images_at_once` together, so that memory is bounded. Errors are those
+    of `steps`; ValueError if there is no class of a name.
+    """
+    params, codec = model["transformer"], model["tokenizer"]
+    labels = as_labels(labels, model["classes"])
+    seeds = seeds_of_images(seed, len(labels))
+    settings = model["sampling"] | overrides
+
+    images = []
+    for part in parts(len(labels), images_at_once(math.prod(image_size(params, codec)))):
+        *_, last = steps(params, codec, labels[part], seed=seeds[part], **settings)
+        images.append(tokenizer.decode_features(codec, last.f_hat))
+    return torch.cat(images)
 
 
 class Step(NamedTuple):
@@ -65,197 +83,105 @@ def steps(
     top_k=0,
     top_p=1.0,
     seed=0,
-    is_causal=False,
-    known=None,
 ):
     """Samples the pyramid coarse to fine; a generator of a Step after each pass (HMAR; MaskGIT).
 
-    labels: (B,) int64 or a list, 0 to classes; `classes` stands for no class.
+    labels: (B,) int64 or a list, 0 to classes, where `classes` stands for no class; or vectors
+        (B, C), see hmar.condition.
     schedule: for each scale, how many tokens each of its passes keeps; None: one pass a scale. See
         `masked_schedule`.
     guidance, mask_guidance: strength of guidance at the last scale, in next-scale and in masked
-        passes. 0 turns it off, which halves the cost, except with is_causal.
+        passes. 0 turns it off, which halves the cost, except in causal trees.
     rise: at scale k of S, guidance is multiplied by (k / (S - 1)) ** rise; 0 keeps it constant.
     soften: the divergence in nats at which guidance is halved, see `classifier_free_guidance`.
     temperature: divides the logits; below .001 the most likely code is taken.
     top_k: only the top_k most likely codes are sampled; 0: all.
     top_p: of these, only the most likely ones that together have this probability.
     seed: image i uses the random numbers of seed + i; or a list with a seed for each image.
-    is_causal: the tree is VAR's, which attends to all coarser scales and keeps keys and values.
-    known: a Known, from `edit`.
 
     ValueError if the arguments do not fit each other.
     """
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
-    batch, has_masked = len(labels), "masked" in params and not is_causal
-    labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, batch)
-    if schedule is None:
-        schedule = [[count] for count in tokenizer.lengths(scales)]
-    filters = dict(soften=soften, temperature=temperature, top_k=top_k, top_p=top_p)
-    limits = filters | dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise)
-    check_arguments(params, codec, labels, seeds, schedule, has_masked, **limits)
-    labels = labels.to(codebook.device)
+    labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
+    schedule = schedule or masked_schedule(scales, 0)
+    check_model(params, codec, labels, seeds, schedule)
+    check_numbers(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
+    check_numbers(temperature=temperature, top_k=top_k, top_p=top_p)
 
-    f_hat = codebook.new_zeros(batch, codebook.shape[1], *scales[-1])  # (B, code_dim, h, w)
-    cache = [[] for _ in range(hmar.block_count(params))] if is_causal else None
+    conditions = hmar.condition(params, labels.to(codebook.device))  # (B, C)
+    f_hat = codebook.new_zeros(len(labels), codebook.shape[1], *scales[-1])  # (B, code_dim, h, w)
+    cache = [[] for _ in range(hmar.block_count(params))] if "causal" in params else None
 
     for k, size in enumerate(scales):
-        keeps = schedule[k]
-        progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0  # from 0 to 1
-        tokens = torch.zeros(batch, math.prod(size), dtype=torch.int64, device=codebook.device)
-        hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be sampled
-        clues = None
-        if known is not None:  # an edit: some tokens are given, and there are clues to others
-            tokens, hidden, clues = known_tokens(codec, known, f_hat, size)
-            keeps = shares_of_hidden(keeps, hidden)  # now (B, 1) each
-
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
-        for number, keep in enumerate(keeps):
-            if number == 0:  # this pass sees only coarser scales
-                branch, strength, branch_inputs = "next_scale", guidance, dict(inputs=inputs)
-            else:  # a masked pass also sees the tokens of this scale that were kept
-                zeroed = hidden if hmar.zeroes_hidden(params) else None
-                own = tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
-                branch, strength = "masked", mask_guidance
-                branch_inputs = dict(inputs=inputs, own_inputs=own, mask=hidden)
+        tokens = torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+        hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be sampled
+        progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0  # from 0 to 1
 
+        for number, keep in enumerate(schedule[k]):
+            if number == 0:  # next-scale prediction sees only coarser scales
+                branch, strength, seen = params["next_scale"], guidance, [inputs]
+            else:  # a masked pass also sees the tokens of this scale that were kept
+                own_inputs = masked_branch_inputs(params, codec, tokens, hidden, k, scales)
+                branch, strength = params["masked"], mask_guidance
+                seen = [inputs, own_inputs, hidden]
             strength = strength * progress**rise
-            features = guided_features(params, branch, labels, strength, cache, k, **branch_inputs)
+            features = guided_features(params, conditions, seen, strength, k, cache)
             uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
-            state = tokens, hidden, uniform, clues
-            tokens, confidence, log_p = sample_pass(
-                params, branch, features, k, *state, strength=strength, **filters
-            )
-            if number == 0:  # of an edit's given tokens, under the coarser scales sampled so far
-                likelihood = log_p
+
+            tokens, confidence = tokens.clone(), torch.zeros_like(uniform)
+            for positions, pair in hmar.wave_logits(branch, size, features, tokens):
+                logits = classifier_free_guidance(pair, strength, soften)  # (B, m, codes)
+                sampled, probability = sample_codes(
+                    logits, uniform[:, positions], temperature, top_k, top_p
+                )
+                is_hidden = hidden[:, positions]
+                tokens[:, positions] = torch.where(is_hidden, sampled, tokens[:, positions])
+                confidence[:, positions] = probability.double()
 
             hidden = hide_least_confident(confidence, hidden, keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
-            if known is not None and number + 1 == len(keeps):  # an edit: resample its particles
-                is_last = k + 1 == len(scales)
-                rows = choose_particles(likelihood, known.particles, seeds, k, is_last)  # (B,)
-                tokens, hidden, grown = (x[rows] for x in (tokens, hidden, grown))
-                if is_causal:  # a cache has rows with a class, then rows without one
-                    pair = torch.cat([rows, rows + batch])
-                    cache = [[(key[pair], value[pair]) for key, value in layer] for layer in cache]
             yield Step(k, number, tokens, hidden, grown)
 
         f_hat = grown  # the next scale is sampled from this
 
 
-def sample_pass(
-    params,
-    branch,
-    features,
-    k,
-    tokens,
-    hidden,
-    uniform,
-    clues,
-    *,
-    strength,
-    soften,
-    temperature,
-    top_k,
-    top_p,
-):
-    """Samples the hidden tokens of scale k: (tokens (B, n_k), confidence, given_log_p (B,)).
+def masked_branch_inputs(params, codec, tokens, hidden, k, scales):
+    """What the masked branch sees of the visible tokens of scale k: (B, n_k, code_dim).
 
-    features: of `guided_features`, for which the blocks ran once; here the head runs once for each
-    wave of tokens. uniform (B, n_k) decides the samples. confidence (B, n_k), fp64, is the
-    probability of each token. clues: None, or for an edit logits (B, n_k, codes) to be added; then
-    given_log_p is the log-probability of the tokens that are not hidden, otherwise 0.
+    Published models were trained with the hidden tokens leaking into it.
     """
-    tokens, confidence = tokens.clone(), torch.zeros_like(uniform)
-    given_log_p = uniform.new_zeros(len(tokens))
-    is_sampled = temperature >= 0.001  # otherwise the most likely code is taken
-
-    for wave in hmar.waves(params, k):  # m positions; each sees tokens of earlier waves
-        near = hmar.neighbour_tokens(params, tokens, k)  # (B, n_k, 6), or None
-        near = None if near is None else near[:, wave]
-        both = hmar.branch_logits(params, branch, features[:, :, wave], near)
-        logits = both[0]  # (B, m, codes)
-        if len(both) == 2:  # the second are logits without a class
-            logits = classifier_free_guidance(*both, strength, soften)
-
-        if clues is not None:
-            logits = logits + clues[:, wave]
-            log_p = both[0].log_softmax(-1).gather(-1, tokens[:, wave, None])[..., 0]
-            given_log_p += log_p.masked_fill(hidden[:, wave], 0).sum(1)
-
-        logits = logits / temperature if is_sampled else logits
-        logits = filter_logits(logits, top_k, top_p)
-        new, probability = sample_codes(logits, uniform[:, wave] if is_sampled else None)
-        confidence[:, wave] = probability.double()
-        tokens[:, wave] = torch.where(hidden[:, wave], new, tokens[:, wave])
-    return tokens, confidence, given_log_p
+    is_published = "own_input" not in params["masked"]
+    zeroed = None if is_published else hidden
+    return tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
 
 
-def hide_least_confident(confidence, hidden, keep):
-    """The tokens that a later pass samples again: of hidden (B, n_k) all but the most confident.
+def guided_features(params, conditions, seen, strength, k, cache):
+    """The features of scale k that a head reads: (1, B, n_k, C), with guidance (2, B, n_k, C).
 
-    keep: how many stay, a number or (B, 1).
+    The second of the two is computed without a class. conditions (B, C). seen: the inputs of
+    hmar.features, [inputs] or [inputs, own_inputs, mask], each (B, n_k, ...). cache: see there; a
+    cache holds both halves from the first scale on.
     """
-    confidence = confidence.masked_fill(~hidden, -math.inf)
-    order = confidence.argsort(dim=-1, descending=True, stable=True)
-    return hidden & (order.argsort(-1) >= keep)
+    if strength == 0 and cache is None:
+        return hmar.features(params, conditions, *seen, k=k)[None]
+    null = params["classes"][-1].expand_as(conditions)
+    both = torch.cat([conditions, null])  # (2 B, C)
+    seen = [torch.cat([x, x]) for x in seen]
+    return hmar.features(params, both, *seen, k=k, cache=cache).unflatten(0, (2, -1))
 
 
-def seeds_of_images(seed, count):
-    """A list of seeds: seed + i for image i, or the list itself if there is a seed for each."""
-    return [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else seed
-
-
-def check_arguments(params, codec, labels, seeds, schedule, has_masked, **limits):
-    """ValueError where the arguments of `steps` would silently give wrong images."""
-    check_codes(params, codec)
-    counts = tokenizer.lengths(hmar.scale_sizes(params))
-    if [sum(keeps) for keeps in schedule] != counts:
-        raise ValueError(f"schedule: got {schedule}, expected these sums by scale: {counts}")
-    if len(schedule[0]) > 1 or (max(map(len, schedule)) > 1 and not has_masked):
-        raise ValueError(f"schedule: got {schedule}; masked passes need a masked branch, scale > 0")
-    if len(seeds) != len(labels):
-        raise ValueError(f"seed: got {len(seeds)} for {len(labels)} labels")
-    for name, number in (limits | dict(seed=min(seeds, default=0))).items():
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{name}: got {number}, expected 0 or more")
-    if not 0 < limits["top_p"] <= 1:
-        raise ValueError(f"top_p: got {limits['top_p']}, expected above 0, at most 1")
-    classes = len(params["classes"]) - 1
-    # values are checked on the CPU only: reading them would make a GPU wait
-    if labels.is_cpu and len(labels) and not 0 <= labels.min() <= labels.max() <= classes:
-        raise ValueError(f"labels: got {labels.tolist()}, expected 0 to {classes} (no class)")
-
-
-def check_codes(params, codec):
-    """ValueError if the transformer was made for other codes than those of the tokenizer."""
-    codes = tuple(codec["codebook"].shape)
-    expected = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
-    if codes != expected:
-        raise ValueError(f"tokenizer: got (codes, code_dim) {codes}, expected {expected}")
-
-
-def guided_features(params, branch, labels, strength, cache, k, **inputs):
-    """The features that the head of a branch reads: (1, B, n_k, C), with guidance (2, B, n_k, C).
-
-    The second of the two is computed without a class. inputs: those of hmar.branch_features.
-    """
-    halves = 1
-    if strength != 0 or cache is not None:  # a cache needs both halves from the start
-        halves, null = 2, torch.full_like(labels, len(params["classes"]) - 1)
-        labels = torch.cat([labels, null])
-        inputs = {name: torch.cat([x, x]) for name, x in inputs.items()}
-    features = hmar.branch_features(params, branch, labels, **inputs, k=k, cache=cache)
-    return features.unflatten(0, (halves, -1))
-
-
-def classifier_free_guidance(conditional, unconditional, strength, soften=0.0):
+def classifier_free_guidance(pair, strength, soften=0.0):
     """(1 + t) conditional - t unconditional, t the strength (Ho and Salimans 2021, equation 6).
 
-    Logits (B, m, codes). With soften, t is divided by 1 + (D / soften)^2, where D is the divergence
-    of the prediction without the class from that with it, in nats. So guidance is weaker where the
-    class already decides.
+    pair (2, B, m, codes): logits with and without the class; (1, B, m, codes) if strength is 0.
+    With soften, t is divided by 1 + (D / soften)^2, where D is the divergence in nats of the
+    prediction without the class from that with it. So guidance is weaker where the class changes
+    the prediction most.
     """
+    if strength == 0:
+        return pair[0]
+    conditional, unconditional = pair
     if soften:
         log_p, log_q = conditional.log_softmax(-1), unconditional.log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)  # (B, m, 1)
@@ -263,14 +189,28 @@ def classifier_free_guidance(conditional, unconditional, strength, soften=0.0):
     return (1 + strength) * conditional - strength * unconditional
 
 
-def uniform_numbers(seeds, k, number, tokens):
-    """(B, n_k) fp64 in [0, 1): a function of each image's seed, the scale and the pass.
+def sample_codes(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """(tokens (...) int64, their probability (...)) of logits (..., V).
 
-    tokens (B, n_k) give the shape and the device.
+    The filters and their order are those of `steps`. Inverts the cumulative probability at uniform
+    (...) fp64 in [0, 1). A temperature below .001 takes the most likely code.
     """
-    count = tokens.shape[1]
-    rows = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
-    return torch.from_numpy(np.reshape(rows, tokens.shape)).to(tokens.device)
+    is_greedy = temperature < 0.001
+    logits = filter_logits(logits if is_greedy else logits / temperature, top_k, top_p)
+    probability = logits.softmax(-1)
+
+    if is_greedy:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        sums = probability.cumsum(-1)
+        total = sums[..., -1:]
+        # uniform * total may round up to total, where searchsorted finds a code of probability 0.
+        below = total.nextafter(torch.zeros_like(total))
+        points = torch.minimum((uniform[..., None] * total).to(total.dtype), below)
+        tokens = torch.searchsorted(sums, points, right=True)
+
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # for nan, searchsorted returns V
+    return tokens[..., 0], probability.gather(-1, tokens)[..., 0]
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -294,27 +234,103 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 
-def sample_codes(logits, uniform=None):
-    """(tokens (...) int64, their probability (...)) of logits (..., V).
+def hide_least_confident(confidence, hidden, keep):
+    """The tokens that a later pass samples again: of hidden (B, n_k) all but the most confident.
 
-    Inverts the cumulative probability at uniform (...) fp64 in [0, 1). None: the most likely code.
+    confidence (B, n_k). keep: how many stay, a number or (B, 1).
     """
-    probability = logits.softmax(-1)
-    if uniform is None:
-        tokens = logits.argmax(-1, keepdim=True)
-    else:
-        sums = probability.cumsum(-1)
-        total = sums[..., -1:]
-        # uniform * total may round up to total, where searchsorted finds a code of probability 0
-        below = total.nextafter(torch.zeros_like(total))
-        places = torch.minimum((uniform[..., None] * total).to(total.dtype), below)
-        tokens = torch.searchsorted(sums, places, right=True)
+    confidence = confidence.masked_fill(~hidden, -math.inf)
+    order = confidence.argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)  # of each token, 0 the most confident
+    return hidden & (rank >= keep)
 
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # for nan, searchsorted returns V
-    return tokens[..., 0], probability.gather(-1, tokens)[..., 0]
+
+def uniform_numbers(seeds, k, number, tokens):
+    """(B, n_k) fp64 in [0, 1): a function of each image's seed, the scale and the pass.
+
+    tokens (B, n_k): their shape and device are those of the numbers.
+    """
+    count = tokens.shape[1]
+    by_image = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
+    return torch.from_numpy(np.reshape(by_image, tokens.shape)).to(tokens.device)
+
+
+def seeds_of_images(seed, count):
+    """A list of seeds: seed + i for image i, or the list itself if there is a seed for each."""
+    return [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else list(seed)
+
+
+def as_labels(labels, names):
+    """A tensor of labels, which are numbers, vectors or names of classes, as for `generate`."""
+    if any(isinstance(label, str) for label in labels):
+        labels = class_numbers(labels, names)
+    return torch.as_tensor(labels)
+
+
+def class_numbers(texts, names):
+    """The numbers of classes given by name, or by number where no class has that name."""
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    for text in map(str, texts):
+        if text not in numbers:
+            expected = f"0 to {len(names) - 1} or a name such as {', '.join(names[:5])}"
+            raise ValueError(f"labels: got {text!r}, expected {expected}")
+    return [numbers[str(text)] for text in texts]
+
+
+def parts(count, size):
+    """Slices of a batch of `count` images, each of at most `size` of them."""
+    return [slice(first, first + size) for first in range(0, max(1, count), size)]
+
+
+def image_size(params, codec):
+    """(height, width) in pixels of the images of a model."""
+    cell = tokenizer.downsampling(codec)
+    return tuple(cell * side for side in hmar.scale_sizes(params)[-1])
+
+
+def check_model(params, codec, labels, seeds, schedule):
+    """ValueError where the arguments of `steps` would silently give wrong images."""
+    check_codes(params, codec)
+    counts = tokenizer.lengths(hmar.scale_sizes(params))
+    if [sum(keeps) for keeps in schedule] != counts:
+        raise ValueError(f"schedule: got {schedule}, expected these sums by scale: {counts}")
+    if len(schedule[0]) > 1 or (max(map(len, schedule)) > 1 and not has_masked_passes(params)):
+        raise ValueError(f"schedule: got {schedule}; masked passes need a masked branch, scale > 0")
+
+    if len(seeds) != len(labels):
+        raise ValueError(f"seed: got {len(seeds)} for {len(labels)} labels")
+    if min(seeds, default=0) < 0:
+        raise ValueError(f"seed: got {min(seeds)}, expected 0 or more")
+    classes = len(params["classes"]) - 1
+    are_numbers = len(labels) and not labels.is_floating_point()
+    # Values are checked on the CPU only: reading them would make a GPU wait.
+    if are_numbers and labels.is_cpu and not 0 <= labels.min() <= labels.max() <= classes:
+        raise ValueError(f"labels: got {labels.tolist()}, expected 0 to {classes} (no class)")
+
+
+def check_codes(params, codec):
+    """ValueError if the transformer was made for other codes than those of the tokenizer."""
+    codes = tuple(codec["codebook"].shape)
+    expected = len(params["next_scale"]["head"]["bias"]), params["input"]["weight"].shape[1]
+    if codes != expected:
+        raise ValueError(f"tokenizer: got (codes, code_dim) {codes}, expected {expected}")
+
+
+def check_numbers(**numbers):
+    """ValueError unless these settings of `steps`, by name, are in their ranges."""
+    for name, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name}: got {number}, expected 0 or more")
+        if name == "top_p" and not 0 < number <= 1:
+            raise ValueError(f"{name}: got {number}, expected above 0, at most 1")
 
 
 # ---- schedules
+
+
+def has_masked_passes(params):
+    """Whether a tree can sample tokens again; VAR's, which keeps keys and values, cannot."""
+    return "masked" in params and "causal" not in params
 
 
 def masked_schedule(scales, masked_passes):
@@ -347,81 +363,172 @@ def published_schedule(scales):
 # ---- editing
 
 
-class Known(NamedTuple):
-    """What `edit` passes to `steps` about the images."""
-
-    features: torch.Tensor  # (B, code_dim, h, w), the encoder's output
-    outside: torch.Tensor  # (B, 1, h, w) bool: positions wholly outside the mask
-    particles: int  # so many rows of the batch, one after another, are of one image
-
-
 @torch.no_grad()
-def edit(params, codec, images, mask, labels, *, particles=8, schedule=None, seed=0, **options):
-    """images (B, 3, H, W) in [-1, 1], repainted under the mask as labels (B,) (HMAR, editing).
+def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
+    """images (B, 3, H, W) in [-1, 1], repainted under the mask as labels say (HMAR, editing).
 
+    model, labels, seed, overrides: as for `generate`; but the schedule, unless it is overridden, is
+        one masked pass at each scale if the tree has a masked branch.
     mask: (B, 1, H, W) bool, True = repaint. Hidden pixels have no influence on the result, and
-    pixels outside the mask stay as they are. Tokens wholly outside the mask are not sampled: they
-    are the codes nearest to the encoder's features minus the edit's own f_hat so far. The others
-    are sampled, then sampled again by the masked branch, which sees the given ones. The decoder's
-    error just outside the mask is known; it is extrapolated and subtracted inside, fading over two
-    latent cells.
+        pixels outside the mask stay as they are.
+    particles: samples of each image that are followed at once, see `edit_steps`. The best one is
+        returned. Time grows with their number; memory is bounded, as in `generate`.
 
-    particles: samples of each image that are followed at once. After each scale they are resampled
-        by the likelihood of the given tokens (sequential Monte Carlo), so that coarse tokens agree
-        with what is visible; the best one is returned. Time and memory grow with their number.
-    schedule, seed: as for `steps`; schedule None: one masked pass at each scale if the tree has a
-        masked branch. options: other arguments of `steps`.
+    The decoder's error just outside the mask is known; it is extrapolated and subtracted inside,
+    fading over two latent cells.
 
     ValueError if images, mask and labels do not fit.
     """
-    scales = hmar.scale_sizes(params)
+    params, codec = model["transformer"], model["tokenizer"]
+    labels, scales = as_labels(labels, model["classes"]), hmar.scale_sizes(params)
+    seeds = seeds_of_images(seed, len(labels))
     expected = (len(labels), 1, *images.shape[2:])
     if len(images) != len(labels):
         raise ValueError(f"labels: got {len(labels)}, expected {len(images)}, one an image")
     if mask.dtype != torch.bool or mask.shape != expected:
         got = f"{mask.dtype} {tuple(mask.shape)}"
         raise ValueError(f"mask: got {got}, expected a bool tensor {expected}")
+    if particles < 1:
+        raise ValueError(f"particles: got {particles}, expected 1 or more")
     tokenizer.check_images(codec, images.masked_fill(mask, 0), scales)
-    if schedule is None:
-        schedule = masked_schedule(scales, 1 if "masked" in params else 0)
 
+    # The schedule of the model is that of its samples.
+    schedule = masked_schedule(scales, 1 if has_masked_passes(params) else 0)
+    settings = model["sampling"] | dict(schedule=schedule) | overrides
     cell = tokenizer.downsampling(codec)
-    images = replace_hidden(images, mask, 4 * cell)
-    parts = images.split(images_at_once(images.shape[2:].numel()))
-    features = torch.cat([tokenizer.encode_features(codec, part) for part in parts])
-    outside = F.adaptive_max_pool2d(mask.float(), scales[-1]) == 0  # (B, 1, h, w)
+    edited = []
+    for part in parts(len(images), max(1, images_at_once(images[0, 0].numel()) // particles)):
+        visible = replace_hidden(images[part], mask[part], 4 * cell)
+        features = tokenizer.encode_features(codec, visible)
+        outside = F.adaptive_max_pool2d(mask[part].float(), scales[-1]) == 0  # (B, 1, h, w)
+        pair, options = (features, outside), settings | dict(seed=seeds[part])
+        *_, last = edit_steps(params, codec, labels[part], *pair, particles, **options)
 
-    rows = torch.arange(len(images)).repeat_interleave(particles)
-    known = Known(features[rows], outside[rows], particles)
-    seeds = seeds_of_images(seed, len(labels))
-    # particle 0 has the seed of the image, the others seeds that are far from those of all images
-    seeds = [own + (i << 48) for own in seeds for i in range(particles)]
-    labels = torch.as_tensor(labels)[rows]
-    *_, last = steps(params, codec, labels, schedule=schedule, seed=seeds, known=known, **options)
-
-    *_, (_, _, f_hat) = tokenizer.quantise(codec, features, scales)  # of the visible part
-    painted = decode_in_parts(codec, torch.where(outside, f_hat, last.f_hat[::particles]))
-    painted = painted + extrapolate(images - painted, ~mask, 2 * cell)
-    return torch.where(mask, painted.clamp(-1, 1).to(images.dtype), images)
+        *_, (_, _, f_hat) = tokenizer.quantise(codec, features, scales)  # of the visible part
+        f_hat = torch.where(outside, f_hat, last.f_hat[::particles])
+        painted = tokenizer.decode_features(codec, f_hat)
+        painted = painted + extrapolate(visible - painted, ~mask[part], 2 * cell)
+        painted = painted.clamp(-1, 1).to(images.dtype)
+        edited.append(torch.where(mask[part], painted, images[part]))
+    return torch.cat(edited)
 
 
-def known_tokens(codec, known, f_hat, size):
-    """(tokens, hidden (B, n_k), logits (B, n_k, codes)) at a scale of an edit.
+@torch.no_grad()
+def edit_steps(
+    params,
+    codec,
+    labels,
+    features,
+    outside,
+    particles,
+    *,
+    schedule,
+    guidance=1.5,
+    mask_guidance=0.0,
+    rise=1.0,
+    soften=0.0,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    seed=0,
+):
+    """Samples the pyramid of edits coarse to fine; a generator of a Step after each pass.
 
-    hidden is True for tokens whose cell touches the mask; the others are fixed to the nearest code.
-    logits: see `evidence`.
+    features: (B, code_dim, h, w), the encoder's output. outside: (B, 1, h, w) bool, True for cells
+    of the latent map that lie wholly outside the mask. The other arguments are those of `steps`.
+
+    At each scale, tokens whose cell lies wholly outside the mask are given: they are the codes
+    nearest to the features minus the edit's own f_hat so far. The others are sampled, then sampled
+    again by the masked branch, which sees the given ones. To their logits is added what the visible
+    part of their cell says, see `evidence`.
+
+    Each image has several particles, one after another in the batch of B * particles entries that a
+    Step has. After each scale they are resampled by the likelihood of the given tokens (sequential
+    Monte Carlo), so that coarse tokens agree with what is visible. At the last scale the most
+    likely particle replaces all of its image.
     """
-    residual = known.features - f_hat
-    tokens = tokenizer.nearest(codec["codebook"], tokenizer.resize_to_scale(residual, size))
-    hidden = F.adaptive_max_pool2d((~known.outside).float(), size).flatten(1) > 0
-    return tokens, hidden, evidence(codec["codebook"], residual, known.outside, size)
+    scales, codebook = hmar.scale_sizes(params), codec["codebook"]
+    labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
+    check_model(params, codec, labels, seeds, schedule)
+    check_numbers(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
+    check_numbers(temperature=temperature, top_k=top_k, top_p=top_p)
+
+    seeds = seeds_of_particles(seeds, particles)
+    conditions = hmar.condition(params, labels.to(codebook.device))
+    conditions, features, outside = (
+        x.repeat_interleave(particles, 0) for x in (conditions, features, outside)
+    )
+    f_hat = torch.zeros_like(features)  # (B particles, code_dim, h, w)
+    cache = [[] for _ in range(hmar.block_count(params))] if "causal" in params else None
+
+    for k, size in enumerate(scales):
+        inputs = tokenizer.resize_to_scale(f_hat, size)
+        tokens, hidden = given_tokens(codebook, features - f_hat, outside, size)
+        clues = evidence(codebook, features - f_hat, outside, size)  # (B particles, n_k, codes)
+        likelihood = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0
+
+        for number, keep in enumerate(shares_of_hidden(schedule[k], hidden)):
+            if number == 0:
+                branch, strength, seen = params["next_scale"], guidance, [inputs]
+            else:
+                own_inputs = masked_branch_inputs(params, codec, tokens, hidden, k, scales)
+                branch, strength = params["masked"], mask_guidance
+                seen = [inputs, own_inputs, hidden]
+            strength = strength * progress**rise
+            x = guided_features(params, conditions, seen, strength, k, cache)
+            uniform = uniform_numbers(seeds, k, number, tokens)
+
+            tokens, confidence = tokens.clone(), torch.zeros_like(uniform)
+            for positions, pair in hmar.wave_logits(branch, size, x, tokens):
+                is_hidden = hidden[:, positions]
+                if number == 0:  # given tokens are judged by what is predicted from coarser scales
+                    log_p = pair[0].log_softmax(-1).gather(-1, tokens[:, positions, None])[..., 0]
+                    likelihood += log_p.masked_fill(is_hidden, 0).sum(1)
+                logits = classifier_free_guidance(pair, strength, soften) + clues[:, positions]
+                sampled, probability = sample_codes(
+                    logits, uniform[:, positions], temperature, top_k, top_p
+                )
+                tokens[:, positions] = torch.where(is_hidden, sampled, tokens[:, positions])
+                confidence[:, positions] = probability.double()
+
+            hidden = hide_least_confident(confidence, hidden, keep)
+            grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
+            if number + 1 == len(schedule[k]):  # the scale is complete: particles are resampled
+                is_last = k + 1 == len(scales)
+                chosen = choose_particles(likelihood, particles, seeds, k, is_last)
+                tokens, hidden, grown = (part[chosen] for part in (tokens, hidden, grown))
+                cache = choose_cached(cache, chosen)
+            yield Step(k, number, tokens, hidden, grown)
+
+        f_hat = grown
+
+
+def seeds_of_particles(seeds, particles):
+    """The seeds of all particles, image by image.
+
+    Particle 0 has the seed of its image, the others have seeds far from those of all images.
+    """
+    return [seed + (i << 48) for seed in seeds for i in range(particles)]
+
+
+def given_tokens(codebook, residual, outside, size):
+    """(tokens, hidden), each (B, n_k), at a scale of an edit; see `edit_steps`.
+
+    residual (B, code_dim, h, w): what is left to quantise. hidden is True for tokens whose cell
+    touches the mask; the tokens of the other cells are the nearest codes.
+    """
+    tokens = tokenizer.nearest(codebook, tokenizer.resize_to_scale(residual, size))
+    hidden = F.adaptive_max_pool2d((~outside).float(), size).flatten(1) > 0
+    return tokens, hidden
 
 
 def choose_particles(likelihood, particles, seeds, k, is_last):
-    """The rows (B,) with which an edit goes on after scale k, by likelihood (B,) in nats.
+    """The batch entries (B,) with which an edit goes on after scale k.
 
-    The particles of each image are resampled in proportion to their likelihood (systematic
-    resampling, Kitagawa 1996). At the last scale the most likely one fills all rows.
+    likelihood (B,) in nats. The particles of each image are resampled in proportion to their
+    likelihood (systematic resampling, Kitagawa 1996). At the last scale the most likely one
+    replaces all of its image.
     """
     weights = likelihood.view(-1, particles).softmax(1)  # (images, particles)
     if is_last:
@@ -430,27 +537,24 @@ def choose_particles(likelihood, particles, seeds, k, is_last):
         # No pass has the number 2^31, so these numbers differ from those of `uniform_numbers`.
         offsets = [np.random.default_rng((seed, k, 2**31)).random() for seed in seeds[::particles]]
         offsets = torch.tensor(offsets, device=weights.device)[:, None]  # (images, 1)
-        places = (torch.arange(particles, device=weights.device) + offsets) / particles
-        chosen = torch.searchsorted(weights.cumsum(1), places).clamp(max=particles - 1)
+        points = (torch.arange(particles, device=weights.device) + offsets) / particles
+        chosen = torch.searchsorted(weights.cumsum(1), points).clamp(max=particles - 1)
     first = particles * torch.arange(len(weights), device=weights.device)
     return (first[:, None] + chosen).flatten()
 
 
-def replace_hidden(images, mask, reach):
-    """images (B, 3, H, W) whose pixels under the mask (B, 1, H, W) are made up from the others.
-
-    They become the mean of the visible pixels, and near the edge of the mask their extrapolation.
-    """
-    count = (~mask).sum((2, 3), keepdim=True).clamp(min=1)
-    total = images.masked_fill(mask, 0).sum((2, 3), keepdim=True, dtype=torch.float64)
-    mean = (total / count).to(images.dtype)  # (B, 3, 1, 1)
-    return torch.where(mask, mean + extrapolate(images - mean, ~mask, reach), images)
+def choose_cached(cache, chosen):
+    """The cache of these batch entries (B,). It has entries with a class, then without one."""
+    if cache is None:
+        return None
+    both = torch.cat([chosen, chosen + len(chosen)])
+    return [[(key[both], value[both]) for key, value in layer] for layer in cache]
 
 
 def shares_of_hidden(keeps, hidden):
     """[(B, 1), ...]: the tokens that an image keeps at each pass, in proportion to its hidden ones.
 
-    Example: with keeps (1, 1, 2, 4) and half of the tokens hidden, an image keeps 1, 0, 1 and 2.
+    hidden (B, n_k). With keeps (1, 1, 2, 4), an image of which half is hidden keeps 1, 0, 1 and 2.
     """
     count, total = hidden.sum(1, keepdim=True), hidden.shape[1]
     sums = [(count * done + total - 1) // total for done in accumulate(keeps, initial=0)]
@@ -458,24 +562,39 @@ def shares_of_hidden(keeps, hidden):
 
 
 def evidence(codebook, residual, outside, size):
-    """Log-likelihood (B, n, codes) of each code, given the seen part of cells at the mask's edge.
+    """Log-likelihood (B, n_k, codes) of each code, given the visible part of its cell.
 
-    residual (B, code_dim, h, w) is left to quantise and known where outside (B, 1, h, w). Of the m
-    places of a cell a share s is seen, with mean a and variance v. If places are independent and
-    Gaussian, the mean of the whole cell has mean a and variance v (1 - s) / (m s). Returned is the
-    logarithm of that density at each code, up to a constant; 0 in cells that are not seen at all.
+    residual (B, code_dim, h, w) is left to quantise and known where outside (B, 1, h, w). A cell of
+    this scale has m positions of the latent map. Let a share s of them be visible, with mean a and
+    variance v. If positions are independent and Gaussian, then
+
+        mean of the whole cell ~ Normal(a, v (1 - s) / (m s))
+
+    Returned is the logarithm of this density at each code, up to a constant; 0 in cells that are
+    hidden wholly.
     """
-    seen = outside.to(residual.dtype)
-    share = tokenizer.resize_to_scale(seen, size)  # (B, n, 1)
+    visible = outside.to(residual.dtype)
+    share = tokenizer.resize_to_scale(visible, size)  # (B, n_k, 1)
     divisor = share.clamp(min=1e-6)
-    mean = tokenizer.resize_to_scale(residual * seen, size) / divisor  # (B, n, code_dim)
-    square = tokenizer.resize_to_scale(residual.square() * seen, size) / divisor
+    mean = tokenizer.resize_to_scale(residual * visible, size) / divisor  # (B, n_k, code_dim)
+    square = tokenizer.resize_to_scale(residual.square() * visible, size) / divisor
     variance = (square - mean.square()).mean(-1, keepdim=True).clamp(min=1e-4)
 
-    places = outside.shape[2:].numel() / math.prod(size)  # m
-    precision = places * share / (1 - share).clamp(min=1e-2) / variance
+    m = outside.shape[2:].numel() / math.prod(size)
+    precision = m * share / (1 - share).clamp(min=1e-2) / variance
     distance = torch.cdist(mean, codebook.to(mean.dtype)).square()
     return torch.where(share > 0, -0.5 * precision * distance, 0.0)
+
+
+def replace_hidden(images, mask, reach):
+    """images (B, 3, H, W) whose pixels under the mask (B, 1, H, W) are replaced by a guess.
+
+    They become the mean of the visible pixels, and near the edge of the mask their extrapolation.
+    """
+    count = (~mask).sum((2, 3), keepdim=True).clamp(min=1)
+    total = images.masked_fill(mask, 0).sum((2, 3), keepdim=True, dtype=torch.float64)
+    mean = (total / count).to(images.dtype)  # (B, 3, 1, 1)
+    return torch.where(mask, mean + extrapolate(images - mean, ~mask, reach), images)
 
 
 def extrapolate(images, visible, reach):
@@ -493,14 +612,112 @@ def extrapolate(images, visible, reach):
     return carried
 
 
-# ---- images
+# ---- model files
+
+# guidance, top-k and top-p of the published samplers: those of HMAR by depth, and that of VAR
+PUBLISHED = {
+    16: dict(guidance=1.7, top_k=1000, top_p=0.99),
+    20: dict(guidance=1.9, top_k=950, top_p=0.99),
+    24: dict(guidance=2.1, top_k=900, top_p=0.99),
+    30: dict(guidance=1.6, top_k=650, top_p=0.99),
+}
+PUBLISHED_VAR = dict(guidance=1.5, top_k=900, top_p=0.96)
 
 
-@torch.no_grad()
-def decode_in_parts(codec, f_hat):
-    """tokenizer.decode_features of a few images at a time, because a decoder needs much memory."""
-    few = images_at_once(f_hat.shape[2:].numel() * tokenizer.downsampling(codec) ** 2)
-    return torch.cat([tokenizer.decode_features(codec, part) for part in f_hat.split(few)])
+def load_model(path, tokenizer_path=None, scales=None):
+    """The model of a run folder, of its file model.pt, or of published weights, on the CPU.
+
+    tokenizer_path: another file, whose tokenizer is used; published transformers need one. scales:
+    as for hmar.from_published. A model is a dict of these parts:
+
+        tokenizer    tree of tokenizer.py
+        transformer  tree of hmar.py
+        classes      names of the classes, [str, ...]
+        sampling     keyword arguments of `steps` that suit the transformer
+
+    That of a run whose training has not finished, or of published weights, has only some of them.
+
+    Files are read with weights_only=True, so that none can run code. ValueError if a file is
+    missing or holds no such weights.
+    """
+    path = find_weights(Path(path))
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises errors of many kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path}: no weights, {EXPECTED_WEIGHTS}: {reason}") from error
+    try:
+        if isinstance(model, dict) and model.keys() & {"tokenizer", "transformer"}:
+            model = update_model(model)
+        else:
+            model = from_published(model, scales)
+    except ValueError as error:
+        raise ValueError(f"{path}: no weights, {EXPECTED_WEIGHTS}: {error}") from error
+
+    if tokenizer_path is not None:
+        other = load_model(tokenizer_path)
+        if "tokenizer" not in other:
+            raise ValueError(f"{tokenizer_path}: has no tokenizer")
+        model["tokenizer"] = other["tokenizer"]
+    return model
+
+
+EXPECTED_WEIGHTS = "expected a run folder of train.py, its model.pt, or published weights"
+
+
+def find_weights(path):
+    """The file of weights that a path means. ValueError if there is none."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder, {EXPECTED_WEIGHTS}")
+    has_model = (path / "model.pt").exists()
+    is_begun = (path / "args.json").exists() and not has_model
+    if is_begun or path.name == "checkpoint.pt":
+        raise ValueError(f"{path}: training has not finished; the same train.py command goes on")
+    if not path.is_dir():
+        return path
+    if not has_model:
+        raise ValueError(f"{path}: has no model.pt, {EXPECTED_WEIGHTS}")
+    return path / "model.pt"
+
+
+def update_model(model):
+    """A model as it is today, from a file that may be older.
+
+    There is_causal stood beside the trees, and published MLPs were called mlp_tanh.
+    """
+    params = model.get("transformer")
+    is_causal = model.pop("is_causal", False)
+    if params is None:
+        return model
+    if is_causal:
+        params["causal"] = {}
+    branches = [params[name]["blocks"] for name in ("next_scale", "masked") if name in params]
+    for block in sum(branches, params["trunk"]):
+        if "mlp_tanh" in block:
+            block["mlp"] = block.pop("mlp_tanh") | dict(tanh={})
+    return model
+
+
+def from_published(state_dict, scales=None):
+    """The part of a model that a published state dict contains: a tokenizer or a transformer."""
+    if isinstance(state_dict, dict) and any(name.startswith("encoder") for name in state_dict):
+        return dict(tokenizer=tokenizer.from_published(state_dict))
+    params = hmar.from_published(state_dict, scales)
+    classes = [str(label) for label in range(len(params["classes"]) - 1)]
+    return dict(transformer=params, classes=classes, sampling=published_sampling(params))
+
+
+def published_sampling(params):
+    """The settings of the published sampler for such a tree, as keyword arguments of `steps`."""
+    settings = dict(mask_guidance=0.0, rise=1.0, soften=0.0, temperature=1.0)
+    if "causal" in params:
+        return settings | PUBLISHED_VAR
+    if "masked" in params:
+        settings["schedule"] = published_schedule(hmar.scale_sizes(params))
+    return settings | PUBLISHED.get(hmar.block_count(params), PUBLISHED[16])
+
+
+# ---- what train.py uses too (beside `generate`, schedules and model files): grids of images
 
 
 def images_at_once(pixels):
@@ -508,10 +725,15 @@ def images_at_once(pixels):
     return max(1, 2**19 // pixels)
 
 
-def sheet(rows, names):
-    """A PIL image of rows of images (n, 3, H, W) in [-1, 1], each row beside its name."""
-    names = [name[:40] for name in names]
+def sheet(rows, names, numbers=None):
+    """A grid of samples as a PIL image: rows of images (n, 3, H, W) in [-1, 1] beside their names.
+
+    numbers: of the rows, which stand for names that the font cannot draw; 0, 1, ... if None.
+    """
     font = ImageFont.load_default(12)
+    numbers = range(len(names)) if numbers is None else numbers
+    pairs = zip(names, numbers, strict=True)
+    names = [name[:40] if can_draw(font, name[:40]) else str(number) for name, number in pairs]
     zoom = max(1, 64 // rows[0].shape[-1])  # small images are enlarged by whole pixels
     left = 12 + max(int(font.getlength(name)) for name in names)
     height, width = (side * zoom + 2 for side in rows[0].shape[2:])
@@ -525,10 +747,19 @@ def sheet(rows, names):
     return page
 
 
+def can_draw(font, text):
+    """Whether a font has all characters of a text; it draws one box for all that it lacks."""
+    box = bytes(font.getmask("\uffff"))
+    return all(bytes(font.getmask(character)) != box for character in text)
+
+
 def to_bytes(images):
     """Images (B, 3, H, W) in [-1, 1] -> numpy uint8 (B, H, W, 3)."""
     unit = (images.float().clamp(-1, 1) + 1) / 2
     return (unit * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+FORMATS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"
 
 
 def read_image(path, shortest=None):
@@ -537,7 +768,7 @@ def read_image(path, shortest=None):
     shortest: a large image may be reduced by a whole factor, but no side below this. Raises what
     Pillow raises for a file that it cannot read.
     """
-    with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as image:
+    with Image.open(path, formats=FORMATS) as image:
         if shortest:
             image.draft(None, (shortest, shortest))  # JPEG files can be decoded at a fraction
         ImageOps.exif_transpose(image, in_place=True)
@@ -557,114 +788,7 @@ def convert_to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_photo_and_mask(photo_path, mask_path, pad, size):
-    """Image (1, 3, H, W) in [-1, 1] and mask (1, 1, H, W) bool, cropped to size (width, height).
-
-    mask_path: an image, white where to repaint. Without it the photo is surrounded by a border of
-    `pad` times the size, which is to be repainted. ValueError if there is nothing to repaint, or
-    everything.
-    """
-    photo = read_image(photo_path)
-    if mask_path:
-        # Both are resized to `times` times the model's size, so that a pixel that is shown is a
-        # mean of cells outside the mask only.
-        mask = read_image(mask_path).convert("L")
-        skew = abs(mask.width * photo.height - mask.height * photo.width)
-        if skew > max(*mask.size, *photo.size):  # sides that were rounded may differ by a pixel
-            raise ValueError(f"--mask: got {mask.size} pixels for a photo of {photo.size}")
-        ratios = [min(image.width / size[0], image.height / size[1]) for image in (photo, mask)]
-        times = math.ceil(max(4, *ratios))  # at least 4, because small photos would become jagged
-        grid = [times * side for side in size]
-        photo, mask = (ImageOps.fit(image, grid, Image.NEAREST) for image in (photo, mask))
-        photo = photo.reduce(times)
-    else:
-        photo = ImageOps.fit(photo, size, Image.LANCZOS)
-        border = tuple(max(1, int(side * pad)) for side in size)
-        inner = [side - 2 * edge for side, edge in zip(size, border)]
-        photo = ImageOps.expand(photo.resize(inner), border)
-        mask = ImageOps.expand(Image.new("L", inner), border, 255)
-
-    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    mask = torch.from_numpy(np.array(mask))[None, None].float()
-    # A pixel of the model that any white cell touches is repainted, so that thin strokes stay.
-    mask = F.adaptive_max_pool2d(mask, size[::-1]) > 127
-    if not mask.any() or mask.all():  # transparent masks are read as white
-        raise ValueError("--mask: expected white where to repaint, black elsewhere")
-    return pixels, mask
-
-
-def save_sheets(path, pages):
-    """Writes the first page, or as .gif all pages, the last of them shown longest."""
-    if Path(path).suffix.lower() == ".gif":
-        times = [400] * (len(pages) - 1) + [2000]  # milliseconds
-        pages[0].save(path, save_all=True, append_images=pages[1:], duration=times, loop=0)
-    else:
-        pages[0].save(path)
-
-
-# ---- model files
-
-# guidance, top-k and top-p of the published samplers: those of HMAR by depth, and that of VAR
-PUBLISHED = {
-    16: dict(guidance=1.7, top_k=1000, top_p=0.99),
-    20: dict(guidance=1.9, top_k=950, top_p=0.99),
-    24: dict(guidance=2.1, top_k=900, top_p=0.99),
-    30: dict(guidance=1.6, top_k=650, top_p=0.99),
-    "VAR": dict(guidance=1.5, top_k=900, top_p=0.96),
-}
-
-
-def load_model(path, tokenizer=None, scales=None):
-    """The model of a run folder, of its file model.pt, or of published weights, on the CPU.
-
-    tokenizer: another file, whose tokenizer is used; published transformers need one. scales: as
-    for hmar.from_published. A model is a dict, of which an unfinished or published one has a part:
-
-        tokenizer    tree of tokenizer.py
-        transformer  tree of hmar.py
-        classes      names of the classes, [str, ...]
-        sampling     keyword arguments of `steps` that suit the transformer
-        is_causal    whether the transformer is VAR's
-
-    Files are read with weights_only=True, so that none can run code. ValueError if a file is
-    missing or holds no such weights.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.pt"
-    try:
-        model = torch.load(path, map_location="cpu", weights_only=True)
-        if not model.keys() & {"tokenizer", "transformer"}:
-            model = from_published(model, scales)
-    except Exception as error:  # torch.load raises errors of many kinds
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: no weights: {reason.splitlines()[0]}") from error
-    if tokenizer is not None:
-        other = load_model(tokenizer)
-        if "tokenizer" not in other:
-            raise ValueError(f"{tokenizer}: has no tokenizer")
-        model["tokenizer"] = other["tokenizer"]
-    return model
-
-
-def from_published(state_dict, scales=None):
-    """The part of a model that a published state dict contains: a tokenizer or a transformer."""
-    if any(name.startswith("encoder") for name in state_dict):
-        return dict(tokenizer=tokenizer.from_published(state_dict))
-    params = hmar.from_published(state_dict, scales)
-    is_causal = hmar.published_is_causal(state_dict)
-    classes = [str(label) for label in range(len(params["classes"]) - 1)]
-    sampling = published_sampling(params, is_causal)
-    return dict(transformer=params, classes=classes, sampling=sampling, is_causal=is_causal)
-
-
-def published_sampling(params, is_causal):
-    """The settings of the published sampler for such a tree, as keyword arguments of `steps`."""
-    settings = dict(mask_guidance=0.0, rise=1.0, soften=0.0, temperature=1.0)
-    if "masked" in params:
-        settings["schedule"] = published_schedule(hmar.scale_sizes(params))
-    name = "VAR" if is_causal else hmar.block_count(params)
-    return settings | PUBLISHED.get(name, PUBLISHED[16])
+# ---- what train.py uses too: devices and flags
 
 
 def to_device(tree, device):
@@ -672,75 +796,12 @@ def to_device(tree, device):
     return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)
 
 
-# ---- here the method ends; the command
-
-# arguments of `steps` that are flags too
-SAMPLING_FLAGS = "guidance", "mask_guidance", "rise", "soften", "temperature", "top_k", "top_p"
-
-
-def parser():
-    """The flags of `python sample.py`."""
-    top = argparse.ArgumentParser(description="Sample images, or repaint a part of one.")
-    add = top.add_argument
-    add("run", help="run folder of train.py, its model.pt, or published weights")
-    add("--tokenizer", help="file with another tokenizer; published transformers need one")
-    text = "all scales of published weights of another size, coarse to fine, such as 1 2 4 or 2x3"
-    add("--scales", nargs="+", type=scale_pair, help=text)
-    text = "class names, or numbers of classes that have no such name (default: all; the first "
-    add("--labels", nargs="+", help=text + "ten for a sheet)")
-    add("--count", type=int, default=8, help="images for each label (default: 8)")
-    text = "image i uses the random numbers of seed + i (default: 0)"
-    add("--seed", type=int, default=0, help=text)
-    text = (
-        "picture file: a sheet with a row for each label; .gif: one after each pass, but of edits "
-        "only the last; .npz: an "
-    )
-    text += "array for FID programs; no suffix: a folder of images (default: samples.png)"
-    add("--out", type=Path, default=Path("samples.png"), help=text)
-    add("--edit", type=Path, help="image to repaint; it is cropped and reduced to the model's size")
-    add("--mask", type=Path, help="image with the same proportions, white where to repaint")
-    text = (
-        "instead of --mask: shrink the image and paint a border of this share of the model's size"
-    )
-    add("--pad", type=float, default=0.0, help=text)
-    text = "candidates for an edit, which are sampled together; the best one is kept (default: 8)"
-    add("--particles", type=int, default=8, help=text)
-    add_device_flags(top)
-
-    title = "sampling settings (the defaults are stored in the model)"
-    add = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
-    add("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
-    add("--mask-guidance", type=float, help="the same in masked passes")
-    text = "guidance is multiplied by (k / (S - 1)) ** RISE at scale k of 0 to S - 1; 0: constant"
-    add("--rise", type=float, help=text)
-    text = "guidance is halved where the predictions with and without a class have a KL divergence "
-    add("--soften", type=float, help=text + "of this many nats; 0: never")
-    add("--temperature", type=float, help="divides the logits; 0: take the most likely code")
-    add("--top-k", type=int, help="sample only the k most likely codes; 0: all")
-    text = "sample only the smallest set of codes with at least this probability together; 1: all"
-    add("--top-p", type=float, help=text)
-    text = "masked passes at each scale, which sample the least confident tokens again"
-    add("--mask-steps", type=int, metavar="N", help=text)
-    return top
-
-
-def add_device_flags(top):
-    """Adds --device and --dtype to a parser."""
-    device = "default: a GPU if there is one"
-    top.add_argument("--device", choices=("cuda", "cpu"), help=device)
-    dtype = "default: bf16 where the processor has instructions for it"
-    top.add_argument("--dtype", choices=("bf16", "fp32"), help=dtype)
-
-
-def scale_pair(text):
-    """Parses "4" or "2x3" as (height, width)."""
-    height, _, width = text.partition("x")
-    return int(height), int(width or height)
-
-
 def find_device(name=None):
     """The torch.device of --device; by default this process's GPU if there is one, else the CPU."""
-    if name == "cpu" or (name is None and not torch.cuda.is_available()):
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError("--device: got cuda, but torch finds no GPU")
+    if name == "cpu" or not has_gpu:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -765,128 +826,314 @@ def keep_freed_memory():
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def add_device_flags(top):
+    """Adds --device and --dtype to a parser."""
+    device = "default: a GPU if there is one"
+    top.add_argument("--device", choices=("cuda", "cpu"), help=device)
+    dtype = "default: bf16 where the processor has instructions for it"
+    top.add_argument("--dtype", choices=("bf16", "fp32"), help=dtype)
+
+
 @contextlib.contextmanager
 def exit_with_a_line(name):
-    """Turns ValueError, OSError and Ctrl-C into one line and status 1; other errors are bugs."""
+    """Turns ValueError and OSError into one line and status 1.
+
+    It is for what reads flags and files; an error elsewhere is a bug and keeps its traceback.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped")
 
 
-def class_numbers(texts, names):
-    """The numbers of classes given by name, or by number where no class has that name."""
-    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    for text in texts:
-        if text not in numbers:
-            expected = f"0 to {len(names) - 1} or a name such as {', '.join(names[:5])}"
-            raise ValueError(f"--labels: got {text!r}, expected {expected}")
-    return [numbers[text] for text in texts]
+# ---- here the library ends; the command
+
+# settings of `steps` that are flags too
+SAMPLING_FLAGS = "guidance", "mask_guidance", "rise", "soften", "temperature", "top_k", "top_p"
 
 
-def write_images(args):
-    """Samples what the flags ask for and writes it to --out. ValueError where they do not fit."""
-    out, suffix = args.out, args.out.suffix.lower()
-    if out.is_dir() or not suffix:
-        suffix = "folder"
-    elif suffix != ".npz" and Image.registered_extensions().get(suffix) not in Image.SAVE:
-        raise ValueError(f"--out: got {out}, expected .png, .jpg, .gif, .npz or no suffix")
+def parser():
+    """The flags of `python sample.py`."""
+    top = argparse.ArgumentParser(description="Sample images, or repaint a part of one.")
+    add = top.add_argument
+    add("run", help="run folder of train.py, its model.pt, or published weights")
+    add("--tokenizer", help="file with another tokenizer; published transformers need one")
+    text = "all scales of published weights of another size, coarse to fine, such as 1 2 4 or 2x3"
+    add("--scales", nargs="+", type=scale_pair, help=text)
+    text = (
+        "class names, or numbers of classes that have no such name "
+        "(default: all; the first ten for a picture)"
+    )
+    add("--labels", nargs="+", help=text)
+    add("--count", type=int, default=8, help="images for each label (default: 8)")
+    text = "image i uses the random numbers of seed + i (default: 0)"
+    add("--seed", type=int, default=0, help=text)
+    text = (
+        "picture file: a grid with a row for each label; .gif: a grid after each pass, but of "
+        "edits only the last; .npz: an array for FID programs; no suffix: a folder, missing or "
+        "empty, of images NUMBER-CLASS.png, which torchrun shares among processes "
+        "(default: samples.png)"
+    )
+    add("--out", type=Path, default=Path("samples.png"), help=text)
+    add("--edit", type=Path, help="image to repaint; it is cropped and reduced to the model's size")
+    text = (
+        "image with the same proportions, white where to repaint; if it has transparent parts, "
+        "what is opaque is repainted, of whatever colour"
+    )
+    add("--mask", type=Path, help=text)
+    text = (
+        "instead of --mask: shrink the image and paint a border of this share of the model's size"
+    )
+    add("--pad", type=float, default=0.0, help=text)
+    text = "candidates for an edit, which are sampled together; the best one is kept (default: 8)"
+    add("--particles", type=int, default=8, help=text)
+    add_device_flags(top)
+
+    title = "sampling settings (the defaults are stored in the model, and printed)"
+    add = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
+    add("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
+    add("--mask-guidance", type=float, help="the same in masked passes")
+    text = "guidance is multiplied by (k / (S - 1)) ** RISE at scale k of 0 to S - 1; 0: constant"
+    add("--rise", type=float, help=text)
+    text = (
+        "guidance is halved where the predictions with and without a class have a KL divergence "
+        "of this many nats; 0: never"
+    )
+    add("--soften", type=float, help=text)
+    add("--temperature", type=float, help="divides the logits; 0: take the most likely code")
+    add("--top-k", type=int, help="sample only the k most likely codes; 0: all")
+    text = "sample only the smallest set of codes with at least this probability together; 1: all"
+    add("--top-p", type=float, help=text)
+    text = "masked passes at each scale, which sample the least confident tokens again"
+    add("--mask-steps", type=int, metavar="N", help=text)
+    return top
+
+
+def scale_pair(text):
+    """Parses "4" or "2x3" as (height, width)."""
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def overrides_of_flags(args, transformer):
+    """The settings of `steps` that flags replace in a model, {name: value}."""
+    overrides = {name: x for name, x in vars(args).items() if name in SAMPLING_FLAGS}
+    if "mask_steps" in args:
+        overrides["schedule"] = masked_schedule(hmar.scale_sizes(transformer), args.mask_steps)
+    return overrides
+
+
+class Job(NamedTuple):
+    """What the flags ask for, read and checked."""
+
+    kind: str  # of the output: "folder" or the suffix of a file
+    model: dict
+    overrides: dict  # settings that replace those of the model
+    classes: list  # numbers, one a row of the picture
+    labels: torch.Tensor  # (n,) of all images
+    seeds: list
+    batches: list  # slices of the n images
+    photo: torch.Tensor | None  # (1, 3, H, W), to be edited
+    mask: torch.Tensor | None  # (1, 1, H, W)
+    particles: int
+
+
+def read_job(args):
+    """The Job of the flags. ValueError or OSError where they, or the files, do not fit."""
+    kind = kind_of_output(args)
     for name, number in dict(count=args.count, particles=args.particles).items():
         if number < 1:
             raise ValueError(f"--{name}: got {number}, expected 1 or more")
-    if out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
-        raise ValueError(f"--out: got {out}, which would be overwritten")
 
     model = load_model(args.run, args.tokenizer, args.scales)
-    for name in ("tokenizer", "transformer"):
-        if name not in model:
-            raise ValueError(f"{args.run}: has no {name}")
-    some = model["classes"][: None if suffix in ("folder", ".npz") else 10]
-    classes = class_numbers(args.labels or some, model["classes"])
-    names = [model["classes"][label] for label in classes]
-    labels = torch.tensor(classes).repeat_interleave(args.count)
-    sample_frames, batch = make_sampler(args, model, labels, every_pass=suffix == ".gif")
-    batches = torch.arange(len(labels)).split(batch)
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if suffix == "folder":
-        write_folder(out, labels.tolist(), batches, sample_frames)
-    elif suffix == ".npz":
-        pixels = np.concatenate([to_bytes(sample_frames(numbers)[0]) for numbers in batches])
-        with open(out, "wb") as file:
-            np.savez(file, arr_0=pixels, labels=labels.numpy())
-    else:
-        frames = zip(*(sample_frames(numbers) for numbers in batches))
-        save_sheets(out, [sheet(torch.cat(parts).chunk(len(names)), names) for parts in frames])
-    print(f"{out}: {args.count} each of {', '.join(dict.fromkeys(names))}")
-
-
-def make_sampler(args, model, labels, every_pass):
-    """(a function from the numbers (n,) of images to [images (n, 3, H, W), ...], batch size).
-
-    The list has an entry for each pass if every_pass, otherwise the finished images alone.
-    """
+    check_parts(args.run, model)
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, device)
     codec = to_device(tokenizer.cast(model["tokenizer"], dtype), device)
     params = to_device(hmar.cast(model["transformer"], dtype), device)
-    scales, cell = hmar.scale_sizes(params), tokenizer.downsampling(codec)
-    height, width = (cell * side for side in scales[-1])
+    model = model | dict(tokenizer=codec, transformer=params)
 
-    options = sampling_options(args, model)
+    default = model["classes"] if kind in ("folder", ".npz") else model["classes"][:10]
+    classes = class_numbers(args.labels or default, model["classes"])
+    labels = torch.tensor(classes).repeat_interleave(args.count)
+    seeds = seeds_of_images(args.seed, len(labels))
+    overrides = overrides_of_flags(args, params)
+    settings = dict(schedule=masked_schedule(hmar.scale_sizes(params), 0))
+    settings |= model["sampling"] | overrides
+    check_model(params, codec, labels, seeds, settings.pop("schedule"))
+    check_numbers(**settings)
+
+    photo = mask = None
+    height, width = image_size(params, codec)
+    batch = min(50, images_at_once(height * width))
     if args.edit or args.mask or args.pad:
         if not args.edit or not (args.mask or 0 < args.pad < 0.5):
             raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
-        edited = read_photo_and_mask(args.edit, args.mask, args.pad, (width, height))
-        photo, mask = to_device(edited, device)
-
-    def sample_frames(numbers):
-        own = options | dict(labels=labels[numbers], seed=(args.seed + numbers).tolist())
-        if args.edit:
-            pair = (x.expand(len(numbers), -1, -1, -1) for x in (photo, mask))
-            return [edit(params, codec, *pair, particles=args.particles, **own).cpu()]
-        if every_pass:
-            passes = steps(params, codec, **own)
-            return [decode_in_parts(codec, step.f_hat).cpu() for step in passes]
-        return [generate(params, codec, **own)[0].cpu()]
-
-    batch = min(50, images_at_once(height * width))
-    return sample_frames, max(1, batch // args.particles) if args.edit else batch
+        pair = read_photo_and_mask(args.edit, args.mask, args.pad, (width, height))
+        photo, mask = to_device(pair, device)
+        batch = max(1, batch // args.particles)
+    args.out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    batches = parts(len(labels), batch)
+    return Job(kind, model, overrides, classes, labels, seeds, batches, photo, mask, args.particles)
 
 
-def sampling_options(args, model):
-    """The keyword arguments of `steps` or `edit`: those stored in the model, replaced by flags."""
-    flags = {name: x for name, x in vars(args).items() if name in SAMPLING_FLAGS}
-    options = model["sampling"] | flags | dict(is_causal=model["is_causal"])
-    if "mask_steps" in args:
-        scales = hmar.scale_sizes(model["transformer"])
-        options["schedule"] = masked_schedule(scales, args.mask_steps)
-    elif args.edit:  # the model's schedule is that of samples
-        options.pop("schedule", None)
-    return options
+def kind_of_output(args):
+    """What --out is: "folder", or the suffix of a file. ValueError if it cannot be written."""
+    suffix = args.out.suffix.lower()
+    if args.out.is_dir() or not suffix:
+        if args.out.is_dir() and any(args.out.iterdir()):
+            raise ValueError(
+                f"--out: got {args.out}, which is not empty; remove it or name another"
+            )
+        return "folder"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--out: got {args.out}, expected a folder where there are many processes")
+    if suffix != ".npz" and Image.registered_extensions().get(suffix) not in Image.SAVE:
+        raise ValueError(f"--out: got {args.out}, expected .png, .jpg, .gif, .npz or no suffix")
+    if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
+        raise ValueError(f"--out: got {args.out}, which would be overwritten")
+    return suffix
 
 
-def write_folder(folder, labels, batches, sample_frames):
-    """Writes NUMBER-LABEL.png of each image. Batches whose images are all there are skipped."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
-    there = sum(path.exists() for path in paths)
-    if there:
-        print(f"{folder}: {there} of {len(paths)} images are there already and are kept")
-    for numbers in batches:
-        missing = [i for i in numbers.tolist() if not paths[i].exists()]
-        if not missing:
-            continue
-        # The whole batch is sampled again, because a smaller one would round differently.
-        (images,) = sample_frames(numbers)
-        for i, pixels in zip(numbers.tolist(), to_bytes(images), strict=True):
-            if i in missing:
-                temporary = paths[i].with_suffix(".tmp")
-                Image.fromarray(pixels).save(temporary, "PNG")
-                temporary.replace(paths[i])
-        print(f"sampled {numbers[-1] + 1} of {len(paths)}", flush=True)
+def check_parts(run, model):
+    """ValueError if a model has no tokenizer or no transformer; says what to do."""
+    if "transformer" not in model:
+        is_run = "sampling" in model  # otherwise it is a published tokenizer
+        advice = "training has not finished; the same train.py command goes on" if is_run else ""
+        raise ValueError(f"{run}: has no transformer; {advice or EXPECTED_WEIGHTS}")
+    if "tokenizer" not in model:
+        raise ValueError(f"{run}: has no tokenizer; name a file that has one with --tokenizer")
+
+
+def read_photo_and_mask(photo_path, mask_path, pad, size):
+    """Image (1, 3, H, W) in [-1, 1] and mask (1, 1, H, W) bool, cropped to size (width, height).
+
+    mask_path: for `read_mask`. Without it the photo is surrounded by a border of `pad` times the
+    size, which is to be repainted. ValueError if there is nothing to repaint, or everything.
+    """
+    photo = read_image(photo_path)
+    if mask_path:
+        photo, mask = crop_together(photo, read_mask(mask_path), size)
+    else:
+        photo = ImageOps.fit(photo, size, Image.LANCZOS)
+        border = tuple(max(1, int(side * pad)) for side in size)
+        inner = [side - 2 * edge for side, edge in zip(size, border)]
+        photo = ImageOps.expand(photo.resize(inner), border)
+        mask = ImageOps.expand(Image.new("L", inner), border, 255)
+
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    mask = torch.from_numpy(np.array(mask))[None, None].float()
+    # A pixel of the model that any white cell touches is repainted, so that thin strokes stay.
+    mask = F.adaptive_max_pool2d(mask, size[::-1]) > 127
+    if not mask.any() or mask.all():
+        raise ValueError("--mask: expected white where to repaint, black elsewhere")
+    return pixels, mask
+
+
+def read_mask(path):
+    """A grey PIL image of a mask file, white where to repaint.
+
+    If the file has transparent parts, what is opaque counts as white, of whatever colour.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.has_transparency_data:
+            alpha = image.convert("RGBA").getchannel("A")
+            if alpha.getextrema()[0] < 255:
+                return alpha
+        return convert_to_rgb(image).convert("L")
+
+
+def crop_together(photo, mask, size):
+    """(photo at size (width, height), mask at a multiple of it), cropped to the same part.
+
+    Both are first resized to `times` times the size, so that a pixel that is shown is a mean of
+    cells outside the mask only. ValueError if their proportions differ.
+    """
+    skew = abs(mask.width * photo.height - mask.height * photo.width)
+    if skew > max(*mask.size, *photo.size):  # sides that were rounded may differ by a pixel
+        raise ValueError(f"--mask: got {mask.size} pixels for a photo of {photo.size}")
+    ratios = [min(image.width / size[0], image.height / size[1]) for image in (photo, mask)]
+    times = math.ceil(max(4, *ratios))  # at least 4, because small photos would become jagged
+    grid = [times * side for side in size]
+    photo, mask = (ImageOps.fit(image, grid, Image.NEAREST) for image in (photo, mask))
+    return photo.reduce(times), mask
+
+
+def sample_part(job, part):
+    """Images (n, 3, H, W) of a part, a slice, of the job, on the CPU."""
+    labels, seeds = job.labels[part], job.seeds[part]
+    if job.photo is None:
+        return generate(job.model, labels, seed=seeds, **job.overrides).cpu()
+    photo, mask = (x.expand(len(labels), -1, -1, -1) for x in (job.photo, job.mask))
+    options = dict(particles=job.particles, seed=seeds) | job.overrides
+    return edit(job.model, photo, mask, labels, **options).cpu()
+
+
+@torch.no_grad()
+def sample_growth(job, part):
+    """[images (n, 3, H, W), ...] of a part of the job, decoded after each pass, on the CPU."""
+    params, codec = job.model["transformer"], job.model["tokenizer"]
+    settings = job.model["sampling"] | job.overrides
+    passes = steps(params, codec, job.labels[part], seed=job.seeds[part], **settings)
+    return [tokenizer.decode_features(codec, step.f_hat).cpu() for step in passes]
+
+
+def write_picture(path, job):
+    """Writes a grid with a row for each class; as .gif a grid after each pass."""
+    names = [job.model["classes"][number] for number in job.classes]
+    is_gif = job.kind == ".gif"
+    if is_gif and job.photo is None:
+        frames = list(zip(*(sample_growth(job, part) for part in job.batches)))
+    else:
+        frames = [[sample_part(job, part) for part in job.batches]]
+
+    pages = []
+    for frame in frames:
+        rows = torch.cat(frame).chunk(len(names))
+        if job.photo is not None:  # the image and what is visible of it come first
+            shown = torch.cat([job.photo, job.photo.masked_fill(job.mask, 0)]).cpu()
+            rows = [torch.cat([shown, row]) for row in rows]
+        pages.append(sheet(rows, names, job.classes))
+
+    if is_gif:  # the last page is shown longest
+        times = [400] * (len(pages) - 1) + [2000]  # milliseconds
+        pages[0].save(path, save_all=True, append_images=pages[1:], duration=times, loop=0)
+    else:
+        pages[0].save(path)
+
+
+def write_archive(path, job):
+    """Writes arr_0, uint8 (n, H, W, 3), and labels (n,) for programs that compute FIDs."""
+    pixels = np.concatenate([to_bytes(sample_part(job, part)) for part in job.batches])
+    with open(path, "wb") as file:
+        np.savez(file, arr_0=pixels, labels=job.labels.numpy())
+
+
+def write_folder(folder, job):
+    """Writes NUMBER-CLASS.png of each image.
+
+    Processes of torchrun share the batches, which are those of one process: a smaller batch would
+    round differently.
+    """
+    rank, processes = (int(os.environ.get(name, x)) for name, x in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if processes > 1:  # no image is written before all processes have seen that the folder is empty
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+    folder.mkdir(exist_ok=True)
+
+    names = [re.sub(r"[^\w.-]", "_", name)[:40] for name in job.model["classes"]]
+    for part in job.batches[rank::processes]:
+        numbers = range(len(job.labels))[part]
+        labels = job.labels[part].tolist()
+        images = to_bytes(sample_part(job, part))
+        for number, label, pixels in zip(numbers, labels, images, strict=True):
+            Image.fromarray(pixels).save(folder / f"{number:06d}-{names[label]}.png")
+        print(f"sampled {numbers[0]} to {numbers[-1]} of {len(job.labels)}", flush=True)
+
+    if processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def main(argv=None):
@@ -894,8 +1141,26 @@ def main(argv=None):
     args = parser().parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # TF32 would choose other tokens
     keep_freed_memory()
-    with exit_with_a_line("sample.py"):
-        write_images(args)
+    try:
+        with exit_with_a_line("sample.py"):
+            job = read_job(args)
+        write_job(args.out, job)
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped")
+
+
+def write_job(out, job):
+    """Samples the job's images, writes them and prints what was done."""
+    settings = job.model["sampling"] | job.overrides
+    print("; ".join(f"{name} {settings[name]:g}" for name in SAMPLING_FLAGS if name in settings))
+    if job.kind == "folder":
+        write_folder(out, job)
+    elif job.kind == ".npz":
+        write_archive(out, job)
+    else:
+        write_picture(out, job)
+    names = dict.fromkeys(job.model["classes"][number] for number in job.classes)
+    print(f"{out}: {len(job.labels) // len(job.classes)} each of {', '.join(names)}")
 
 
 if __name__ == "__main__":

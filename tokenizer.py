@@ -31,68 +31,52 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
+# ---- the quantiser
 
-@torch.no_grad()
-def encode(codec, images, scales):
-    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1].
 
-    ValueError if the images have another range, dtype or size. On a GPU set
-    torch.backends.cudnn.allow_tf32 = False first, because TF32 changes a few tokens.
+def contribution(codec, tokens, k, scales, hidden=None):
+    """What scale k's tokens (B, n_k) add to f_hat (B, code_dim, h, w); nothing where hidden."""
+    codes = F.embedding(tokens, codec["codebook"])  # (B, n_k, code_dim)
+    if hidden is not None:
+        codes = codes.masked_fill(hidden[..., None], 0)
+
+    codes = _widen(codes).mT.unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
+    codes = enlarge(codes, scales[-1])  # (B, code_dim, h, w)
+    with torch.autocast(codes.device.type, enabled=False):
+        smoothed = convolution(codes, **codec["phi"][phi_index(k, len(scales))])
+    return codes.lerp(smoothed, 0.5)
+
+
+def phi_index(k, scale_count):
+    """The index of the phi that serves scale k: four are shared by all scales (VAR, section 3.2).
+
+    phi are 3 x 3 convolutions. They stand at four equidistant points from 1/12 to 11/12, and scale
+    k of S at k / (S - 1); the nearest serves it. Ten scales use 0 0 1 1 1 2 2 3 3 3. Of these,
+    scales 2 and 7 lie midway between two points: there the rounding of float64 decides, as in the
+    published model.
     """
-    check_images(codec, images, scales)
-    pyramid = quantise(codec, encode_features(codec, images), scales)
-    return torch.cat([tokens for _, tokens, _ in pyramid], 1)
+    scale_point = k / max(scale_count - 1, 1)
+    step = (1 - 1 / 12 - 1 / 12) / 3
+    return min(range(4), key=lambda i: abs(1 / 12 + i * step - scale_point))
 
 
-def decode(codec, tokens, scales):
-    """Images (B, 3, H, W) in [-1, 1], fp32, of tokens (B, L) int64."""
-    return decode_features(codec, accumulate(codec, tokens, scales))
+def enlarge(x, size):
+    """Bicubic interpolation (B, C, h_k, w_k) -> (B, C, h, w), as two matrix products.
 
-
-def accumulate(codec, tokens, scales):
-    """f_hat (B, code_dim, h, w), the sum of all scales' contributions (VAR, algorithm 2)."""
-    *_, f_hat = f_hat_by_scale(codec, tokens, scales)
-    return f_hat
-
-
-def next_scale_inputs(codec, tokens, scales):
-    """The inputs of the transformer at scales 1, 2, ...: (B, L - len_0, code_dim).
-
-    tokens (B, L). The input of a scale is the f_hat of all coarser scales, resized to it by area
-    averaging. It is all that a scale sees of them: HMAR's Markov property.
+    On a GPU the backward pass of F.interpolate is slow and not deterministic; that of a product is
+    fast and deterministic.
     """
-    f_hats = f_hat_by_scale(codec, tokens, scales)
-    inputs = [codec["codebook"].new_zeros(len(tokens), 0, codec["codebook"].shape[1])]
-    for size in scales[1:]:
-        inputs.append(resize_to_scale(next(f_hats), size))  # (B, n_k, code_dim)
-    return torch.cat(inputs, 1)
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    rows, columns = (_bicubic(x, *pair) for pair in zip(x.shape[2:], size))
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.mT @ rows.mT).mT @ columns.mT
 
 
-def masked_inputs(codec, tokens, scales, mask=None):
-    """`own_inputs_of_scale` of scales 1, 2, ...: (B, L - len_0, code_dim).
-
-    mask (B, L - len_0) bool, True where a token is hidden; None hides nothing.
-    """
-    check_scales(scales)
-    first, *finer = lengths(scales)
-    parts = tokens[:, first:].split(finer, 1)
-    masks = [None] * len(finer) if mask is None else mask.split(finer, 1)
-
-    inputs = [codec["codebook"].new_zeros(len(tokens), 0, codec["codebook"].shape[1])]
-    for k, (part, hidden) in enumerate(zip(parts, masks, strict=True), 1):
-        inputs.append(own_inputs_of_scale(codec, part, k, scales, hidden))
-    return torch.cat(inputs, 1)
-
-
-def own_inputs_of_scale(codec, tokens, k, scales, hidden=None):
-    """The input of the masked branch from scale k's own tokens: (B, n_k, code_dim).
-
-    tokens, hidden (B, n_k). It is what these tokens add to f_hat, resized back to their scale by
-    area averaging. Hidden codes are set to zero before they are enlarged, because enlarging would
-    leak them into their neighbours. With hidden=None nothing is set to zero; the published models
-    were trained this way, with the leak.
-    """
-    return resize_to_scale(contribution(codec, tokens, k, scales, hidden), scales[k])
+def _bicubic(x, small, large):
+    """The matrix (large, small) that interpolates: its columns are interpolated unit vectors."""
+    identity = torch.eye(small, dtype=x.dtype, device=x.device)
+    return F.interpolate(identity[None, None], (large, small), mode="bicubic")[0, 0]
 
 
 def quantise(codec, features, scales):
@@ -117,35 +101,39 @@ def nearest(codebook, vectors):
     """Index (...) of the code (V, code_dim) nearest to each vector (..., code_dim), by L2 norm."""
     codebook = codebook.to(vectors.dtype)
     squares = codebook.square().sum(1)  # the vector's own square is the same for all codes
-    parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))  # at most 2 x 128 MiB
+    # So many vectors at a time that their products with all codes take at most 128 MiB in fp32.
+    parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))
     with torch.autocast(vectors.device.type, enabled=False):
         indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
     return torch.cat(indices).view(vectors.shape[:-1])
 
 
-def contribution(codec, tokens, k, scales, hidden=None):
-    """What scale k's tokens (B, n_k) add to f_hat (B, code_dim, h, w); nothing where hidden."""
-    codes = F.embedding(tokens, codec["codebook"])  # (B, n_k, code_dim)
-    if hidden is not None:
-        codes = codes.masked_fill(hidden[..., None], 0)
-
-    codes = _widen(codes).mT.unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
-    codes = enlarge(codes, scales[-1])  # (B, code_dim, h, w)
-    with torch.autocast(codes.device.type, enabled=False):
-        smoothed = convolution(codes, **codec["phi"][phi_index(k, len(scales))])
-    return codes.lerp(smoothed, 0.5)
+def resize_to_scale(x, size):
+    """A map x (B, C, h, w) resized to size (h_k, w_k) by area averaging: (B, h_k w_k, C)."""
+    return F.interpolate(x, size, mode="area").flatten(2).mT
 
 
-def phi_index(k, scale_count):
-    """The index of the phi that serves scale k: the nearest of the ticks 1/12, 13/36, 23/36, 11/12.
+@torch.no_grad()
+def encode(codec, images, scales):
+    """Tokens (B, L) int64 of images (B, 3, H, W) in [-1, 1].
 
-    phi are four 3 x 3 convolutions that the scales share (VAR, section 3.2). Ten scales use
-    0 0 1 1 1 2 2 3 3 3. Scales 2 and 7 lie midway between two ticks; there the rounding of float64
-    decides, as in the published model.
+    ValueError if the images have another range, dtype or size. On a GPU set
+    torch.backends.cudnn.allow_tf32 = False first, because TF32 changes a few tokens.
     """
-    place = k / max(scale_count - 1, 1)
-    step = (1 - 1 / 12 - 1 / 12) / 3
-    return min(range(4), key=lambda i: abs(1 / 12 + i * step - place))
+    check_images(codec, images, scales)
+    pyramid = quantise(codec, encode_features(codec, images), scales)
+    return torch.cat([tokens for _, tokens, _ in pyramid], 1)
+
+
+def decode(codec, tokens, scales):
+    """Images (B, 3, H, W) in [-1, 1], fp32, of tokens (B, L) int64."""
+    return decode_features(codec, accumulate(codec, tokens, scales))
+
+
+def accumulate(codec, tokens, scales):
+    """f_hat (B, code_dim, h, w), the sum of all scales' contributions (VAR, algorithm 2)."""
+    *_, f_hat = f_hat_by_scale(codec, tokens, scales)
+    return f_hat
 
 
 def f_hat_by_scale(codec, tokens, scales):
@@ -153,30 +141,6 @@ def f_hat_by_scale(codec, tokens, scales):
     check_scales(scales)
     maps = enumerate(tokens.split(lengths(scales), 1))
     return itertools.accumulate(contribution(codec, part, k, scales) for k, part in maps)
-
-
-def resize_to_scale(f_hat, size):
-    """f_hat (B, code_dim, h, w) resized to (h_k, w_k) by area averaging: (B, h_k w_k, code_dim)."""
-    return F.interpolate(f_hat, size, mode="area").flatten(2).mT
-
-
-def enlarge(x, size):
-    """Bicubic interpolation (B, C, h_k, w_k) -> (B, C, h, w), as two matrix products.
-
-    On a GPU the backward pass of F.interpolate is slow and not deterministic; that of a product is
-    fast and deterministic.
-    """
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    rows, columns = (_bicubic(x, *pair) for pair in zip(x.shape[2:], size))
-    with torch.autocast(x.device.type, enabled=False):
-        return (x.mT @ rows.mT).mT @ columns.mT
-
-
-def _bicubic(x, small, large):
-    """The matrix (large, small) that interpolates: its columns are interpolated unit vectors."""
-    identity = torch.eye(small, dtype=x.dtype, device=x.device)
-    return F.interpolate(identity[None, None], (large, small), mode="bicubic")[0, 0]
 
 
 def lengths(scales):
@@ -187,6 +151,51 @@ def lengths(scales):
 def _widen(x):
     """x in fp32, or in fp64 if it has that dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---- what the transformer is fed
+
+
+def next_scale_inputs(codec, tokens, scales):
+    """The inputs of the transformer at scales 1, 2, ...: (B, L - len_0, code_dim).
+
+    tokens (B, L). The input of a scale is what all coarser scales add up to, resized to it by area
+    averaging. It is all that a scale sees of them: HMAR's Markov property.
+    """
+    coarser = f_hat_by_scale(codec, tokens, scales)
+    inputs = [codec["codebook"].new_zeros(len(tokens), 0, codec["codebook"].shape[1])]
+    for size in scales[1:]:
+        f_hat = next(coarser)  # of the scales before this one
+        inputs.append(resize_to_scale(f_hat, size))  # (B, n_k, code_dim)
+    return torch.cat(inputs, 1)
+
+
+def own_inputs_of_scale(codec, tokens, k, scales, hidden=None):
+    """What the masked branch sees of scale k's tokens (B, n_k) themselves: (B, n_k, code_dim).
+
+    It is what these tokens add to f_hat, resized back to their scale by area averaging. hidden
+    (B, n_k) bool: the codes of hidden tokens are set to zero first; later would be too late,
+    because a token's neighbours contain a part of its code once the map is enlarged. None hides
+    nothing: published models were trained with this leak.
+    """
+    return resize_to_scale(contribution(codec, tokens, k, scales, hidden), scales[k])
+
+
+def masked_inputs(codec, tokens, scales, mask=None):
+    """What the masked branch sees of tokens (B, L) at scales 1, 2, ...: (B, L - len_0, code_dim).
+
+    See `own_inputs_of_scale`. mask (B, L - len_0) bool, True where a token is hidden; None hides
+    nothing.
+    """
+    check_scales(scales)
+    first, *finer = lengths(scales)
+    parts = tokens[:, first:].split(finer, 1)
+    masks = [None] * len(finer) if mask is None else mask.split(finer, 1)
+
+    inputs = [codec["codebook"].new_zeros(len(tokens), 0, codec["codebook"].shape[1])]
+    for k, (part, hidden) in enumerate(zip(parts, masks, strict=True), 1):
+        inputs.append(own_inputs_of_scale(codec, part, k, scales, hidden))
+    return torch.cat(inputs, 1)
 
 
 # ---- the convolutional network: a level is the part that runs at one resolution
@@ -407,6 +416,9 @@ def revive_codes(codebook, counts, residuals, generator):
     return torch.where(dead[:, None], fresh, codebook), dead
 
 
+# ---- here the method ends; initialisation and precision
+
+
 def init(
     *,
     codes=4096,
@@ -452,10 +464,6 @@ def init(
             conv_out=conv(widths[0], 3 * fold**2),
         ),
     )
-
-
-# Leaves that are tables, not matrices of a network: `train.py` trains them by AdamW, not by Muon.
-TABLES = {"codebook"}
 
 
 def _new_levels(conv, inputs, kinds, count, resize):
@@ -555,7 +563,7 @@ PUBLISHED_NAMES = {  # parts of published names -> ours, replaced in this order
 def from_published(state_dict):
     """A codec, fp32, from the state dict of a published VAR or HMAR tokenizer.
 
-    ValueError where an entry is missing that such a tokenizer has.
+    ValueError if an entry is missing that such a tokenizer has.
     """
     try:
         codec = {}
@@ -571,12 +579,34 @@ def from_published(state_dict):
         codec = _make_lists(codec)
         codec.pop("quantize", None)  # statistics of how often codes were used
         codec["decoder"]["up"].reverse()  # published by level, ours in the order in which they run
-        # raises where one of these is missing, rather than when it is first used
-        downsampling(codec), codec["encoder"]["down"][0], codec["codebook"], codec["phi"][3]
+        _check_complete(codec)
         return codec
     except (AttributeError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"state_dict: not a tokenizer's: {reason}") from error
+
+
+def _check_complete(codec):
+    """LookupError unless a published tokenizer has all leaves of an `init` of its sizes."""
+    found = {pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(codec)[0]}
+    levels, up = codec["encoder"]["down"], codec["decoder"]["up"]
+    if len(levels) != len(up):
+        raise LookupError(f"{len(levels)} levels in the encoder, {len(up)} in the decoder")
+
+    channels = len(codec["encoder"]["conv_in"]["bias"])
+    widths = [len(level["blocks"][-1]["conv2"]["bias"]) for level in levels]
+    sizes = dict(zip(("codes", "code_dim"), codec["codebook"].shape, strict=True))
+    with torch.device("meta"):
+        whole = init(
+            **sizes,
+            channels=channels,
+            multipliers=[width // channels for width in widths],
+            residual_blocks=max(len(level["blocks"]) for level in levels),
+            attention=any("attentions" in name for name in found),
+        )
+    expected = {pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]}
+    if missing := sorted(expected - found):
+        raise LookupError(f"{len(missing)} entries are missing, such as {missing[0]}")
 
 
 def _make_lists(node):

@@ -32,7 +32,7 @@ import tokenizer
 import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VAR = sample.PUBLISHED["VAR"]
+VAR = sample.PUBLISHED_VAR
 SIZES = {256: (4, 8), 512: (1, 8), 1024: (1, 2)}  # pixels -> images and depth; on a card the double
 ROUNDS = 5
 
@@ -207,13 +207,13 @@ def dense_blocks(params, x, condition, mask, caches=None):
     return F.linear(dense_norm(x.float(), scale, shift).float(), **branch["head"]).float()
 
 
-def dense_block(x, condition, mask, cache, modulation, attention, mlp=None, mlp_tanh=None):
+def dense_block(x, condition, mask, cache, modulation, attention, mlp):
     six = F.linear(F.silu(condition), **modulation).unflatten(-1, (1, 6, -1))  # (B, 1, 6, C)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)
     x = x + dense_attention(dense_norm(x, scale1, shift1), mask, cache, **attention).mul_(gamma1)
-    weights, approximate = (mlp, "none") if mlp else (mlp_tanh, "tanh")
-    h = F.linear(dense_norm(x, scale2, shift2), **weights["expand"])
-    return x + F.linear(F.gelu(h, approximate=approximate), **weights["contract"]).mul(gamma2)
+    h = F.linear(dense_norm(x, scale2, shift2), **mlp["expand"])
+    h = F.gelu(h, approximate="tanh" if "tanh" in mlp else "none")
+    return x + F.linear(h, **mlp["contract"]).mul(gamma2)
 
 
 def dense_norm(x, scale, shift):
@@ -301,7 +301,8 @@ def training(size, batch, **sizes):
 
     def ours(dtype, is_causal, params=params):
         fast = hmar.cast(params, dtype)
-        loss = hmar.next_scale_losses(fast, labels, tokens, inputs, is_causal).mean()
+        fast = fast | dict(causal={}) if is_causal else fast
+        loss = hmar.losses(fast, labels, tokens, inputs).mean()
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     for is_causal in (False, True):
@@ -333,7 +334,8 @@ def sampling(size, batch, **sizes):
     tokens, logits = dense_sample(params, codec, labels)
     inputs = tokenizer.next_scale_inputs(codec, tokens, scales).repeat(2, 1, 1)
     both = with_null(params, labels)
-    refuse("ours", [hmar.next_scale_logits(params, both, inputs, True)], [logits], 1e-4)
+    features = hmar.features(params | dict(causal={}), both, inputs)
+    refuse("ours", [hmar.logits(params["next_scale"], features)], [logits], 1e-4)
 
     fast = hmar.cast(params, sample.find_dtype(None, DEVICE))
     several = sample.published_schedule(scales)
@@ -341,8 +343,8 @@ def sampling(size, batch, **sizes):
     # autocast keeps the casts of parameters: faster
     published = partial(dense_sample, trainable(with_tanh(params)), codec, labels)
 
-    def ours(schedule, is_causal=False, fast=fast):
-        options = VAR | dict(schedule=schedule, is_causal=is_causal, mask_guidance=0, soften=0)
+    def ours(schedule, fast=fast):
+        options = VAR | dict(schedule=schedule, mask_guidance=0, soften=0)
         for _ in sample.steps(fast, codec, labels, **options):
             pass
 
@@ -351,7 +353,7 @@ def sampling(size, batch, **sizes):
         "published, bf16 autocast": torch.autocast(DEVICE.type, torch.bfloat16)(published),
         f"ours, {sum(map(len, several))} passes": partial(ours, several),
         f"ours, {len(once)} passes": partial(ours, once),
-        f"ours, {len(once)} passes, VAR mode": partial(ours, once, is_causal=True),
+        f"ours, {len(once)} passes, VAR mode": partial(ours, once, fast=fast | dict(causal={})),
         f"ours, {sum(map(len, several))} passes, published weights": partial(
             ours, several, fast=with_tanh(fast)
         ),
@@ -368,11 +370,13 @@ def begin(size, depth, width):
 
 
 def with_tanh(tree):
-    """The tree with the published activation: each block's mlp is called mlp_tanh."""
-    if isinstance(tree, dict):
-        renamed = {"mlp_tanh" if key == "mlp" else key: tree[key] for key in tree}
-        return {key: with_tanh(part) for key, part in renamed.items()}
-    return [with_tanh(part) for part in tree] if isinstance(tree, list) else tree
+    """The tree with the published activation in each mlp."""
+    if isinstance(tree, list):
+        return [with_tanh(part) for part in tree]
+    if not isinstance(tree, dict):
+        return tree
+    parts = {key: with_tanh(part) for key, part in tree.items()}
+    return parts | dict(mlp=parts["mlp"] | dict(tanh={})) if "mlp" in parts else parts
 
 
 def trainable(tree):
@@ -457,23 +461,23 @@ def tokenizer_flops(codec, size, scales):
 
 def transformer_flops(params):
     """FLOPs of an image in the stage of a tree's last branch; a mask hides half of its tokens."""
-    branch = "masked" if "masked" in params else "next_scale"
+    name = "masked" if "masked" in params else "next_scale"
     lengths = tokenizer.lengths(hmar.scale_sizes(params))
     later = sum(lengths[1:])
     width, code_dim = params["input"]["weight"].shape[:2]
     params = params | trainable(learning(params))
     labels, inputs = torch.tensor([0]), torch.empty(1, later, code_dim)
-    own = (inputs, torch.ones(1, later, dtype=torch.bool)) if branch == "masked" else ()
+    own = (inputs, torch.ones(1, later, dtype=torch.bool)) if name == "masked" else ()
 
     def step():
-        x = hmar.branch_features(params, branch, labels, inputs, *own)[0]
+        x = hmar.features(params, labels, inputs, *own)[0]
         if own:  # the head runs on what is hidden
             x = x.index_select(0, torch.arange(later // 2))
-        hmar.branch_logits(params, branch, x, labels.new_zeros(len(x), 6)).sum().backward()
+        hmar.logits(params[name], x, labels.new_zeros(len(x), 6)).sum().backward()
 
     with mock.patch.object(attention_kernels, "INTERPRETED", True):  # not the CPU's path
         flops = count_flops(step)
-    blocks = len(params["trunk"] + params[branch]["blocks"])
+    blocks = len(params["trunk"] + params[name]["blocks"])
     return flops + 12 * width * sum(n**2 for n in lengths) * blocks  # attention's six products
 
 

@@ -198,11 +198,11 @@ def published(params):
         "qkv": "mat_qkv.weight",
         "attention": "attn",
         "project": "proj",
-        "mlp_tanh.expand": "ffn.fc1",
-        "mlp_tanh.contract": "ffn.fc2",
+        "mlp.expand": "ffn.fc1",
+        "mlp.contract": "ffn.fc2",
     }
     rows = torch.cat([grid.flatten(0, 1) for grid in params["positions"]])
-    state = state_dict(benchmark.with_tanh(params) | dict(positions=rows), names)
+    state = state_dict(params | dict(positions=rows), names)
     for name, leaf in list(state.items()):
         if name in ("pos_start", "pos_1LC", "mask_embed.weight"):
             state[name] = leaf[None]

@@ -293,10 +293,10 @@ def choose_settings(judge, images, run, choices, flags):
 
 
 def model_of(run, flags=()):
-    """(params, codec, options of `sample.steps`) of a run folder and flags of sample.py."""
+    """(model, settings that flags of sample.py replace in it) of a run folder."""
     model = sample.load_model(run)
     args = sample.parser().parse_args([str(run), *flags])
-    return model["transformer"], model["tokenizer"], sample.sampling_options(args, model)
+    return model, sample.overrides_of_flags(args, model["transformer"])
 
 
 DRAW = """import pathlib, re, sys, time, sample
@@ -327,8 +327,9 @@ def report(judge, held_out, run, flags=()):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
 
     # what the tokenizer keeps
-    params, codec, _ = model_of(run)
-    scales, few = hmar.scale_sizes(params), images[order[:1000]]
+    model, _ = model_of(run)
+    codec, few = model["tokenizer"], images[order[:1000]]
+    scales = hmar.scale_sizes(model["transformer"])
     parts = [tokenizer.encode(codec, part, scales) for part in few.split(64)]
     decoded = torch.cat([tokenizer.decode(codec, tokens, scales) for tokens in parts])
     kept = train.evaluate_tokenizer(codec, few, scales)
@@ -366,7 +367,7 @@ def report_edits(judge, held_out, run, flags, count=300):
     error of what was hidden; at the mask's edge, the jumps divided by those of the originals.
     """
     images, labels = (rows[:count] for rows in held_out)  # in random order
-    params, codec, options = model_of(run, flags)
+    model, options = model_of(run, flags)
     middle, quarter = images.shape[3] // 2, images.shape[3] // 4
     left, box = (torch.zeros_like(images[:, :1], dtype=torch.bool) for _ in range(2))
     left[..., :middle] = True
@@ -389,7 +390,7 @@ def report_edits(judge, held_out, run, flags, count=300):
         for rows in torch.arange(len(images)).split(25):
             own = images[rows], mask[rows], labels[rows]
             seeds = (8000 + rows).tolist()
-            made.append(sample.edit(params, codec, *own, seed=seeds, **options))
+            made.append(sample.edit(model, *own, seed=seeds, **options))
         made = torch.cat(made)
         error = (made - images).square().mean(1, keepdim=True)[mask].mean()
         words = f"accuracy {accuracy(judge, made, labels):.3g}  error {error:.3g}"
@@ -407,9 +408,10 @@ def write_letters(folder):
 @torch.no_grad()
 def write_growth(run, path):
     """Samples of every second shape, decoded after each scale."""
-    params, codec, options = model_of(run)
+    model, _ = model_of(run)
+    codec, settings = model["tokenizer"], model["sampling"]
     labels, names = torch.arange(0, 10, 2), train.SHAPES[::2]
-    passes = sample.steps(params, codec, labels, seed=100, **options)
+    passes = sample.steps(model["transformer"], codec, labels, seed=100, **settings)
     last = {step.scale: step.f_hat for step in passes}
     grown = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in last.values()], 1)
     sample.sheet(list(grown), names).save(path)
@@ -418,14 +420,13 @@ def write_growth(run, path):
 @torch.no_grad()
 def write_edits(run, images, labels, path):
     """The first image of each of ten classes, its right half hidden, and three edits of it."""
-    params, codec, options = model_of(run)
-    names = sample.load_model(run)["classes"][:10]
+    model, _ = model_of(run)
+    names = model["classes"][:10]
     first = [int((labels == label).nonzero()[0]) for label in range(len(names))]
     images, labels = images[first], labels[first]
     mask = torch.zeros_like(images[:, :1], dtype=torch.bool)
     mask[..., images.shape[3] // 2 :] = True
-    given = params, codec, images, mask, labels
-    made = [sample.edit(*given, seed=seed, **options) for seed in (100, 200, 300)]
+    made = [sample.edit(model, images, mask, labels, seed=seed) for seed in (100, 200, 300)]
     columns = [images, images.masked_fill(mask, 0), *made]
     sample.sheet(list(torch.stack(columns, 1)), names).save(path)
 

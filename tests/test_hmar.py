@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-from functools import partial
 
 import benchmark  # its transformer is VAR's, densely
 import numpy as np
@@ -18,6 +17,7 @@ from helpers import (
     leaves_equal,
     lengths,
     named_leaves,
+    normal,
     published,
     pyramids,
     random_tokens,
@@ -68,8 +68,8 @@ def slow_look(x, scales, tokens, embedding, expand, contract):
     return torch.stack(rows)
 
 
-def slow_logits(params, label, inputs, tokens, is_causal=False, own_inputs=None, hidden=None):
-    """Logits (L, codes) of one image; with own_inputs those of the masked branch."""
+def slow_logits(params, condition, inputs, tokens, own_inputs=None, hidden=None):
+    """Logits (L, codes) of one image with a condition (C,); own_inputs: of the masked branch."""
     branch = params["next_scale" if own_inputs is None else "masked"]
     scales = hmar.scale_sizes(params)
     later = slow_convolution(inputs, scales[1:], **params["input"])
@@ -80,10 +80,9 @@ def slow_logits(params, label, inputs, tokens, is_causal=False, own_inputs=None,
             own[hidden] = 0
         own[hidden] += branch["mask_embedding"]
         later = later + own
-    condition = params["classes"][label]
     x = torch.cat([condition + params["start"], later]) + benchmark.dense_places(params)
 
-    mask = benchmark.dense_mask(lengths(scales), is_causal, torch.float64)
+    mask = benchmark.dense_mask(lengths(scales), "causal" in params, torch.float64)
     for block in params["trunk"] + branch["blocks"]:
         if "depthwise" in block:
             x = x + slow_convolution(x, scales, **block["depthwise"])
@@ -99,59 +98,70 @@ def slow_logits(params, label, inputs, tokens, is_causal=False, own_inputs=None,
 shapes = st.integers(1, 3), st.integers(0, 3), st.integers(1, 2)
 
 
-@given(pyramids(3, 3), *shapes, kinds, st.booleans(), seeds)
-def test_logits_equal_plain_matrices(scales, depth, masked, heads, kind, is_causal, seed):
+def predictions(params, labels, inputs, own, mask, tokens):
+    """{branch: logits (B, L, codes)} of a tree."""
+    trees = dict(next_scale=[inputs])
+    if "masked" in params:
+        trees["masked"] = [inputs, own, mask]
+    predicted = {}
+    for name, seen in trees.items():
+        near = hmar.neighbour_tokens(params[name], tokens, hmar.scale_sizes(params))
+        x = hmar.features(params, labels, *seen)
+        predicted[name] = hmar.logits(params[name], x, near)
+    return predicted
+
+
+causal = st.sampled_from([{}, dict(causal={})])
+
+
+@given(pyramids(3, 3), *shapes, kinds, causal, st.booleans(), seeds)
+def test_logits_equal_plain_matrices(scales, depth, masked, heads, kind, more, vectors, seed):
     params = tree(scales, depth=depth, masked=min(masked, depth), heads=heads, **kind, seed=seed)
+    params |= more
     labels, inputs, own, mask = arguments(params, 2, seed)
+    conditions = params["classes"][labels]
+    if vectors:  # any others, which no class has
+        labels = conditions = normal(*conditions.shape, seed=seed)
     tokens = random_tokens(2, scales, 5, seed)
-    ours = hmar.next_scale_logits(params, labels, inputs, is_causal, tokens)
+    ours = predictions(params, labels, inputs, own, mask, tokens)
     one = seed % 2  # of two images
-    given = params, labels[one], inputs[one], tokens[one]
-    close(ours[one], slow_logits(*given, is_causal), 1e-9)
-    if masked:
-        ours = hmar.masked_logits(params, labels, inputs, own, mask, tokens)
-        close(ours[one], slow_logits(*given, own_inputs=own[one], hidden=mask[one]), 1e-9)
+    given = params, conditions[one], inputs[one], tokens[one]
+    close(ours["next_scale"][one], slow_logits(*given), 1e-9)
+    if "masked" in ours:
+        close(ours["masked"][one], slow_logits(*given, own_inputs=own[one], hidden=mask[one]), 1e-9)
 
 
 # ---- properties
 
 
-@given(pyramids(), kinds, st.integers(1, 3), seeds)
-def test_one_scale_alone_is_a_part_of_the_whole(scales, kind, batch, seed):
-    params = tree(scales, **kind, seed=seed)
+@given(pyramids(), kinds, causal, st.integers(1, 3), seeds)
+def test_one_scale_alone_is_a_part_of_the_whole(scales, kind, more, batch, seed):
+    params = tree(scales, **kind, seed=seed) | more
     labels, *given = arguments(params, batch, seed)
-    tokens = random_tokens(batch, scales, 5, seed)
-
-    def logits(branch, *given, k=None, **options):
-        features = hmar.branch_features(params, branch, labels, *given, k=k, **options)
-        own = tokens if k is None else tokens[:, scale_of_tokens(scales) == k]
-        return hmar.branch_logits(params, branch, features, hmar.neighbour_tokens(params, own, k))
-
-    whole, masked = logits("next_scale", given[0]), logits("masked", *given)
-    causal = logits("next_scale", given[0], is_causal=True)
-    cache = [[] for _ in range(hmar.block_count(params))]
+    whole = hmar.features(params, labels, given[0])
+    cache = [[] for _ in range(hmar.block_count(params))] if more else None
+    masked = None if more else hmar.features(params, labels, *given)
     for k in range(len(scales)):
         own = scale_of_tokens(scales) == k
         part = [x[:, own[len(params["start"]) :]] for x in given]
-        close(logits("next_scale", part[0], k=k), whole[:, own])
-        close(logits("next_scale", part[0], k=k, cache=cache), causal[:, own])
-        close(logits("masked", *part, k=k), masked[:, own])
+        close(hmar.features(params, labels, part[0], k=k, cache=cache), whole[:, own])
+        if masked is not None:
+            close(hmar.features(params, labels, *part, k=k), masked[:, own])
 
 
-@given(pyramids(), st.booleans(), kinds, seeds)
-def test_losses_are_cross_entropies(scales, is_causal, kind, seed):
-    params = tree(scales, **kind, seed=seed)
+@given(pyramids(), causal, kinds, seeds)
+def test_losses_are_cross_entropies(scales, more, kind, seed):
+    params = tree(scales, **kind, seed=seed) | more
     leaves = [leaf.requires_grad_() for leaf in pytree.tree_leaves(params)]
     labels, inputs, *masked = arguments(params, 2, seed)
     tokens = random_tokens(2, scales, 5, seed)
 
-    logits = hmar.next_scale_logits(params, labels, inputs, is_causal, tokens)
-    every = F.cross_entropy(logits.mT, tokens, reduction="none")
-    logits = hmar.masked_logits(params, labels, inputs, *masked, tokens)
-    hidden = F.cross_entropy(logits.mT, tokens, reduction="none")
+    logits = predictions(params, labels, inputs, *masked, tokens)
+    every = F.cross_entropy(logits["next_scale"].mT, tokens, reduction="none")
+    hidden = F.cross_entropy(logits["masked"].mT, tokens, reduction="none")
     hidden = hidden[:, len(params["start"]) :][masked[-1]]
-    ours = hmar.next_scale_losses(params, labels, tokens, inputs, is_causal)
-    ours_hidden = hmar.masked_losses(params, labels, tokens, inputs, *masked)
+    ours = hmar.losses(params, labels, tokens, inputs)
+    ours_hidden = hmar.losses(params, labels, tokens, inputs, *masked)
     for loss, truth in ((ours, every), (ours_hidden, hidden)):
         close(loss, truth)
         totals = loss.square().sum(), truth.square().sum()
@@ -160,31 +170,43 @@ def test_losses_are_cross_entropies(scales, is_causal, kind, seed):
             close(gradient, expected, 1e-9)
 
 
-@given(pyramids(), st.integers(0, 99), seeds)
-def test_a_token_is_seen_only_by_those_drawn_later(scales, place, seed):
-    params = tree(scales, neighbours=True, seed=seed)
-    labels, inputs, own, mask = arguments(params, 1, seed)
+@given(pyramids(3, 3), kinds, seeds)
+def test_waves_predict_what_the_whole_head_predicts(scales, kind, seed):
+    """Each position comes once, and its neighbours are written before it is predicted."""
+    params = tree(scales, **kind, seed=seed)
+    labels, inputs, own, mask = arguments(params, 2, seed)
+    tokens = random_tokens(2, scales, 5, seed)
+    whole = predictions(params, labels, inputs, own, mask, tokens)
+    for name, seen in dict(next_scale=[inputs], masked=[inputs, own, mask]).items():
+        x = hmar.features(params, labels, *seen)
+        for k, size in enumerate(scales):
+            is_own = scale_of_tokens(scales) == k
+            truth, codes = whole[name][:, is_own], tokens[:, is_own]
+            written, found = torch.zeros_like(codes), torch.full_like(truth, math.nan)
+            for positions, logits in hmar.wave_logits(params[name], size, x[:, is_own], written):
+                assert found[:, positions].isnan().all()
+                written[:, positions], found[:, positions] = codes[:, positions], logits
+            close(found, truth)
+
+
+@given(pyramids(), st.integers(0, 99), causal, seeds)
+def test_a_token_is_seen_only_by_those_drawn_later(scales, place, more, seed):
+    params = tree(scales, neighbours=True, seed=seed) | more
+    labels, *given = arguments(params, 1, seed)
     tokens, scale_of = random_tokens(1, scales, 5, seed), scale_of_tokens(scales)
-    place, wave = place % len(scale_of), torch.zeros_like(scale_of)
-    for k in range(len(scales)):
-        places = (scale_of == k).nonzero()[:, 0]
-        for number, positions in enumerate(hmar.waves(params, k)):
-            wave[places[positions]] = number
+    place = place % len(scale_of)
+    row, column = (torch.cat([torch.cartesian_prod(*map(torch.arange, s)) for s in scales])).T
+    wave = column + 2 * row
     is_later = (scale_of == scale_of[place]) & (wave > wave[place])
 
     changed = tokens.clone()
     changed[0, place] = (tokens[0, place] + 1) % 5
-    for predict, call in (
-        (hmar.next_scale_logits, [inputs]),
-        (partial(hmar.next_scale_logits, is_causal=True), [inputs]),
-        (hmar.masked_logits, [inputs, own, mask]),
-    ):
-        before, after = (predict(params, labels, *call, tokens=x) for x in (tokens, changed))
-        assert torch.equal(before[0, ~is_later], after[0, ~is_later])
-        refused("^tokens: got None", predict, params, labels, *call)
+    before, after = (predictions(params, labels, *given, x) for x in (tokens, changed))
+    for name in before:
+        assert torch.equal(before[name][0, ~is_later], after[name][0, ~is_later])
 
 
-@given(pyramids(9, 6), st.sampled_from(["token", "scale", "lognormal"]))
+@given(pyramids(9, 6), st.sampled_from(["token", "root", "scale", "lognormal"]))
 @example(((2, 2),), "lognormal")
 @example(((2, 3), (2, 3), (2, 3)), "lognormal")
 def test_loss_weights_are_those_of_plain_loops(scales, kind):
@@ -194,27 +216,29 @@ def test_loss_weights_are_those_of_plain_loops(scales, kind):
     assume(deviation == 0 or deviation > 1e-6)
     standardised = (sides - sides.mean()) / (deviation or 1)
     normal = np.exp(-(standardised**2) / 2)
-    mass = dict(token=counts, scale=np.ones(len(counts)), lognormal=normal)[kind]
+    mass = dict(token=counts, root=np.sqrt(counts), scale=counts**0, lognormal=normal)[kind]
     expected = torch.from_numpy(np.repeat(mass / mass.sum() / counts, counts))
     weights = hmar.scale_weights(scales, kind)
     torch.testing.assert_close(weights, expected.float(), rtol=1e-5, atol=0)
 
 
-def test_cast_moves_blocks_and_heads():
-    params = pytree.tree_map(lambda leaf: (leaf / 2).float(), tree())
+def test_cast_moves_layers_of_blocks_and_heads():
+    params = tree(convolutions=True, neighbours=True)
+    params = pytree.tree_map(lambda leaf: (leaf / 2).float(), params)
+    params["trunk"][0]["new"] = torch.zeros(2)  # what nobody has listed stays as it is
     half = hmar.cast(params, torch.bfloat16)
-    moved = re.compile("(blocks|trunk|head)(?!.*temperature)")
+    moved = re.compile(r"(blocks|trunk|head|expand|contract)(?!.*(temperature|new))")
     for name, leaf in named_leaves(half).items():
         assert leaf.dtype == (torch.bfloat16 if moved.search(name) else torch.float32), name
 
-    def predictions(params):
-        labels, inputs, *masked = arguments(params, 2)
-        yield hmar.next_scale_logits(params, labels, inputs, is_causal=True)
-        yield hmar.masked_logits(params, labels, inputs, *masked)
+    def both(params):
+        params["trunk"][0].pop("new", None)
+        tokens = random_tokens(2, hmar.scale_sizes(params), 5)
+        return predictions(params | dict(causal={}), *arguments(params, 2), tokens).values()
 
     # rounding inside costs no more than some times what rounding the weights alone does
     trees = (half, double(params), double(half))
-    for ours, truth, rounded in zip(*map(predictions, trees)):
+    for ours, truth, rounded in zip(*map(both, trees)):
         assert ours.dtype == torch.float32
         assert (ours - truth).norm() < 5 * (rounded - truth).norm()
 
@@ -254,8 +278,20 @@ def test_init_and_the_masked_branch_are_pure_functions(scales, blocks, own_input
     pytree.tree_map(lambda leaf: leaf.add_(1), masked)  # the branch is its own
     assert leaves_equal(params, kept)
     labels, inputs, _, _ = arguments(params, 2)
-    before = hmar.next_scale_logits(params, labels, inputs)
-    assert torch.equal(hmar.next_scale_logits(combined, labels, inputs), before)
+    before = hmar.features(params, labels, inputs)
+    assert torch.equal(hmar.features(combined, labels, inputs), before)
+
+
+def test_a_masked_branch_has_half_of_the_blocks_by_default():
+    for depth, blocks in ((1, 1), (2, 1), (3, 2), (4, 2)):
+        combined = hmar.add_masked_branch(tree(depth=depth, masked=0, random=False))
+        assert len(combined["masked"]["blocks"]) == blocks
+
+
+def test_causal_trees_have_the_weights_of_others():
+    params, causal = (tree(masked=0, random=False, causal=is_causal) for is_causal in (False, True))
+    assert causal.pop("causal") == {} and "causal" not in params
+    assert leaves_equal(params, causal)
 
 
 @given(pyramids(3, 3), pyramids(4, 4), seeds)
@@ -297,11 +333,15 @@ def test_published_weights_of_any_dtype_load(scales, depth, masked, dtype):
     params = tree(scales, depth=depth, masked=min(masked, depth), own_input=False)
     params = pytree.tree_map(lambda leaf: leaf.to(dtype), params)
     state, wide = published(params), pytree.tree_map(torch.Tensor.float, params)
-    assert leaves_equal(hmar.from_published(state, scales), wide)
-    assert hmar.published_is_causal(state) == (masked == 0 or len(scales) == 1)
+    loaded = hmar.from_published(state, scales)
+    assert leaves_equal(loaded, wide)
+    assert ("causal" in loaded) == (masked == 0 or len(scales) == 1)
+    blocks = loaded["trunk"] + loaded["next_scale"]["blocks"]
+    blocks += loaded["masked"]["blocks"] if masked else []
+    assert all(block["mlp"]["tanh"] == {} for block in blocks)
     without = {name: leaf for name, leaf in state.items() if not name.endswith(hmar.BUFFERS)}
-    assert leaves_equal(hmar.from_published(without, [list(size) for size in scales]), wide)
-    assert hmar.published_is_causal(without) is False
+    loaded = hmar.from_published(without, [list(size) for size in scales])
+    assert leaves_equal(loaded, wide) and "causal" not in loaded
 
 
 def test_published_blocks_that_share_their_modulation_load():
@@ -318,15 +358,19 @@ def test_published_blocks_that_share_their_modulation_load():
                 gates = (own - shared["bias"]).view(1, 1, 6, -1)
                 state[name.replace("ada_lin.1.bias", "ada_gss")] = gates
     ours = hmar.from_published(state, hmar.scale_sizes(params))
+    assert ours.pop("causal") == {}
     torch.testing.assert_close(ours, pytree.tree_map(torch.Tensor.float, params))
 
 
 @pytest.mark.parametrize("state", PUBLISHED)
 def test_weights_that_are_not_a_transformers_are_refused(state):
-    gaps = "^class", "^pos_start", "^(lvl_emb|word_emb)", r"blocks\.0\.", r"head\.", "ada_lin"
+    weights = [name for name in state if not name.endswith(hmar.BUFFERS)]
+    gaps = [f"^{re.escape(name)}$" for name in weights]  # each entry
+    gaps += [r"blocks\.0\.", r"head\.", "ada_lin", r"^ns_blocks\.0", r"^mask_blocks\.0"]
     for gap in gaps:
         other = {name: leaf for name, leaf in state.items() if not re.search(gap, name)}
-        refused("^state_dict: not a transformer's", hmar.from_published, other, SCALES)
+        if len(other) < len(state):
+            refused("^state_dict: not a transformer's", hmar.from_published, other, SCALES)
     for scales in (None, SCALES[:2], ((1, 1), (2, 2), (2, 2))):
         refused("^scales: got .* expected some of 11", hmar.from_published, state, scales)
     for other in (None, {}, {"trainer": {"x": 3}}):
@@ -339,17 +383,48 @@ def test_a_masked_branch_is_added_once_and_has_one_to_all_blocks():
         refused(message, hmar.add_masked_branch, params, blocks)
 
 
+def test_published_weights_without_their_last_block_are_refused():
+    """A VAR of 16 heads has 16; in small trees nothing says how many there were."""
+    with torch.device("meta"):
+        sizes = dict(classes=3, codes=5, code_dim=4, scales=SCALES)
+        var = hmar.init(depth=16, **sizes)
+        combined = hmar.add_masked_branch(var, 8, own_input=False)
+    for params, last in ((var, "blocks.15"), (combined, "base_blocks.7")):
+        whole = published(params)
+        whole.pop("attn_bias_for_masking")
+        assert hmar.block_count(hmar.from_published(whole, SCALES)) == 16
+        other = {name: leaf for name, leaf in whole.items() if not name.startswith(f"{last}.")}
+        message = "^state_dict: not a transformer's: .* 15 blocks, expected 16"
+        refused(message, hmar.from_published, other, SCALES)
+    state = published(tree(depth=4, masked=2, own_input=False, random=False))
+    for branch in ("ns", "mask"):
+        other = {x: leaf for x, leaf in state.items() if not x.startswith(f"{branch}_blocks.1.")}
+        refused("^state_dict: not a transformer's: .*blocks", hmar.from_published, other, SCALES)
+
+
 def test_arguments_that_would_broadcast_are_refused():
     labels, inputs, own, mask = arguments(PARAMS, 2)
     for other in (own[:1], own[:, :1], own[..., :1]):
-        refused("own_inputs", hmar.masked_logits, PARAMS, labels, inputs, other, mask)
+        refused("own_inputs", hmar.features, PARAMS, labels, inputs, other, mask)
     for other in (mask[:1], mask[:, :1]):
-        refused("mask", hmar.masked_logits, PARAMS, labels, inputs, own, other)
+        refused("mask", hmar.features, PARAMS, labels, inputs, own, other)
     for other in (labels - 4, labels + 4):
         with pytest.raises((IndexError, RuntimeError), match="index"):  # torch's
-            hmar.masked_logits(PARAMS, other, inputs, own, mask)
-    looks = tree(neighbours=True)
-    refused("^tokens: got None", hmar.next_scale_logits, looks, *arguments(looks, 2)[:2])
+            hmar.features(PARAMS, other, inputs, own, mask)
+    causal, cache = PARAMS | dict(causal={}), [[], []]
+    hmar.features(causal, labels, inputs, k=0, cache=cache)
+    for params, options in ((causal, dict(cache=cache)), (PARAMS, {})):
+        one = labels[:1], inputs[:, :4]
+        refused("^labels: got 1 for 2", hmar.features, params, *one, k=1, **options)
+
+
+def test_a_cache_is_for_single_scales_of_causal_trees():
+    """Without it a scale would not see the coarser ones; other trees would see too much."""
+    causal, cache = PARAMS | dict(causal={}), [[], []]
+    labels, inputs, _, _ = arguments(PARAMS, 2)
+    refused("^cache: got None", hmar.features, causal, labels, inputs[:, :4], k=1)
+    refused("^cache: got ", hmar.features, causal, labels, inputs, cache=cache)
+    refused("^cache: got ", hmar.features, PARAMS, labels, inputs[:, :4], k=1, cache=cache)
 
 
 def test_inputs_of_other_tokenizers_are_refused():
@@ -357,6 +432,4 @@ def test_inputs_of_other_tokenizers_are_refused():
     params = tree(convolutions=True, neighbours=True)
     labels, inputs, _, _ = arguments(params, 2)
     with pytest.raises(RuntimeError):
-        hmar.next_scale_logits(
-            params, labels, inputs.repeat(1, 1, 2), False, random_tokens(2, SCALES, 5)
-        )
+        hmar.features(params, labels, inputs.repeat(1, 1, 2))

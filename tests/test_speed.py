@@ -44,8 +44,7 @@ def loss(name, params, *batch):
     """A stage's, of a batch from `batch_of`."""
     if name == "tokenizer":
         return tokenizer.training_loss(params, *batch)["loss"]
-    losses = hmar.masked_losses if name == "masked" else hmar.next_scale_losses
-    return losses(params, *batch).mean()
+    return hmar.losses(params, *batch).mean()
 
 
 def batch_of(name, params, scales=SCALES, count=4):
@@ -57,14 +56,14 @@ def batch_of(name, params, scales=SCALES, count=4):
     return (*given, *masked) if name == "masked" else given
 
 
-def step(name, scales=SCALES, dtype=torch.bfloat16, is_causal=()):
+def step(name, scales=SCALES, dtype=torch.bfloat16, **more):
     """[(operator, tensor), ...] of a step of a stage's loss."""
     params = CODEC if name == "tokenizer" else small(scales)
-    params = benchmark.trainable(params)
+    params = benchmark.trainable(params) | more
     cast = tokenizer.cast if name == "tokenizer" else hmar.cast
     batch = batch_of(name, params, scales)
     with Made() as made:
-        loss(name, cast(params, dtype), *batch, *is_causal).backward()
+        loss(name, cast(params, dtype), *batch).backward()
     return made.tensors
 
 
@@ -72,12 +71,12 @@ def step(name, scales=SCALES, dtype=torch.bfloat16, is_causal=()):
 
 
 @DTYPES
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_no_tensor_has_a_row_and_a_column_a_token(dtype, is_causal):
+@pytest.mark.parametrize("more", [{}, dict(causal={})])
+def test_no_tensor_has_a_row_and_a_column_a_token(dtype, more):
     scales = hmar.SCALES[256]
-    made = step("next_scale", scales, dtype, [is_causal]) + step("masked", scales, dtype)
+    made = step("next_scale", scales, dtype, **more) + step("masked", scales, dtype)
     with Made() as drawn:
-        list(sample.steps(small(scales), CODEC, torch.tensor([0, 1]), is_causal=is_causal))
+        list(sample.steps(small(scales) | more, CODEC, torch.tensor([0, 1])))
     shapes = [x.shape for _, x in made + drawn.tensors]
     assert (4, 680, 32) in shapes and (2, 256) in shapes
     assert all(sum(side >= 680 for side in shape) < 2 for shape in shapes)
@@ -143,13 +142,10 @@ def test_a_loss_waits_for_nothing_and_is_one_graph(name):
             torch.testing.assert_close(value, loss(name, params, *batch))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(is_causal=True, top_p=0.9)])
-def test_sampling_waits_for_nothing_and_mixes_no_devices(options):
-    """But for looks at what is finite."""
-    finite = mock.Mock(**{"all.return_value": True})
-    look = mock.patch.object(torch.Tensor, "isfinite", lambda _: finite)
-    with look, elsewhere(small(), CODEC, torch.tensor([0, 1])) as models:
-        sample.generate(*models, **options)
+@pytest.mark.parametrize("more, options", [({}, {}), (dict(causal={}), dict(top_p=0.9))])
+def test_sampling_waits_for_nothing_and_mixes_no_devices(more, options):
+    with elsewhere(small() | more, CODEC, torch.tensor([0, 1])) as models:
+        list(sample.steps(*models, **options))
 
 
 # ---- the benchmark
