@@ -1494,8 +1494,8 @@ def check_same(out, plan, flags, data):
     before = plan["flags"]
     names = [name for name in {**before, **flags} if before.get(name) != flags.get(name)]
     if names:
-        words = [f"--{name} {before.get(name)} -> {flags.get(name)}" for name in names]
-        raise ValueError(f"--out: {out} was begun with other flags: {', '.join(words)}")
+        words = [f"{name} {before.get(name)} -> {flags.get(name)}" for name in names]
+        raise ValueError(f"--out: {out} was begun with other settings: {', '.join(words)}")
     names = [name for name in data if plan["data"].get(name) != data[name]]
     if names:
         words = [f"{name} {plan['data'].get(name)} -> {data[name]}" for name in names]

@@ -103,11 +103,10 @@ def as_tensors(pictures, labels):
 
 def read_folder(folder, class_names):
     """ValueError where the classes are others: their numbers would be."""
-    files, names = train.list_images(folder)
-    if names != class_names:
-        raise ValueError(f"{folder}: got classes {names}, expected {class_names}")
-    pictures = [sample.read_image(path) for path, _ in files]  # all of one size
-    return as_tensors(pictures, [label for _, label in files])
+    dataset = train.Folder(folder)
+    if dataset.classes != class_names:
+        raise ValueError(f"{folder}: got classes {dataset.classes}, expected {class_names}")
+    return as_tensors(*zip(*dataset))  # all of one size
 
 
 def images_of(kind, data=None, others=None, fresh=None):
@@ -118,13 +117,13 @@ def images_of(kind, data=None, others=None, fresh=None):
     data/test; images that data holds as well are left out.
     """
     if kind in PHOTOGRAPHS:
-        _, names = train.list_images(f"{data}/train")
+        names = train.Folder(f"{data}/train").classes
         parts = [read_folder(Path(data, part), names) for part in ("train", "test")]
         known = {image.numpy().tobytes() for images, _ in parts for image in images}
         for part, folder in enumerate((others, fresh)):
             if folder is not None:
                 has_other_classes = kind == "photos64" and folder == others
-                own = train.list_images(folder)[1] if has_other_classes else names
+                own = train.Folder(folder).classes if has_other_classes else names
                 images, labels = read_folder(folder, own)
                 is_new = torch.tensor([image.numpy().tobytes() not in known for image in images])
                 parts[part] = images[is_new], labels[is_new]
@@ -484,7 +483,7 @@ def main(argv=None):
         )
         return write_curve(args.write)
     if args.write:
-        _, names = train.list_images(f"{args.data}/train")
+        names = train.Folder(f"{args.data}/train").classes
         test = read_folder(f"{args.data}/test", names)
         return write_edits(args.run[0], *test, Path(args.write, f"edit-{args.kind}.webp"))
 
@@ -493,7 +492,7 @@ def main(argv=None):
     training, held_out = images_of(args.kind, args.data, args.others, args.fresh)
     probe = None
     if args.others and args.kind == "photos64":  # whose classes are other ones
-        _, names = train.list_images(f"{args.data}/train")
+        names = train.Folder(f"{args.data}/train").classes
         probe = read_folder(f"{args.data}/train", names)
     judge = train_judge(args.kind, *training, probe=probe)
     own, unseen = accuracy(judge, *(probe or training)), accuracy(judge, *held_out)
