@@ -925,7 +925,8 @@ def restored_leaf(leaf, saved):
     if isinstance(leaf, torch.Tensor):
         return leaf.copy_(saved)
     if hasattr(leaf, "state_dict"):
-        leaf.load_state_dict(saved)
+        # Copied, because Windows cannot replace a file that is mapped into memory.
+        leaf.load_state_dict(pytree.tree_map_only(torch.Tensor, torch.clone, saved))
         return leaf
     return saved
 
@@ -1561,6 +1562,9 @@ def print_plan(plan, out, device, dtype, training, held_out):
         f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, "
         f"{world()} processes"
     )
+    parts = [name for name in ("convolutions", "neighbours", "perceptual") if settings[name]]
+    sides = " ".join(f"{h}x{w}" for h, w in settings["scales"])
+    log(f"scales {sides}; with {', '.join(parts) or 'the published layers alone'}")
     for name in ("tokenizer", "init"):
         if flags[name]:
             where = "a model in memory" if isinstance(flags[name], dict) else flags[name]
