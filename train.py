@@ -1057,7 +1057,7 @@ class Crops(torch.utils.data.Dataset):
                 got = f"label {label} of image {index}"
                 raise ValueError(f"dataset: got {got}, expected below the {self.classes} classes")
             return sample.convert_to_rgb(image), int(label), index
-        raise ValueError(f"dataset: none of {len(self)} images can be read")
+        raise OSError(f"dataset: none of {len(self)} images can be read")
 
 
 def crop(image, size, seed=None):
@@ -1228,7 +1228,8 @@ class Folder(Cached):
         """A hash of the names and of the bytes of a few files; the folder itself may move."""
         digest = hashlib.sha256("\n".join(self.names).encode())
         for name in self.names[:: math.ceil(len(self) / 8)]:
-            digest.update((self.folder / name).read_bytes())
+            with contextlib.suppress(OSError):  # an image that cannot be read is left out later
+                digest.update((self.folder / name).read_bytes())
         return digest.hexdigest()[:16]
 
 
@@ -1467,10 +1468,18 @@ def signature(dataset):
     if hasattr(dataset, "fingerprint"):
         digest = dataset.fingerprint()
     else:
-        labels = [int(dataset[i][1]) for i in range(0, count, math.ceil(count / 16))]
+        labels = [label_of(dataset, i) for i in range(0, count, math.ceil(count / 16))]
         digest = hashlib.sha256(repr(labels).encode()).hexdigest()[:16]
     # A single class has the folder's name, which may change.
     return dict(images=count, classes=names if len(names) > 1 else [], hash=digest)
+
+
+def label_of(dataset, index):
+    """The label of an image; None if the image cannot be read."""
+    try:
+        return int(dataset[index][1])
+    except OSError:
+        return None
 
 
 def read_plan(out):
@@ -1537,7 +1546,7 @@ def new_plan(dataset, flags, changes):
     if flags["init"]:
         fixed |= inspect.signature(hmar.init).parameters.keys() - {"scales"}
     if fixed & changes.keys():
-        raise ValueError(f"--set: {', '.join(fixed & changes.keys())} cannot be set here")
+        raise ValueError(f"--set: {', '.join(sorted(fixed & changes.keys()))} cannot be set here")
     if settings["batch"] % world():
         got = f"--batch: got {settings['batch']}"
         raise ValueError(f"{got}, expected a multiple of the {world()} processes")

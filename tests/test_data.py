@@ -1,24 +1,30 @@
-"""Data: built-in shapes, folders of images, how they are read, cropped and held out; the judge."""
+"""Data: shapes, files, folders, crops, batches; what belongs together, what is held out; judge."""
 
 import io
+import itertools
 import os
+import shutil
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import judge  # puts the repository on the path
 import numpy as np
 import pytest
 import torch
-from helpers import captured, failure, normal, prepared
-from hypothesis import Phase, given, settings
+from helpers import NumberedImages, failure, normal, refused, small_codec, stages_of
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import sample
+import hmar
+import tokenizer
 import train
 
 PICTURE = train.draw_shape(4, 48)[0].resize((60, 48))
 pytestmark = pytest.mark.usefixtures("own_folder")
-FLAGS = ["--depth", 1, "--device", "cpu", "--size", 16, "--data"]
+CPU = torch.device("cpu")
+SMALL = dict(size=16, depth=1, batch=5, device="cpu", dtype="fp32")
 
 
 def encoded(image, kind, **options):
@@ -46,6 +52,11 @@ def save(folder, name, image):
     image.save(Path(folder, name))
 
 
+def crops_of(*images, size=16, seed=0, **options):
+    pairs = [(image, 0) for image in images]
+    return train.Crops(pairs, range(len(pairs)), size=size, seed=seed, **options)
+
+
 @given(st.integers(0, 2**40), st.integers(8, 80))
 def test_a_shape_depends_on_its_index_alone(index, size):
     np.random.seed(size)
@@ -55,7 +66,19 @@ def test_a_shape_depends_on_its_index_alone(index, size):
     assert image.tobytes() == again.tobytes() != train.draw_shape(index + 10, size)[0].tobytes()
 
 
-# Reading
+def test_the_drawings_are_a_dataset():
+    drawings = train.Drawings(32)
+    assert len(drawings) == 20_500
+    with pytest.raises(IndexError):
+        drawings[20_500]
+    for index in (0, 17, 20_499, 17):  # the second time it is kept in memory
+        image, label = drawings[index]
+        expected, number = train.draw_shape(index, 32)
+        assert image.tobytes() == expected.tobytes() and label == number
+        assert drawings.classes[label] == train.SHAPES[number]
+
+
+# Files
 
 TRANSPARENT = flat((200, 0, 0, 0), mode="RGBA")
 TRANSPARENT.paste((0, 120, 0, 255), (0, 0, 10, 16))
@@ -75,6 +98,9 @@ FRAMES = dict(save_all=True, append_images=[ON_WHITE])
 CASES = {  # name: (bytes of a file, the picture it shows, how far apart they may be)
     "rgb.png": (encoded(PICTURE, "PNG"), PICTURE, 0),
     "rgb.webp": (encoded(PICTURE, "WEBP", lossless=True), PICTURE, 0),
+    "rgb.bmp": (encoded(PICTURE, "BMP"), PICTURE, 0),
+    "rgb.tif": (encoded(PICTURE, "TIFF"), PICTURE, 0),
+    "packed.tiff": (encoded(PICTURE, "TIFF", compression="tiff_lzw"), PICTURE, 0),
     "grey.png": (encoded(PICTURE.convert("L"), "PNG"), PICTURE.convert("L").convert("RGB"), 0),
     "frames.gif": (encoded(RED, "GIF", **FRAMES), RED, 0),
     "alpha.png": (encoded(TRANSPARENT, "PNG"), ON_WHITE, 1),
@@ -94,10 +120,18 @@ def test_damaged_and_truncated_files_are_read_or_left_out(name, damage, length):
     content = bytearray(CASES[name][0])
     for place, value in damage:
         content[place % len(content)] = value
-    Path(name).write_bytes(content[: length % len(content)] if not damage else content)
-    run = dict(size=8, crops=2, seed=0, flip=False)
-    made = train.read_crops(run, [(Path(name), 3)], 0)
-    assert made is None or (made[0].shape == (2, 3, 8, 8) and made[1] == 3)
+    shutil.rmtree("damaged", ignore_errors=True)
+    Path("damaged").mkdir()
+    Path("damaged", name).write_bytes(content[: length % len(content)] if not damage else content)
+    save("damaged", "zebra.png", RED)
+    dataset = train.Folder("damaged")
+    crops = train.Crops(dataset, [0, 1], size=8, seed=0)
+    pixels, label = crops[0, 1]
+    assert pixels.shape == (3, 8, 8) and label == 0
+    if crops.is_broken[0]:
+        assert torch.equal(pixels, crops[1, 1][0])
+        with pytest.raises(OSError, match=name):
+            dataset[0]
 
 
 UPRIGHT = flat("red", (32, 16))
@@ -113,16 +147,17 @@ for orientation, undo in enumerate((None, 0, 3, 1, 5, 2, 6, 4), 1):  # members o
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_file_becomes_the_same_rgb(name):
     content, expected, tolerance = CASES[name]
-    Path(name).write_bytes(content)
-    image = sample.read_image(name)
-    assert image.mode == "RGB" and image.size == expected.size
+    Path("data").mkdir()
+    Path("data", name).write_bytes(content)
+    (image, label), *others = train.Folder("data")  # each suffix is known
+    assert image.mode == "RGB" and image.size == expected.size and label == 0 and not others
     assert difference(image, expected) <= tolerance
 
 
-# What the command prepares of a folder
+# Folders
 
 
-def test_a_sub_folder_is_a_class():
+def test_a_sub_folder_is_a_class(capsys):
     kept = ["cat/4.bmp", "cat/5.gif", "cat/6.png", "cat/deep/3.webp", "dog/1.PNG", "dog/2.png"]
     for data, names in (("one", kept), ("two", kept[::-1])):  # in whatever order they came
         for name in names:
@@ -130,21 +165,99 @@ def test_a_sub_folder_is_a_class():
     for name in ("cat/.7.png", ".git/8.png", "cat/.old/9.png"):
         save("two", name, RED)
     Path("two/notes.txt").write_text("no image")
-    os.mkdir("two/empty")
+    os.makedirs("two/empty/deeper")
+    os.makedirs("two/void")
 
-    def prepare(data):
-        """Class names, labels, numbers of images."""
-        out = f"run of {Path(data).name}"
-        captured(out, *FLAGS, data)
-        names = train.read_settings(Path(out))["class_names"]
-        return names, [*np.load(f"{out}/labels.npy")], [*prepared(out)[:, 0, 0, 8, 8] // 40]
+    def read(data):
+        """Class names, [(number, label), ...]."""
+        dataset = train.Folder(data)
+        return dataset.classes, [
+            (image.getpixel((8, 8))[0] // 40, label) for image, label in dataset
+        ]
 
-    names, labels, numbers = prepare("two")
-    assert names == ["cat", "dog"] and sorted(numbers) == [*range(6)]
-    assert labels == [int(number > 3) for number in numbers]
-    assert prepare("one") == (names, labels, numbers)
-    names, labels, numbers = prepare("one/dog/")  # images alone are one class
-    assert names == ["dog"] and labels == [0, 0] and sorted(numbers) == [4, 5]
+    names, pairs = read("two")
+    said = capsys.readouterr().out
+    assert names == ["cat", "dog"] and pairs == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
+    assert "two: 1 nested folders, such as cat/deep" in said  # named once
+    assert "two: no images in empty, void\n" in said and ".git" not in said
+    assert read("one") == (names, pairs)
+    assert read("one/dog/") == (["dog"], [(4, 0), (5, 0)])  # images alone are one class
+    assert "no images" not in capsys.readouterr().out
+
+
+def test_links_are_followed_and_loops_of_them_end():
+    save("data", "cat/1.png", RED)
+    save("elsewhere", "2.png", flat("blue"))
+    save("elsewhere", "deep/3.png", flat("lime"))
+    os.symlink(Path("elsewhere").resolve(), "data/dog")
+    os.symlink(Path("elsewhere/2.png").resolve(), "data/cat/4.png")
+    os.symlink(Path("data").resolve(), "data/cat/all")  # a loop
+    os.symlink(Path("elsewhere").resolve(), "elsewhere/deep/again")  # another
+    dataset = train.Folder("data")
+    assert dataset.classes == ["cat", "dog"]
+    assert {"cat/1.png", "cat/4.png", "dog/2.png", "dog/deep/3.png"} <= {*dataset.names}
+    assert len({*dataset.names}) == len(dataset) < 20
+    colours = {name: image.getpixel((0, 0)) for name, (image, _) in zip(dataset.names, dataset)}
+    assert colours["cat/4.png"] == colours["dog/2.png"] == (0, 0, 255)
+
+
+BAD_FOLDERS = """
+none  --data: there is no folder none
+file.png  --data: there is no folder file.png
+empty  --data: no images found in empty
+one  dataset: got 1 images, expected two or more
+both  both has images beside sub-folders of images: a.png and cat/b.png
+broken  none of 1 images can be read
+"""
+
+
+@pytest.mark.parametrize("line", BAD_FOLDERS.strip().splitlines())
+def test_a_folder_without_images_is_refused_in_a_line(line, capfd):
+    names = "broken/a.png broken/b.png both/a.png both/cat/b.png both/cat/c.png both/dog/d.png"
+    for name in [*names.split(), "empty/a.txt", "one/a.png", "file.png"]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    folder, message = line.split("  ")
+    flags = ["--depth", 1, "--device", "cpu", "--size", 16, "--data", folder, "--out", "run"]
+    said = failure(train.main, *flags)
+    assert said.startswith("train.py: ") and message in said and "\n" not in said
+    assert os.path.exists("run") == (folder == "broken")  # which is seen only when it is read
+
+
+def test_large_images_are_reduced_but_not_below_twice_the_size():
+    save("data", "large.png", gradient(250, 200))
+    save("data", "small.png", gradient(50, 40))
+    for size, expected in ((16, [(42, 34), (50, 40)]), (60, [(250, 200), (50, 40)])):
+        sizes = [image.size for image, _ in train.Folder("data", size)]
+        assert sizes == expected, size
+
+
+def test_images_are_read_from_disk_once_while_there_is_memory(monkeypatch):
+    for number in range(4):
+        save("data", f"{number}.png", flat((60 * number, 0, 0)))
+    monkeypatch.setattr(train, "CACHE_BYTES", 2 * 4 * 20 * 16)  # two images
+    dataset = train.Folder("data")
+    for _ in range(2):
+        reds = [image.getpixel((0, 0))[0] for image, _ in dataset]
+        assert reds == [0, 60, 120, 180]
+    shutil.rmtree("data")
+    assert [dataset[i][0].getpixel((0, 0))[0] for i in range(2)] == reds[:2]
+    with pytest.raises(OSError, match=r"2\.png"):
+        dataset[2]
+
+
+def test_a_fingerprint_is_of_names_and_bytes_not_of_the_place():
+    for name in ("data", "bytes", "names"):
+        for number in range(12):
+            save(name, f"cat/{number}.png", flat((20 * number, 0, 0)))
+    shutil.copytree("data", "moved")
+    save("bytes", "cat/0.png", flat((0, 0, 1)))
+    os.rename("names/cat/9.png", "names/cat/99.png")
+    prints = [train.Folder(x).fingerprint() for x in ("data", "moved", "bytes", "names")]
+    assert prints[0] == prints[1] and len({*prints}) == 3
+
+
+# Crops
 
 
 def test_a_twentieth_is_held_out_but_never_most():
@@ -152,103 +265,292 @@ def test_a_twentieth_is_held_out_but_never_most():
     assert counts == [1, 10, 125, 200, 450, 500]
 
 
-@pytest.fixture
-def data(own_folder):
-    for number in range(7):
-        image = gradient(50, 40) if number == 6 else flat((36 * number, 90, 30), (40, 24))
-        save("data", f"{number}.png", image)
-    return "data"
+@given(st.integers(16, 200), st.integers(16, 200), st.integers(0, 99))
+def test_a_central_crop_is_the_largest_square(width, height, number):
+    image = gradient(width, height)
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    centre = image.crop((left, top, left + side, top + side))
+    expected = centre.resize((16, 16), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    pixels, _ = crops_of(image)[0, number]  # central_every is 1
+    assert difference(pixels.permute(1, 2, 0), expected) <= 1
 
 
-def test_images_are_prepared_in_an_order_by_the_seed(data, monkeypatch):
-    captured("run", *FLAGS, data)
-    captured("other", *FLAGS, data, "--seed", 8)
-    images, others = prepared("run"), prepared("other")
-    orders = [[image.tobytes() for image in rows[:, 0]] for rows in (images, others)]
-    assert len(images) == 7 and orders[0] != orders[1] and set(orders[0]) == set(orders[1])
-    monkeypatch.setattr(train, "CROPS", 7)  # as if the folder were large
-    captured("large", *FLAGS, data)
-    assert np.array_equal(prepared("large"), images[:, :2])
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 1), (3, 90)])
+def test_an_image_of_any_sides_has_crops(size):
+    crops = crops_of(gradient(*size), central_every=2)
+    assert all(crops[0, number][0].shape == (3, 16, 16) for number in range(4))
 
 
-@settings(max_examples=2, phases=[Phase.generate])  # it shrinks slowly
-@given(st.integers(0, 2**31))
-def test_crop_0_is_the_centre(tmp_path_factory, seed):
-    data, out = (tmp_path_factory.mktemp(name) for name in ("data", "run"))
-    sizes = np.random.default_rng(seed).integers(16, 200, (12, 2)).tolist()
-    expected = []
-    for number, (width, height) in enumerate([*sizes, (60_000, 1), (1, 1), (90, 3)]):
-        image = gradient(width, height)
-        save(data, f"{number:02d}/{number}.png", image)  # its label tells which it is
-        image = image.reduce(max(1, min(image.size) // 32))  # what is large is read at a fraction
-        width, height = image.size
-        side = min(image.size)
-        left, top = (width - side) // 2, (height - side) // 2
-        centre = image.crop((left, top, left + side, top + side))
-        expected.append(centre.resize((16, 16), Image.Resampling.LANCZOS, reducing_gap=2.0))
-    captured(out, *FLAGS, data)
-    for label, crops in zip(np.load(out / "labels.npy"), prepared(out), strict=True):
-        assert difference(crops[0].transpose(1, 2, 0), expected[label]) <= 1
+def test_other_crops_move_and_zoom_independently():
+    crops = crops_of(gradient(200, 128), size=64, central_every=1000)
+    seen = torch.stack([crops[0, number][0] for number in range(1, 500)]).double()
+    side = 64 / 48 * (seen[:, 0, 32, 56] - seen[:, 0, 32, 8])  # in pixels of the image
+    left = seen[:, 0, 32, 8] + 0.5 - 8.5 / 64 * side
+    top = seen[:, 1, 8, 32] + 0.5 - 8.5 / 64 * side
+    is_small = side < 123  # where there is room to move up and down
+    zoom, x, y = (8 * (128 / side - 1))[is_small], left / (200 - side), top / (128 - side)
+    numbers = torch.stack([zoom, x[is_small], y[is_small]])
+    assert len(zoom) > 250 and numbers.min() > -0.3 and numbers.max() < 1.3  # none is mirrored
+    correlation = torch.corrcoef(numbers)
+    assert (correlation - torch.eye(3)).abs().max() < 0.2
+    for values in (x, numbers[2]):
+        assert torch.histc(values, 4, 0, 1).min() > len(values) / 8
+    assert torch.histc(8 * (128 / side - 1), 4, 0, 1).min() > len(side) / 8
 
 
-def test_other_crops_move_and_zoom_and_every_second_is_mirrored_if_asked():
-    for number in range(20):
-        save("data", f"{number}.png", gradient(200, 128))
-    for name, *flip in (("plain",), ("flipped", "--flip")):
-        captured(name, *FLAGS, "data", "--size", 64, *flip)
-    images, flipped = (prepared(name) for name in ("plain", "flipped"))
-    assert np.array_equal(flipped[:, ::2], images[:, ::2])
-    assert np.array_equal(flipped[:, 1::2], images[:, 1::2, ..., ::-1])
-
-    seen = images[:, 1:].reshape(300, 3, 64, 64).astype(float)
-    # the shorter side / the crop's
-    zoom = 128 / 64 * 48 / (seen[:, 0, 32, 56] - seen[:, 0, 32, 8])
-    assert 0.97 < zoom.min() < 1.02 and 1.10 < zoom.max() < 1.16  # none is mirrored
-    assert seen[:, 0].min() < 5 and seen[:, 0].max() > 194  # both ends are reached
-    assert seen[:, 1, 0].std() > 1  # and the shorter side moves too
+def test_a_crop_is_a_function_of_seed_image_and_number():
+    dataset = NumberedImages(8)
+    options = dict(size=16, classes=3, central_every=1000)
+    crops, (alone, other) = (
+        train.Crops(dataset, [5, 2, 7], seed=3, **options),
+        [train.Crops(dataset, [7], seed=seed, **options) for seed in (3, 4)],
+    )
+    pixels = crops[2, 9][0]
+    assert torch.equal(alone[0, 9][0], pixels) and torch.equal(crops[2, 9][0], pixels)
+    for different in (other[0, 9], crops[2, 10], crops[1, 9]):
+        assert not torch.equal(different[0], pixels)
 
 
-def test_a_broken_file_is_named_and_left_out(data, capsys, monkeypatch):
-    for path in ("data/0.png", "data/6.png"):
-        Path(path).write_text("text")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # decompression bombs
-    Image.new("L", (100, 100)).save("data/large.png")
-    captured("run", *FLAGS, data)
+def test_every_second_crop_is_mirrored_if_asked():
+    plain, flipped = (
+        crops_of(PICTURE, size=48, central_every=4, flip=flip) for flip in (False, True)
+    )
+    is_mirrored = []
+    for number in range(64):
+        ours, theirs = plain[0, number][0], flipped[0, number][0]
+        is_mirrored.append(not torch.equal(ours, theirs))
+        assert not is_mirrored[-1] or torch.equal(ours.flip(2), theirs)
+    assert sum(is_mirrored[::4]) == 8 and sum(is_mirrored) == 32  # of central crops, of all
+
+
+def test_a_broken_image_is_named_once_and_another_of_its_split_takes_its_place(capsys, monkeypatch):
+    for number in range(40):
+        save("data", f"{number:02d}.png", flat((6 * number, 0, 0)))
+    for number in (3, 4, 5, 39):
+        Path(f"data/{number:02d}.png").write_text("text")
+    Image.new("L", (100, 100)).save("data/07.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # a decompression bomb
+    training, held_out = (
+        train.Crops(train.Folder("data"), rows, size=16, seed=0)
+        for rows in ([2, 3, 4, 5, 7, 9, 39], [0, 1, 3, 6])
+    )
+
+    def numbers(crops):
+        return [int(crops[row, 0][0][0, 0, 0]) // 6 for row in range(len(crops))]
+
+    for _ in range(2):
+        assert numbers(training) == [2, 9, 9, 9, 9, 9, 2] and numbers(held_out) == [0, 1, 6, 6]
+    said = capsys.readouterr().err
+    for number, times in ((3, 2), (4, 1), (5, 1), (7, 1), (39, 1)):  # 3 in each of the two
+        assert said.count(f"left out: data/{number:02d}.png: ") == times
+    assert training.is_broken.sum() == 5 and held_out.is_broken.sum() == 1
+
+
+def test_a_run_counts_the_images_that_were_left_out(capsys):
+    for number in range(24):
+        save("data", f"{number:02d}.png", flat((9 * number, 0, 0)))
+    for number in (3, 14):
+        Path(f"data/{number:02d}.png").write_text("text")
+    stages_of(train.Folder("data"), read=4, **SMALL)
     said = capsys.readouterr()
-    for name in ("0", "6", "large"):
-        assert f"left out: data/{name}.png: " in said.err
-    assert len(prepared("run")) == len(np.load("run/labels.npy")) == 5
-    assert os.path.getsize("run/images.npy") == 128 + prepared("run").nbytes
-    assert "run/images.npy: up to 0 MiB" in said.out
+    assert "2 of 24 images were left out" in said.out and said.err.count("left out: data/") == 2
 
 
-def test_images_that_were_added_later_are_mentioned(data, capsys):
-    for expected in (False, False, True, False):
-        captured("run", *FLAGS, data)
-        said = capsys.readouterr().out
-        assert ("data has 8 images now; the 7 of before are used" in said) == expected
-        assert "6 images to train on, 1 held out" in said
-        if expected:
-            Path("data").rename("moved")  # a run goes on without its images
-        elif Path("data/5.png").exists() and "MiB" not in said:
-            save("data", "9.png", RED)
+def test_the_data_of_a_run_may_have_images_that_cannot_be_read(capsys):
+    class Gaps(NumberedImages):
+        def __getitem__(self, index):
+            if index % 3 == 0:
+                raise OSError(f"number {index} is broken")
+            return super().__getitem__(index)
+
+    for number in range(24):
+        save("data", f"{number:02d}.png", flat((9 * number, 0, 0)))
+    os.remove("data/00.png")
+    os.symlink("nowhere", "data/00.png")
+    for dataset, count in ((Gaps(24), 8), (train.Folder("data"), 1)):
+        stages_of(dataset, read=6, **SMALL)
+        assert f"{count} of 24 images were left out" in capsys.readouterr().out
 
 
-BAD_INPUT = """
-broken  --data: 0 images can be read, expected two or more
-none  --data: no images found in none
-empty  --data: no images found in empty
-both  --data: both has images beside sub-folders of images
-"""
+def test_what_a_dataset_must_not_return_is_refused():
+    for label in (-1, 3):
+        crops = train.Crops([(RED, label)], [0], size=16, seed=0, classes=3)
+        refused(
+            f"label {label} of image 0, expected below the 3 classes", crops.__getitem__, (0, 0)
+        )
 
 
-@pytest.mark.parametrize("line", BAD_INPUT.strip().splitlines())
-def test_a_folder_without_images_is_refused(line):
-    for name in ("broken/a.png", "broken/b.png", "both/a.png", "both/cat/b.png", "empty/a.txt"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text("text")
-    folder, message = line.split("  ")
-    assert failure(train.main, *FLAGS, folder, "--out", "run").startswith(f"train.py: {message}")
+# What a stage is fed, as `train` feeds it
+
+
+def numbers_of(images):
+    """The numbers that NumberedImages have written into crops (B, 3, H, W)."""
+    reds = images[:, 0].float().mean((1, 2))
+    return (reds / NumberedImages.STEP).round().long().tolist()
+
+
+def token_codec():
+    """An untrained tokenizer whose codes lie among the features of NumberedImages."""
+    codec = small_codec(codes=256, attention=False, seed=3)
+    images = train.to_unit(torch.stack([crop_of(i) for i in range(40)]))
+    features = tokenizer.encode_features(codec, images).mT.flatten(0, 2)
+    codec["codebook"] = features[torch.randperm(len(features))[:256]] * torch.rand(256, 1)
+    return codec
+
+
+def crop_of(index, **options):
+    image = NumberedImages(**options)[index][0]
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def check_epochs(numbers, training):
+    """Each training image comes once an epoch, and no epoch is like another."""
+    epochs = np.reshape(
+        numbers[: len(numbers) // len(training) * len(training)], (-1, len(training))
+    )
+    assert (np.sort(epochs) == sorted(training)).all()
+    assert len(np.unique(epochs, axis=0)) == len(epochs) > 2
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_tokenizer_learns_crops_of_training_images(seed):
+    dataset = NumberedImages(40)
+    stage, *_ = stages_of(dataset, seed=seed, **SMALL)
+    held_out = numbers_of(stage["held_out"])
+    training = [i for i in range(40) if i not in held_out]
+    assert len({*held_out}) == 5 and all(
+        torch.equal(image, crop_of(number)) for image, number in zip(stage["held_out"], held_out)
+    )
+
+    dataset.read.clear()
+    batches = list(itertools.islice(stage["batches"](0), 7 * 24))
+    assert not {*dataset.read} & {*held_out}
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    assert images.dtype == torch.uint8 and images.shape[1:] == (3, 16, 16)
+    numbers = numbers_of(images)
+    assert labels.tolist() == [dataset.labels[number] for number in numbers]
+    check_epochs(numbers, training)
+
+    crops = {number: set() for number in training}
+    is_central = []
+    for number, image in zip(numbers, images):
+        crops[number].add(image.numpy().tobytes())
+        is_central.append(torch.equal(image, crop_of(number)))  # of the right size: unresampled
+    assert min(map(len, crops.values())) > 16
+    assert 1 / 32 < np.mean(is_central) < 1 / 8  # central_every is 16
+
+    for done in (1, 9):  # it goes on where it was stopped
+        for ours, theirs in zip(stage["batches"](done), batches[done : done + 3]):
+            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["next-scale", "masked"])
+def test_labels_and_tokens_belong_together(number):
+    """Of images of one colour all crops are alike, so that their tokens tell which image it is."""
+    dataset, codec = NumberedImages(40, noise=0), token_codec()
+    images = torch.stack([crop_of(i, noise=0) for i in range(40)])
+    stage = stages_of(dataset, tokenizer=dict(tokenizer=codec), **SMALL)[number - 1]
+    tokens = tokenizer.encode(codec, train.to_unit(images), hmar.scale_sizes(stage["params"]))
+    index_of = {tuple(row): index for index, row in enumerate(tokens.tolist())}
+    assert len(index_of) == 40
+
+    labels, held_out = stage["held_out"]
+    held_out = [index_of[tuple(row)] for row in held_out.tolist()]
+    assert labels.tolist() == [dataset.labels[index] for index in held_out]
+    dataset.read.clear()
+    batches = list(itertools.islice(stage["batches"](0), 28))
+    labels, tokens = (torch.cat(parts) for parts in zip(*batches))
+    numbers = [index_of[tuple(row)] for row in tokens.tolist()]
+    assert labels.tolist() == [dataset.labels[index] for index in numbers]
+    assert numbers == dataset.read and len({*held_out}) == 5
+    check_epochs(numbers, [i for i in range(40) if i not in held_out])
+    for ours, theirs in zip(stage["batches"](9), batches[9:12]):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_tokens_are_of_many_crops_and_each_stage_has_its_own():
+    dataset, codec = NumberedImages(40), token_codec()
+    stages, seen = stages_of(dataset, tokenizer=dict(tokenizer=codec), **SMALL), []
+    for stage in stages:
+        dataset.read.clear()
+        batches = itertools.islice(stage["batches"](0), 7 * 24)
+        rows = torch.cat([tokens for _, tokens in batches]).tolist()
+        seen.append({*zip(dataset.read, map(tuple, rows))})
+        crops = Counter(index for index, _ in seen[-1])
+        assert len(crops) == 35 and min(crops.values()) > 16
+    assert len(seen[0] & seen[1]) < 0.2 * len(seen[0])
+
+
+def test_drawings_are_learned_as_they_are():
+    stage, *_ = stages_of(NumberedImages(40), is_simple=True, **SMALL)
+    images = torch.cat([images for images, _ in itertools.islice(stage["batches"](0), 28)])
+    for image, number in zip(images, numbers_of(images)):
+        assert torch.equal(image, crop_of(number))
+
+
+def test_the_seed_decides_what_is_held_out():
+    found = []
+    for seed in (0, 0, 1):
+        stage, *_ = stages_of(NumberedImages(40), seed=seed, **SMALL)
+        found.append(numbers_of(stage["held_out"]))
+    assert found[0] == found[1] and {*found[0]} != {*found[2]}
+
+
+def test_a_run_reads_training_images_once_an_epoch_and_held_out_ones_to_evaluate():
+    dataset = NumberedImages(40)
+    options = dict(steps=14, patience=2.0, evaluations=2, channels=32)  # two epochs a stage
+    train.train(dataset, **options, **SMALL)
+    times = Counter(dataset.read) - Counter(range(0, 40, 3))  # of these it reads the labels first
+    # Also for the variance of hues; and once for each stage, of the held-out ones.
+    assert Counter(times.values()) == {1 + 2 + 2 + 2: 35, 1 + 1 + 1: 5}
+
+
+def test_workers_read_the_same_batches():
+    crops = train.Crops(NumberedImages(12), range(12), size=16, seed=0, classes=3, central_every=2)
+    reading = dict(stage="tokenizer", batch=5, seed=0, device=CPU)
+    ours, theirs = (
+        list(itertools.islice(train.crop_batches(crops, 3, workers=workers, **reading), 6))
+        for workers in (0, 2)
+    )
+    for one, other in zip(ours, theirs):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_workers_say_which_images_are_broken(capfd):
+    for number in range(4):
+        save("data", f"{number}.png", flat((60 * number, 0, 0)))
+    Path("data/2.png").write_text("text")
+    crops = train.Crops(train.Folder("data"), range(4), size=16, seed=0)
+    reading = dict(stage="tokenizer", batch=4, seed=0, device=CPU, workers=1)
+    batches = list(itertools.islice(train.crop_batches(crops, 0, **reading), 3))
+    assert crops.is_broken.tolist() == [False, False, True, False]
+    assert capfd.readouterr().err.count("left out: data/2.png") == 1
+    assert all(sorted(images[:, 0, 0, 0].tolist()) == [0, 60, 180, 180] for images, _ in batches)
+
+
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 4), st.integers(0, 9))
+def test_each_key_is_of_one_process(count, share, processes, done):
+    """Of each step the processes have equal shares, in the order in which one process has them."""
+    given = count, done, "masked", share * processes, 5
+
+    def steps_of(rank, size):
+        with mock.patch.dict(os.environ, WORLD_SIZE=str(size), RANK=str(rank)):
+            keys = [*itertools.islice(train.crop_keys(*given), 4)]
+            whole = [*itertools.islice(train.crop_keys(*given, is_shared=False), 4)]
+        return [[tuple(key) for key in step] for step in keys], whole
+
+    (alone, whole), *_ = steps_of(0, 1), None
+    shares = [steps_of(rank, processes) for rank in range(processes)]
+    assert all(found == whole for _, found in shares)
+    for step, expected in enumerate(alone):
+        parts = [own[step] for own, _ in shares]
+        assert {len(part) for part in parts} == {share} and [*itertools.chain(*parts)] == expected
+    earlier = [*itertools.islice(train.crop_keys(count, 0, *given[2:]), done + 1)]
+    assert [tuple(key) for key in earlier[done]] == alone[0]
+
+
+# The judge
 
 
 @given(st.integers(2, 6), st.integers(0, 2**31))
