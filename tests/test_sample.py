@@ -33,7 +33,6 @@ from torch.utils import _pytree as pytree
 import hmar
 import sample
 import tokenizer
-import train
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 SCALES = ((1, 1), (2, 2), (3, 4))
@@ -42,9 +41,11 @@ CODEC = small_codec()
 PARAMS = scrambled(tree(SCALES, codes=16, code_dim=8, random=False), scale=0.15)
 PARAMS = pytree.tree_map(torch.Tensor.float, PARAMS)
 NAMES = ["disc", "ring", "star"]
-SAMPLING = train.sampling_settings(2, 32, 3)
-MODEL = dict(tokenizer=CODEC, transformer=PARAMS, classes=NAMES, sampling=SAMPLING, is_causal=False)
+SAMPLING = dict(guidance=6.0, mask_guidance=3.0, rise=1.0, temperature=0.95)
+SAMPLING |= dict(soften=0.1, top_k=0, top_p=1.0)
+MODEL = dict(tokenizer=CODEC, transformer=PARAMS, classes=NAMES, sampling=SAMPLING)
 PLAIN = {name: branch for name, branch in PARAMS.items() if name != "masked"}
+VAR = PLAIN | dict(causal={})
 LABELS = torch.tensor([2, 0, 3])
 
 
@@ -82,24 +83,27 @@ def slow_shares(keeps, hidden, total):
     return [after - before for before, after in itertools.pairwise(done)]
 
 
-def slow_steps(params, codec, label, seed, options, known=None):
-    """(scale, pass, tokens, hidden places), f_hat of one image, as the description says it."""
-    scales, rows = hmar.scale_sizes(params), torch.tensor([[label], [3]])  # 3: no class
+def slow_steps(params, codec, condition, seed, options, known=None):
+    """(scale, pass, tokens, hidden places), f_hat of one image, as the description says it.
+
+    condition (1, C). known: (features, outside) of an edit.
+    """
+    scales, conditions = hmar.scale_sizes(params), (condition, params["classes"][-1:])
     caches = [None, None]
-    if options["is_causal"]:
-        caches = [[[] for _ in range(hmar.block_count(params))] for _ in rows]
+    if "causal" in params:
+        caches = [[[] for _ in range(hmar.block_count(params))] for _ in conditions]
     f_hat = torch.zeros(1, codec["codebook"].shape[1], *scales[-1], dtype=torch.float64)
     for k, (h, w) in enumerate(scales):
         tokens, hidden, seen = [0] * (h * w), list(range(h * w)), [0] * (h * w)
         keeps = options["schedule"][k]
         if known is not None:
-            left = known.features - f_hat
+            left = known[0] - f_hat
             cells = F.adaptive_avg_pool2d(left, (h, w)).flatten(2)[0].T  # (n, code_dim)
             tokens = torch.cdist(cells, codec["codebook"]).argmin(1).tolist()
-            share = F.adaptive_avg_pool2d(known.outside.double(), (h, w)).flatten()
+            share = F.adaptive_avg_pool2d(known[1].double(), (h, w)).flatten()
             hidden = [place for place in hidden if share[place] < 1 - 1e-9]
             keeps = slow_shares(keeps, len(hidden), h * w)
-            seen = sample.evidence(codec["codebook"], left, known.outside, (h, w))[0]
+            seen = sample.evidence(codec["codebook"], left, known[1], (h, w))[0]
         inputs = tokenizer.resize_to_scale(f_hat, (h, w))
         for number, keep in enumerate(keeps):
             mask = torch.tensor([[place in hidden for place in range(h * w)]])
@@ -111,16 +115,17 @@ def slow_steps(params, codec, label, seed, options, known=None):
                 t, branch, given = options["mask_guidance"], "masked", [inputs, own, mask]
             if len(scales) > 1:
                 t = t * (k / (len(scales) - 1)) ** options["rise"]
-            features = partial(hmar.branch_features, params, branch, k=k)
-            both = [features(row, *given, cache=cache)[0] for row, cache in zip(rows, caches)]
+            features = partial(hmar.features, params, k=k)
+            pairs = zip(conditions, caches)
+            both = [features(vector, *given, cache=cache)[0] for vector, cache in pairs]
             heat, numbers = options["temperature"], np.random.default_rng((seed, k, number))
             numbers, confidence = numbers.random(h * w), {}
 
             # one after another, after those near, which a head may look at
             for place in sorted(hidden, key=lambda place: place % w + 2 * (place // w)):
-                near = hmar.neighbour_tokens(params, torch.tensor([tokens]), k)
-                near = None if near is None else near[0, place]
-                pair = [hmar.branch_logits(params, branch, x[place], near) for x in both]
+                near = torch.tensor([tokens])
+                near = hmar.neighbour_tokens(params[branch], near, [(h, w)])[0, place]
+                pair = [hmar.logits(params[branch], x[place], near) for x in both]
                 p, q = (logits.softmax(-1) for logits in pair)
                 strength = t
                 if options["soften"]:
@@ -139,9 +144,10 @@ def slow_steps(params, codec, label, seed, options, known=None):
         f_hat = grown
 
 
-def some_known(scales, seed):
-    features, chances = normal(2, 1, 4, *scales[-1], seed=seed)
-    return sample.Known(features, chances[:, :1] > 0, 1)
+def some_known(scales, seed, count=1):
+    """(features, outside) of `edit_steps`."""
+    features, chances = normal(2, count, 4, *scales[-1], seed=seed)
+    return features, chances[:, :1] > 0
 
 
 @st.composite
@@ -154,29 +160,35 @@ def schedules(draw, scales):
     return tuple(passes)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(pyramids(3, 3), st.data(), st.integers(0, 3), st.booleans(), st.booleans())
 def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks):
-    """Of a head that looks at neighbours one token after another."""
-    seed, is_causal = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([False, batch > 0]))
+    """batch 0: of an edit. With neighbours the plain loop samples one token after another."""
+    seed, is_causal = data.draw(st.integers(0, 99)), data.draw(st.booleans())
     one_pass = st.just([[count] for count in tokenizer.lengths(scales)])
     options = dict(
-        is_causal=is_causal,
         schedule=data.draw(one_pass if is_causal else schedules(scales)),
         guidance=data.draw(st.sampled_from([0, 1.5, 4])),
         mask_guidance=data.draw(st.sampled_from([0, 1.5])),
         rise=data.draw(st.sampled_from([0, 1, 2])),
         soften=data.draw(st.sampled_from([0, 0.1, 2])),
-        temperature=data.draw(st.sampled_from([0, 0.5, 1.0, 3.0])),
+        temperature=data.draw(st.sampled_from([0, 0.2, 0.5, 1.0, 3.0])),
         top_k=data.draw(st.integers(0, 6)),
         top_p=data.draw(st.sampled_from([1.0, 0.9, 0.4])),
     )
     params = tree(scales, own_input=own_input, neighbours=looks, seed=seed)
+    params |= dict(causal={}) if is_causal else {}
     codec, labels = quantiser(5, 4, seed=seed), torch.arange(max(1, batch)) * 2 % 4
+    conditions = params["classes"][labels]
+    if data.draw(st.booleans()):  # vectors of no class
+        labels = conditions = normal(*conditions.shape, seed=seed)
     known = some_known(scales, seed) if batch == 0 else None
-    steps = list(sample.steps(params, codec, labels, seed=seed, known=known, **options))
-    for i, label in enumerate(labels.tolist()):
-        slow = slow_steps(params, codec, label, seed + i, options, known)
+    if known is None:
+        steps = list(sample.steps(params, codec, labels, seed=seed, **options))
+    else:
+        steps = list(sample.edit_steps(params, codec, labels, *known, 1, seed=seed, **options))
+    for i in range(len(labels)):
+        slow = slow_steps(params, codec, conditions[[i]], seed + i, options, known)
         for step, (expected, f_hat) in zip(steps, slow, strict=True):
             hidden = step.hidden[i].nonzero().flatten().tolist()
             assert (step.scale, step.number, step.tokens[i].tolist(), hidden) == expected
@@ -212,6 +224,20 @@ def test_codes_that_were_filtered_out_are_never_sampled():
     assert tokens[0] == 1 and tokens[1] in (1, 3)
 
 
+def test_the_temperature_divides_the_logits_before_the_filters():
+    logits, uniform = normal(200, 5, scale=2), torch.linspace(0, 0.99, 200, dtype=torch.float64)
+    for temperature in (0.001, 0.2, 3.0):
+        ours = sample.sample_codes(logits, uniform, temperature, top_p=0.8)
+        filtered = sample.filter_logits(logits / temperature, top_p=0.8)
+        for token, p, row, number in zip(*ours, filtered.tolist(), uniform.tolist()):
+            row = [x - max(row) for x in row]
+            codes = [code for code in range(5) if row[code] > -math.inf]
+            assert token == slow_sample(row, codes, number)[0]
+            assert math.isclose(p, slow_sample(row, codes, number)[1])
+    greedy, _ = sample.sample_codes(logits, uniform, 0.0009)
+    assert torch.equal(greedy, logits.argmax(-1))
+
+
 @given(pyramids(5, 5), st.integers(0, 30))
 def test_schedules_sum_to_their_scales(scales, passes):
     counts = tokenizer.lengths(scales)
@@ -221,25 +247,57 @@ def test_schedules_sum_to_their_scales(scales, passes):
     assert [sum(keeps) for keeps in sample.published_schedule(scales)] == counts
     cosine = [13, 36, 57, 71, 79]  # round(256 (1 - cos)), differenced
     assert sample.masked_schedule(((1, 1), (16, 16)), 4)[1] == cosine
+    published = [[1], [1, 3], [1, 1, 2, 5], [16], [25], [36], [64], [100], [169], [256]]
+    assert sample.published_schedule(hmar.SCALES[256]) == published
 
 
 # Images
 
 
-@pytest.mark.parametrize("options", [{}, dict(is_causal=True), dict(temperature=0, top_k=3)])
-def test_images_depend_on_arguments_alone(options):
-    given = PARAMS, CODEC, torch.tensor([2, 0, 3, 1, 2])
-    seeds = [7, 3, 11, 4, 2**40]
+@pytest.mark.parametrize(
+    "params, options", [(PARAMS, {}), (VAR, {}), (PARAMS, dict(temperature=0, top_k=3))]
+)
+def test_images_depend_on_arguments_alone(params, options, monkeypatch):
+    model = MODEL | dict(transformer=params)
+    labels, seeds = torch.tensor([2, 0, 3, 1, 2]), [7, 3, 11, 4, 2**40]
     options = options | dict(guidance=4, rise=2, soften=0.1)
-    before, state = copy.deepcopy(given), torch.get_rng_state()
-    images, tokens = sample.generate(*given, seed=seeds, **options)
-    assert torch.equal(torch.get_rng_state(), state) and leaves_equal(before, given)
-    close(images, tokenizer.decode(CODEC, tokens, SCALES).detach(), 1e-5)
-    for batch in ([0], [4, 2], [3, 1, 0], [1, 1]):
+    before, state = copy.deepcopy((CODEC, params)), torch.get_rng_state()
+    images = sample.generate(model, labels, seed=seeds, **options)
+    assert torch.equal(torch.get_rng_state(), state) and leaves_equal(before, (CODEC, params))
+    settings = SAMPLING | options
+    passes = list(sample.steps(params, CODEC, labels, seed=seeds, **settings))
+    tokens = torch.cat([step.tokens for step in passes], 1)
+    close(images, tokenizer.decode(CODEC, tokens, SCALES), 1e-5)
+    for batch in ([0], [4, 2], [3, 1, 0], [1, 1], []):
         options["seed"] = [seeds[i] for i in batch]
-        own_images, own_tokens = sample.generate(PARAMS, CODEC, given[2][batch], **options)
-        assert torch.equal(own_tokens, tokens[batch])
-        close(own_images, images[batch], 1e-5)
+        part = sample.generate(model, labels[batch], **options)
+        close(part, images[batch], 1e-5)
+        passes = list(sample.steps(params, CODEC, labels[batch], **settings | options))
+        assert torch.equal(torch.cat([step.tokens for step in passes], 1), tokens[batch])
+
+    # in parts of two, seeds and labels go on
+    monkeypatch.setattr(sample, "images_at_once", lambda pixels: 2)
+    with mock.patch.object(tokenizer, "decoder", wraps=tokenizer.decoder) as decoder:
+        close(sample.generate(model, labels, **options | dict(seed=seeds)), images, 1e-5)
+    assert [len(call.args[0]) for call in decoder.call_args_list] == [2, 2, 1]
+    whole = sample.generate(model, labels, seed=3)
+    close(sample.generate(model, labels, seed=[3, 4, 5, 6, 7]), whole, 0)
+
+
+def test_a_model_is_sampled_with_its_own_settings_and_by_the_names_of_its_classes():
+    images = sample.generate(MODEL, ["star", "disc", "1"], seed=4)
+    assert torch.equal(images, sample.generate(MODEL, [2, 0, 1], seed=4))
+    *_, last = sample.steps(PARAMS, CODEC, [2, 0, 1], seed=4, **SAMPLING)
+    assert torch.equal(images, tokenizer.decode_features(CODEC, last.f_hat))
+    weak = sample.generate(MODEL, [2, 0, 1], seed=4, guidance=0)
+    assert torch.equal(
+        weak, sample.generate(MODEL | dict(sampling=SAMPLING | dict(guidance=0)), [2, 0, 1], seed=4)
+    )
+    assert not torch.equal(weak, images)
+    refused("^labels: got 'bird', expected 0 to 2 or", sample.generate, MODEL, ["bird"])
+    vectors = PARAMS["classes"][[2, 0, 1]]
+    assert torch.equal(sample.generate(MODEL, vectors, seed=4), images)
+    assert not torch.equal(sample.generate(MODEL, -vectors, seed=4), images)
 
 
 def blocks(depth):
@@ -251,11 +309,11 @@ def test_published_trees_are_sampled_with_published_settings():
     common = dict(mask_guidance=0, rise=1, soften=0, temperature=1)
     for depth, guidance, top_k in ((2, 1.7, 1000), (20, 1.9, 950), (24, 2.1, 900), (30, 1.6, 650)):
         expected = common | dict(guidance=guidance, top_k=top_k, top_p=0.99)
-        assert sample.published_sampling(PLAIN | blocks(depth), is_causal=False) == expected
+        assert sample.published_sampling(PLAIN | blocks(depth)) == expected
         expected["schedule"] = [[1], [1, 3], [12]]
-        assert sample.published_sampling(PARAMS | blocks(depth), is_causal=False) == expected
+        assert sample.published_sampling(PARAMS | blocks(depth)) == expected
         expected = common | dict(guidance=1.5, top_k=900, top_p=0.96)
-        assert sample.published_sampling(PLAIN | blocks(depth), is_causal=True) == expected
+        assert sample.published_sampling(VAR | blocks(depth)) == expected
 
 
 # Editing
@@ -273,30 +331,36 @@ HALF = MASKS[[2, 2, 2]]
 
 @pytest.mark.parametrize(
     "params, options",
-    [(PLAIN, {}), (PARAMS, {}), (PLAIN, dict(is_causal=True))]  # VAR takes one pass a scale
+    [(PLAIN, {}), (PARAMS, {}), (VAR, {})]  # VAR takes one pass a scale
     + [(PARAMS, dict(schedule=keeps)) for keeps in ([[1], [4], [12]], [[1], [0, 4], [3, 0, 9]])],
 )
 @pytest.mark.parametrize("particles", [1, 3])
 def test_each_image_is_edited_as_alone(params, options, particles):
     """Outside the mask it stays as it is; under a full mask it is as generated."""
     images, labels = picture(6), torch.tensor([1, 2, 0, 2, 3, 0])
-    edit = partial(sample.edit, params, CODEC, particles=particles, **options)
+    model = MODEL | dict(transformer=params)
+    edit = partial(sample.edit, model, particles=particles, **options)
     with (
-        mock.patch.object(sample, "images_at_once", return_value=4),
+        mock.patch.object(sample, "images_at_once", return_value=12),
         mock.patch.object(tokenizer, "encoder", wraps=tokenizer.encoder) as encoder,
         mock.patch.object(tokenizer, "decoder", wraps=tokenizer.decoder) as decoder,
+        mock.patch.object(hmar, "features", wraps=hmar.features) as transformer,
     ):
         edited = edit(images, MASKS, labels, seed=9)
-    for network in (encoder, decoder):
-        assert [len(call.args[0]) for call in network.call_args_list] == [4, 2]
+    for network in (encoder, decoder):  # memory is bounded: so many particles at once
+        expected = [6] if particles == 1 else [4, 2]
+        assert [len(call.args[0]) for call in network.call_args_list] == expected
+    most = max(len(call.args[1]) for call in transformer.call_args_list)
+    assert most == 2 * min(12, 6 * particles)  # with and without a class
     assert torch.equal(edited.masked_fill(MASKS, 0), images.masked_fill(MASKS, 0))
     for i in range(6):
         own = [x[i : i + 1] for x in (images, MASKS, labels)]
         close(edited[i : i + 1], edit(*own, seed=9 + i), 1e-5)
     passes = 1 if params is PARAMS and not options else 0
     options = dict(schedule=sample.masked_schedule(SCALES, passes)) | options
-    generated, _ = sample.generate(params, CODEC, labels[1:2], seed=10, **options)
-    close(edited[1:2], generated, 1e-5)
+    if particles == 1:
+        generated = sample.generate(model, labels[1:2], seed=10, **options)
+        close(edited[1:2], generated, 1e-5)
 
 
 @given(pyramids(3, 3), st.booleans(), st.booleans(), st.integers(0, 99))
@@ -305,28 +369,62 @@ def test_each_image_is_edited_as_alone(params, options, particles):
 def test_particles_are_weighed_by_the_likelihood_of_given_tokens(scales, looks, is_causal, seed):
     """Given the coarser tokens of their own past, which resampling has moved to other rows."""
     params, codec = tree(scales, masked=0, neighbours=looks, seed=seed), quantiser(5, 4, seed=seed)
-    known = some_known(scales, seed)
-    known = sample.Known(*(x.expand(4, -1, -1, -1) for x in known[:2]), 2)
-    options = dict(known=known, seed=seed, guidance=2, is_causal=is_causal)
-    labels, likelihoods, swap = torch.tensor([1, 1, 2, 2]), [], torch.tensor([1, 0, 3, 2])
+    params |= dict(causal={}) if is_causal else {}
+    features, outside = some_known(scales, seed, 2)
+    options = dict(seed=seed, guidance=2, schedule=sample.masked_schedule(scales, 0))
+    labels, likelihoods, swap = torch.tensor([1, 2]), [], torch.tensor([1, 0, 3, 2])
 
     def choose(likelihood, *_):
         likelihoods.append(likelihood.clone())
         return swap
 
     with mock.patch.object(sample, "choose_particles", choose):
-        steps = list(sample.steps(params, codec, labels, **options))
+        steps = list(sample.edit_steps(params, codec, labels, features, outside, 2, **options))
+    labels, outside = labels.repeat_interleave(2), outside.repeat_interleave(2, 0)
     tokens = torch.zeros(4, sum(tokenizer.lengths(scales)), dtype=torch.int64)
     scale_parts = tokens.split(tokenizer.lengths(scales), 1)  # views, filled scale by scale
     for k, (size, step) in enumerate(zip(scales, steps, strict=True)):
         scale_parts[k].copy_(step.tokens[swap])  # as they were sampled
         inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
-        logits = hmar.next_scale_logits(params, labels, inputs, is_causal, tokens)
-        log_p = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        log_p = -hmar.losses(params, labels, tokens, inputs)
         part = log_p.split(tokenizer.lengths(scales), 1)[k]
-        is_given = F.adaptive_avg_pool2d(known.outside.double(), size).flatten(1) > 1 - 1e-9
+        is_given = F.adaptive_avg_pool2d(outside.double(), size).flatten(1) > 1 - 1e-9
         close(likelihoods[k], part.masked_fill(~is_given, 0).sum(1), 1e-9)
         tokens.copy_(tokens[swap])
+
+
+def test_particles_of_all_images_have_seeds_of_their_own():
+    """Near ones, as the seeds of a batch are, and far ones; the first has the image's own."""
+    seeds = [5, 6, 7, 2**20, 2**40]
+    ours = sample.seeds_of_particles(seeds, 8)
+    assert len(set(ours)) == 40 and ours[::8] == seeds
+    assert not {*ours} & {seed + i for seed in seeds for i in range(1, 1000)} - {*seeds}
+
+    # and so a batch of one photo is as various as the photo with other seeds
+    params = MODEL | dict(transformer=PLAIN)
+    images, labels = picture(1).expand(2, -1, -1, -1), torch.tensor([1, 1])
+    with mock.patch.object(sample, "uniform_numbers", wraps=sample.uniform_numbers) as numbers:
+        sample.edit(params, images, HALF[:2], labels, seed=3, particles=3)
+    used = numbers.call_args_list[0].args[0]
+    assert len({*used}) == 6
+
+
+def test_resampling_of_an_image_has_a_random_number_of_its_own():
+    """As alone, whatever the seeds of the batch; other ones than tokens have; others by scale."""
+    likelihood = normal(300).view(100, 3).flatten()
+    seeds = [seed for image in range(100) for seed in (image, None, None)]
+    scales = [sample.choose_particles(likelihood, 3, seeds, k, is_last=False) for k in (0, 1)]
+    assert not torch.equal(*scales)
+    for k, chosen in enumerate(scales):
+        for i, own in enumerate(chosen.view(100, 3).tolist()):
+            part = slice(3 * i, 3 * i + 3)
+            alone = sample.choose_particles(likelihood[part], 3, seeds[part], k, is_last=False)
+            assert own == (alone + 3 * i).tolist()
+            weights = likelihood[part].softmax(0).cumsum(0).tolist()
+            offset = np.random.default_rng((i, k, 2**31)).random()
+            points = [(point + offset) / 3 for point in range(3)]
+            expected = [sum(weight <= point for weight in weights) for point in points]
+            assert own == [3 * i + min(2, choice) for choice in expected]
 
 
 @given(st.lists(st.integers(-9, 9), min_size=3, max_size=3), st.integers(0, 99))
@@ -342,27 +440,29 @@ def test_particles_are_resampled_in_proportion(likelihood, seed):
 
 
 def test_more_particles_agree_better_with_what_is_visible():
-    """The likelihood of the given tokens, as the model itself judges it, is higher."""
-    images, found = picture(6, seed=3), []
+    """Of the features that the tokens add up to, outside of the mask."""
+    images, found, labels = picture(24, seed=3), [], LABELS.repeat(8)
+    features = tokenizer.encode_features(CODEC, images)
+    outside = F.adaptive_max_pool2d(MASKS[[2] * 24].float(), SCALES[-1]) == 0
+    schedule = sample.masked_schedule(SCALES, 1)
     for particles in (1, 8):
-        with mock.patch.object(sample, "steps", wraps=sample.steps) as steps:
-            sample.edit(
-                PARAMS, CODEC, images, MASKS[[2] * 6], LABELS.repeat(2), particles=particles
-            )
-        known, kwargs = steps.call_args.kwargs["known"], steps.call_args.kwargs
-        *_, last = sample.steps(*steps.call_args.args, **kwargs)
-        error = (known.features - last.f_hat).square().mean(1, keepdim=True)
-        found.append(error[known.outside].mean())
+        given = features, outside, particles
+        *_, last = sample.edit_steps(PARAMS, CODEC, labels, *given, schedule=schedule)
+        error = (features - last.f_hat[::particles]).square().mean(1, keepdim=True)
+        found.append(error[outside].mean())
     assert found[1] < found[0]
 
 
 def test_edits_take_a_masked_pass_by_default():
-    given = PARAMS, CODEC, picture(3), HALF, LABELS
+    given = picture(3), HALF, LABELS
     none, one = (sample.masked_schedule(SCALES, passes) for passes in (0, 1))
-    assert torch.equal(sample.edit(*given), sample.edit(*given, schedule=one))
-    assert not torch.equal(sample.edit(*given), sample.edit(*given, schedule=none))
-    edited = sample.edit(PLAIN, *given[1:])
-    assert torch.equal(edited, sample.edit(PLAIN, *given[1:], schedule=none))
+    edited = sample.edit(MODEL, *given)
+    assert torch.equal(edited, sample.edit(MODEL, *given, schedule=one))
+    assert not torch.equal(edited, sample.edit(MODEL, *given, schedule=none))
+    stored = MODEL | dict(sampling=SAMPLING | dict(schedule=none))  # that of its samples
+    assert torch.equal(edited, sample.edit(stored, *given))
+    plain = MODEL | dict(transformer=PLAIN)
+    assert torch.equal(sample.edit(plain, *given), sample.edit(plain, *given, schedule=none))
 
 
 @given(st.integers(0, 2**20), st.floats(0, 1))
@@ -371,7 +471,7 @@ def test_pixels_under_the_mask_change_nothing(seed, share):
     one, other, chance = (torch.rand(3, 3, 6, 8, generator=generator) for _ in range(3))
     mask = chance[:, :1] < share
     pictures = [torch.where(mask, hidden, 2 * one - 1) for hidden in (1 - 2 * other, math.nan)]
-    edits = [sample.edit(PARAMS, CODEC, images, mask, LABELS, seed=seed) for images in pictures]
+    edits = [sample.edit(MODEL, images, mask, LABELS, seed=seed) for images in pictures]
     assert torch.equal(*edits)
 
 
@@ -401,12 +501,20 @@ def test_evidence_is_the_density_of_a_cell_seen_in_part():
     close(logits[0, 0], -0.5 * (codebook - mean).square().sum(1) / variance)
     assert logits.shape == (1, 4, 7) and not logits[0, 1:].any()
 
+    # visible positions that are alike, and a cell that is visible wholly, have limits
+    flat = torch.ones(1, 3, 4, 4, dtype=torch.float64)
+    logits = sample.evidence(codebook, flat, outside, (2, 2))
+    distance = (codebook - 1).square().sum(1)
+    close(logits[0, 0], -0.5 * distance * 4 * 0.75 / (1 - 0.75) / 1e-4, 1e-6)
+    logits = sample.evidence(codebook, flat, outside | True, (2, 2))
+    close(logits[0, 0], -0.5 * distance * 4 / 1e-2 / 1e-4, 1e-6)
+
 
 def test_what_decoding_does_at_the_edge_is_taken_back():
     """Here it makes a grey picture lighter by 0.25: next to the edge all of it is taken off."""
     images, mask = torch.zeros(3, 3, 6, 8), MASKS[[2, 4, 5]]
     with mock.patch.object(tokenizer, "decode_features", return_value=images + 0.25):
-        edited = sample.edit(PARAMS, CODEC, images, mask, LABELS)
+        edited = sample.edit(MODEL, images, mask, LABELS)
     reach = 2 * tokenizer.downsampling(CODEC)
     for i, y, x in itertools.product(range(3), range(6), range(8)):
         outside = (~mask[i, 0]).nonzero()
@@ -417,8 +525,9 @@ def test_what_decoding_does_at_the_edge_is_taken_back():
 
 def test_outside_the_mask_the_known_features_are_decoded():
     images, cell = picture(3), tokenizer.downsampling(CODEC)
-    with mock.patch.object(sample, "decode_in_parts", wraps=sample.decode_in_parts) as decode:
-        sample.edit(PARAMS, CODEC, images, HALF, LABELS)
+    decoder = mock.patch.object(tokenizer, "decode_features", wraps=tokenizer.decode_features)
+    with decoder as decode:
+        sample.edit(MODEL, images, HALF, LABELS)
     (_, decoded) = decode.call_args.args
     visible = sample.replace_hidden(images, HALF, 4 * cell)
     *_, (_, _, known) = tokenizer.quantise(CODEC, tokenizer.encode_features(CODEC, visible), SCALES)
@@ -434,9 +543,10 @@ def test_arguments_that_do_not_fit_are_refused():
         "seed: got 2 for 3": dict(seed=[1, 2]),
         "schedule: .* need a masked branch": dict(params=PLAIN, schedule=[[1], [1, 3], [12]]),
         "schedule: .*scale > 0": dict(schedule=[[1, 0], [4], [12]]),
-        "schedule: .* need a": dict(is_causal=True, schedule=[[1], [1, 3], [12]]),
+        "schedule: .* need a": dict(params=PARAMS | dict(causal={}), schedule=[[1], [1, 3], [12]]),
         "top_p: got nan": dict(top_p=math.nan),
         "top_p: got 95": dict(top_p=95),
+        "top_p: got 0": dict(top_p=0.0),
         "rise: got -1": dict(rise=-1),
         "guidance: got nan": dict(guidance=math.nan),
         "soften: got nan": dict(soften=math.nan),
@@ -445,15 +555,19 @@ def test_arguments_that_do_not_fit_are_refused():
         r"labels: got \[0, 4, 1\], expected 0 to 3": dict(labels=[0, 4, 1]),
     }.items():
         options = dict(params=PARAMS, codec=CODEC, labels=LABELS) | options
-        refused(f"^{message}", sample.generate, **options)
+        refused(f"^{message}", lambda **given: next(sample.steps(**given)), **options)
+        options = dict(schedule=sample.masked_schedule(SCALES, 0)) | options
+        options |= dict(features=torch.zeros(3, 8, 3, 4), outside=torch.ones(3, 1, 3, 4).bool())
+        refused(f"^{message}", lambda **x: next(sample.edit_steps(**x)), particles=1, **options)
     refused("^masked passes: got -1", sample.masked_schedule, SCALES, -1)
 
     black = torch.zeros(3, 3, 6, 8, dtype=torch.uint8)  # which in [-1, 1] would be grey
-    refused("^images: got .*uint8", sample.edit, PARAMS, CODEC, black, HALF, LABELS)
-    refused("^labels: got 1, expected ", sample.edit, PARAMS, CODEC, picture(3), HALF, LABELS[:1])
+    refused("^images: got .*uint8", sample.edit, MODEL, black, HALF, LABELS)
+    refused("^labels: got 1, expected ", sample.edit, MODEL, picture(3), HALF, LABELS[:1])
+    refused("^particles: got 0", sample.edit, MODEL, picture(3), HALF, LABELS, particles=0)
     for mask in (HALF.byte(), HALF[:2]):
         message = r"^mask: got .*, expected a bool tensor \(3, 1, 6, 8\)"
-        refused(message, sample.edit, PARAMS, CODEC, picture(3), mask, LABELS)
+        refused(message, sample.edit, MODEL, picture(3), mask, LABELS)
 
 
 # Model files
@@ -470,13 +584,35 @@ def test_a_model_file_is_all_that_sampling_needs():
     Path("copy.pt").write_bytes(Path("run/model.pt").read_bytes())
     for path in ("run", "run/model.pt", Path("copy.pt")):
         loaded = sample.load_model(path)
+        assert loaded.keys() == MODEL.keys()
         assert leaves_equal(loaded["transformer"], PARAMS)
         assert leaves_equal(loaded["tokenizer"], CODEC)
-        rest = {name: part for name, part in MODEL.items() if type(loaded[name]) is not dict}
-        assert rest == dict(classes=NAMES, is_causal=False) and loaded["sampling"] == SAMPLING
+        assert loaded["classes"] == NAMES and loaded["sampling"] == SAMPLING
+        images = sample.generate(MODEL, ["ring"])
+        assert torch.equal(sample.generate(loaded, ["ring"]), images)
     other = small_codec(seed=9)
     save_model("other", tokenizer=other)
     assert leaves_equal(sample.load_model("run", "other")["tokenizer"], other)
+
+
+def test_files_of_older_versions_are_the_same_models():
+    """Where is_causal stood beside the trees, and published MLPs were called mlp_tanh."""
+    today = tree(SCALES, codes=16, code_dim=8, own_input=False, random=False)
+    old = copy.deepcopy(today)
+    for block in old["trunk"] + old["next_scale"]["blocks"] + old["masked"]["blocks"]:
+        block["mlp_tanh"] = {name: block["mlp"][name] for name in ("expand", "contract")}
+        del block["mlp"]
+    for is_causal in (False, True):
+        save_model("run", transformer=old, is_causal=is_causal)
+        loaded = sample.load_model("run")
+        assert "is_causal" not in loaded
+        assert ("causal" in loaded["transformer"]) == is_causal
+        assert leaves_equal(loaded["transformer"], today)
+        images = sample.generate(loaded, [1])
+        expected = today | (dict(causal={}) if is_causal else {})
+        assert torch.equal(images, sample.generate(MODEL | dict(transformer=expected), [1]))
+    torch.save(dict(tokenizer=CODEC, is_causal=True), "begun.pt")
+    assert sample.load_model("begun.pt").keys() == {"tokenizer"}
 
 
 def test_published_weights_become_models():
@@ -489,9 +625,9 @@ def test_published_weights_become_models():
         params = hmar.from_published(golden[name], scales)
         assert leaves_equal(model["transformer"], params)
         assert leaves_equal(model["tokenizer"], tokenizer.from_published(golden["vqvae"]))
-        assert model["is_causal"] == (name == "var")
+        assert ("causal" in model["transformer"]) == (name == "var")
         assert model["classes"] == [str(label) for label in range(10)]
-        assert model["sampling"] == sample.published_sampling(params, name == "var")
+        assert model["sampling"] == sample.published_sampling(params)
     assert sample.load_model("vqvae").keys() == {"tokenizer"}
 
 
@@ -504,11 +640,23 @@ def test_files_that_hold_no_model_are_refused_and_run_no_code():
     torch.save([1], "list.pt")
     torch.save({"x": torch.zeros(1)}, "foreign.pt")
     Path("empty.pt").write_bytes(b"")
+    Image.new("L", (8, 6)).save("photo.png")
     torch.save(dict(transformer=PARAMS), "half.pt")
-    for name in ("none", "code.pt", "list.pt", "foreign.pt", "empty.pt"):
-        refused(f"^{name}: no weights: ", sample.load_model, name)
+    for name in ("code.pt", "list.pt", "foreign.pt", "empty.pt", "photo.png"):
+        refused(f"^{name}: no weights, expected a run folder", sample.load_model, name)
     refused("^half.pt: has no tokenizer", sample.load_model, "half.pt", "half.pt")
     assert not Path("harm").exists()
+
+
+def test_what_is_no_finished_run_is_told_apart():
+    for folder, names in dict(empty=[], begun=["args.json", "checkpoint.pt"]).items():
+        Path(folder).mkdir()
+        for name in names:
+            Path(folder, name).write_bytes(b"")
+    refused("^none: no such file or folder, expected a run folder", sample.load_model, "none")
+    refused("^empty: has no model.pt, expected a run folder", sample.load_model, "empty")
+    for path in ("begun", "begun/checkpoint.pt"):
+        refused(f"^{path}: training has not finished; the same", sample.load_model, path)
 
 
 # The command
@@ -533,26 +681,32 @@ def archived(*flags):
     return np.load(path)["arr_0"]
 
 
-def assert_sampled(pixels, labels, params=PARAMS, codec=CODEC, **options):
+def assert_sampled(pixels, labels, model=MODEL, **options):
     """pixels (B, H, W, 3) are what `generate` makes of these labels."""
-    images, _ = sample.generate(params, codec, torch.tensor(labels), **options)
+    images = sample.generate(model, torch.tensor(labels), **options)
     assert pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - sample.to_bytes(images)).max() <= 1
+
+
+def opened(folder):
+    """{name: pixels}, in order."""
+    paths = sorted(Path(folder).iterdir())
+    return {path.name: np.asarray(Image.open(path)) for path in paths}
 
 
 def test_the_command_samples_the_same_images_in_every_form(run, capsys):
     flags = (run, "--labels", "star", "0", "--count", 3, "--seed", 5, "--out")
     for name in ("sheet.png", "growing.gif", "all.npz", "folder"):
         assert call(*flags, name) is None
-        assert f"{name}: 3 each of star, disc\n" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"{name}: 3 each of star, disc\n" in printed and "guidance 6; " in printed
     labels, archive = [2, 2, 2, 0, 0, 0], np.load("all.npz")
     pixels = archive["arr_0"]
-    assert_sampled(pixels, labels, seed=5, **SAMPLING)
+    assert_sampled(pixels, labels, seed=5)
     assert archive["labels"].tolist() == labels
-    names = [f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
-    assert sorted(contents("folder")) == names
-    for name, image in zip(names, pixels):
-        assert np.array_equal(np.asarray(Image.open(f"folder/{name}")), image)
+    images = opened("folder")
+    assert [*images] == [f"{i:06d}-{NAMES[label]}.png" for i, label in enumerate(labels)]
+    assert np.array_equal(np.stack([*images.values()]), pixels)
 
     page, gif = Image.open("sheet.png"), Image.open("growing.gif")
     left = page.width - 3 * (64 + 2)  # images grow by whole pixels
@@ -568,21 +722,54 @@ def test_the_command_samples_the_same_images_in_every_form(run, capsys):
         assert np.abs(shown - truth).mean() < 3  # of a palette
 
 
-def test_an_interrupted_folder_keeps_its_images(run, capsys, monkeypatch):
+def test_archives_and_folders_have_all_classes_and_pictures_ten():
+    params = tree(SCALES, classes=12, codes=16, code_dim=8, random=False)
+    names = [f"a {i}/b" for i in range(12)]
+    save_model("run", transformer=params, classes=names)
+    for out in ("all.npz", "folder", "grid.png"):
+        assert call("run", "--count", 1, "--out", out) is None
+    assert np.load("all.npz")["labels"].tolist() == [*range(12)]
+    assert [*opened("folder")] == [f"{i:06d}-a_{i}_b.png" for i in range(12)]
+    assert Image.open("grid.png").height == 10 * 50
+
+
+def test_a_folder_that_is_not_empty_is_refused(run):
+    """Images of other settings would stay there, and a Fréchet distance would be wrong."""
+    Path("empty").mkdir()
+    assert call(run, "--count", 1, "--out", "empty") is None
+    before = contents("empty")
+    message = call(run, "--count", 2, "--seed", 3, "--out", "empty")
+    assert message.startswith("sample.py: --out: got empty, which is not empty")
+    assert contents("empty") == before and len(before) == 3
+
+
+def test_processes_share_the_images_of_a_folder(run, monkeypatch):
+    """Together they write what one would, in the same batches."""
     monkeypatch.setattr(sample, "images_at_once", lambda pixels: 2)
-    flags = (run, "--count", 4, "--out", "a")
-    some = sample.generate(PARAMS, CODEC, torch.tensor([0, 0]))
-    with mock.patch.object(sample, "generate", side_effect=[some, KeyboardInterrupt]):
-        assert call(*flags) == "sample.py: stopped"
-    assert sorted(contents("a")) == ["000000-0.png", "000001-0.png"]
-    Path("a/000001-0.png").unlink()
-    before = contents("a")
-    assert call(*flags) is None
-    assert "a: 1 of 12 images are there already and are kept" in capsys.readouterr().out
-    after = contents("a")
-    assert len(after) == 12 and before.items() <= after.items()
-    pixels = [np.asarray(Image.open(f"a/{name}")) for name in sorted(after)]
-    assert_sampled(np.stack(pixels[1:]), ([0] * 4 + [1] * 4 + [2] * 4)[1:], seed=1, **SAMPLING)
+    assert call(run, "--count", 3, "--out", "one") is None
+    waited = []
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, name=name: waited.append(name))
+    found = {}
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert call(run, "--count", 3, "--out", f"part{rank}") is None
+        part = contents(f"part{rank}")
+        assert part and not part.keys() & found.keys()
+        found |= part
+    assert found == contents("one") and len(found) == 9
+    assert waited[:2] == ["init_process_group", "barrier"]
+    assert "expected a folder" in call(run, "--count", 3, "--out", "all.npz")
+
+
+def test_an_error_inside_sampling_keeps_its_traceback(run, monkeypatch):
+    for error in (ValueError("too many values"), FileNotFoundError("weights")):
+        monkeypatch.setattr(hmar, "self_attention", mock.Mock(side_effect=error))
+        with pytest.raises(type(error), match=str(error)):
+            call(run, "--count", 1)
+    monkeypatch.setattr(hmar, "self_attention", mock.Mock(side_effect=KeyboardInterrupt))
+    assert call(run, "--count", 1) == "sample.py: stopped"
 
 
 def test_the_command_edits(run):
@@ -609,6 +796,25 @@ def test_the_command_edits(run):
         archived("run", *given, "--particles", 3)
         archived("run", *given)
     assert [call.kwargs["particles"] for call in edited.call_args_list] == [3, 8]
+
+
+def test_a_picture_of_edits_begins_with_the_image_and_what_is_visible(run):
+    flags = ("--edit", "photo.png", "--mask", "mask.png", "--labels", "ring", "star", "--count", 2)
+    pixels = archived(run, *flags)
+    photo = np.asarray(Image.open("photo.png"))
+    for name in ("page.png", "page.gif"):
+        assert call(run, *flags, "--out", name) is None
+    page = Image.open("page.png")
+    assert Image.open("page.gif").n_frames == 1
+    left = page.width - 4 * (64 + 2)
+    rows = np.asarray(page).reshape(2, 50, -1, 3)[:, :48:8]
+    shown = [rows[:, :, left + 66 * i : left + 66 * i + 64 : 8] for i in range(4)]
+    for row in range(2):
+        assert np.array_equal(shown[0][row], photo)
+        assert np.array_equal(shown[1][row][:, :4], photo[:, :4])
+        assert (shown[1][row][:, 4:] == 128).all()
+    results = np.stack(shown[2:], 1).reshape(4, 6, 8, 3)
+    assert np.array_equal(results, pixels)
 
 
 @given(width=st.integers(3, 70), height=st.integers(3, 70))
@@ -642,18 +848,43 @@ def test_a_thin_stroke_of_a_large_mask_is_repainted(run):
     Image.fromarray(np.uint8([[0, 127, 128, 255]]).repeat(3, 0)).resize((8, 6), 0).save("grey.png")
     _, mask = sample.read_photo_and_mask("photo.png", "grey.png", 0, (8, 6))
     assert torch.equal(mask[0, 0, 0], torch.tensor([False] * 4 + [True] * 4))
-    Image.new("RGBA", (8, 6)).save("stroke.png")  # transparent, which is read as white
-    assert "--mask: expected" in call(run, "--edit", "photo.png", "--mask", "stroke.png")
+
+
+@pytest.mark.parametrize("colour", ["white", "black", "red"])
+def test_strokes_on_a_transparent_ground_are_repainted(run, colour):
+    stroke = Image.new("RGBA", (8, 6))
+    for mode in ("RGBA", "LA", "P"):
+        assert "--mask: expected" in call(run, "--edit", "photo.png", "--mask", saved(stroke, mode))
+    stroke.paste(Image.new("RGBA", (3, 6), colour), (2, 0))
+    for mode in ("RGBA", "LA", "P"):
+        _, mask = sample.read_photo_and_mask("photo.png", saved(stroke, mode), 0, (8, 6))
+        assert mask[..., 2:5].all() and mask.sum() == 18
+    opaque = Image.open("mask.png").convert("RGBA")  # nothing is transparent: white counts
+    _, mask = sample.read_photo_and_mask("photo.png", saved(opaque, "RGBA"), 0, (8, 6))
+    assert torch.equal(mask, HALF[:1])
+
+
+def saved(image, mode):
+    path = f"{mode}.png"
+    image.convert(mode).save(path)
+    return path
+
+
+def test_tiff_photos_are_read(run):
+    Image.open("photo.png").save("photo.tiff")
+    pixels = [np.asarray(sample.read_image(f"photo.{suffix}")) for suffix in ("png", "tiff")]
+    assert np.array_equal(*pixels)
 
 
 def test_a_run_before_its_masked_stage_can_be_sampled():
     save_model("run", transformer=PLAIN)
-    assert_sampled(archived("run", "--count", 1), [0, 1, 2], PLAIN, **SAMPLING)
+    model = MODEL | dict(transformer=PLAIN)
+    assert_sampled(archived("run", "--count", 1), [0, 1, 2], model)
 
 
 def test_names_go_before_numbers():
     save_model("run", classes=["1", "2", "0"])
-    assert_sampled(archived("run", "--labels", "1", "--count", 1), [0], **SAMPLING)
+    assert_sampled(archived("run", "--labels", "1", "--count", 1), [0])
     assert len(archived("run", "--count", 1)) == 3
 
 
@@ -665,8 +896,9 @@ def test_flags_reach_the_sampler(run):
     schedule = sample.masked_schedule(SCALES, 2)
     assert_sampled(pixels, [1, 1], **options, rise=0.5, seed=9, schedule=schedule)
 
-    save_model("var", transformer=PLAIN, is_causal=True)
-    assert_sampled(archived("var", "--count", 1), [0, 1, 2], PLAIN, is_causal=True, **SAMPLING)
+    save_model("var", transformer=VAR)
+    model = MODEL | dict(transformer=VAR)
+    assert_sampled(archived("var", "--count", 1), [0, 1, 2], model)
 
 
 def test_the_command_samples_published_weights():
@@ -675,22 +907,25 @@ def test_the_command_samples_published_weights():
         torch.save(golden[name], name)
     model = sample.load_model("hmar", "vqvae", ((1, 1), (2, 2), (3, 3), (4, 4)))
     flags = ("--tokenizer", "vqvae", "--scales", 1, 2, 3, "4x4", "--labels", 2, "--count", 2)
-    pair = model["transformer"], model["tokenizer"]
-    assert_sampled(archived("hmar", *flags), [2, 2], *pair, **model["sampling"])
+    assert_sampled(archived("hmar", *flags), [2, 2], model)
 
 
 BAD_INPUT = """
-run --labels 3  --labels: got '3', expected 0 to 2 or a name such as disc, ring, star
+run --labels 3  sample.py: labels: got '3', expected 0 to 2 or a name such as disc, ring, star
 run --count 0  --count: got 0, expected 1 or more
 run --seed -1  seed: got -1
 run --soften -1  soften: got -1.0
 run --top-p 95  top_p: got 95
 run --mask-steps -1  masked passes: got -1
 run --out photo.png --edit photo.png --pad 0.2  --out: got photo.png, which would be overwritten
-none  none: no weights
-photo.png  photo.png: no weights
-run --tokenizer none  none: no weights
-half  half: has no transformer
+none  none: no such file or folder, expected a run folder of train.py, its model.pt, or published
+photo.png  photo.png: no weights, expected a run folder of train.py, its model.pt, or published
+run --tokenizer none  none: no such file or folder
+half  half: has no transformer; training has not finished; the same train.py command goes on
+half/model.pt  has no transformer; training has not finished
+bare.pt  bare.pt: has no tokenizer; name a file that has one with --tokenizer
+codec.pt  codec.pt: has no transformer; expected a run folder
+half/checkpoint.pt  half/checkpoint.pt: training has not finished; the same train.py command goes on
 run --pad 0.2  --edit: expected with --mask, or --pad
 run --edit photo.png --pad 0.7  --edit: expected with --mask, or --pad
 run --edit photo.png --mask black.png  --mask: expected white
@@ -710,7 +945,10 @@ def test_bad_input_is_one_line(run, line):
     Image.new("L", (300, 40)).save("wide.png")
     Path("text.png").write_text("text")
     Path("half").mkdir()
-    torch.save(dict(tokenizer=CODEC), "half/model.pt")
+    torch.save(dict(tokenizer=CODEC, classes=NAMES, sampling=SAMPLING), "half/model.pt")
+    torch.save({}, "half/checkpoint.pt")
+    torch.save(dict(transformer=PARAMS, classes=NAMES, sampling=SAMPLING), "bare.pt")
+    torch.save(dict(tokenizer=CODEC), "codec.pt")
     before = contents(".")
     flags, message = line.split("  ")
     said = call("--out", "new", *flags.split())
@@ -718,7 +956,31 @@ def test_bad_input_is_one_line(run, line):
     assert contents(".") == before
 
 
+def test_a_gpu_that_is_not_there_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = "sample.py: --device: got cuda, but torch finds no GPU"
+    assert failure(sample.main, run, "--device", "cuda") == message
+
+
 def test_names_of_any_characters_are_sampled():
-    save_model("run", classes=["é\u4e2d", "a" * 300, "b"])
-    assert call("run", "--labels", "é\u4e2d", 1, 2, "--count", 1, "--out", "é.png") is None
-    assert Image.open("é.png").height == 3 * 50
+    save_model("run", classes=["\u00e9\u4e2d", "a" * 300, "../b"])
+    flags = ("run", "--labels", "\u00e9\u4e2d", 1, 2, "--count", 1, "--out")
+    assert call(*flags, "\u00e9.png") is None
+    assert Image.open("\u00e9.png").height == 3 * 50
+    assert call(*flags, "folder") is None
+    names = ["000000-\u00e9\u4e2d.png", f"000001-{'a' * 40}.png", "000002-.._b.png"]
+    assert sorted(contents("folder")) == names
+
+
+def test_names_that_the_font_lacks_are_replaced_by_numbers():
+    rows = [torch.zeros(1, 3, 64, 64)] * 2
+    pages = [
+        sample.sheet(rows, names, *numbers)
+        for names, *numbers in (
+            (["cat", "\u4e2d\u6587"], [3, 7]),
+            (["cat", "7"],),
+            (["cat", "\u4e2d"],),
+        )
+    ]
+    assert pages[0] == pages[1] and pages[0] != pages[2]
+    assert pages[2] == sample.sheet(rows, ["cat", "1"])
