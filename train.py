@@ -336,13 +336,9 @@ def replace_settings(settings, changes):
     for name, value in changes.items():
         if name not in settings:
             raise ValueError(f"{name}: no such setting, expected one of {', '.join(settings)}")
-        before = settings[name]
-        fits = isinstance(value, type(before)) and isinstance(value, bool) == isinstance(
-            before, bool
-        )
-        is_number = isinstance(before, float | None) and isinstance(value, int | float)
-        if not fits and not is_number:
-            raise ValueError(f"{name}: got {value!r}, expected a value like {before!r}")
+        kinds = (float, int) if type(settings[name]) is float else (type(settings[name]),)
+        if settings[name] is not None and type(value) not in kinds:
+            raise ValueError(f"{name}: got {value!r}, expected a value like {settings[name]!r}")
         if name.endswith(("_steps", "_lr", "batch")) and not 0 < value < math.inf:
             raise ValueError(f"{name}: got {value}, expected above 0")
     return settings | changes
@@ -1379,6 +1375,7 @@ def start_processes(device):
     """Connects the processes that torchrun started, if there are several; returns the device."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # TF32 would choose other tokens
     if world() > 1 and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=10)  # the longest wait is that for an evaluation
@@ -1664,7 +1661,6 @@ def parse_settings(texts):
 def main(argv=None):
     """The command. SystemExit with a line and status 1 for wrong flags or folders."""
     args = parser().parse_args(argv)
-    torch.backends.cudnn.allow_tf32 = False  # TF32 would choose other tokens
     sample.keep_freed_memory()
     with sample.exit_with_a_line("train.py"):
         size = args.size or (64 if args.data else 32)
