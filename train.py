@@ -809,7 +809,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices, iterations):
-    """Matrices (n, rows, columns) with singular values near 1 (Newton-Schulz; Jordan et al. 2024)."""
+    """Matrices (n, rows, columns) with singular values near 1, by Newton-Schulz (Jordan 2024)."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
