@@ -424,6 +424,7 @@ def train_tokenizer(
                 last_scales[coarse].to(device),
                 hue_variance=hue_variance,
                 perceptual_layers=perceptual_layers,
+                is_transposed=step % 2 == 0,
                 images_per_coarse=batch / math.ceil(batch / COARSE_EVERY),
             )
             share = len(pixels) / len(images)
