@@ -29,6 +29,8 @@ the PSNR after each scale and the perplexity of its codes.
 """
 
 import argparse
+import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -37,7 +39,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -191,9 +192,11 @@ def train_judge(kind, images, labels, batch=64, probe=None):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         judge = network(classes, images.shape[-1], 1 if kind in EPOCHS else 2)
-    seen = images.numpy().tobytes() + labels.numpy().tobytes()
-    name = f"judge-{kind}-{epochs}-{zlib.crc32(seen):x}.pt"
-    cache = Path(tempfile.gettempdir(), name)
+    depends = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
+    for function in (network, roughen, moved, train_judge):
+        depends.update(inspect.getsource(function).encode())
+    cache = Path.home() / f".cache/hmar/judge-{kind}-{epochs}-{depends.hexdigest()[:16]}.pt"
+    cache.parent.mkdir(parents=True, exist_ok=True)
     if cache.exists():
         judge.load_state_dict(torch.load(cache, weights_only=True))
         return judge.eval()
@@ -367,6 +370,7 @@ def report_edits(judge, held_out, run, flags, count=300):
     """
     images, labels = (rows[:count] for rows in held_out)  # in random order
     model, options = model_of(run, flags)
+    options["particles"] = sample.parser().parse_args([str(run), *flags]).particles
     middle, quarter = images.shape[3] // 2, images.shape[3] // 4
     left, box = (torch.zeros_like(images[:, :1], dtype=torch.bool) for _ in range(2))
     left[..., :middle] = True
