@@ -283,7 +283,7 @@ def group_norm(x, weight, bias):
 
 
 # Weights of the terms of `training_loss`; the squared error has a weight of 1.
-ABSOLUTE_WEIGHT, EDGE_WEIGHT, TEXTURE_WEIGHT = 0.5, 0.25, 0.5
+ABSOLUTE_WEIGHT, EDGE_WEIGHT, TEXTURE_WEIGHT, JUMP_WEIGHT = 0.5, 0.25, 0.25, 0.18
 HUE_WEIGHT, PERCEPTUAL_WEIGHT, COARSE_WEIGHT = 0.28, 0.08, 0.5
 
 
@@ -296,6 +296,7 @@ def training_loss(
     *,
     hue_variance=0.0,
     perceptual_layers=(),
+    is_transposed=False,
     images_per_coarse=4.0,
     commitment=0.1,
 ):
@@ -308,12 +309,15 @@ def training_loss(
     loss although they have unequal numbers of them.
     hue_variance: `measure_hue_variance` of the training data.
     perceptual_layers: as for `perceptual_error`; without any, this term is zero.
+    is_transposed: the layers see both images with rows and columns exchanged. A small network
+    prefers some directions, and the decoder would answer with stripes if they were always the same.
     commitment: weight of the error that moves features to their codes (VAR, equation 5).
 
     There is no adversarial term. Squared, absolute and edge errors alone favour a blur where detail
-    cannot be predicted; the texture term asks for as much local contrast as the image has. The hue
-    term is relative to the data's variance: in photographs hue varies little beside brightness, so
-    that no code would be spent on it otherwise.
+    cannot be predicted; the texture term asks for as much local contrast as the image has. It takes
+    flat squares of pixels for grain; the term of `jumps` does not. The hue term is relative to the
+    data's variance: in photographs hue varies little beside brightness, so that no code would be
+    spent on it otherwise.
 
     Returns loss, error (squared), coarse, quantisation: scalars; images: reconstructions (B, 3, H, W), not clamped;
     coarse_images (n, 3, H, W); tokens, residuals: one entry a scale, see `quantise`.
@@ -346,9 +350,12 @@ def training_loss(
     squared_error = error.square().mean()
     loss = squared_error + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges
     loss = loss + TEXTURE_WEIGHT * (texture(whole) - texture(images)).abs().mean()
+    for ours, theirs in zip(jumps(whole), jumps(images)):
+        loss = loss + JUMP_WEIGHT * (ours - theirs).abs().mean()
     hue_error = hues(error).square().mean() / (hue_variance + 0.01)  # 0.01 for grey images
     loss = loss + HUE_WEIGHT * hue_error
-    loss = loss + PERCEPTUAL_WEIGHT * perceptual_error(perceptual_layers, whole, images)
+    seen = (whole.mT, images.mT) if is_transposed else (whole, images)
+    loss = loss + PERCEPTUAL_WEIGHT * perceptual_error(perceptual_layers, *seen)
     loss = loss + COARSE_WEIGHT * coarse_error + quantisation
 
     made = dict(loss=loss, error=squared_error, coarse=coarse_error, quantisation=quantisation)
@@ -360,6 +367,19 @@ def texture(images):
     """Local contrast (B, 1, H / 4, W / 4): what a 3 x 3 blur removes, root mean square of cells."""
     blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     return (cell_means((images - blurred).square().sum(1, True)) + 1e-4).sqrt()
+
+
+def jumps(images):
+    """Yields four maps (B, 1, H / 4, W / 4): jumps between neighbours, root mean square of cells.
+
+    Along rows, then along columns (these maps are transposed): of each first jumps inside squares
+    of 2 x 2 pixels, then jumps between them. Such squares are what a decoder with a fold writes.
+    """
+    for lines in (images, images.mT):
+        squares = F.pad(lines.diff(dim=3), (0, 1)).square().sum(1, True)  # 0 behind the last pixel
+        for place in (0, 1):
+            cells = F.avg_pool2d(squares[..., place::2], (4, 2), ceil_mode=True)
+            yield (cells + 1e-4).sqrt()
 
 
 def hues(images):

@@ -16,7 +16,6 @@ import argparse
 import ast
 import colorsys
 import contextlib
-import copy
 import datetime
 import hashlib
 import inspect
@@ -340,11 +339,9 @@ def replace_settings(settings, changes):
     for name, value in changes.items():
         if name not in settings:
             raise ValueError(f"{name}: no such setting, expected one of {', '.join(settings)}")
-        before = settings[name]
-        kinds = (int, float) if isinstance(before, float | None) else type(before)
-        is_bool = isinstance(value, bool)  # which Python takes for a number, too
-        if not isinstance(value, kinds) or is_bool != isinstance(before, bool):
-            raise ValueError(f"{name}: got {value!r}, expected a value like {before!r}")
+        kinds = (float, int) if type(settings[name]) is float else (type(settings[name]),)
+        if settings[name] is not None and type(value) not in kinds:
+            raise ValueError(f"{name}: got {value!r}, expected a value like {settings[name]!r}")
         if name.endswith(ABOVE_ZERO) and not 0 < value < math.inf:
             raise ValueError(f"{name}: got {value}, expected above 0")
     return settings | changes
@@ -430,6 +427,7 @@ def train_tokenizer(
                 last_scales[coarse].to(device),
                 hue_variance=hue_variance,
                 perceptual_layers=perceptual_layers,
+                is_transposed=step % 2 == 0,
                 images_per_coarse=batch / math.ceil(batch / COARSE_EVERY),
             )
             share = len(pixels) / len(images)
@@ -783,39 +781,57 @@ class Muon(torch.optim.Optimizer):
     """torch.optim.Muon, to the bit, but in any dtype and for convolutions (Jordan et al. 2024).
 
     torch's version always multiplies in bf16, which takes 20 times as long as fp32 on a processor
-    without bf16. A convolution is treated as a matrix with a row for each output channel. Steps are
-    scaled to the size of AdamW's: both use one rate (Liu et al. 2025).
+    without bf16. A convolution is a matrix with a row for each output channel. Matrices of one
+    shape are updated together, in up to half of the time. Steps are scaled to the size of AdamW's:
+    both use one rate (Liu et al. 2025).
     """
 
     def __init__(self, leaves, decay, newton_schulz, dtype):
         super().__init__(leaves, dict(lr=0.0))
         self.decay, self.newton_schulz, self.dtype = decay, newton_schulz, dtype
+        self.stacks = {}  # leaves by the shape of their matrices
+        for leaf in leaves:
+            self.stacks.setdefault(leaf.flatten(1).shape, []).append(leaf)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for leaf in group["params"]:
-            state, gradient = self.state[leaf], leaf.grad.flatten(1)
+        for shape, leaves in self.stacks.items():
+            state, gradients = (
+                self.state[leaves[0]],
+                torch.stack([x.grad.flatten(1) for x in leaves]),
+            )
             if not state:
-                state["momentum"] = torch.zeros_like(gradient)
-            momentum = state["momentum"].lerp_(gradient, 1 - 0.95)
-            update = gradient.lerp(momentum, 0.95).to(self.dtype)  # Nesterov's
-            update = orthogonalize(update, self.newton_schulz)
-            scale = 0.2 * math.sqrt(max(update.shape))
-            leaf.mul_(1 - group["lr"] * self.decay)
-            leaf.add_(update.view_as(leaf), alpha=-group["lr"] * scale)
+                state["momentum"] = torch.zeros_like(gradients)
+            momentum = state["momentum"].lerp_(gradients, 1 - 0.95)
+            updates = gradients.lerp(momentum, 0.95).to(self.dtype)  # Nesterov's
+            updates = shared_orthogonalize(updates, self.newton_schulz)
+            scale = 0.2 * math.sqrt(max(shape))
+            for leaf, update in zip(leaves, updates):
+                leaf.mul_(1 - group["lr"] * self.decay)
+                leaf.add_(update.view_as(leaf), alpha=-group["lr"] * scale)
 
 
-def orthogonalize(matrix, iterations):
-    """The matrix with singular values near 1, by Newton-Schulz iterations (Jordan et al. 2024)."""
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonalize(matrices, iterations):
+    """Matrices (n, rows, columns) with singular values near 1, by Newton-Schulz (Jordan 2024)."""
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):  # x <- 3.4445 x - 4.775 x x' x + 2.0315 x x' x x' x
-        gram = x @ x.T
-        factor = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, factor, x, beta=3.4445)
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
+def shared_orthogonalize(matrices, iterations):
+    """`orthogonalize`, of which each of several processes computes a part."""
+    if world() == 1:
+        return orthogonalize(matrices, iterations)
+    share = math.ceil(len(matrices) / world())
+    padded = F.pad(matrices, (0, 0, 0, 0, 0, share * world() - len(matrices)))
+    own = orthogonalize(padded[rank() * share :][:share], iterations)
+    return gather(own.contiguous())[: len(matrices)]
 
 
 def optimizer_step(optimizers, rate):
@@ -927,9 +943,8 @@ def restored_leaf(leaf, saved):
     if isinstance(leaf, torch.Tensor):
         return leaf.copy_(saved)
     if hasattr(leaf, "state_dict"):
-        # Optimizers keep what they are given; a tensor of the mapped file would keep it open, and
-        # Windows replaces no open file.
-        leaf.load_state_dict(copy.deepcopy(saved))
+        # Copied, because Windows cannot replace a file that is mapped into memory.
+        leaf.load_state_dict(pytree.tree_map_only(torch.Tensor, torch.clone, saved))
         return leaf
     return saved
 
@@ -1129,9 +1144,18 @@ def central_crops(crops, count=EVALUATED):
 
 
 def token_batches(crops, codec, scales, done, **reading):
-    """Yields (labels (b,), tokens (b, L)) of `crop_batches`; codec is on the same device."""
-    for images, labels in crop_batches(crops, done, **reading):
-        yield labels, encode_crops(codec, images, scales)
+    """Yields (labels (b,), tokens (b, L)) of `crop_batches`; codec is on the same device.
+
+    Four batches are encoded together, always the same ones: large batches take less time, and a
+    token may depend on its batch by rounding.
+    """
+    skipped = done % 4
+    batches = crop_batches(crops, done - skipped, **reading)
+    while True:
+        images, labels = zip(*itertools.islice(batches, 4))
+        tokens = encode_crops(codec, torch.cat(images), scales).split([len(x) for x in images])
+        yield from [*zip(labels, tokens)][skipped:]
+        skipped = 0
 
 
 def encode_held_out(codec, crops, scales):
@@ -1373,6 +1397,7 @@ def start_processes(device):
     """Connects the processes that torchrun started, if there are several; returns the device."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # TF32 would choose other tokens
     if world() > 1 and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=10)  # the longest wait is that for an evaluation
@@ -1498,8 +1523,8 @@ def check_same(out, plan, flags, data):
     before = plan["flags"]
     names = [name for name in {**before, **flags} if before.get(name) != flags.get(name)]
     if names:
-        words = [f"--{name} {before.get(name)} -> {flags.get(name)}" for name in names]
-        raise ValueError(f"--out: {out} was begun with other flags: {', '.join(words)}")
+        words = [f"{name} {before.get(name)} -> {flags.get(name)}" for name in names]
+        raise ValueError(f"--out: {out} was begun with other settings: {', '.join(words)}")
     names = [name for name in data if plan["data"].get(name) != data[name]]
     if names:
         words = [f"{name} {plan['data'].get(name)} -> {data[name]}" for name in names]
@@ -1565,14 +1590,17 @@ def print_plan(plan, out, device, dtype, training, held_out):
         f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, "
         f"{world()} processes"
     )
+    parts = [name for name in ("convolutions", "neighbours", "perceptual") if settings[name]]
+    sides = " ".join(f"{h}x{w}" for h, w in settings["scales"])
+    log(f"scales {sides}; with {', '.join(parts) or 'the published layers alone'}")
     for name in ("tokenizer", "init"):
         if flags[name]:
             where = "a model in memory" if isinstance(flags[name], dict) else flags[name]
             log(f"--{name}: {where}")
 
 
-# Seconds of a step, relative to one of the tokenizer's; measured at depth 2.
-STEP_COSTS = dict(tokenizer=1.0, next_scale=1.0, masked=1.0)
+# Seconds of a step, relative to one of the tokenizer's; measured at depths 2 and 3 (.6 to 1.9).
+STEP_COSTS = dict(tokenizer=1.0, next_scale=1.2, masked=1.2)
 
 
 def later_steps(plan, stage):
@@ -1655,7 +1683,6 @@ def parse_settings(texts):
 def main(argv=None):
     """The command. SystemExit with a line and status 1 for wrong flags or folders."""
     args = parser().parse_args(argv)
-    torch.backends.cudnn.allow_tf32 = False  # TF32 would choose other tokens
     sample.keep_freed_memory()
     with sample.exit_with_a_line("train.py"):
         size = (64 if args.data else 32) if args.size is None else args.size

@@ -488,10 +488,10 @@ def learning(params):
 
 def optimizer_flops(tree):
     """FLOPs of Muon's step."""
-    leaves = [torch.nn.Parameter(leaf) for leaf in pytree.tree_leaves(tree)]
-    for leaf in leaves:
+    tree = trainable(tree)
+    for leaf in pytree.tree_leaves(tree):
         leaf.grad = torch.zeros_like(leaf)
-    return count_flops(train.new_optimizers(tree, leaves, 0)[0].step)
+    return count_flops(train.new_optimizers(tree, 0)[0].step)
 
 
 COSTS = """\
@@ -505,25 +505,27 @@ def print_costs(depths):
     for depth in depths:
         size = 64 if depth < 8 else 256
         recipe = train.recipe(depth, size, images, classes=1000)
-        batch, steps, scales = recipe["batch"], [*recipe["steps"].values()], recipe["scales"]
+        batch, scales = recipe["batch"], recipe["scales"]
+        steps = [recipe[f"{stage}_steps"] for stage in ("tokenizer", "next_scale", "masked")]
         with torch.device("meta"):
-            codec = tokenizer.init(**recipe["codec"])
-            codes, code_dim = codec["codebook"].shape
-            shapes = dict(codes=codes, code_dim=code_dim, scales=scales)
-            params = hmar.init(**recipe["transformer"], **shapes)
+            codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
+            params = hmar.init(**train.arguments(hmar.init, recipe))
             masked = hmar.add_masked_branch(params, recipe["masked_blocks"])
         with FakeTensorMode():
             codec, params, masked = without_values((codec, params, masked))
             first, encoding = tokenizer_flops(codec, size, scales)
-            flops = first, transformer_flops(params), transformer_flops(masked)
+            flops = (
+                first,
+                encoding + transformer_flops(params),
+                encoding + transformer_flops(masked),
+            )
             trees = codec, params, learning(masked)
             muon = [optimizer_flops(tree) for tree in trees]
 
         totals = [n * (batch * x + y) for n, x, y in zip(steps, flops, muon, strict=True)]
         hours = []
         for gpus in 1, 8:  # each takes a share of the batch, and Muon's whole step
-            work = images * encoding / gpus
-            work += sum(n * (batch / gpus * x + y) for n, x, y in zip(steps, flops, muon))
+            work = sum(n * (batch / gpus * x + y) for n, x, y in zip(steps, flops, muon))
             numbers = sum(n * count_numbers(tree) for n, tree in zip(steps, trees))
             seconds = work / 66e12 + 12 * numbers * (gpus - 1) / gpus / 24e9
             hours.append(seconds / 3600)

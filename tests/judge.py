@@ -29,6 +29,8 @@ the PSNR after each scale and the perplexity of its codes.
 """
 
 import argparse
+import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -37,7 +39,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -103,11 +104,10 @@ def as_tensors(pictures, labels):
 
 def read_folder(folder, class_names):
     """ValueError where the classes are others: their numbers would be."""
-    files, names = train.list_images(folder)
-    if names != class_names:
-        raise ValueError(f"{folder}: got classes {names}, expected {class_names}")
-    pictures = [sample.read_image(path) for path, _ in files]  # all of one size
-    return as_tensors(pictures, [label for _, label in files])
+    dataset = train.Folder(folder)
+    if dataset.classes != class_names:
+        raise ValueError(f"{folder}: got classes {dataset.classes}, expected {class_names}")
+    return as_tensors(*zip(*dataset))  # all of one size
 
 
 def images_of(kind, data=None, others=None, fresh=None):
@@ -118,13 +118,13 @@ def images_of(kind, data=None, others=None, fresh=None):
     data/test; images that data holds as well are left out.
     """
     if kind in PHOTOGRAPHS:
-        _, names = train.list_images(f"{data}/train")
+        names = train.Folder(f"{data}/train").classes
         parts = [read_folder(Path(data, part), names) for part in ("train", "test")]
         known = {image.numpy().tobytes() for images, _ in parts for image in images}
         for part, folder in enumerate((others, fresh)):
             if folder is not None:
                 has_other_classes = kind == "photos64" and folder == others
-                own = train.list_images(folder)[1] if has_other_classes else names
+                own = train.Folder(folder).classes if has_other_classes else names
                 images, labels = read_folder(folder, own)
                 is_new = torch.tensor([image.numpy().tobytes() not in known for image in images])
                 parts[part] = images[is_new], labels[is_new]
@@ -192,9 +192,11 @@ def train_judge(kind, images, labels, batch=64, probe=None):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         judge = network(classes, images.shape[-1], 1 if kind in EPOCHS else 2)
-    seen = images.numpy().tobytes() + labels.numpy().tobytes()
-    name = f"judge-{kind}-{epochs}-{zlib.crc32(seen):x}.pt"
-    cache = Path(tempfile.gettempdir(), name)
+    depends = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
+    for function in (network, roughen, moved, train_judge):
+        depends.update(inspect.getsource(function).encode())
+    cache = Path.home() / f".cache/hmar/judge-{kind}-{epochs}-{depends.hexdigest()[:16]}.pt"
+    cache.parent.mkdir(parents=True, exist_ok=True)
     if cache.exists():
         judge.load_state_dict(torch.load(cache, weights_only=True))
         return judge.eval()
@@ -368,6 +370,7 @@ def report_edits(judge, held_out, run, flags, count=300):
     """
     images, labels = (rows[:count] for rows in held_out)  # in random order
     model, options = model_of(run, flags)
+    options["particles"] = sample.parser().parse_args([str(run), *flags]).particles
     middle, quarter = images.shape[3] // 2, images.shape[3] // 4
     left, box = (torch.zeros_like(images[:, :1], dtype=torch.bool) for _ in range(2))
     left[..., :middle] = True
@@ -484,7 +487,7 @@ def main(argv=None):
         )
         return write_curve(args.write)
     if args.write:
-        _, names = train.list_images(f"{args.data}/train")
+        names = train.Folder(f"{args.data}/train").classes
         test = read_folder(f"{args.data}/test", names)
         return write_edits(args.run[0], *test, Path(args.write, f"edit-{args.kind}.webp"))
 
@@ -493,7 +496,7 @@ def main(argv=None):
     training, held_out = images_of(args.kind, args.data, args.others, args.fresh)
     probe = None
     if args.others and args.kind == "photos64":  # whose classes are other ones
-        _, names = train.list_images(f"{args.data}/train")
+        names = train.Folder(f"{args.data}/train").classes
         probe = read_folder(f"{args.data}/train", names)
     judge = train_judge(args.kind, *training, probe=probe)
     own, unseen = accuracy(judge, *(probe or training)), accuracy(judge, *held_out)

@@ -101,8 +101,12 @@ def fit(model, pixels, labels, seconds):
     """(model with averaged weights, steps)."""
     tree = dict(model.named_parameters())
     leaves = [torch.nn.Parameter(leaf.detach().clone()) for leaf in tree.values()]
-    # by their dotted names Muon gets embeddings and modulation too, which lowers the FD
-    optimizers = train.new_optimizers(tree, leaves, decay=0)
+    # Muon trains embeddings and modulation too, which lowers the FD.
+    matrices = [leaf for leaf in leaves if leaf.ndim >= 2]
+    vectors = [leaf for leaf in leaves if leaf.ndim < 2]
+    adamw = torch.optim.AdamW(vectors, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    dtype = sample.find_dtype(None, torch.device("cpu"))
+    optimizers = [train.Muon(matrices, 0, 5, dtype), adamw]
     average, batches, step, left, start = None, [], 0, 1.0, time.process_time()
     while left > 0:
         if not batches:
@@ -113,17 +117,14 @@ def fit(model, pixels, labels, seconds):
         # from noise, time 0, to images; some without a label
         noise, times = torch.randn_like(images), torch.randn(len(rows)).sigmoid()
         mixed = noise.lerp(images, times[:, None, None, None])
-        known = labels[rows].masked_fill(torch.rand(len(rows)) < train.LABEL_DROP, -1)
+        known = labels[rows].masked_fill(torch.rand(len(rows)) < 0.1, -1)
         now = dict(zip(tree, leaves, strict=True))
         velocity = torch.func.functional_call(model, now, (mixed, times, known))
         F.mse_loss(velocity, images - noise).backward()
 
         torch.nn.utils.clip_grad_norm_(leaves, train.CLIP)
         step += 1
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = RATE * min(1, step / WARMUP, left / COOL_DOWN)
-            optimizer.step()
-            optimizer.zero_grad()
+        train.optimizer_step(optimizers, RATE * min(1, step / WARMUP, left / COOL_DOWN))
         left = 1 - (time.process_time() - start) / seconds
         if left < COOL_DOWN:
             average = average or [leaf.detach().clone() for leaf in leaves]
@@ -137,7 +138,8 @@ def sample_flow(model, x, labels, steps, guidance, solver, density, interval):
     """Images from noise x; the step from time t to t + h adds h times the velocity at t.
 
     solver: "euler" takes the velocity as it is, "ab2" extrapolates it linearly from that of the
-    step before to the middle of the step (Adams-Bashforth); both evaluate it once a step. density:
+    step before to the middle of the step (Adams-Bashforth), unless guidance changed in between;
+    both evaluate it once a step. density:
     times are 1 - (1 - i / steps) ** density. guidance: 1 outside the interval.
     """
     times = (1 - (1 - torch.linspace(0, 1, steps + 1)) ** density).tolist()
@@ -146,11 +148,11 @@ def sample_flow(model, x, labels, steps, guidance, solver, density, interval):
         h, scale = after - now, guidance if interval[0] <= now <= interval[1] else 1
         velocity = guided_velocity(model, x, now, labels, scale)
         middle = velocity
-        if solver == "ab2" and before is not None:
-            h0, v0 = before
+        if solver == "ab2" and before is not None and before[2] == scale:
+            h0, v0, _ = before
             middle = velocity + h / (2 * h0) * (velocity - v0)
         x = x + h * middle
-        before = h, velocity
+        before = h, velocity, scale
     return x
 
 
@@ -176,7 +178,7 @@ def run(args):
         pixels, classes = judge.drawn(train.draw_shape, 0, 20_000)
     else:
         own = args.train or Path(args.data, "train" if is_photographs else "")
-        pixels, classes = judge.read_folder(own, train.list_images(own)[1])
+        pixels, classes = judge.read_folder(own, train.Folder(own).classes)
     probe = (pixels, classes) if args.others and args.kind == "photos64" else None
     network = judge.train_judge(args.kind, *judged, probe=probe)
     halves = [judge.features(network, images) for images, _ in judge.halves(*held_out)]
