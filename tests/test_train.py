@@ -562,7 +562,9 @@ def test_newton_schulz_is_a_polynomial_of_singular_values(count, rows, columns, 
     assert difference(train.orthogonalize(matrices, iterations), expected) < 1e-12
 
 
-SHAPES = (5, 9), (9, 5), (7, 7, 3, 3), (5, 9), (7, 63)  # some are of one shape as matrices
+# Some have one shape as matrices, and are updated together. Such have sides as those of a model have:
+# products of several odd matrices may be rounded otherwise.
+SHAPES = (5, 9), (9, 5), (7, 7, 3, 3), (8, 16), (16, 8), (8, 16), (8, 4, 2, 2)
 
 
 def test_muon_in_bf16_is_torchs_to_the_bit():
