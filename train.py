@@ -1459,18 +1459,20 @@ def begin_run(dataset, out, flags, changes):
     out, data = out and Path(out), signature(dataset)
     models = {x: "a model in memory" for x in ("tokenizer", "init") if isinstance(flags[x], dict)}
     repeated = json.loads(json.dumps(flags | models | changes, default=str))
-    plan = read_plan(out)
+    before = read_plan(out)
 
-    if plan is not None:
-        check_same(out, plan, repeated, data)
-    else:
-        plan = new_plan(dataset, flags, changes)
-        plan |= dict(flags=repeated, data=data)
-        wait_for_all()  # all have read the folder before the first writes there
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(plan, indent=1)
-            write_file(out / "args.json", lambda file: file.write(text.encode()))
+    if before is not None:
+        check_same(out, before, repeated, data)
+    plan = before or new_plan(dataset, flags, changes) | dict(flags=repeated, data=data)
+    batch = plan["settings"]["batch"]
+    if batch % world():
+        raise ValueError(f"--batch: got {batch}, expected a multiple of the {world()} processes")
+
+    wait_for_all()  # all have read the folder before the first writes there
+    if out is not None and before is None:
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(plan, indent=1)
+        write_file(out / "args.json", lambda file: file.write(text.encode()))
     wait_for_all()
     return plan | dict(flags=flags)
 
@@ -1566,9 +1568,6 @@ def new_plan(dataset, flags, changes):
         fixed |= inspect.signature(hmar.init).parameters.keys() - {"scales"}
     if fixed & changes.keys():
         raise ValueError(f"--set: {', '.join(sorted(fixed & changes.keys()))} cannot be set here")
-    if settings["batch"] % world():
-        got = f"--batch: got {settings['batch']}"
-        raise ValueError(f"{got}, expected a multiple of the {world()} processes")
     return dict(flags=flags, classes=classes, is_causal=is_causal, settings=settings)
 
 

@@ -51,7 +51,7 @@ def test_what_is_named_and_linked_is_there():
 
 
 def test_readme_example_runs():
-    *_, example = blocks("python")
+    *_, example, _ = blocks("python")
     printed = python("-c", example, cwd=ROOT)
     assert re.fullmatch(r"4\.1\d \(2, 3, 16, 16\)\n", printed), printed
 
@@ -75,8 +75,9 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         _, script, *flags = shlex.split(line, comments=True)
         command, more = few[script]
         command.main([*flags, *more.split()])
+    values = {}
     for example in blocks("python"):
-        exec(example.replace("runs/shapes", "runs/my_images"), {})  # noqa: S102
+        exec(example.replace("runs/shapes", "runs/my_images"), values)  # noqa: S102
     written = ["pets.png", "sampled/000000-bird.png", "growing.gif", "samples.npz", "loss.png"]
     written += [f"runs/{name}/model.pt" for name in ("more", "paper", "own")]
     for path in written:
