@@ -461,7 +461,7 @@ def train_tokenizer(
             keep_best(state, found["error"], steps, patience)
         if is_evaluation or (is_logged and time.monotonic() > save_at):
             save_at = save_checkpoint(out, "tokenizer", state)
-        if stop is not None and stop.is_set():
+        if is_stopped(stop, step, device):
             save_and_stop(out, "tokenizer", state, report)
 
     log(f"tokenizer: best at step {state['best_step']}, held-out error {state['best_loss']:.4g}")
@@ -589,7 +589,7 @@ def train_transformer(
             keep_best(state, found, steps, patience)
         if is_evaluation or (is_logged and time.monotonic() > save_at):
             save_at = save_checkpoint(out, stage, state)
-        if stop is not None and stop.is_set():
+        if is_stopped(stop, step, device):
             save_and_stop(out, stage, state, report)
 
     log(f"{stage}: best at step {state['best_step']}, held-out loss {state['best_loss']:.4g}")
@@ -957,6 +957,15 @@ def load_checkpoint(out, stage, state):
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if saved["stage"] == stage:
         state.update(pytree.tree_map(restored_leaf, state, saved["state"]))
+
+
+def is_stopped(stop, step, device):
+    """Whether Ctrl-C came. Several processes ask each other in every tenth step; all stop then."""
+    if stop is None or world() == 1:
+        return stop is not None and stop.is_set()
+    if step % 10:
+        return False
+    return add_over_processes(torch.tensor(int(stop.is_set()), device=device)).item() > 0
 
 
 def save_and_stop(out, stage, state, report):
