@@ -529,7 +529,8 @@ def train_transformer(
     held_out: (labels (n,), tokens (n, L)) to evaluate on.
     label_drop: the share of labels that become the null class. loss_weights: of
         `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
-    classes, sampling: names and settings, for the grid of samples that is drawn into `out`.
+    classes, sampling: names (numbers without them) and settings, for the grid of samples that is
+        drawn into `out`.
     The other arguments are those of `train_tokenizer`.
     """
     is_masked = "masked" in params
@@ -705,6 +706,7 @@ def draw_samples(out, stage, params, codec, classes, sampling):
     """Writes samples/STAGE.png, a grid with eight samples of each of the first ten classes."""
     if out is None or rank() > 0:
         return
+    classes = classes or [str(label) for label in range(len(params["classes"]) - 1)]
     labels = torch.arange(min(10, len(classes))).repeat_interleave(8)
     model = dict(tokenizer=codec, transformer=params, classes=classes, sampling=sampling or {})
     passes = 1 if "masked" in params else 0
