@@ -638,6 +638,28 @@ def test_two_processes_are_one_and_go_on_when_one_is_killed():
     assert not Path("new").exists()
 
 
+def test_a_run_goes_on_with_another_number_of_processes(base, out):
+    remove(out, "transformer")
+    for process in start_two(out):
+        ended(process)
+    ours, theirs = (held_out_losses(folder)[-6:] for folder in (out, base))
+    assert ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused(monkeypatch):
+    flags = dict(size=16, depth=1, seed=0, flip=False, is_causal=None, is_simple=False)
+    begin = partial(
+        train.begin_run, NumberedImages(), "run", flags | dict(tokenizer=None, init=None)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused("--batch: got 16, expected a multiple of the 3 processes", begin, dict(batch=16))
+    assert not os.path.exists("run")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    begin(dict(batch=16))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused("--batch: got 16, expected a multiple of the 3 processes", begin, dict(batch=16))
+
+
 # The recipe and its settings
 
 
@@ -892,6 +914,11 @@ def test_stages_are_called_on_trees_and_tensors_alone(capsys):
         assert leaves_equal(made["trunk"], before["trunk"]) == is_masked
         assert all(type(leaf) is torch.Tensor for leaf in pytree.tree_leaves(made))
     assert os.listdir() == ["data"]
+    Path("run").mkdir()  # with a folder, but without names of classes
+    options = dict(steps=1, lr=1e-3, out=Path("run"))
+    train.train_transformer(params, codec, iter(batches), batches[0], **options)
+    names = {"metrics.jsonl", "checkpoint.pt", "samples/next-scale.png"}
+    assert contents("run").keys() == names
 
 
 # What the stages compute
