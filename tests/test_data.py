@@ -394,7 +394,7 @@ def token_codec():
     """An untrained tokenizer whose codes lie among the features of NumberedImages."""
     codec = small_codec(codes=256, attention=False, seed=3)
     images = train.to_unit(torch.stack([crop_of(i) for i in range(40)]))
-    features = tokenizer.encode_features(codec, images).mT.flatten(0, 2)
+    features = tokenizer.encode_features(codec, images).movedim(1, 3).flatten(0, 2)
     codec["codebook"] = features[torch.randperm(len(features))[:256]] * torch.rand(256, 1)
     return codec
 
