@@ -85,8 +85,8 @@ def features(params, labels, inputs, own_inputs=None, mask=None, *, k=None, cach
     """
     needs_cache = "causal" in params and k is not None
     if needs_cache != (cache is not None):
-        expected = "a list for each block" if needs_cache else "None"
-        raise ValueError(f"cache: got {cache}, expected {expected} for this tree and k={k}")
+        got, expected = ("None", "one") if needs_cache else ("one", "None")
+        raise ValueError(f"cache: got {got}, expected {expected} for this tree and k={k}")
     if k and len(labels) != len(inputs):
         raise ValueError(f"labels: got {len(labels)} for {len(inputs)} inputs")
 
