@@ -35,7 +35,7 @@ import tokenizer
 
 @torch.no_grad()
 def generate(model, labels, *, seed=0, **overrides):
-    """Images (B, 3, H, W) in [-1, 1], fp32, of the given labels.
+    """Images (B, 3, H, W) in [-1, 1], fp32, of these labels.
 
     model: of `load_model`, or a dict(tokenizer=codec, transformer=params, classes=[name, ...],
         sampling=settings) of trees on any device, see `load_model`.
@@ -47,7 +47,7 @@ def generate(model, labels, *, seed=0, **overrides):
     of `steps`; ValueError if there is no class of a name.
     """
     params, codec = model["transformer"], model["tokenizer"]
-    labels = as_labels(labels, model["classes"])
+    labels = class_numbers(labels, model["classes"])
     seeds = seeds_of_images(seed, len(labels))
     settings = model["sampling"] | overrides
 
@@ -104,9 +104,9 @@ def steps(
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
     labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
     schedule = schedule or masked_schedule(scales, 0)
-    check_model(params, codec, labels, seeds, schedule)
-    check_numbers(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
-    check_numbers(temperature=temperature, top_k=top_k, top_p=top_p)
+    strengths = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
+    filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_arguments(params, codec, labels, seeds, schedule, **strengths, **filters)
 
     conditions = hmar.condition(params, labels.to(codebook.device))  # (B, C)
     f_hat = codebook.new_zeros(len(labels), codebook.shape[1], *scales[-1])  # (B, code_dim, h, w)
@@ -166,9 +166,9 @@ def guided_features(params, conditions, seen, strength, k, cache):
     if strength == 0 and cache is None:
         return hmar.features(params, conditions, *seen, k=k)[None]
     null = params["classes"][-1].expand_as(conditions)
-    both = torch.cat([conditions, null])  # (2 B, C)
+    conditions = torch.cat([conditions, null])  # (2 B, C)
     seen = [torch.cat([x, x]) for x in seen]
-    return hmar.features(params, both, *seen, k=k, cache=cache).unflatten(0, (2, -1))
+    return hmar.features(params, conditions, *seen, k=k, cache=cache).unflatten(0, (2, -1))
 
 
 def classifier_free_guidance(pair, strength, soften=0.0):
@@ -260,21 +260,19 @@ def seeds_of_images(seed, count):
     return [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else list(seed)
 
 
-def as_labels(labels, names):
-    """A tensor of labels, which are numbers, vectors or names of classes, as for `generate`."""
-    if any(isinstance(label, str) for label in labels):
-        labels = class_numbers(labels, names)
-    return torch.as_tensor(labels)
+def class_numbers(labels, names):
+    """A tensor of labels: numbers or vectors as they are, names of classes as their numbers.
 
-
-def class_numbers(texts, names):
-    """The numbers of classes given by name, or by number where no class has that name."""
+    A text that is no class's name may be its number.
+    """
+    if torch.is_tensor(labels) or not any(isinstance(label, str) for label in labels):
+        return torch.as_tensor(labels)
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    for text in map(str, texts):
-        if text not in numbers:
+    for label in map(str, labels):
+        if label not in numbers:
             expected = f"0 to {len(names) - 1} or a name such as {', '.join(names[:5])}"
-            raise ValueError(f"labels: got {text!r}, expected {expected}")
-    return [numbers[str(text)] for text in texts]
+            raise ValueError(f"labels: got {label!r}, expected {expected}")
+    return torch.tensor([numbers[str(label)] for label in labels])
 
 
 def parts(count, size):
@@ -288,7 +286,7 @@ def image_size(params, codec):
     return tuple(cell * side for side in hmar.scale_sizes(params)[-1])
 
 
-def check_model(params, codec, labels, seeds, schedule):
+def check_arguments(params, codec, labels, seeds, schedule, **numbers):
     """ValueError where the arguments of `steps` would silently give wrong images."""
     check_codes(params, codec)
     counts = tokenizer.lengths(hmar.scale_sizes(params))
@@ -299,8 +297,11 @@ def check_model(params, codec, labels, seeds, schedule):
 
     if len(seeds) != len(labels):
         raise ValueError(f"seed: got {len(seeds)} for {len(labels)} labels")
-    if min(seeds, default=0) < 0:
-        raise ValueError(f"seed: got {min(seeds)}, expected 0 or more")
+    for name, number in (numbers | dict(seed=min(seeds, default=0))).items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name}: got {number}, expected 0 or more")
+        if name == "top_p" and not 0 < number <= 1:
+            raise ValueError(f"{name}: got {number}, expected above 0, at most 1")
     classes = len(params["classes"]) - 1
     are_numbers = len(labels) and not labels.is_floating_point()
     # Values are checked on the CPU only: reading them would make a GPU wait.
@@ -316,15 +317,6 @@ def check_codes(params, codec):
         raise ValueError(f"tokenizer: got (codes, code_dim) {codes}, expected {expected}")
 
 
-def check_numbers(**numbers):
-    """ValueError unless these settings of `steps`, by name, are in their ranges."""
-    for name, number in numbers.items():
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{name}: got {number}, expected 0 or more")
-        if name == "top_p" and not 0 < number <= 1:
-            raise ValueError(f"{name}: got {number}, expected above 0, at most 1")
-
-
 # ---- schedules
 
 
@@ -336,7 +328,7 @@ def has_masked_passes(params):
 def masked_schedule(scales, masked_passes):
     """A schedule [[1], ...]: next-scale prediction, then this many masked passes, at each scale.
 
-    Few tokens are kept at first and most at last, after a cosine (MaskGIT, section 3.3): of 16
+    The number of tokens that a pass keeps grows as a cosine falls (MaskGIT, section 3.3): of 16
     tokens the first pass keeps 1, and 3 masked passes keep 4, 5 and 6. Scale 0 has one pass; a
     scale has at most as many passes as tokens.
     """
@@ -380,7 +372,7 @@ def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
     ValueError if images, mask and labels do not fit.
     """
     params, codec = model["transformer"], model["tokenizer"]
-    labels, scales = as_labels(labels, model["classes"]), hmar.scale_sizes(params)
+    labels, scales = class_numbers(labels, model["classes"]), hmar.scale_sizes(params)
     seeds = seeds_of_images(seed, len(labels))
     expected = (len(labels), 1, *images.shape[2:])
     if len(images) != len(labels):
@@ -388,23 +380,25 @@ def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
     if mask.dtype != torch.bool or mask.shape != expected:
         got = f"{mask.dtype} {tuple(mask.shape)}"
         raise ValueError(f"mask: got {got}, expected a bool tensor {expected}")
-    if particles < 1:
-        raise ValueError(f"particles: got {particles}, expected 1 or more")
     tokenizer.check_images(codec, images.masked_fill(mask, 0), scales)
 
     # The schedule of the model is that of its samples.
     schedule = masked_schedule(scales, 1 if has_masked_passes(params) else 0)
     settings = model["sampling"] | dict(schedule=schedule) | overrides
     cell = tokenizer.downsampling(codec)
+    at_once = max(1, images_at_once(images.shape[2:].numel()) // particles)
+
     edited = []
-    for part in parts(len(images), max(1, images_at_once(images[0, 0].numel()) // particles)):
+    for part in parts(len(images), at_once):
         visible = replace_hidden(images[part], mask[part], 4 * cell)
         features = tokenizer.encode_features(codec, visible)
         outside = F.adaptive_max_pool2d(mask[part].float(), scales[-1]) == 0  # (B, 1, h, w)
-        pair, options = (features, outside), settings | dict(seed=seeds[part])
-        *_, last = edit_steps(params, codec, labels[part], *pair, particles, **options)
+        options = settings | dict(seed=seeds[part])
+        passes = edit_steps(params, codec, labels[part], features, outside, particles, **options)
+        *_, last = passes
 
-        *_, (_, _, f_hat) = tokenizer.quantise(codec, features, scales)  # of the visible part
+        # Outside of the mask the image itself is decoded, so that both sides of its edge fit.
+        *_, (_, _, f_hat) = tokenizer.quantise(codec, features, scales)
         f_hat = torch.where(outside, f_hat, last.f_hat[::particles])
         painted = tokenizer.decode_features(codec, f_hat)
         painted = painted + extrapolate(visible - painted, ~mask[part], 2 * cell)
@@ -439,8 +433,8 @@ def edit_steps(
 
     At each scale, tokens whose cell lies wholly outside the mask are given: they are the codes
     nearest to the features minus the edit's own f_hat so far. The others are sampled, then sampled
-    again by the masked branch, which sees the given ones. To their logits is added what the visible
-    part of their cell says, see `evidence`.
+    again by the masked branch, which sees the given ones. To their logits the `evidence` of the
+    visible part of their cell is added.
 
     Each image has several particles, one after another in the batch of B * particles entries that a
     Step has. After each scale they are resampled by the likelihood of the given tokens (sequential
@@ -449,11 +443,12 @@ def edit_steps(
     """
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
     labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
-    check_model(params, codec, labels, seeds, schedule)
-    check_numbers(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
-    check_numbers(temperature=temperature, top_k=top_k, top_p=top_p)
+    strengths = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
+    filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_arguments(params, codec, labels, seeds, schedule, **strengths, **filters)
 
-    seeds = seeds_of_particles(seeds, particles)
+    # Particle 0 has the seed of its image, the others have seeds far from those of all images.
+    seeds = [seed + (i << 48) for seed in seeds for i in range(particles)]
     conditions = hmar.condition(params, labels.to(codebook.device))
     conditions, features, outside = (
         x.repeat_interleave(particles, 0) for x in (conditions, features, outside)
@@ -463,8 +458,10 @@ def edit_steps(
 
     for k, size in enumerate(scales):
         inputs = tokenizer.resize_to_scale(f_hat, size)
-        tokens, hidden = given_tokens(codebook, features - f_hat, outside, size)
-        clues = evidence(codebook, features - f_hat, outside, size)  # (B particles, n_k, codes)
+        residual = features - f_hat
+        tokens = tokenizer.nearest(codebook, tokenizer.resize_to_scale(residual, size))
+        hidden = F.adaptive_max_pool2d((~outside).float(), size).flatten(1) > 0
+        clues = evidence(codebook, residual, outside, size)  # (B particles, n_k, codes)
         likelihood = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
         progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0
 
@@ -498,29 +495,12 @@ def edit_steps(
                 is_last = k + 1 == len(scales)
                 chosen = choose_particles(likelihood, particles, seeds, k, is_last)
                 tokens, hidden, grown = (part[chosen] for part in (tokens, hidden, grown))
-                cache = choose_cached(cache, chosen)
+                if cache is not None:  # it has entries with a class, then without one
+                    pairs = torch.cat([chosen, chosen + len(chosen)])
+                    cache = [[(key[pairs], value[pairs]) for key, value in past] for past in cache]
             yield Step(k, number, tokens, hidden, grown)
 
         f_hat = grown
-
-
-def seeds_of_particles(seeds, particles):
-    """The seeds of all particles, image by image.
-
-    Particle 0 has the seed of its image, the others have seeds far from those of all images.
-    """
-    return [seed + (i << 48) for seed in seeds for i in range(particles)]
-
-
-def given_tokens(codebook, residual, outside, size):
-    """(tokens, hidden), each (B, n_k), at a scale of an edit; see `edit_steps`.
-
-    residual (B, code_dim, h, w): what is left to quantise. hidden is True for tokens whose cell
-    touches the mask; the tokens of the other cells are the nearest codes.
-    """
-    tokens = tokenizer.nearest(codebook, tokenizer.resize_to_scale(residual, size))
-    hidden = F.adaptive_max_pool2d((~outside).float(), size).flatten(1) > 0
-    return tokens, hidden
 
 
 def choose_particles(likelihood, particles, seeds, k, is_last):
@@ -541,14 +521,6 @@ def choose_particles(likelihood, particles, seeds, k, is_last):
         chosen = torch.searchsorted(weights.cumsum(1), points).clamp(max=particles - 1)
     first = particles * torch.arange(len(weights), device=weights.device)
     return (first[:, None] + chosen).flatten()
-
-
-def choose_cached(cache, chosen):
-    """The cache of these batch entries (B,). It has entries with a class, then without one."""
-    if cache is None:
-        return None
-    both = torch.cat([chosen, chosen + len(chosen)])
-    return [[(key[both], value[both]) for key, value in layer] for layer in cache]
 
 
 def shares_of_hidden(keeps, hidden):
@@ -717,7 +689,7 @@ def published_sampling(params):
     return settings | PUBLISHED.get(hmar.block_count(params), PUBLISHED[16])
 
 
-# ---- what train.py uses too (beside `generate`, schedules and model files): grids of images
+# ---- what train.py uses too (and `generate`, `masked_schedule`, `load_model`, `check_codes`)
 
 
 def images_at_once(pixels):
@@ -786,9 +758,6 @@ def convert_to_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-# ---- what train.py uses too: devices and flags
 
 
 def to_device(tree, device):
@@ -955,13 +924,12 @@ def read_job(args):
 
     default = model["classes"] if kind in ("folder", ".npz") else model["classes"][:10]
     classes = class_numbers(args.labels or default, model["classes"])
-    labels = torch.tensor(classes).repeat_interleave(args.count)
+    labels = classes.repeat_interleave(args.count)
     seeds = seeds_of_images(args.seed, len(labels))
     overrides = overrides_of_flags(args, params)
     settings = dict(schedule=masked_schedule(hmar.scale_sizes(params), 0))
     settings |= model["sampling"] | overrides
-    check_model(params, codec, labels, seeds, settings.pop("schedule"))
-    check_numbers(**settings)
+    check_arguments(params, codec, labels, seeds, **settings)
 
     photo = mask = None
     height, width = image_size(params, codec)
@@ -974,7 +942,8 @@ def read_job(args):
         batch = max(1, batch // args.particles)
     args.out.resolve().parent.mkdir(parents=True, exist_ok=True)
     batches = parts(len(labels), batch)
-    return Job(kind, model, overrides, classes, labels, seeds, batches, photo, mask, args.particles)
+    classes, particles = classes.tolist(), args.particles
+    return Job(kind, model, overrides, classes, labels, seeds, batches, photo, mask, particles)
 
 
 def kind_of_output(args):
@@ -987,7 +956,7 @@ def kind_of_output(args):
             )
         return "folder"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"--out: got {args.out}, expected a folder where there are many processes")
+        raise ValueError(f"--out: got {args.out}, several processes need a folder")
     if suffix != ".npz" and Image.registered_extensions().get(suffix) not in Image.SAVE:
         raise ValueError(f"--out: got {args.out}, expected .png, .jpg, .gif, .npz or no suffix")
     if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
@@ -996,7 +965,7 @@ def kind_of_output(args):
 
 
 def check_parts(run, model):
-    """ValueError if a model has no tokenizer or no transformer; says what to do."""
+    """ValueError, with advice, if a model has no tokenizer or no transformer."""
     if "transformer" not in model:
         is_run = "sampling" in model  # otherwise it is a published tokenizer
         advice = "training has not finished; the same train.py command goes on" if is_run else ""
@@ -1144,23 +1113,16 @@ def main(argv=None):
     try:
         with exit_with_a_line("sample.py"):
             job = read_job(args)
-        write_job(args.out, job)
+        settings = job.model["sampling"] | job.overrides
+        print(
+            "; ".join(f"{name} {settings[name]:g}" for name in SAMPLING_FLAGS if name in settings)
+        )
+        writers = {"folder": write_folder, ".npz": write_archive}
+        writers.get(job.kind, write_picture)(args.out, job)
     except KeyboardInterrupt:
         sys.exit("sample.py: stopped")
-
-
-def write_job(out, job):
-    """Samples the job's images, writes them and prints what was done."""
-    settings = job.model["sampling"] | job.overrides
-    print("; ".join(f"{name} {settings[name]:g}" for name in SAMPLING_FLAGS if name in settings))
-    if job.kind == "folder":
-        write_folder(out, job)
-    elif job.kind == ".npz":
-        write_archive(out, job)
-    else:
-        write_picture(out, job)
     names = dict.fromkeys(job.model["classes"][number] for number in job.classes)
-    print(f"{out}: {len(job.labels) // len(job.classes)} each of {', '.join(names)}")
+    print(f"{args.out}: {args.count} each of {', '.join(names)}")
 
 
 if __name__ == "__main__":

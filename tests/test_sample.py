@@ -394,19 +394,16 @@ def test_particles_are_weighed_by_the_likelihood_of_given_tokens(scales, looks, 
 
 
 def test_particles_of_all_images_have_seeds_of_their_own():
-    """Near ones, as the seeds of a batch are, and far ones; the first has the image's own."""
+    """The first has its image's, the others are far from those of any batch of images."""
     seeds = [5, 6, 7, 2**20, 2**40]
-    ours = sample.seeds_of_particles(seeds, 8)
-    assert len(set(ours)) == 40 and ours[::8] == seeds
-    assert not {*ours} & {seed + i for seed in seeds for i in range(1, 1000)} - {*seeds}
-
-    # and so a batch of one photo is as various as the photo with other seeds
-    params = MODEL | dict(transformer=PLAIN)
-    images, labels = picture(1).expand(2, -1, -1, -1), torch.tensor([1, 1])
+    images, masks = picture(1).expand(5, -1, -1, -1), HALF[[0] * 5]
     with mock.patch.object(sample, "uniform_numbers", wraps=sample.uniform_numbers) as numbers:
-        sample.edit(params, images, HALF[:2], labels, seed=3, particles=3)
-    used = numbers.call_args_list[0].args[0]
-    assert len({*used}) == 6
+        sample.edit(MODEL, images, masks, [1] * 5, seed=seeds, particles=8)
+    for call_ in numbers.call_args_list:
+        used = call_.args[0]
+        assert used[::8] == seeds and len({*used}) == 40
+        far = {*used} - {*seeds}
+        assert not far & {seed + i for seed in seeds for i in range(-1000, 1000)}
 
 
 def test_resampling_of_an_image_has_a_random_number_of_its_own():
@@ -564,7 +561,6 @@ def test_arguments_that_do_not_fit_are_refused():
     black = torch.zeros(3, 3, 6, 8, dtype=torch.uint8)  # which in [-1, 1] would be grey
     refused("^images: got .*uint8", sample.edit, MODEL, black, HALF, LABELS)
     refused("^labels: got 1, expected ", sample.edit, MODEL, picture(3), HALF, LABELS[:1])
-    refused("^particles: got 0", sample.edit, MODEL, picture(3), HALF, LABELS, particles=0)
     for mask in (HALF.byte(), HALF[:2]):
         message = r"^mask: got .*, expected a bool tensor \(3, 1, 6, 8\)"
         refused(message, sample.edit, MODEL, picture(3), mask, LABELS)
@@ -760,7 +756,7 @@ def test_processes_share_the_images_of_a_folder(run, monkeypatch):
         found |= part
     assert found == contents("one") and len(found) == 9
     assert waited[:2] == ["init_process_group", "barrier"]
-    assert "expected a folder" in call(run, "--count", 3, "--out", "all.npz")
+    assert "several processes need a folder" in call(run, "--count", 3, "--out", "all.npz")
 
 
 def test_an_error_inside_sampling_keeps_its_traceback(run, monkeypatch):
@@ -795,7 +791,9 @@ def test_the_command_edits(run):
     with mock.patch.object(sample, "edit", wraps=sample.edit) as edited:
         archived("run", *given, "--particles", 3)
         archived("run", *given)
-    assert [call.kwargs["particles"] for call in edited.call_args_list] == [3, 8]
+        archived("run", *given, "--particles", 40)  # a batch of 50 samples has room for one image
+    calls = [(call.kwargs["particles"], len(call.args[1])) for call in edited.call_args_list]
+    assert calls == [(3, 2), (8, 2), (40, 1), (40, 1)]
 
 
 def test_a_picture_of_edits_begins_with_the_image_and_what_is_visible(run):

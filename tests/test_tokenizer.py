@@ -161,6 +161,15 @@ def test_training_loss(scales, batch, data, commitment, seed):
             close(gradient, expected)
 
 
+def test_features_move_to_their_codes_a_tenth_as_much_as_codes_to_them():
+    images, nothing = normal(2, 3, 6, 8).tanh().float(), torch.tensor([], dtype=torch.int64)
+    given = small_codec(), images, SCALES, nothing, nothing
+    losses = [tokenizer.training_loss(*given)["quantisation"]]
+    losses += [tokenizer.training_loss(*given, commitment=x)["quantisation"] for x in (0, 1)]
+    ours, without, whole = losses
+    close(ours - without, 0.1 * (whole - without).detach(), 1e-6)
+
+
 # Published weights
 
 
