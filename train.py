@@ -317,6 +317,9 @@ def default_scales(size, cell, growth, doubled=True):
     return tuple((side, side) for side in sides)
 
 
+ABOVE_ZERO = "_steps", "_lr", "batch", "evaluations", "central_every"  # ends of names of settings
+
+
 def replace_settings(settings, changes):
     """The settings with some of them replaced by name.
 
@@ -339,7 +342,7 @@ def replace_settings(settings, changes):
         kinds = (float, int) if type(settings[name]) is float else (type(settings[name]),)
         if settings[name] is not None and type(value) not in kinds:
             raise ValueError(f"{name}: got {value!r}, expected a value like {settings[name]!r}")
-        if name.endswith(("_steps", "_lr", "batch")) and not 0 < value < math.inf:
+        if name.endswith(ABOVE_ZERO) and not 0 < value < math.inf:
             raise ValueError(f"{name}: got {value}, expected above 0")
     return settings | changes
 
@@ -1646,7 +1649,7 @@ def parser():
     text = "peak of the learning rate, of which the masked stage takes a quarter (default: by the "
     add("--lr", type=float, help=text + "recipe)")
     text = "replaces other settings of the recipe, such as masked_steps=100 neighbours=False"
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=text)
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     add("--flip", action="store_true", help="mirror every second crop")
     text = "train VAR instead, for comparison: attend to coarser scales, no masked stage"
     add("--causal", action="store_true", default=None, help=text)
@@ -1681,7 +1684,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     sample.keep_freed_memory()
     with sample.exit_with_a_line("train.py"):
-        size = args.size or (64 if args.data else 32)
+        size = (64 if args.data else 32) if args.size is None else args.size
         dataset = Folder(args.data, size) if args.data else Drawings(size)
         out = Path(args.out or f"runs/{Path(args.data or 'shapes').resolve().name}")
         device = start_processes(sample.find_device(args.device))

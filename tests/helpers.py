@@ -1,5 +1,6 @@
 """What several test files use: random trees, comparisons, plain re-derivations."""
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -169,8 +170,9 @@ class NumberedImages:
         return Image.fromarray(pixels), self.labels[index]
 
 
-def stages_of(dataset, read=0, **options):
-    """What `train` passes to each stage, as [{argument: value}, ...]. No stage trains.
+@contextlib.contextmanager
+def stages_that_only_read(read=0):
+    """Yields a list, to which each stage adds its arguments by name; no stage trains.
 
     A stage reads so many batches and returns the tree that it was given.
     """
@@ -185,13 +187,16 @@ def stages_of(dataset, read=0, **options):
 
         return called
 
-    stages = {name: stand_in(getattr(train, name)) for name in STAGES}
-    with mock.patch.multiple(train, **stages):
+    names = "train_tokenizer", "train_transformer"
+    with mock.patch.multiple(train, **{name: stand_in(getattr(train, name)) for name in names}):
+        yield found
+
+
+def stages_of(dataset, read=0, **options):
+    """What `train` passes to each stage, as [{argument: value}, ...]; see above."""
+    with stages_that_only_read(read) as found:
         train.train(dataset, **options)
     return found
-
-
-STAGES = "train_tokenizer", "train_transformer"
 
 
 def state_dict(tree, names):

@@ -499,11 +499,11 @@ def test_the_seed_decides_what_is_held_out():
 
 def test_a_run_reads_training_images_once_an_epoch_and_held_out_ones_to_evaluate():
     dataset = NumberedImages(40)
-    options = dict(steps=14, patience=2.0, evaluations=2, channels=32)  # two epochs a stage
-    train.train(dataset, **options, **SMALL)
+    options = dict(SMALL, batch=35, steps=4, patience=2.0, evaluations=2)  # four epochs a stage
+    train.train(dataset, channels=32, **options)
     times = Counter(dataset.read) - Counter(range(0, 40, 3))  # of these it reads the labels first
     # Also for the variance of hues; and once for each stage, of the held-out ones.
-    assert Counter(times.values()) == {1 + 2 + 2 + 2: 35, 1 + 1 + 1: 5}
+    assert Counter(times.values()) == {1 + 4 + 4 + 4: 35, 1 + 1 + 1: 5}
 
 
 def test_workers_read_the_same_batches():
