@@ -269,7 +269,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         evaluations=3 * max(2, depth),
         patience=1 / 3,
         label_drop=0.1,
-        loss_weights="lognormal" if is_large else "token",
+        loss_weights="lognormal" if is_large else "root",
         perceptual=has_detail,  # not worth its time at 32 pixels
         # One crop in so many is the central one, which is not resampled if it has the right size.
         central_every=1 if is_simple else min(16, max(2, 20_000 // images)),
@@ -282,7 +282,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 # Chosen at depths 2 and 3 by the FD to images that no model saw (tests/RESULTS.md, section 3).
 SAMPLING = {  # (depth, side in pixels, each at most): guidance, mask_guidance, rise, temperature
     (2, 32): (6.0, 3.0, 1.0, 0.95),
-    (2, math.inf): (4.3, 3.0, 2.0, 0.9),
+    (2, math.inf): (3.3, 3.0, 2.0, 0.9),
     (7, 32): (4.5, 2.0, 1.0, 0.9),
     (7, math.inf): (3.5, 2.0, 1.0, 0.9),
     (math.inf, math.inf): (1.5, 1.5, 1.0, 1.0),  # not tried
