@@ -461,7 +461,7 @@ def train_tokenizer(
             keep_best(state, found["error"], steps, patience)
         if is_evaluation or (is_logged and time.monotonic() > save_at):
             save_at = save_checkpoint(out, "tokenizer", state)
-        if stop is not None and stop.is_set():
+        if is_stopped(stop, step, device):
             save_and_stop(out, "tokenizer", state, report)
 
     log(f"tokenizer: best at step {state['best_step']}, held-out error {state['best_loss']:.4g}")
@@ -529,7 +529,8 @@ def train_transformer(
     held_out: (labels (n,), tokens (n, L)) to evaluate on.
     label_drop: the share of labels that become the null class. loss_weights: of
         `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
-    classes, sampling: names and settings, for the grid of samples that is drawn into `out`.
+    classes, sampling: names (numbers without them) and settings, for the grid of samples that is
+        drawn into `out`.
     The other arguments are those of `train_tokenizer`.
     """
     is_masked = "masked" in params
@@ -589,7 +590,7 @@ def train_transformer(
             keep_best(state, found, steps, patience)
         if is_evaluation or (is_logged and time.monotonic() > save_at):
             save_at = save_checkpoint(out, stage, state)
-        if stop is not None and stop.is_set():
+        if is_stopped(stop, step, device):
             save_and_stop(out, stage, state, report)
 
     log(f"{stage}: best at step {state['best_step']}, held-out loss {state['best_loss']:.4g}")
@@ -705,6 +706,7 @@ def draw_samples(out, stage, params, codec, classes, sampling):
     """Writes samples/STAGE.png, a grid with eight samples of each of the first ten classes."""
     if out is None or rank() > 0:
         return
+    classes = classes or [str(label) for label in range(len(params["classes"]) - 1)]
     labels = torch.arange(min(10, len(classes))).repeat_interleave(8)
     model = dict(tokenizer=codec, transformer=params, classes=classes, sampling=sampling or {})
     passes = 1 if "masked" in params else 0
@@ -957,6 +959,15 @@ def load_checkpoint(out, stage, state):
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if saved["stage"] == stage:
         state.update(pytree.tree_map(restored_leaf, state, saved["state"]))
+
+
+def is_stopped(stop, step, device):
+    """Whether Ctrl-C came. Several processes ask each other in every tenth step; all stop then."""
+    if stop is None or world() == 1:
+        return stop is not None and stop.is_set()
+    if step % 10:
+        return False
+    return add_over_processes(torch.tensor(int(stop.is_set()), device=device)).item() > 0
 
 
 def save_and_stop(out, stage, state, report):

@@ -102,9 +102,10 @@ def ended(process, status=0):
     return said
 
 
-def interrupted(process, line):
-    """What it printed until Ctrl-C, which comes after a line."""
-    while process.is_alive() and line not in Path(process.log).read_text():
+def interrupted(process, line, printing=None):
+    """What a process printed until Ctrl-C, which comes after a line of it or of another one."""
+    printing = printing or process
+    while printing.is_alive() and line not in Path(printing.log).read_text():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     return ended(process, 1)
@@ -562,8 +563,8 @@ def test_newton_schulz_is_a_polynomial_of_singular_values(count, rows, columns, 
     assert difference(train.orthogonalize(matrices, iterations), expected) < 1e-12
 
 
-# Some have one shape as matrices, and are updated together. Such have sides as those of a model have:
-# products of several odd matrices may be rounded otherwise.
+# Some have one shape as matrices, and are updated together. Their sides are even, as in a model:
+# products of several odd matrices may be rounded in another way.
 SHAPES = (5, 9), (9, 5), (7, 7, 3, 3), (8, 16), (16, 8), (8, 16), (8, 4, 2, 2)
 
 
@@ -618,7 +619,11 @@ def test_two_processes_are_one_and_go_on_when_one_is_killed():
     for name in ("tokenizer", "transformer"):
         assert difference(*(model[name] for model in models)) < 2e-3, name
 
-    for rank, seconds in ((1, 3), (0, 4), (1, 5)):
+    first, second = start_two("cut", *flags)
+    interrupted(second, "tokenizer", first)  # they stop together, although one has got Ctrl-C
+    assert "train.py: stopped at step 10 of tokenizer; the same command goes on" in ended(first, 1)
+    assert torch.load("cut/checkpoint.pt")["state"]["step"] == 10
+    for rank, seconds in ((1, 3), (0, 4)):
         processes = start_two("cut", *flags)
         processes[rank].join(seconds)
         processes[rank].kill()  # torchrun ends the other
@@ -631,6 +636,28 @@ def test_two_processes_are_one_and_go_on_when_one_is_killed():
     for process in start_two("new", "--batch", 5):
         assert "--batch: got 5, expected a multiple of the 2 processes" in ended(process, 1)
     assert not Path("new").exists()
+
+
+def test_a_run_goes_on_with_another_number_of_processes(base, out):
+    remove(out, "transformer")
+    for process in start_two(out):
+        ended(process)
+    ours, theirs = (held_out_losses(folder)[-6:] for folder in (out, base))
+    assert ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused(monkeypatch):
+    flags = dict(size=16, depth=1, seed=0, flip=False, is_causal=None, is_simple=False)
+    begin = partial(
+        train.begin_run, NumberedImages(), "run", flags | dict(tokenizer=None, init=None)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused("--batch: got 16, expected a multiple of the 3 processes", begin, dict(batch=16))
+    assert not os.path.exists("run")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    begin(dict(batch=16))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused("--batch: got 16, expected a multiple of the 3 processes", begin, dict(batch=16))
 
 
 # The recipe and its settings
@@ -887,6 +914,11 @@ def test_stages_are_called_on_trees_and_tensors_alone(capsys):
         assert leaves_equal(made["trunk"], before["trunk"]) == is_masked
         assert all(type(leaf) is torch.Tensor for leaf in pytree.tree_leaves(made))
     assert os.listdir() == ["data"]
+    Path("run").mkdir()  # with a folder, but without names of classes
+    options = dict(steps=1, lr=1e-3, out=Path("run"))
+    train.train_transformer(params, codec, iter(batches), batches[0], **options)
+    names = {"metrics.jsonl", "checkpoint.pt", "samples/next-scale.png"}
+    assert contents("run").keys() == names
 
 
 # What the stages compute
