@@ -604,6 +604,7 @@ def test_files_of_older_versions_are_the_same_models():
         assert "is_causal" not in loaded
         assert ("causal" in loaded["transformer"]) == is_causal
         assert leaves_equal(loaded["transformer"], today)
+        assert all(block["mlp"]["tanh"] == {} for block in loaded["transformer"]["trunk"])
         images = sample.generate(loaded, [1])
         expected = today | (dict(causal={}) if is_causal else {})
         assert torch.equal(images, sample.generate(MODEL | dict(transformer=expected), [1]))
