@@ -1,4 +1,4 @@
-"""The HMAR transformer: from a pyramid of token maps, given as features, to logits of every token.
+"""The HMAR transformer: from a pyramid of token maps, as features, to logits of every token.
 
     labels (B,), inputs (B, L - len_0, code_dim) -> features (B, L, C) -> logits (B, L, codes)
 
@@ -85,8 +85,8 @@ def features(params, labels, inputs, own_inputs=None, mask=None, *, k=None, cach
     """
     needs_cache = "causal" in params and k is not None
     if needs_cache != (cache is not None):
-        expected = "a list for each block" if needs_cache else "None"
-        raise ValueError(f"cache: got {cache}, expected {expected} for this tree and k={k}")
+        got, expected = ("None", "one") if needs_cache else ("one", "None")
+        raise ValueError(f"cache: got {got}, expected {expected} for this tree and k={k}")
     if k and len(labels) != len(inputs):
         raise ValueError(f"labels: got {len(labels)} for {len(inputs)} inputs")
 
@@ -102,8 +102,8 @@ def features(params, labels, inputs, own_inputs=None, mask=None, *, k=None, cach
     if scales[-1] > 0:
         finer = [size for i, size in zip(scales, sizes) if i > 0]
         embedded.append(embed_inputs(params, inputs, own_inputs, mask, finer))
-    places = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in scales]
-    x = torch.cat(embedded, 1) + torch.cat(places)  # (B, n, C)
+    positions = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in scales]
+    x = torch.cat(embedded, 1) + torch.cat(positions)  # (B, n, C)
 
     caches = [None] * len(blocks) if cache is None else cache
     for weights, past in zip(blocks, caches, strict=True):
@@ -199,8 +199,8 @@ def cached_attention(query, key, value, past):
 def feed_forward(x, expand, contract, tanh=None):
     """The MLP of x (..., C) with GELU: exact, or with `tanh` its tanh approximation.
 
-    The approximation, which published models were trained with, takes six times as long in bf16 on
-    a CPU.
+    Published models were trained with the approximation. In bf16 on a CPU it takes six times as
+    long as exact GELU.
     """
     hidden = F.gelu(linear(x, **expand), approximate="none" if tanh is None else "tanh")
     return linear(hidden, **contract)
@@ -318,7 +318,7 @@ def losses(params, labels, tokens, inputs, own_inputs=None, mask=None):
 
     if mask is not None:
         hidden = F.pad(mask, (len(params["start"]), 0)).flatten().nonzero()[:, 0]  # (M,)
-        x, near, targets = (rows.index_select(0, hidden) for rows in (x, near, targets))
+        x, near, targets = (part.index_select(0, hidden) for part in (x, near, targets))
     result = F.cross_entropy(logits(branch, x, near), targets, reduction="none")
     return result.view(tokens.shape) if mask is None else result
 

@@ -35,7 +35,7 @@ import tokenizer
 
 @torch.no_grad()
 def generate(model, labels, *, seed=0, **overrides):
-    """Images (B, 3, H, W) in [-1, 1], fp32, of the given labels.
+    """Images (B, 3, H, W) in [-1, 1], fp32, of these labels.
 
     model: of `load_model`, or a dict(tokenizer=codec, transformer=params, classes=[name, ...],
         sampling=settings) of trees on any device, see `load_model`.
@@ -166,9 +166,9 @@ def guided_features(params, conditions, seen, strength, k, cache):
     if strength == 0 and cache is None:
         return hmar.features(params, conditions, *seen, k=k)[None]
     null = params["classes"][-1].expand_as(conditions)
-    both = torch.cat([conditions, null])  # (2 B, C)
+    conditions = torch.cat([conditions, null])  # (2 B, C)
     seen = [torch.cat([x, x]) for x in seen]
-    return hmar.features(params, both, *seen, k=k, cache=cache).unflatten(0, (2, -1))
+    return hmar.features(params, conditions, *seen, k=k, cache=cache).unflatten(0, (2, -1))
 
 
 def classifier_free_guidance(pair, strength, soften=0.0):
@@ -265,7 +265,7 @@ def class_numbers(labels, names):
 
     A text that is no class's name may be its number.
     """
-    if not any(isinstance(label, str) for label in labels):
+    if torch.is_tensor(labels) or not any(isinstance(label, str) for label in labels):
         return torch.as_tensor(labels)
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for label in map(str, labels):
@@ -328,7 +328,7 @@ def has_masked_passes(params):
 def masked_schedule(scales, masked_passes):
     """A schedule [[1], ...]: next-scale prediction, then this many masked passes, at each scale.
 
-    Few tokens are kept at first and most at last, after a cosine (MaskGIT, section 3.3): of 16
+    The number of tokens that a pass keeps grows as a cosine falls (MaskGIT, section 3.3): of 16
     tokens the first pass keeps 1, and 3 masked passes keep 4, 5 and 6. Scale 0 has one pass; a
     scale has at most as many passes as tokens.
     """
@@ -380,23 +380,25 @@ def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
     if mask.dtype != torch.bool or mask.shape != expected:
         got = f"{mask.dtype} {tuple(mask.shape)}"
         raise ValueError(f"mask: got {got}, expected a bool tensor {expected}")
-    if particles < 1:
-        raise ValueError(f"particles: got {particles}, expected 1 or more")
     tokenizer.check_images(codec, images.masked_fill(mask, 0), scales)
 
     # The schedule of the model is that of its samples.
     schedule = masked_schedule(scales, 1 if has_masked_passes(params) else 0)
     settings = model["sampling"] | dict(schedule=schedule) | overrides
     cell = tokenizer.downsampling(codec)
+    at_once = max(1, images_at_once(images.shape[2:].numel()) // particles)
+
     edited = []
-    for part in parts(len(images), max(1, images_at_once(images[0, 0].numel()) // particles)):
+    for part in parts(len(images), at_once):
         visible = replace_hidden(images[part], mask[part], 4 * cell)
         features = tokenizer.encode_features(codec, visible)
         outside = F.adaptive_max_pool2d(mask[part].float(), scales[-1]) == 0  # (B, 1, h, w)
-        pair, options = (features, outside), settings | dict(seed=seeds[part])
-        *_, last = edit_steps(params, codec, labels[part], *pair, particles, **options)
+        options = settings | dict(seed=seeds[part])
+        passes = edit_steps(params, codec, labels[part], features, outside, particles, **options)
+        *_, last = passes
 
-        *_, (_, _, f_hat) = tokenizer.quantise(codec, features, scales)  # of the visible part
+        # Outside of the mask the image itself is decoded, so that both sides of its edge fit.
+        *_, (_, _, f_hat) = tokenizer.quantise(codec, features, scales)
         f_hat = torch.where(outside, f_hat, last.f_hat[::particles])
         painted = tokenizer.decode_features(codec, f_hat)
         painted = painted + extrapolate(visible - painted, ~mask[part], 2 * cell)
@@ -431,8 +433,8 @@ def edit_steps(
 
     At each scale, tokens whose cell lies wholly outside the mask are given: they are the codes
     nearest to the features minus the edit's own f_hat so far. The others are sampled, then sampled
-    again by the masked branch, which sees the given ones. To their logits is added what the visible
-    part of their cell says, see `evidence`.
+    again by the masked branch, which sees the given ones. To their logits the `evidence` of the
+    visible part of their cell is added.
 
     Each image has several particles, one after another in the batch of B * particles entries that a
     Step has. After each scale they are resampled by the likelihood of the given tokens (sequential
@@ -494,8 +496,8 @@ def edit_steps(
                 chosen = choose_particles(likelihood, particles, seeds, k, is_last)
                 tokens, hidden, grown = (part[chosen] for part in (tokens, hidden, grown))
                 if cache is not None:  # it has entries with a class, then without one
-                    both = torch.cat([chosen, chosen + len(chosen)])
-                    cache = [[(key[both], value[both]) for key, value in past] for past in cache]
+                    pairs = torch.cat([chosen, chosen + len(chosen)])
+                    cache = [[(key[pairs], value[pairs]) for key, value in past] for past in cache]
             yield Step(k, number, tokens, hidden, grown)
 
         f_hat = grown
@@ -687,7 +689,7 @@ def published_sampling(params):
     return settings | PUBLISHED.get(hmar.block_count(params), PUBLISHED[16])
 
 
-# ---- what train.py uses too (beside `generate`, schedules and model files): grids of images
+# ---- what train.py uses too (and `generate`, `masked_schedule`, `load_model`, `check_codes`)
 
 
 def images_at_once(pixels):
@@ -756,9 +758,6 @@ def convert_to_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-# ---- what train.py uses too: devices and flags
 
 
 def to_device(tree, device):
@@ -957,7 +956,7 @@ def kind_of_output(args):
             )
         return "folder"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"--out: got {args.out}, expected a folder where there are many processes")
+        raise ValueError(f"--out: got {args.out}, several processes need a folder")
     if suffix != ".npz" and Image.registered_extensions().get(suffix) not in Image.SAVE:
         raise ValueError(f"--out: got {args.out}, expected .png, .jpg, .gif, .npz or no suffix")
     if args.out.resolve() in [path.resolve() for path in (args.edit, args.mask) if path]:
@@ -966,7 +965,7 @@ def kind_of_output(args):
 
 
 def check_parts(run, model):
-    """ValueError if a model has no tokenizer or no transformer; says what to do."""
+    """ValueError, with advice, if a model has no tokenizer or no transformer."""
     if "transformer" not in model:
         is_run = "sampling" in model  # otherwise it is a published tokenizer
         advice = "training has not finished; the same train.py command goes on" if is_run else ""

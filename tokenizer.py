@@ -4,7 +4,7 @@
     tokens -> f_hat (B, code_dim, h, w) -> images
 
 `scales` is ((h_0, w_0), ..., (h, w)), coarse to fine; the last one is the size of the latent map.
-The tokens of all scales form one row of L = sum h_k w_k, row-major inside a scale. Each scale
+The tokens of all scales form one sequence of L = sum h_k w_k, row-major inside a scale. Each scale
 quantises the residual that the coarser scales left over. Its codes, enlarged to the latent's size
 and partly passed through a learned convolution (phi), are added to the accumulated
 reconstruction f_hat. A model, `codec`, is a tree of tensors: its keys are the argument names of
@@ -68,9 +68,9 @@ def enlarge(x, size):
     """
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    rows, columns = (_bicubic(x, *pair) for pair in zip(x.shape[2:], size))
+    vertical, horizontal = (_bicubic(x, *pair) for pair in zip(x.shape[2:], size))
     with torch.autocast(x.device.type, enabled=False):
-        return (x.mT @ rows.mT).mT @ columns.mT
+        return (x.mT @ vertical.mT).mT @ horizontal.mT
 
 
 def _bicubic(x, small, large):
@@ -263,8 +263,8 @@ def residual_block(x, norm1, conv1, norm2, conv2, shortcut=None):
 
 def self_attention(x, norm, qkv, project):
     """Single-head attention over all positions; scores are scaled by channels^-0.5."""
-    rows = convolution(group_norm(x, **norm), **qkv).flatten(2).mT
-    q, k, v = rows.unsqueeze(1).chunk(3, -1)  # (B, 1, h w, channels) each
+    projected = convolution(group_norm(x, **norm), **qkv).flatten(2).mT  # (B, h w, 3 channels)
+    q, k, v = projected.unsqueeze(1).chunk(3, -1)  # (B, 1, h w, channels) each
     attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT
     return x + convolution(attended.unflatten(2, x.shape[2:]), **project)
 
@@ -419,7 +419,7 @@ def feature_maps(layers, x):
 
 
 def straight_through(value, gradient_to):
-    """value, with the gradient passed to another tensor of the same shape instead."""
+    """value, whose gradient goes to another tensor of the same shape, gradient_to, instead."""
     return gradient_to + (value - gradient_to).detach()
 
 

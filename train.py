@@ -41,10 +41,10 @@ import hmar
 import sample
 import tokenizer
 
-COOL_DOWN = 0.6  # last share of a stage's steps, in which the learning rate falls to zero
-WARM_UP = 0.06  # first share, in which it rises to its peak
+COOL_DOWN = 0.6  # share of a stage's steps at its end, while the learning rate falls to zero
+WARM_UP = 0.06  # share at its beginning, while it rises to its peak
 CLIP = 1.0  # largest norm of the gradient
-REVIVE_EVERY = 20  # steps, after which codes that were never chosen are replaced
+REVIVE_EVERY = 20  # steps from one replacement of codes that were never chosen to the next
 REVIVE_UNTIL = 0.8  # share of the steps; later codes get time to settle
 COARSE_EVERY = 4  # every fourth image of a batch is decoded from coarse scales too
 PERCEPTUAL_STEPS = 400  # of the perceptual network
@@ -52,8 +52,9 @@ PERCEPTUAL_WIDTHS = 3, 32, 64, 96, 128  # its channels
 EVALUATED = 128  # held-out images in an evaluation
 LOG_EVERY = 50  # steps
 TOKENIZER_REPORT = "loss", "error", "coarse", "quantisation"  # logged of its training loss
-SAVE_SECONDS = 300  # between two checkpoints that no evaluation asks for
-CACHE_BYTES = 2**29  # of decoded images that `Folder` and `Drawings` keep, in each process
+SAVE_SECONDS = 300  # between checkpoints, beside those at evaluations
+CACHE_BYTES = 2**29  # of decoded images that a process keeps in memory
+ENCODED_TOGETHER = 4  # batches
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -81,7 +82,8 @@ def train(
 
     dataset: a map-style dataset as torch defines it. dataset[i] is (PIL image, int label) for i
         from 0 to len(dataset) - 1, and dataset.classes has the names of the classes; without it
-        there is one class. If dataset[i] raises OSError, another image takes its place.
+        there is one class. If dataset[i] raises OSError, another image takes its place. A run
+        resumes bit for bit if dataset[i] depends on i alone.
     out: the run folder, in which a run that was stopped goes on. None: nothing is written.
     size: side in pixels of the square crops that are learned.
     depth: transformer blocks. None: 2, or those of init.
@@ -92,7 +94,7 @@ def train(
     init: a model or its file, whose tokenizer is used and whose transformer is trained further.
     device, dtype: names, see `sample.find_device` and `sample.find_dtype`.
     workers: processes that read images. None: none on a CPU, up to eight on a GPU.
-    settings: replace entries of `recipe`; steps and lr replace those of all stages.
+    settings: replace entries of `recipe` by name; steps and lr set those of all stages.
 
     Raises ValueError if the arguments do not fit each other or the run in `out`, KeyboardInterrupt
     after Ctrl-C and a checkpoint, FloatingPointError if a loss is not finite.
@@ -101,29 +103,30 @@ def train(
     flags |= dict(is_simple=is_simple, tokenizer=tokenizer, init=init, dtype=dtype)
     device = start_processes(sample.find_device(device))
     plan = begin_run(dataset, out, flags, settings)
-    return run_stages(dataset, plan, out, device, workers)
+    return run_stages(dataset, flags, plan, out, device, workers)
 
 
-def run_stages(dataset, plan, out=None, device="cpu", workers=None):
+def run_stages(dataset, flags, plan, out, device, workers):
     """Runs the stages whose results are not yet in the model of the run folder; returns the model.
 
-    plan: of `begin_run`. The other arguments are those of `train`.
+    flags: the arguments of `train` from size to dtype. plan: what `begin_run` makes of them.
     """
-    out, settings, flags = out and Path(out), plan["settings"], plan["flags"]
-    classes, scales, seed = plan["classes"], settings["scales"], flags["seed"]
+    out, settings, classes = out and Path(out), plan["settings"], plan["classes"]
+    scales, seed = settings["scales"], flags["seed"]
     dtype = sample.find_dtype(flags["dtype"], device)
 
     order = torch.randperm(len(dataset), generator=generator_of(seed, "rows")).tolist()
-    count = count_held_out(len(dataset))
+    held_out_count = count_held_out(len(dataset))
     options = dict(size=flags["size"], seed=seed, flip=flags["flip"], classes=len(classes))
-    held_out = Crops(dataset, order[:count], **options)
-    training = Crops(dataset, order[count:], **options, central_every=settings["central_every"])
+    held_out = Crops(dataset, order[:held_out_count], **options)
+    options |= dict(central_every=settings["central_every"])
+    training = Crops(dataset, order[held_out_count:], **options)
     reading = dict(seed=seed, batch=settings["batch"], device=device, workers=workers)
 
     model = dict(classes=classes, sampling=arguments(sample.steps, settings))
     if out and (out / "model.pt").exists():
         model = sample.load_model(out)
-    print_plan(plan, out, device, dtype, len(training), count)
+    print_plan(flags, plan, out, device, dtype, len(training), held_out_count)
 
     with catch_interrupt() as stop:
         shared = dict(out=out, seed=seed, device=device, dtype=dtype, stop=stop)
@@ -136,8 +139,9 @@ def run_stages(dataset, plan, out=None, device="cpu", workers=None):
             images, _ = central_crops(training)
             perceptual_layers = []
             if settings["perceptual"]:
-                count = min(PERCEPTUAL_STEPS, settings["tokenizer_steps"])
-                perceptual_layers = learn_perceptual_layers(training, count, seed, device, dtype)
+                steps = min(PERCEPTUAL_STEPS, settings["tokenizer_steps"])
+                learning = dict(seed=seed, device=device, dtype=dtype, workers=workers)
+                perceptual_layers = learn_perceptual_layers(training, steps, **learning)
             model["tokenizer"] = train_tokenizer(
                 tokenizer.init(**arguments(tokenizer.init, settings), seed=seed),
                 partial(crop_batches, training, stage="tokenizer", **reading),
@@ -157,7 +161,7 @@ def run_stages(dataset, plan, out=None, device="cpu", workers=None):
 
         if "transformer" not in model:
             model["transformer"] = train_transformer(
-                new_transformer(plan, *codec["codebook"].shape),
+                new_transformer(flags, plan),
                 codec,
                 partial(token_batches, training, codec, scales, stage="next-scale", **reading),
                 encode_held_out(codec, held_out, scales),
@@ -187,7 +191,8 @@ def run_stages(dataset, plan, out=None, device="cpu", workers=None):
 
     if out and rank() == 0:
         (out / "checkpoint.pt").unlink(missing_ok=True)
-    broken = int(training.is_broken.sum() + held_out.is_broken.sum())
+    broken = (training.is_broken.sum() + held_out.is_broken.sum()).to(device)
+    broken = int(add_over_processes(broken))
     if broken:
         log(f"{broken} of {len(dataset)} images were left out")
     return model
@@ -269,7 +274,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         evaluations=3 * max(2, depth),
         patience=1 / 3,
         label_drop=0.1,
-        loss_weights="lognormal" if is_large else "token",
+        loss_weights="lognormal" if is_large else "root",
         perceptual=has_detail,  # not worth its time at 32 pixels
         # One crop in so many is the central one, which is not resampled if it has the right size.
         central_every=1 if is_simple else min(16, max(2, 20_000 // images)),
@@ -282,7 +287,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 # Chosen at depths 2 and 3 by the FD to images that no model saw (tests/RESULTS.md, section 3).
 SAMPLING = {  # (depth, side in pixels, each at most): guidance, mask_guidance, rise, temperature
     (2, 32): (6.0, 3.0, 1.0, 0.95),
-    (2, math.inf): (4.3, 3.0, 2.0, 0.9),
+    (2, math.inf): (3.3, 3.0, 2.0, 0.9),
     (7, 32): (4.5, 2.0, 1.0, 0.9),
     (7, math.inf): (3.5, 2.0, 1.0, 0.9),
     (math.inf, math.inf): (1.5, 1.5, 1.0, 1.0),  # not tried
@@ -383,7 +388,7 @@ def train_tokenizer(
     dtype=torch.float32,
     stop=None,
 ):
-    """Returns the codec, trained so that its first scales alone, however many, show an image too.
+    """Returns the codec, trained so that its first scales, however many, decode to an image too.
 
     codec: a tree of `tokenizer.init`. All its leaves are trained; returned is their moving average
         (EMA) at the best evaluation.
@@ -395,13 +400,14 @@ def train_tokenizer(
     newton_schulz: iterations of Muon. averaged, patience: the average's time constant, and how long
         a stage goes on without a better evaluation, as shares of the steps.
     hue_variance, perceptual_layers: of `tokenizer.training_loss`.
-    later: work of later stages in steps of this one, for the time that is left of a run.
+    later: the work of later stages, in steps of this one, for the time that is left of the run.
     out: the run folder. stop: an event after which the stage saves and raises KeyboardInterrupt.
     """
     codec = trainable(codec, device)
     leaves, codes = pytree.tree_leaves(codec), len(codec["codebook"])
     state = new_state(codec, decay, newton_schulz)
     state["chosen"] = torch.zeros(codes, dtype=torch.int64, device=device)  # since the last revival
+    out = out and Path(out)
     clock = begin_stage(out, "tokenizer", state, steps, later)
     at_once = sample.images_at_once(held_out[0, 0].numel())
     batches = iter(batches(state["step"]) if callable(batches) else batches)
@@ -412,22 +418,22 @@ def train_tokenizer(
         step = state["step"] = state["step"] + 1
         images, _ = next(batches)  # (b, 3, H, W), this process's share of the batch
         batch = world() * len(images)
-        positions = torch.arange(batch).tensor_split(world())[rank()]  # of these images in it
+        positions = own_share(torch.arange(batch))  # of these images in the whole batch
         generator = generator_of(seed, "tokenizer", step)
-        stops = torch.randint(len(scales) - 1, (batch,), generator=generator)[positions]
+        last_scales = torch.randint(len(scales) - 1, (batch,), generator=generator)[positions]
 
         report, tokens, residuals = {}, [], []
-        for pixels, places, last_scales in micro_batches(at_once, images, positions, stops):
+        for pixels, places, stops in micro_batches(at_once, images, positions, last_scales):
             coarse = (places % COARSE_EVERY == 0).nonzero()[:, 0]  # also decoded from coarse scales
             result = tokenizer.training_loss(
                 tokenizer.cast(codec, dtype),
                 to_unit(pixels.to(device)),
                 scales,
                 coarse.to(device),
-                last_scales[coarse].to(device),
+                stops[coarse].to(device),
                 hue_variance=hue_variance,
                 perceptual_layers=perceptual_layers,
-                is_transposed=step % 2 == 0,
+                is_transposed=step % 2 == 0,  # against stripes, see there
                 images_per_coarse=batch / math.ceil(batch / COARSE_EVERY),
             )
             share = len(pixels) / len(images)
@@ -458,7 +464,9 @@ def train_tokenizer(
             found = broadcast(found)
             log_numbers(out, "tokenizer", step, clock, {f"held_out_{x}": found[x] for x in found})
             draw_reconstructions(out, fast, held_out[:8], scales)
-            keep_best(state, found["error"], steps, patience)
+            keep_best(state, found["error"])
+            if step - state["best_step"] >= patience * steps:
+                state["step"] = steps  # nothing is left to do, nor after a restart
         if is_evaluation or (is_logged and time.monotonic() > save_at):
             save_at = save_checkpoint(out, "tokenizer", state)
         if is_stopped(stop, step, device):
@@ -471,7 +479,7 @@ def train_tokenizer(
 def count_chosen(chosen, tokens):
     """Adds to chosen (codes,) how often each code was chosen in a batch, in all processes.
 
-    tokens: [(tokens (b, n_k) of each scale), ...], of each micro-batch.
+    tokens: a list over micro-batches of tuples over scales of tokens (b, n_k).
     """
     tokens = torch.cat([x.flatten() for x in itertools.chain(*tokens)])
     counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
@@ -482,7 +490,7 @@ def count_chosen(chosen, tokens):
 def revive_codes(state, residuals, generator):
     """Replaces codes that were never chosen by residuals, in place; then counts begin again.
 
-    residuals: [(residuals (b, n_k, code_dim) of each scale), ...], of each micro-batch.
+    residuals: a list over micro-batches of tuples over scales of residuals (b, n_k, code_dim).
     """
     codebook, average = state["tree"]["codebook"], state["average"]["codebook"]
     by_scale = [gather(torch.cat(parts)) for parts in zip(*residuals)]
@@ -536,13 +544,14 @@ def train_transformer(
     is_masked = "masked" in params
     stage, scales = "masked" if is_masked else "next-scale", hmar.scale_sizes(params)
     codec = sample.to_device(codec, device)
-    at_once = images_at_once(params, codec)
+    at_once = transformer_images_at_once(params, codec)
     weights = hmar.scale_weights(scales, loss_weights).to(device)  # (L,)
     # The masked stage trains its branch alone. The rest is cast once.
     frozen = hmar.cast(sample.to_device(params, device), dtype) if is_masked else {}
     trained = trainable(dict(masked=params["masked"]) if is_masked else params, device)
     leaves = pytree.tree_leaves(trained)
     state = new_state(trained, decay, newton_schulz)
+    out = out and Path(out)
     clock = begin_stage(out, stage, state, steps, later)
     batches = iter(batches(state["step"]) if callable(batches) else batches)
     if is_masked:
@@ -554,7 +563,7 @@ def train_transformer(
         step = state["step"] = state["step"] + 1
         labels, tokens = next(batches)  # (b,), (b, L), this process's share of the batch
         batch = world() * len(tokens)
-        positions = torch.arange(batch).tensor_split(world())[rank()]  # of these images in it
+        positions = own_share(torch.arange(batch))  # of these images in the whole batch
         generator = generator_of(seed, stage, step)
         is_dropped = torch.rand(batch, generator=generator)[positions] < label_drop
         labels = labels.masked_fill(is_dropped.to(labels.device), len(params["classes"]) - 1)
@@ -564,7 +573,7 @@ def train_transformer(
 
         report = {}
         for part in micro_batches(at_once, *examples):
-            fast = hmar.cast(frozen | trained, dtype)
+            fast = frozen | hmar.cast(trained, dtype)
             result = transformer_loss(fast, codec, weights, *sample.to_device(part, device))
             share = len(part[0]) / len(tokens)
             (share * result["loss"]).backward()
@@ -582,12 +591,14 @@ def train_transformer(
             log_numbers(out, stage, step, clock, means(window))
             window.clear()
         if is_evaluation:
-            fast = hmar.cast(frozen | state["average"], dtype)
+            fast = frozen | hmar.cast(state["average"], dtype)
             found = evaluate_transformer(fast, codec, weights, held_out) if rank() == 0 else None
             found = broadcast(found)
             log_numbers(out, stage, step, clock, dict(held_out_loss=found))
             draw_samples(out, stage, fast, codec, classes, sampling)
-            keep_best(state, found, steps, patience)
+            keep_best(state, found)
+            if step - state["best_step"] >= patience * steps:
+                state["step"] = steps  # nothing is left to do, nor after a restart
         if is_evaluation or (is_logged and time.monotonic() > save_at):
             save_at = save_checkpoint(out, stage, state)
         if is_stopped(stop, step, device):
@@ -611,12 +622,12 @@ def transformer_loss(params, codec, weights, labels, tokens, mask=None):
 
     own_inputs = tokenizer.masked_inputs(codec, tokens, scales, mask)
     losses = hmar.losses(params, labels, tokens, inputs, own_inputs, mask)  # (M,)
-    # Half of all tokens are hidden on average. Divided by that number, the losses of micro-batches
-    # add up to the loss of the batch.
+    # The divisor is a constant, the expected number of hidden tokens, so that the losses of
+    # micro-batches add up to the loss of the batch.
     return dict(loss=losses.sum() / (0.5 * mask.numel()))
 
 
-def images_at_once(params, codec):
+def transformer_images_at_once(params, codec):
     """How many images pass the transformer together, see `sample.images_at_once`."""
     cells = math.prod(hmar.scale_sizes(params)[-1])
     return sample.images_at_once(cells * tokenizer.downsampling(codec) ** 2)
@@ -632,13 +643,14 @@ def draw_masks(count, scales, generator, ratio=None):
     return torch.rand(count, tokens, generator=generator) < ratio
 
 
-def new_transformer(plan, codes, code_dim):
+def new_transformer(flags, plan):
     """The tree that the next-scale stage begins with: an untrained one, or that of init."""
-    settings, flags, classes = plan["settings"], plan["flags"], len(plan["classes"])
+    settings, classes = plan["settings"], plan["classes"]
+    sizes = arguments(hmar.init, settings) | dict(classes=len(classes), seed=flags["seed"])
     if not flags["init"]:
-        sizes = arguments(hmar.init, settings) | dict(codes=codes, code_dim=code_dim)
-        return hmar.init(**sizes, classes=classes, causal=plan["is_causal"], seed=flags["seed"])
+        return hmar.init(**sizes, causal=plan["is_causal"])
 
+    # All blocks of the next-scale branch become the trunk again, and a masked branch is left out.
     params = part_of(flags["init"], "transformer")
     branch = params["next_scale"]
     params = params | dict(trunk=params["trunk"] + branch["blocks"])
@@ -646,11 +658,10 @@ def new_transformer(plan, codes, code_dim):
     params.pop("masked", None)
     if hmar.scale_sizes(params) != settings["scales"]:
         params = hmar.resize_positions(params, settings["scales"])
-    if len(params["classes"]) != classes + 1:
-        # New embeddings, as in an untrained tree of this width.
+    if classes != part_of(flags["init"], "classes"):
         width = params["classes"].shape[1]
-        sizes = dict(depth=1, codes=1, code_dim=1, scales=((1, 1),), width=width)
-        params["classes"] = hmar.init(**sizes, classes=classes, seed=flags["seed"])["classes"]
+        params["classes"] = hmar.init(**sizes | dict(depth=1, width=width))["classes"]
+        log(f"--init: has other classes, so the embeddings of these {len(classes)} are new")
     return params
 
 
@@ -684,7 +695,7 @@ def evaluate_tokenizer(codec, images, scales):
 def evaluate_transformer(params, codec, weights, examples):
     """The mean of `transformer_loss` over examples: labels (n,), tokens (n, L), perhaps a mask."""
     total = 0.0
-    for part in micro_batches(images_at_once(params, codec), *examples):
+    for part in micro_batches(transformer_images_at_once(params, codec), *examples):
         result = transformer_loss(params, codec, weights, *sample.to_device(part, weights.device))
         total += len(part[0]) / len(examples[0]) * result["loss"].item()
     return total
@@ -744,13 +755,13 @@ def new_state(tree, decay, newton_schulz):
 def begin_stage(out, stage, state, steps, later):
     """Restores the state from a checkpoint of the stage, if there is one; returns a clock.
 
-    The clock, for `log_numbers`: (seconds, steps done, steps, steps' worth of later stages).
+    The clock is for `log_numbers`: {"begun" (seconds), "done", "steps", "later" (steps)}.
     """
     load_checkpoint(out, stage, state)
     leaves = pytree.tree_leaves(state["tree"])
     millions = sum(leaf.numel() for leaf in leaves) / 1e6
     log(f"{stage}: {millions:.3g} M parameters, {steps} steps, {state['step']} done")
-    return time.monotonic(), state["step"], steps, later
+    return dict(begun=time.monotonic(), done=state["step"], steps=steps, later=later)
 
 
 def new_optimizers(tree, decay, newton_schulz=5):
@@ -861,13 +872,11 @@ def update_average(average, tree, window, step):
     torch._foreach_lerp_(pytree.tree_leaves(average), pytree.tree_leaves(tree), 1 - kept)
 
 
-def keep_best(state, loss, steps, patience):
-    """Keeps the average if it has the lowest loss so far; ends the stage if that was long ago."""
+def keep_best(state, loss):
+    """Keeps the average, as `best`, if it has the lowest loss so far."""
     if loss < state["best_loss"]:
         state["best_step"], state["best_loss"] = state["step"], loss
         pytree.tree_map(torch.Tensor.copy_, state["best"], state["average"])
-    if state["step"] - state["best_step"] >= patience * steps:
-        state["step"] = steps
 
 
 def micro_batches(images_at_once, *tensors):
@@ -902,14 +911,12 @@ def log_numbers(out, stage, step, clock, numbers):
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(dict(stage=stage, step=step) | numbers) + "\n")
 
-    begun, done, steps, later = clock
-    pace = (time.monotonic() - begun) / max(1, step - done)  # seconds per step
-    stage_left, run_left = (
-        datetime.timedelta(seconds=round(pace * more))
-        for more in (steps - step, steps - step + later)
-    )
+    pace = (time.monotonic() - clock["begun"]) / max(1, step - clock["done"])  # seconds per step
+    left = clock["steps"] - step
+    stage_left = datetime.timedelta(seconds=round(pace * left))
+    run_left = datetime.timedelta(seconds=round(pace * (left + clock["later"])))
     words = "  ".join(f"{name} {x:.4g}" for name, x in numbers.items() if isinstance(x, float))
-    log(f"{stage} {step}/{steps}  {stage_left} left, of the run {run_left}  {words}")
+    log(f"{stage} {step}/{clock['steps']}  {stage_left} left, of the run {run_left}  {words}")
 
 
 def check_finite(stage, step, numbers):
@@ -1003,7 +1010,7 @@ def handle_interrupt(stop, *_):
 # ---- the perceptual network
 
 
-def learn_perceptual_layers(crops, steps, seed, device, dtype):
+def learn_perceptual_layers(crops, steps, *, seed, device, dtype, workers=None):
     """Layers for `tokenizer.perceptual_error`: those of a small classifier of the training images.
 
     If there is a single class, it learns which of four quarter-turns an image was given (Gidaris et
@@ -1021,8 +1028,8 @@ def learn_perceptual_layers(crops, steps, seed, device, dtype):
 
     batch = min(32, max(4, 2**17 // crops.size**2))  # fewer images above 64 pixels
     log(f"tokenizer: first the perceptual network, {steps} steps of {batch} images")
-    reading = dict(seed=seed, stage="perceptual", batch=batch, device=device, is_shared=False)
-    batches = crop_batches(crops, 0, **reading)
+    reading = dict(seed=seed, batch=batch, device=device, workers=workers)
+    batches = crop_batches(crops, 0, stage="perceptual", **reading, is_shared=False)
     for step in range(1, steps + 1):
         images, labels = next(batches)
         pixels = to_unit(images)
@@ -1120,7 +1127,7 @@ def crop_batches(crops, done, *, stage, batch, seed, device, workers=None, is_sh
         num_workers=workers,
         pin_memory=is_gpu,
         worker_init_fn=ignore_interrupt,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # otherwise a number is drawn from torch's own
     )
     for images, labels in loader:
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -1134,7 +1141,7 @@ def crop_keys(count, done, stage, batch, seed, is_shared=True):
         places = range((step - 1) * batch, step * batch)
         rows = [epoch_order(seed, place // count, count)[place % count] for place in places]
         keys = [*zip(rows, numbers.tolist())]
-        yield np.array_split(keys, world())[rank()].tolist() if is_shared else keys
+        yield own_share(torch.tensor(keys)).tolist() if is_shared else keys
 
 
 @lru_cache(2)
@@ -1157,13 +1164,13 @@ def central_crops(crops, count=EVALUATED):
 def token_batches(crops, codec, scales, done, **reading):
     """Yields (labels (b,), tokens (b, L)) of `crop_batches`; codec is on the same device.
 
-    Four batches are encoded together, always the same ones: large batches take less time, and a
-    token may depend on its batch by rounding.
+    ENCODED_TOGETHER batches pass the encoder together, always the same ones: it takes less time,
+    and by rounding a token may depend on what is encoded with it.
     """
-    skipped = done % 4
+    skipped = done % ENCODED_TOGETHER
     batches = crop_batches(crops, done - skipped, **reading)
     while True:
-        images, labels = zip(*itertools.islice(batches, 4))
+        images, labels = zip(*itertools.islice(batches, ENCODED_TOGETHER))
         tokens = encode_crops(codec, torch.cat(images), scales).split([len(x) for x in images])
         yield from [*zip(labels, tokens)][skipped:]
         skipped = 0
@@ -1416,6 +1423,11 @@ def start_processes(device):
     return device
 
 
+def own_share(batch):
+    """This process's share of a tensor (B, ...) that all processes have."""
+    return batch.tensor_split(world())[rank()]
+
+
 def wait_for_all():
     """Returns when all processes have come here."""
     if world() > 1:
@@ -1461,138 +1473,138 @@ def average_gradients(leaves):
 
 
 def begin_run(dataset, out, flags, changes):
-    """The plan of a new run, or of the one that the folder holds: a dict, stored in args.json.
+    """The plan of a new run, or that of the run in the folder; it is stored there in args.json.
 
-    flags: the arguments of `train` from size to dtype, by name. changes: its settings. The plan has
-    flags, data (a signature), classes (names), is_causal, settings (`recipe`, with the changes).
+    flags: the arguments of `train` from size to dtype, by name. changes: its settings.
+    The plan is a dict: asked (flags and changes), data (a signature), classes (names), is_causal,
+    settings (those of `recipe`, with the changes).
     ValueError where the arguments do not fit each other, the folder, or the run in it.
     """
     out, data = out and Path(out), signature(dataset)
     models = {x: "a model in memory" for x in ("tokenizer", "init") if isinstance(flags[x], dict)}
-    repeated = json.loads(json.dumps(flags | models | changes, default=str))
-    before = read_plan(out)
-
-    if before is not None:
-        check_same(out, before, repeated, data)
-    plan = before or new_plan(dataset, flags, changes) | dict(flags=repeated, data=data)
+    asked = json.loads(json.dumps(flags | models | changes, default=str))
+    plan = read_plan(out)
+    is_new = plan is None
+    if is_new:
+        plan = dict(asked=asked, data=data, **new_plan(dataset, flags, changes))
+    else:
+        check_same(out, plan, asked, data)
     batch = plan["settings"]["batch"]
     if batch % world():
         raise ValueError(f"--batch: got {batch}, expected a multiple of the {world()} processes")
 
     wait_for_all()  # all have read the folder before the first writes there
-    if out is not None and before is None:
+    if is_new and out is not None:
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(plan, indent=1)
         write_file(out / "args.json", lambda file: file.write(text.encode()))
     wait_for_all()
-    return plan | dict(flags=flags)
+    return plan
+
+
+def class_names(dataset):
+    """[str, ...]; a dataset without names has one class."""
+    return [str(name) for name in getattr(dataset, "classes", ["images"])]
 
 
 def signature(dataset):
     """What tells a dataset from others: {"images", "classes", "hash"}.
 
-    The hash is the dataset's own `fingerprint()`, or else that of the labels of a few images, whose
-    pixels may be augmented at random.
+    The hash is the dataset's own `fingerprint()`, or else one of a few labels and images. An image
+    that is not the same twice, because it is augmented at random, does not count.
     """
-    count, names = len(dataset), list(getattr(dataset, "classes", ["images"]))
+    count, names = len(dataset), class_names(dataset)
     if count < 2:
         raise ValueError(f"dataset: got {count} images, expected two or more")
     if hasattr(dataset, "fingerprint"):
         digest = dataset.fingerprint()
     else:
-        labels = [label_of(dataset, i) for i in range(0, count, math.ceil(count / 16))]
-        digest = hashlib.sha256(repr(labels).encode()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for index in range(0, count, math.ceil(count / 16)):
+            with contextlib.suppress(OSError):  # an image that cannot be read is left out later
+                (image, label), (again, _) = dataset[index], dataset[index]
+                digest.update(str(int(label)).encode())
+                digest.update(image.tobytes() if image.tobytes() == again.tobytes() else b"")
+        digest = digest.hexdigest()[:16]
     # A single class has the folder's name, which may change.
     return dict(images=count, classes=names if len(names) > 1 else [], hash=digest)
 
 
-def label_of(dataset, index):
-    """The label of an image; None if the image cannot be read."""
-    try:
-        return int(dataset[index][1])
-    except OSError:
-        return None
-
-
 def read_plan(out):
-    """The plan in a run folder; None if the folder is missing or empty, or out is None.
+    """The plan in a run folder. None if the folder is missing, empty, or has nothing but a plan.
 
     ValueError if the folder holds something else, of which nothing must be overwritten.
     """
-    if out is None or not out.exists():
-        return None
-    if {path.name for path in out.iterdir()} <= {"args.json.tmp"}:  # a run that was killed at once
+    names = {path.name for path in out.iterdir()} if out and out.exists() else set()
+    if names <= {"args.json.tmp"}:  # of a run that was killed at once
         return None
     try:
         plan = json.loads((out / "args.json").read_text())
         plan["settings"]["scales"] = tuple(map(tuple, plan["settings"]["scales"]))
-        return dict(plan, flags=dict(plan["flags"]), data=dict(plan["data"]))
+        plan = dict(plan, asked=dict(plan["asked"]), data=dict(plan["data"]))
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"--out: {out} is neither empty nor a run of train.py") from error
+    return None if names <= {"args.json", "args.json.tmp"} else plan
 
 
-def check_same(out, plan, flags, data):
-    """ValueError if the run in the folder was begun with other flags or other data."""
-    before = plan["flags"]
-    names = [name for name in {**before, **flags} if before.get(name) != flags.get(name)]
-    if names:
-        words = [f"{name} {before.get(name)} -> {flags.get(name)}" for name in names]
-        raise ValueError(f"--out: {out} was begun with other settings: {', '.join(words)}")
-    names = [name for name in data if plan["data"].get(name) != data[name]]
-    if names:
-        words = [f"{name} {plan['data'].get(name)} -> {data[name]}" for name in names]
-        raise ValueError(f"--out: {out} was begun with other data: {', '.join(words)}")
+def check_same(out, plan, asked, data):
+    """ValueError if the run in the folder was begun with other settings or other data."""
+    for kind, before, now in (("settings", plan["asked"], asked), ("data", plan["data"], data)):
+        names = [name for name in before | now if before.get(name) != now.get(name)]
+        if names:
+            words = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]
+            raise ValueError(f"--out: {out} was begun with other {kind}: {', '.join(words)}")
 
 
 def new_plan(dataset, flags, changes):
-    """The plan of a new run, without its data. ValueError where the flags do not fit."""
+    """{"classes", "is_causal", "settings"} of a new run. ValueError where the flags do not fit."""
     for name, least in dict(size=1, depth=1, seed=0).items():
         if flags[name] is not None and flags[name] < least:
             raise ValueError(f"--{name}: got {flags[name]}, expected {least} or more")
 
+    size, classes, source = flags["size"], class_names(dataset), flags["tokenizer"] or flags["init"]
     depth, is_causal, cell = flags["depth"] or 2, bool(flags["is_causal"]), None
-    if flags["tokenizer"] or flags["init"]:
-        codec = part_of(flags["tokenizer"] or flags["init"], "tokenizer")
+    fixed = {"depth"}  # settings that are decided elsewhere: by a flag, by a given model
+    if source:
+        codec = part_of(source, "tokenizer")
         cell = tokenizer.downsampling(codec)
+        fixed |= inspect.signature(tokenizer.init).parameters.keys()
     if flags["init"]:
         params = part_of(flags["init"], "transformer")
         sample.check_codes(params, codec)
         depth, is_causal = hmar.block_count(params), "causal" in params
+        fixed |= inspect.signature(hmar.init).parameters.keys() - {"scales"}
         if flags["depth"] not in (None, depth):
             raise ValueError(f"--depth: got {flags['depth']}, but --init has {depth} blocks")
         if flags["is_causal"] not in (None, is_causal):
-            kinds = {False: "HMAR", True: "VAR"}
-            asked, found = kinds[flags["is_causal"]], kinds[is_causal]
+            asked, found = ("VAR", "HMAR") if flags["is_causal"] else ("HMAR", "VAR")
             raise ValueError(f"--causal: {asked} is asked for, but --init is {found}")
+    if fixed & changes.keys():
+        raise ValueError(f"--set: {', '.join(sorted(fixed & changes.keys()))} cannot be set here")
 
-    size, classes = flags["size"], list(getattr(dataset, "classes", ["images"]))
-    settings = recipe(depth, size, len(dataset), len(classes), flags["is_simple"], cell)
+    options = depth, size, len(dataset), len(classes), flags["is_simple"]
+    settings = replace_settings(recipe(*options, cell), changes)
     cell = cell or settings["fold"] * 2 ** (len(settings["multipliers"]) - 1)
     if size % cell or size < 2 * cell:
         raise ValueError(f"--size: got {size}, expected 2, 3, ... times {cell}")
-
-    settings = replace_settings(settings, changes)
-    fixed = {"depth"}  # is a flag, and so is what --tokenizer and --init have decided
-    if flags["tokenizer"] or flags["init"]:
-        fixed |= inspect.signature(tokenizer.init).parameters.keys()
-    if flags["init"]:
-        fixed |= inspect.signature(hmar.init).parameters.keys() - {"scales"}
-    if fixed & changes.keys():
-        raise ValueError(f"--set: {', '.join(sorted(fixed & changes.keys()))} cannot be set here")
-    return dict(flags=flags, classes=classes, is_causal=is_causal, settings=settings)
+    settings = replace_settings(recipe(*options, cell), changes)  # with the scales for this cell
+    tokenizer.check_scales(settings["scales"])
+    if source:
+        settings |= dict(zip(("codes", "code_dim"), codec["codebook"].shape))
+    return dict(classes=classes, is_causal=is_causal, settings=settings)
 
 
 def part_of(source, name):
     """The tokenizer or the transformer of a model, or of a file of weights. ValueError if none."""
     model = source if isinstance(source, dict) else sample.load_model(source)
     if name not in model:
-        raise ValueError(f"{source if model is not source else 'model'}: has no {name}")
+        raise ValueError(f"{'the model' if model is source else source}: has no {name}")
     return model[name]
 
 
-def print_plan(plan, out, device, dtype, training, held_out):
+def print_plan(flags, plan, out, device, dtype, training, held_out):
     """Prints what is trained on what."""
-    flags, settings = plan["flags"], plan["settings"]
+    settings = plan["settings"]
     kind = "VAR" if plan["is_causal"] else "HMAR"
     log(
         f"{out or 'no run folder'}: {kind} of depth {settings['depth']}, {training} images to "
@@ -1631,6 +1643,7 @@ def save_model(out, model):
     model = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), model)
     if out is None:
         return model
+    wait_for_all()
     write_file(out / "model.pt", partial(torch.save, model))
     wait_for_all()
     model = sample.load_model(out)
@@ -1697,17 +1710,18 @@ def main(argv=None):
     with sample.exit_with_a_line("train.py"):
         size = (64 if args.data else 32) if args.size is None else args.size
         dataset = Folder(args.data, size) if args.data else Drawings(size)
+        is_simple = isinstance(dataset, Drawings)
         out = Path(args.out or f"runs/{Path(args.data or 'shapes').resolve().name}")
         device = start_processes(sample.find_device(args.device))
         flags = dict(size=size, depth=args.depth, seed=args.seed, flip=args.flip)
-        flags |= dict(is_causal=args.causal, is_simple=not args.data, dtype=args.dtype)
+        flags |= dict(is_causal=args.causal, is_simple=is_simple, dtype=args.dtype)
         flags |= dict(tokenizer=args.tokenizer, init=args.init)
         changes = {name: getattr(args, name) for name in ("steps", "batch", "lr")}
         changes = {name: value for name, value in changes.items() if value is not None}
         plan = begin_run(dataset, out, flags, changes | parse_settings(args.set))
 
     try:
-        run_stages(dataset, plan, out, device, args.workers)
+        run_stages(dataset, flags, plan, out, device, args.workers)
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error}")
     log(f"finished; next: python sample.py {out}")

@@ -1,11 +1,11 @@
 """The kernels against dense masked attention in float64, on a GPU or in Triton's interpreter."""
 
+import functools
 import itertools
 import multiprocessing
 import re
 import subprocess
 import tempfile
-import warnings
 from unittest import mock
 
 import benchmark
@@ -17,6 +17,7 @@ from helpers import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 
 import attention_kernels as kernels
@@ -27,6 +28,7 @@ EXACT = torch.float64 if DEVICE == "cpu" else torch.float32
 SMALL = [(16, 32)] * 3
 
 triton = kernels.triton
+kernels_agree = kernels._kernels_agree
 needs_kernels = pytest.mark.skipif(triton is None, reason="no Triton")
 parametrize = pytest.mark.parametrize
 both_patterns = parametrize("is_causal", [False, True])
@@ -39,6 +41,8 @@ def interpreted():
         if triton and DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
             patch.setattr(kernels, "INTERPRETED", True)
+            # the interpreter needs half a minute; first_call runs the check
+            patch.setattr(kernels, "_kernels_agree", lambda *_: True)
         yield
 
 
@@ -85,6 +89,12 @@ def visibility(block_lengths, is_causal):
     return benchmark.dense_mask(block_lengths, is_causal).cpu() == 0
 
 
+def operator(query, key, value, block_lengths, is_causal=False, scale=None):
+    """The kernels, without what chooses and checks them."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return kernels._forward(query, key, value, block_lengths, is_causal, scale)[0]
+
+
 def run(tensors, *pattern, attention=block_sparse_attention):
     """The output and gradients of query, key and value; the last tensor is the output's."""
     *qkv, output_gradient = tensors
@@ -93,11 +103,11 @@ def run(tensors, *pattern, attention=block_sparse_attention):
     return output.detach(), *torch.autograd.grad(output, leaves, output_gradient)
 
 
-def check(tensors, block_lengths, is_causal, scale=None):
-    """The entry's output and gradients, against float64 on the same rounded inputs."""
+def check(tensors, block_lengths, is_causal, scale=None, attention=block_sparse_attention):
+    """attention's output and gradients, against float64 on the same rounded inputs."""
     pattern = (block_lengths, is_causal, scale)
     wide = [x.double() for x in tensors]
-    ours = run(tensors, *pattern)
+    ours = run(tensors, *pattern, attention=attention)
     dense = run(tensors, *pattern, attention=dense_masked_attention)
     exact = run(wide, *pattern, attention=dense_masked_attention)
     assert ours[0].transpose(1, 2).is_contiguous()  # the heads can be joined without a copy
@@ -125,51 +135,129 @@ def test_kernels_agree_with_dense_attention(data):
     tensors = inputs(block_lengths, *map(data.draw, shape))
     scale = data.draw(st.sampled_from([None, 0.05, 1.0]))
     with tiles(*tiling):
-        check(tensors, block_lengths, is_causal, scale)
+        check(tensors, block_lengths, is_causal, scale, operator)
 
 
 @needs_kernels
 @both_patterns
 def test_real_tile_sizes(is_causal):
     block_lengths = (1, 4, 9, 16, 65, 130)
-    check(inputs(block_lengths, 1, 1, 136, torch.float32), block_lengths, is_causal)
-    check(inputs((5, 513), head_dim=40, dtype=torch.float16), (5, 513), is_causal)
+    tensors = inputs(block_lengths, 1, 1, 136, torch.float32)
+    check(tensors, block_lengths, is_causal, attention=operator)
+    tensors = inputs((5, 513), head_dim=40, dtype=torch.float16)
+    check(tensors, (5, 513), is_causal, attention=operator)
 
 
-# ---- the check at the first call
+# ---- the kernels' check of themselves
+
+SELF_CHECK = (1, 5, 20)
+
+
+class Broken:
+    """A kernel that is wrong in one way."""
+
+    def __init__(self, kernel, way):
+        self.kernel, self.way = kernel, way
+
+    def __getitem__(self, grid):
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid, *arguments, **constants):
+        *tensors, (tiles, bounds, *sizes), scale = arguments
+        query = tensors[0][0]
+        if self.way == "raises":
+            raise RuntimeError("no such instruction")
+        if self.way == "stops after one full step":
+            tiles = tiles.clone()
+            tiles[:, 3] = tiles[:, 3].minimum(tiles[:, 2] + constants["COLUMNS"].value)
+        if self.way == "takes strides for contiguous":
+            tensors[0] = (query, *query.contiguous().stride())
+        if self.way == "swaps strides":  # in a copy that is long enough for what is then read
+            batch, head, token, feature = query.stride()
+            storage = query.new_zeros(2 * sum(query.shape) * max(query.stride()))
+            copy = storage.as_strided(query.shape, query.stride()).copy_(query)
+            tensors[0] = (copy, head, batch, token, feature)
+        if self.way == "ignores scale":
+            scale = 1.0
+        self.kernel[grid](*tensors, (tiles, bounds, *sizes), scale, **constants)
+
+        *_, (result, *_) = [x for x in tensors if isinstance(x, tuple)]
+        sees_all = bounds[0, -1] == 0 or bounds[1, 0] == bounds[1, -1]
+        if self.way == "is wrong" or (self.way == "is wrong if causal" and sees_all):
+            result.mul_(1.2)
+        if self.way == "writes nan":
+            result.fill_(torch.nan)
+
+
+@pytest.fixture
+def first_call(monkeypatch):
+    """The kernels have not been checked yet, nor is there compiled code."""
+
+    def forget():
+        kernels._compare_kernels.cache_clear()
+        torch._dynamo.reset()
+
+    forget()
+    monkeypatch.setattr(kernels, "_kernels_agree", kernels_agree)
+    with tiles(*[(256, 128)] * 3):  # fewer programs to interpret
+        yield
+    forget()
+
+
+def noticed():
+    return pytest.warns(RuntimeWarning, match="Triton kernels")
+
+
+WAYS = [
+    "raises",
+    "is wrong",
+    "is wrong if causal",
+    "writes nan",
+    "stops after one full step",
+    "swaps strides",
+    "takes strides for contiguous",
+    "ignores scale",
+]
+CASES = [("_forward_kernel", way) for way in WAYS]
+CASES += itertools.product(["_dq_kernel", "_dkv_kernel"], ["is wrong", *WAYS[4:6]])
 
 
 @needs_kernels
-@parametrize("dtype", [torch.float16, torch.float32])
-@parametrize("broken", ["_forward_kernel", "_dq_kernel", "_dkv_kernel"])
-@parametrize("way", ["raises", "writes nothing", "is wrong"])
-def test_a_broken_kernel_is_noticed_and_not_used(broken, dtype, way, monkeypatch):
+@parametrize("broken, way", CASES)
+def test_a_broken_kernel_is_noticed_and_not_used(broken, way, first_call, monkeypatch):
     """One warning for a device, dtype and head_dim; then PyTorch computes, and rightly."""
-    works = getattr(kernels, broken)
-
-    class Broken:
-        def __getitem__(self, grid):
-            def launch(tensors, *arguments, **constants):
-                if way == "raises":
-                    raise RuntimeError("no such instruction")
-                if way == "is wrong":
-                    works[grid](tensors, *arguments, **constants)
-                    tensors[-1][0].mul_(1.2)  # of the pointers the last result
-
-            return launch
-
-    kernels._kernels_agree.cache_clear()
-    monkeypatch.setattr(kernels, broken, Broken())
-    tensors = inputs((1, 5, 20), dtype=dtype, head_dim=24)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        check(tensors, (1, 5, 20), False)
-        check(tensors, (1, 5, 20), True)
-    kernels._kernels_agree.cache_clear()
-    messages = [str(x.message) for x in warned if "Triton kernels" in str(x.message)]
-    (message,) = messages
+    monkeypatch.setattr(kernels, broken, Broken(getattr(kernels, broken), way))
+    tensors = inputs(SELF_CHECK, dtype=torch.float16, head_dim=24)
+    with noticed() as warned:
+        check(tensors, SELF_CHECK, False)
+        check(tensors, SELF_CHECK, True)
+    (message,) = [str(x.message) for x in warned if "Triton kernels" in str(x.message)]
     assert "head_dim 24" in message
     assert ("no such instruction" if way == "raises" else "is wrong by") in message
+
+
+@needs_kernels
+@parametrize("backend", ["eager", "aot_eager"])
+@parametrize("way", ["stops after one full step", "swaps strides"])
+def test_compiled_code_does_not_use_a_broken_kernel(way, backend, first_call, monkeypatch):
+    monkeypatch.setattr(kernels, "_forward_kernel", Broken(kernels._forward_kernel, way))
+    compiled = torch.compile(block_sparse_attention, backend=backend, fullgraph=True)
+    tensors = inputs(SELF_CHECK, dtype=torch.float16)
+    launch = mock.Mock(side_effect=kernels._launch)
+    with noticed(), mock.patch.object(kernels, "_launch", launch):
+        check(tensors, SELF_CHECK, False, attention=compiled)
+        launch.reset_mock()
+        check(tensors, SELF_CHECK, False, attention=compiled)
+    assert not launch.called
+
+
+@needs_kernels
+def test_a_first_call_in_any_mode(first_call):
+    tensors = inputs(SELF_CHECK, dtype=torch.float16)
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.float16), torch.device("meta"):
+        block_sparse_attention(*tensors[:3], SELF_CHECK)
+    check(tensors, SELF_CHECK, False)
+    assert kernels._compare_kernels.cache_info().misses == 1
 
 
 # ---- the PyTorch path
@@ -188,14 +276,82 @@ def test_pytorch_path_agrees_with_dense_attention(is_causal, dtype, pytorch_path
         check(tensors, block_lengths, is_causal, scale)
 
 
+@parametrize("head_dim", [1, 8, 20, 264])
+def test_pytorch_takes_other_head_dims(head_dim):
+    check(inputs((1, 4, 9), 2, 2, head_dim), (1, 4, 9), False)
+    check(inputs((1, 4, 9), 2, 2, head_dim, torch.float16), (1, 4, 9), True)
+
+
+def sequences(query, key, value, edges, key_edges, longest, longest_key, *, scale):
+    """torch.nn.attention.varlen.varlen_attn on a CPU: attention within each sequence."""
+    assert edges.dtype == torch.int32 and edges[0] == 0 and torch.equal(edges, key_edges)
+    lengths = edges.diff().tolist()
+    assert max(lengths) == longest == longest_key
+    assert all(x.ndim == 3 and x.stride(-1) == 1 for x in (query, key, value))
+    whole = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, tokens, head_dim)
+    return dense_masked_attention(*whole, lengths, scale=scale)[0].transpose(0, 1).contiguous()
+
+
+@parametrize("layout", ["qkv", "transposed", "expanded"])
+def test_a_block_is_a_sequence_for_variable_length_attention(layout):
+    def attention(query, key, value, block_lengths, is_causal, scale):
+        with mock.patch.object(varlen, "varlen_attn", sequences):
+            return kernels._variable_length(query, key, value, block_lengths, scale)
+
+    tensors = inputs((1, 4, 9), 3, 2, layout=layout)
+    check(tensors, (1, 4, 9), False, 0.3, attention)
+    if layout == "qkv":  # is read in place
+        with mock.patch.object(varlen, "varlen_attn", mock.Mock(side_effect=sequences)) as called:
+            kernels._variable_length(*tensors[:3], (1, 4, 9), 0.3)
+        read = [x.data_ptr() for x in called.call_args.args[:3]]
+        assert read == [x.data_ptr() for x in tensors[:3]]
+
+
+HMAR = dict(is_causal=False, dtype=torch.float16, head_dim=64, block_lengths=(1, 5))
+HMAR |= dict(triton=None, hip=None, is_built=True, capability=(8, 0))
+OTHERS = dict(is_causal=True, dtype=torch.float32, block_lengths=(6,))
+OTHERS |= dict(hip="6.4", is_built=False, capability=(7, 5))
+
+
+@parametrize(
+    "changes",
+    [{}, dict(head_dim=8), dict(head_dim=12), dict(head_dim=264)]
+    + [{name: other} for name, other in OTHERS.items()],
+    ids=str,
+)
+def test_without_kernels_a_gpu_takes_all_own_blocks_at_once(changes, pytorch_path, monkeypatch):
+    case = HMAR | changes
+    head_dim = case["head_dim"]
+    monkeypatch.setattr(kernels, "triton", case["triton"])
+    monkeypatch.setattr(torch.version, "hip", case["hip"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
+    is_built = mock.Mock(return_value=case["is_built"])
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", is_built)
+    once = mock.Mock(side_effect=varlen.varlen_attn)  # torch's own, of fake tensors
+    by_block = mock.Mock(side_effect=torch.zeros_like)
+    monkeypatch.setattr(varlen, "varlen_attn", once)
+    monkeypatch.setattr(kernels, "_block_by_block", lambda q, *_: by_block(q))
+
+    with FakeTensorMode():
+        qkv = torch.empty(3, 2, 6, 3, head_dim, dtype=case["dtype"], device="cuda")
+        qkv = qkv.transpose(2, 3)  # (query, key and value; batch, heads, tokens, head_dim)
+        output = block_sparse_attention(*qkv, case["block_lengths"], case["is_causal"])
+    assert output.shape == (2, 3, 6, head_dim) and output.is_cuda
+    calls = (1, 0) if changes in ({}, dict(head_dim=8)) else (0, 1)
+    assert (once.call_count, by_block.call_count) == calls
+
+
 @needs_kernels
 @parametrize("hip", [None, "6.4"])
-@parametrize("dtype", [torch.float32, torch.float64])
-def test_amd_and_float64_take_the_pytorch_path(hip, dtype, pytorch_path, monkeypatch):
+@parametrize("dtype, head_dim", [(torch.float32, 16), (torch.float64, 16), (torch.float32, 12)])
+def test_what_has_no_kernels_takes_the_pytorch_path(
+    hip, dtype, head_dim, pytorch_path, monkeypatch
+):
     monkeypatch.setattr(torch.version, "hip", hip)
     with FakeTensorMode(), mock.patch.object(kernels, "_block_by_block") as by_block:
-        block_sparse_attention(*torch.empty(3, 1, 1, 6, 16, dtype=dtype, device="cuda"), (1, 5))
-    assert by_block.called == bool(hip or dtype == torch.float64)
+        qkv = torch.empty(3, 1, 1, 6, head_dim, dtype=dtype, device="cuda")
+        block_sparse_attention(*qkv, (1, 5))
+    assert by_block.called == bool(hip or dtype == torch.float64 or head_dim == 12)
 
 
 @both_patterns
@@ -272,8 +428,8 @@ def test_written_everywhere_repeatable_and_independent_of_the_batch(is_causal):
     try:
         assert torch.empty(3).isnan().all()
         with tiles(*SMALL):
-            whole, again = (run(tensors, *pattern) for _ in range(2))
-            part = run([x[:1] for x in tensors], *pattern)
+            whole, again = (run(tensors, *pattern, attention=operator) for _ in range(2))
+            part = run([x[:1] for x in tensors], *pattern, attention=operator)
     finally:
         torch.use_deterministic_algorithms(False)
     for first, second, alone in zip(whole, again, part, strict=True):
@@ -284,13 +440,12 @@ def test_written_everywhere_repeatable_and_independent_of_the_batch(is_causal):
 @needs_kernels
 def test_views_are_read_in_place():
     tensors = inputs((3, 6), 2, 2)
-    run(tensors, (3, 6))  # checks the kernels
     launch = mock.Mock(side_effect=kernels._launch)
     with mock.patch.object(kernels, "_launch", launch):
         run(tensors, (3, 6))
     assert launch.call_count == 3
     for call in launch.call_args_list:
-        for ours, read in zip(tensors[:3], call.args[1], strict=False):
+        for ours, read in zip(tensors[:3], call.args[2], strict=False):
             assert read.data_ptr() == ours.data_ptr() and read.stride() == ours.stride()
 
 
@@ -314,7 +469,6 @@ def test_offsets_beyond_two_to_the_31(strides):
 
 @needs_kernels
 def test_none_and_many():
-    run(inputs((2,)), (2,))  # checks the kernels
     launch = mock.MagicMock()
     kernel = type(kernels._forward_kernel)
     with mock.patch.object(kernel, "__getitem__", launch):
@@ -379,13 +533,12 @@ def test_checkpoint_and_inputs_that_require_no_gradient():
 def test_float32_is_exact_unless_torch_is_told_otherwise():
     for allowed, precision in ((True, "tf32"), (False, "ieee")):
         torch.backends.cuda.matmul.allow_tf32 = allowed
-        constants = kernels._constants(0, 64, torch.float32)
-        assert constants["PRECISION"].value == precision
+        assert kernels._dtypes(torch.float32)["PRECISION"] == precision
 
 
 GOOD = torch.zeros(1, 2, 6, 16)
 BAD = dict(
-    query=[*torch.zeros(1, 2, 6, 292).split((8, 20, 264), -1), GOOD[0]],
+    query=[GOOD[0]],
     key=[GOOD[:, :, :5], GOOD[:, :1], GOOD.double()],
     value=[GOOD[0], GOOD.bfloat16(), GOOD.to("meta")],
     block_lengths=[(1, 4), (), (6, 0), (7, -1)],

@@ -423,8 +423,16 @@ def test_a_cache_is_for_single_scales_of_causal_trees():
     causal, cache = PARAMS | dict(causal={}), [[], []]
     labels, inputs, _, _ = arguments(PARAMS, 2)
     refused("^cache: got None", hmar.features, causal, labels, inputs[:, :4], k=1)
-    refused("^cache: got ", hmar.features, causal, labels, inputs, cache=cache)
-    refused("^cache: got ", hmar.features, PARAMS, labels, inputs[:, :4], k=1, cache=cache)
+    refused("^cache: got one, expected None", hmar.features, causal, labels, inputs, cache=cache)
+    refused(
+        "^cache: got one, expected None",
+        hmar.features,
+        PARAMS,
+        labels,
+        inputs[:, :4],
+        k=1,
+        cache=cache,
+    )
 
 
 def test_inputs_of_other_tokenizers_are_refused():

@@ -561,7 +561,6 @@ def test_arguments_that_do_not_fit_are_refused():
     black = torch.zeros(3, 3, 6, 8, dtype=torch.uint8)  # which in [-1, 1] would be grey
     refused("^images: got .*uint8", sample.edit, MODEL, black, HALF, LABELS)
     refused("^labels: got 1, expected ", sample.edit, MODEL, picture(3), HALF, LABELS[:1])
-    refused("^particles: got 0", sample.edit, MODEL, picture(3), HALF, LABELS, particles=0)
     for mask in (HALF.byte(), HALF[:2]):
         message = r"^mask: got .*, expected a bool tensor \(3, 1, 6, 8\)"
         refused(message, sample.edit, MODEL, picture(3), mask, LABELS)
@@ -605,6 +604,7 @@ def test_files_of_older_versions_are_the_same_models():
         assert "is_causal" not in loaded
         assert ("causal" in loaded["transformer"]) == is_causal
         assert leaves_equal(loaded["transformer"], today)
+        assert all(block["mlp"]["tanh"] == {} for block in loaded["transformer"]["trunk"])
         images = sample.generate(loaded, [1])
         expected = today | (dict(causal={}) if is_causal else {})
         assert torch.equal(images, sample.generate(MODEL | dict(transformer=expected), [1]))
@@ -756,8 +756,8 @@ def test_processes_share_the_images_of_a_folder(run, monkeypatch):
         assert part and not part.keys() & found.keys()
         found |= part
     assert found == contents("one") and len(found) == 9
-    assert waited[:2] == ["init_process_group", "barrier"]
-    assert "expected a folder" in call(run, "--count", 3, "--out", "all.npz")
+    assert waited == 2 * ["init_process_group", "barrier", "barrier", "destroy_process_group"]
+    assert "several processes need a folder" in call(run, "--count", 3, "--out", "all.npz")
 
 
 def test_an_error_inside_sampling_keeps_its_traceback(run, monkeypatch):
@@ -792,7 +792,9 @@ def test_the_command_edits(run):
     with mock.patch.object(sample, "edit", wraps=sample.edit) as edited:
         archived("run", *given, "--particles", 3)
         archived("run", *given)
-    assert [call.kwargs["particles"] for call in edited.call_args_list] == [3, 8]
+        archived("run", *given, "--particles", 40)  # a batch of 50 samples has room for one image
+    calls = [(call.kwargs["particles"], len(call.args[1])) for call in edited.call_args_list]
+    assert calls == [(3, 2), (8, 2), (40, 1), (40, 1)]
 
 
 def test_a_picture_of_edits_begins_with_the_image_and_what_is_visible(run):
