@@ -1062,7 +1062,9 @@ def perceptual_losses(dataset, steps, classes):
     """Losses of the perceptual network while it learns, [(scores, labels), ...] and its layers."""
     crops = train.Crops(dataset, range(len(dataset)), size=24, seed=0, classes=classes)
     with mock.patch.object(F, "cross_entropy", wraps=F.cross_entropy) as losses:
-        layers = train.learn_perceptual_layers(crops, steps, 0, CPU, torch.float32)
+        layers = train.learn_perceptual_layers(
+            crops, steps, seed=0, device=CPU, dtype=torch.float32
+        )
     pairs = [call.args for call in losses.call_args_list]
     return [F.cross_entropy(*pair).item() for pair in pairs], pairs, layers
 
