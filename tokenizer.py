@@ -319,8 +319,9 @@ def training_loss(
     data's variance: in photographs hue varies little beside brightness, so that no code would be
     spent on it otherwise.
 
-    Returns loss, error (squared), coarse, quantisation: scalars; images: reconstructions (B, 3, H, W), not clamped;
-    coarse_images (n, 3, H, W); tokens, residuals: one entry a scale, see `quantise`.
+    Returns loss, error (squared), coarse, quantisation: scalars; images: reconstructions
+    (B, 3, H, W), not clamped; coarse_images (n, 3, H, W); tokens, residuals: one entry a scale, see
+    `quantise`.
     """
     features = _widen(encode_features(codec, images))  # (B, code_dim, h, w)
     residuals, tokens, maps = zip(*quantise(codec, features, scales))

@@ -532,8 +532,8 @@ def train_transformer(
     params: a tree of `hmar.init`. If it has a masked branch, that alone is trained, to predict
         hidden tokens from the others of their scale too (HMAR, stage two).
     codec: the tokenizer of the tokens; it stays as it is.
-    batches: an iterator of (labels (B,), tokens int64 (B, L)), or a function that returns the
-        iterator of the steps after a number of steps, such as `token_batches`.
+    batches: an iterator of (labels (B,) or vectors (B, C), tokens int64 (B, L)), or a function that
+        returns the iterator of the steps after a number of steps, such as `token_batches`.
     held_out: (labels (n,), tokens (n, L)) to evaluate on.
     label_drop: the share of labels that become the null class. loss_weights: of
         `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
@@ -566,7 +566,7 @@ def train_transformer(
         positions = own_share(torch.arange(batch))  # of these images in the whole batch
         generator = generator_of(seed, stage, step)
         is_dropped = torch.rand(batch, generator=generator)[positions] < label_drop
-        labels = labels.masked_fill(is_dropped.to(labels.device), len(params["classes"]) - 1)
+        labels = drop_labels(labels, is_dropped.to(labels.device), params["classes"])
         examples = labels, tokens
         if is_masked:
             examples = labels, tokens, draw_masks(batch, scales, generator)[positions]
@@ -631,6 +631,13 @@ def transformer_images_at_once(params, codec):
     """How many images pass the transformer together, see `sample.images_at_once`."""
     cells = math.prod(hmar.scale_sizes(params)[-1])
     return sample.images_at_once(cells * tokenizer.downsampling(codec) ** 2)
+
+
+def drop_labels(labels, is_dropped, classes):
+    """The labels, numbers (B,) or vectors (B, C), where is_dropped (B,) those of no class."""
+    if labels.is_floating_point():
+        return torch.where(is_dropped[:, None], classes[-1].to(labels), labels)
+    return labels.masked_fill(is_dropped, len(classes) - 1)
 
 
 def draw_masks(count, scales, generator, ratio=None):
@@ -1093,7 +1100,7 @@ class Crops(torch.utils.data.Dataset):
                 got = f"label {label} of image {index}"
                 raise ValueError(f"dataset: got {got}, expected below the {self.classes} classes")
             return sample.convert_to_rgb(image), int(label), index
-        raise OSError(f"dataset: none of {len(self)} images can be read")
+        raise OSError(f"dataset: none of the images {self.indices[:5]} can be read")
 
 
 def crop(image, size, seed=None):
