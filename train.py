@@ -5,8 +5,9 @@
     crops -> tokens (B, L) -> train_transformer: next-scale stage, then masked stage -> params
 
 A stage is one loop. The seed and the number of a step decide its batch and its random numbers. So a
-run that was killed goes on from its last checkpoint to the same weights, bit for bit on one CPU
-with the same number of threads. Crops are made when they are needed, and nothing is prepared.
+run that was killed goes on from its last checkpoint to the same weights, bit for bit if it is one
+process on a CPU with the same number of threads. Crops are made when they are needed, and nothing
+is prepared.
 
 `train` runs all stages on a dataset. Each stage can be called alone, too, on trees of tensors and
 an iterator of batches. The tokenizer is trained without an adversarial loss.
@@ -44,6 +45,7 @@ import tokenizer
 COOL_DOWN = 0.6  # share of a stage's steps at its end, while the learning rate falls to zero
 WARM_UP = 0.06  # share at its beginning, while it rises to its peak
 CLIP = 1.0  # largest norm of the gradient
+MASKED_RATE = 1 / 4  # learning rate of the masked stage, relative to the others
 REVIVE_EVERY = 20  # steps from one replacement of codes that were never chosen to the next
 REVIVE_UNTIL = 0.8  # share of the steps; later codes get time to settle
 COARSE_EVERY = 4  # every fourth image of a batch is decoded from coarse scales too
@@ -205,9 +207,9 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     """The settings of a run on so many images of size x size pixels, {name: value}.
 
     Each is an argument of a function with that name, or is read by `run_stages`. They were chosen
-    at depths 2 and 3 and are extrapolated so that depth 16 has the published sizes. is_simple: the
-    images are simple drawings. cell: the side in pixels of a latent position, if a tokenizer is
-    given.
+    at depths 2 and 3 and are extrapolated so that depth 16 has the published codes and channels.
+    is_simple: the images are simple drawings. cell: the side in pixels of a latent position, if a
+    tokenizer is given.
     """
     relative_depth = depth / 2  # most numbers below were chosen at depth 2
     is_large = depth >= 8  # from here on the published layers
@@ -265,7 +267,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         masked_steps=steps["masked"],
         tokenizer_lr=rate,
         next_scale_lr=rate,
-        masked_lr=rate / 4,
+        masked_lr=MASKED_RATE * rate,
         decay=0.05 * relative_depth**-0.8,
         # Three Newton-Schulz iterations of Muon instead of five save a third of the time, but raise
         # the FD of photographs by 4 to 14 %, so only simple drawings use three.
@@ -280,12 +282,14 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         central_every=1 if is_simple else min(16, max(2, 20_000 // images)),
         # The sampler.
         **sampling_settings(depth, size, classes),
-        masked_passes=2 if is_large else 0,  # by default; with neighbours they help edits only
+        # Masked passes of samples. In trees with neighbours they help edits only.
+        masked_passes=2 if is_large else 0,
     )
 
 
 # Chosen at depths 2 and 3 by the FD to images that no model saw (tests/RESULTS.md, section 3).
-SAMPLING = {  # (depth, side in pixels, each at most): guidance, mask_guidance, rise, temperature
+# The first row whose depth and side in pixels are not exceeded counts.
+SAMPLING = {  # (depth, side): guidance, mask_guidance, rise, temperature
     (2, 32): (6.0, 3.0, 1.0, 0.95),
     (2, math.inf): (3.3, 3.0, 2.0, 0.9),
     (7, 32): (4.5, 2.0, 1.0, 0.9),
@@ -311,7 +315,7 @@ def sampling_settings(depth, size, classes):
 def default_scales(size, cell, growth, doubled=True):
     """The published scales where they fit, otherwise sides that grow by a factor.
 
-    doubled: the last scale comes twice if its side is at most 8, for fine grain.
+    doubled: the last scale comes twice if its side is at most 8, which sharpens fine grain.
     """
     if cell == 16 and size in hmar.SCALES:
         return hmar.SCALES[size]
@@ -331,14 +335,14 @@ def replace_settings(settings, changes):
     steps and lr stand for those of all stages; the masked stage takes a quarter of the rate.
     ValueError for an unknown name, a value of another type, or a number that is not above 0.
     """
-    stages = "tokenizer", "next_scale", "masked"
     changes = dict(changes)
     if "steps" in changes:
         steps = changes.pop("steps")
-        changes = {f"{stage}_steps": steps for stage in stages} | changes
+        all_steps = dict(tokenizer_steps=steps, next_scale_steps=steps, masked_steps=steps)
+        changes = all_steps | changes
     if "lr" in changes:
         peak = changes.pop("lr")
-        rates = dict(tokenizer_lr=peak, next_scale_lr=peak, masked_lr=peak / 4)
+        rates = dict(tokenizer_lr=peak, next_scale_lr=peak, masked_lr=MASKED_RATE * peak)
         changes = rates | changes
 
     for name, value in changes.items():
@@ -554,9 +558,9 @@ def train_transformer(
     out = out and Path(out)
     clock = begin_stage(out, stage, state, steps, later)
     batches = iter(batches(state["step"]) if callable(batches) else batches)
-    if is_masked:
-        generator = generator_of("held-out mask")
-        held_out = *held_out, draw_masks(len(held_out[0]), scales, generator, ratio=0.5)
+    if is_masked:  # always the same masks
+        masks = draw_masks(len(held_out[0]), scales, generator_of("held-out mask"), ratio=0.5)
+        held_out = *held_out, masks
     window, save_at = [], time.monotonic() + SAVE_SECONDS
 
     while state["step"] < steps:
@@ -817,10 +821,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         for shape, leaves in self.stacks.items():
-            state, gradients = (
-                self.state[leaves[0]],
-                torch.stack([x.grad.flatten(1) for x in leaves]),
-            )
+            state = self.state[leaves[0]]
+            gradients = torch.stack([leaf.grad.flatten(1) for leaf in leaves])
             if not state:
                 state["momentum"] = torch.zeros_like(gradients)
             momentum = state["momentum"].lerp_(gradients, 1 - 0.95)
@@ -955,7 +957,10 @@ def saved_leaf(leaf):
 
 @torch.no_grad()
 def restored_leaf(leaf, saved):
-    """A leaf of the state, changed in place to what a checkpoint holds of it; or a saved number."""
+    """A leaf of the state, changed in place to what a checkpoint holds of it.
+
+    A number, which cannot be changed in place, is replaced by the saved one.
+    """
     if isinstance(leaf, torch.Tensor):
         return leaf.copy_(saved)
     if hasattr(leaf, "state_dict"):
@@ -1061,7 +1066,7 @@ class Crops(torch.utils.data.Dataset):
     """Square crops of some images of a dataset: (row, number) -> (uint8 (3, size, size), label).
 
     A crop is a function of the seed, its image and its number. One number in central_every is the
-    central crop; if flip, every second one of each kind is mirrored.
+    central crop. If flip, half of the central crops and half of the others are mirrored.
     """
 
     def __init__(self, dataset, indices, *, size, seed, flip=False, classes=1, central_every=1):
