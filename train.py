@@ -1211,7 +1211,7 @@ def generator_of(*key):
     return torch.Generator().manual_seed(int.from_bytes(number, "big"))
 
 
-# ---- two small datasets: a folder of images, drawings of shapes
+# ---- here the method ends; two small datasets: a folder of images, drawings of shapes
 
 
 class Cached:
