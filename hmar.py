@@ -370,7 +370,7 @@ def hidden_tokens_leak(params):
 
     It embeds the tokens of its own scale with the weight of `input`. And it was trained with the
     codes of hidden tokens in own_inputs (tokenizer.masked_inputs without a mask), where they leak
-    into those of visible tokens nearby; so it has to be sampled and trained further.
+    into those of visible tokens nearby; it has to be sampled, and trained further, with them.
     """
     return "own_input" not in params["masked"]
 
