@@ -273,8 +273,8 @@ RESAMPLING = 2**31  # in place of the index of a pass; no schedule has so many
 def random_stream(seed, k, pass_index, particle=0):
     """numpy's generator for an image with this seed at scale k: the source of all randomness.
 
-    pass_index: of the pass that samples tokens; RESAMPLING for the choice among an edit's particles.
-    particle: of an edit. The first has the stream of its image. The others have those of images
+    pass_index: of the pass that samples tokens; RESAMPLING: for the choice among particles.
+    particle: in an edit the first has the stream of its image, the others have those of images
     whose seeds are 2^48 and more away, far from all that a user asks for.
     """
     return np.random.default_rng((seed + (particle << 48), k, pass_index))
