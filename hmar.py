@@ -1,4 +1,4 @@
-"""The HMAR transformer: from a pyramid of token maps, as features, to logits of every token.
+"""The HMAR transformer: from labels and what coarser scales add up to, to logits of every token.
 
     labels (B,), inputs (B, L - len_0, code_dim) -> features (B, L, C) -> logits (B, L, codes)
 
@@ -11,8 +11,9 @@ the Markov property. In a causal tree, which is VAR's, a scale attends to all co
 The masked branch shares the first blocks, the trunk, and also sees the visible tokens of its own
 scale. `features` is the transformer, `logits` its head, `losses` what it is trained by.
 
-A model, `params`, is a tree of tensors: its keys are argument names of functions, and its shapes
-are the configuration.
+A model, `params`, is a tree of tensors, and its shapes are the configuration. The keys inside of
+input, a block, a modulation, a head and neighbours are argument names of the function that computes
+with them; the keys above are read by name in `features` and `logits`.
 
     classes (classes + 1, C), the null class last; start (len_0, C)
     levels (S, C), an embedding for each scale, as published; positions [(h, w, C), ...]
@@ -21,16 +22,17 @@ are the configuration.
     masked {blocks, modulation, head, mask_embedding (C,), own_input}, if there is such a branch
     block {modulation, attention, mlp {expand, contract}}
 
-Some keys are optional. What a tree has decides what is computed:
+Some keys are optional. What a tree has decides what is computed. An empty dict, {}, is a flag: to
+be there is to be set, so it is tested with `in`.
 
     causal {}                 at the top: the tree is VAR's
     depthwise                 in a block: a 3 x 3 convolution of each channel of each scale's map
     neighbours                in both branches: the head sees neighbouring tokens of the same scale
     tanh {}                   in an mlp: GELU in its tanh approximation, as published
-    own_input                 in the masked branch; published trees use the weight of `input` there
+    own_input                 in the masked branch: a weight; without it see `hidden_tokens_leak`
 
-A weight of input and own_input may be a matrix (C, code_dim) or a 3 x 3 convolution. Trees of small
-models have convolutions and neighbours; trees of `init` by default and published ones have neither.
+A weight of input and own_input may be a matrix (C, code_dim) or a 3 x 3 convolution. Convolutions
+and neighbours suit small models: `init` adds them if it is asked to, published trees have neither.
 
     >>> params = init(depth=2, classes=10, codes=64, code_dim=8, scales=((1, 1), (2, 2)))
     >>> x = features(params, torch.tensor([3, 7]), torch.randn(2, 4, 8))
@@ -43,7 +45,6 @@ and Xie 2023).
 
 import math
 import re
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +52,6 @@ from torch.utils import _pytree as pytree
 
 from attention_kernels import block_sparse_attention
 
-# (row, column) from a token to its neighbours that the head sees; all of them are sampled before
-# the token, see `wave_logits`.
-NEIGHBOURS = (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, -2), (-2, 0)
 SCALES = {  # published scales by the image's side in pixels, for a tokenizer that downsamples by 16
     16 * sides[-1]: tuple(zip(sides, sides))
     for sides in (
@@ -70,7 +68,7 @@ SCALES = {  # published scales by the image's side in pixels, for a tokenizer th
 def features(params, labels, inputs, own_inputs=None, mask=None, *, k=None, cache=None):
     """The features (B, n, C), fp32, that the head of a branch reads: the whole transformer but it.
 
-    labels: (B,) int64, 0 to classes, or vectors (B, C); see `condition`.
+    labels: (B,) int64, 0 to classes, which torch checks, or vectors (B, C); see `condition`.
     inputs: (B, L - len_0, code_dim), from tokenizer.next_scale_inputs.
     own_inputs, mask: for the masked branch, otherwise None. own_inputs (B, L - len_0, code_dim) are
         from tokenizer.masked_inputs. mask (B, L - len_0) bool is True where a token is hidden;
@@ -80,29 +78,31 @@ def features(params, labels, inputs, own_inputs=None, mask=None, *, k=None, cach
     cache: for sampling of a causal tree, [[] for each block]. The keys and values of scale k are
         appended; the lists must hold those of all coarser scales.
 
-    ValueError if the cache is missing or not needed, or if labels, own_inputs or mask do not have
-    as many entries as inputs.
+    ValueError if the cache is missing or not needed, if there is only one of own_inputs and mask or
+    they do not fit inputs, or if a scale k > 0 alone has another number of labels than of inputs,
+    which would broadcast. (In a whole sequence torch refuses that.)
     """
-    needs_cache = "causal" in params and k is not None
-    if needs_cache != (cache is not None):
-        got, expected = ("None", "one") if needs_cache else ("one", "None")
-        raise ValueError(f"cache: got {got}, expected {expected} for this tree and k={k}")
-    if k and len(labels) != len(inputs):
+    if (cache is not None) != ("causal" in params and k is not None):
+        got = "None" if cache is None else "one"
+        raise ValueError(f"cache: got {got}, but only a single scale of a causal tree needs one")
+    if (own_inputs is None) != (mask is None):
+        raise ValueError("own_inputs and mask: got one of them, expected both or none")
+    if k is not None and k > 0 and len(labels) != len(inputs):
         raise ValueError(f"labels: got {len(labels)} for {len(inputs)} inputs")
 
     branch = params["next_scale"] if mask is None else params["masked"]
     blocks = params["trunk"] + branch["blocks"]
-    scales = range(len(params["levels"])) if k is None else [k]
-    sizes = [tuple(params["positions"][i].shape[:2]) for i in scales]
+    indices = range(len(params["levels"])) if k is None else [k]  # of scales
+    sizes = [tuple(params["positions"][i].shape[:2]) for i in indices]
     conditions = condition(params, labels)  # (B, C)
 
     embedded = []
-    if scales[0] == 0:
+    if indices[0] == 0:
         embedded.append(conditions[:, None] + params["start"])  # (B, len_0, C)
-    if scales[-1] > 0:
-        finer = [size for i, size in zip(scales, sizes) if i > 0]
+    if indices[-1] > 0:
+        finer = [size for i, size in zip(indices, sizes) if i > 0]
         embedded.append(embed_inputs(params, inputs, own_inputs, mask, finer))
-    positions = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in scales]
+    positions = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in indices]
     x = torch.cat(embedded, 1) + torch.cat(positions)  # (B, n, C)
 
     caches = [None] * len(blocks) if cache is None else cache
@@ -136,7 +136,7 @@ def embed_inputs(params, inputs, own_inputs, mask, sizes):
         raise ValueError(f"got {got} for inputs {tuple(inputs.shape)}")
 
     branch = params["masked"]
-    weight = branch.get("own_input", params["input"]["weight"])
+    weight = branch.get("own_input", params["input"]["weight"])  # see `hidden_tokens_leak`
     visible = convolve_by_scale(own_inputs, sizes, weight, bias=None)
     if weight.ndim == 2:  # the output of a convolution stays: it comes from visible tokens nearby
         visible = visible.masked_fill(mask[..., None], 0)
@@ -144,18 +144,18 @@ def embed_inputs(params, inputs, own_inputs, mask, sizes):
 
 
 def transformer_block(
-    x, condition, sizes, is_causal, past, modulation, attention, mlp, depthwise=None
+    x, conditions, sizes, is_causal, past, *, modulation, attention, mlp, depthwise=None
 ):
-    """x (B, n, C) after attention and MLP, each modulated by condition (B, C), as in DiT.
+    """x (B, n, C) after attention and MLP, each modulated by conditions (B, C), as in DiT.
 
-    sizes: (h, w) of each scale in x. past: for `cached_attention`, otherwise None. The last four
-    arguments are weights. With `depthwise` the block begins with a convolution of each channel of
-    each scale's map (UniFormer, Li et al. 2022), which published blocks do not have.
+    sizes: (h, w) of each scale in x. past: for `cached_attention`, otherwise None. The others are
+    weights. With `depthwise` the block begins with a convolution of each channel of each scale's
+    map (UniFormer, Li et al. 2022), which published blocks do not have.
     """
     if depthwise is not None:
         x = x + convolve_by_scale(x, sizes, **depthwise)
 
-    modulations = linear(F.silu(condition), **modulation).unflatten(1, (6, 1, -1))  # (B, 6, 1, C)
+    modulations = linear(F.silu(conditions), **modulation).unflatten(1, (6, 1, -1))  # (B, 6, 1, C)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = modulations.unbind(1)  # the published order
 
     attended = self_attention(modulate(x, scale1, shift1), sizes, is_causal, past, **attention)
@@ -163,23 +163,21 @@ def transformer_block(
     return x + gamma2 * feed_forward(modulate(x, scale2, shift2), **mlp)
 
 
-def self_attention(x, sizes, is_causal, past, qkv, q_bias, v_bias, log_temperature, project):
+def self_attention(x, sizes, is_causal, past, *, qkv, q_bias, v_bias, log_temperature, project):
     """Cosine attention of x (B, n, C): queries and keys are normalised to unit length.
 
-    Scores are multiplied by exp(log_temperature), a learned factor for each of the heads, which is
-    clamped at 100. A token sees its own scale; with is_causal the coarser ones too.
+    Scores are multiplied by exp(log_temperature), which is clamped at 100; so log_temperature
+    (heads,) is the logarithm of an inverse temperature. A token sees its own scale; with is_causal
+    the coarser ones too.
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     heads = len(log_temperature)
-    qkv = linear(x, qkv, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    qk, (v,) = qkv.split([2, 1])  # (2, B, heads, n, head_dim) and (B, heads, n, head_dim)
+    projected = linear(x, qkv, bias).unflatten(-1, (3, heads, -1)).transpose(1, 3)
+    q, k, v = projected.unbind(2)  # (B, heads, n, head_dim) each
 
     # Queries get the factor as their length and keys 1, so that attention itself has a scale of 1.
     factor = log_temperature.clamp(max=math.log(100)).exp().view(-1, 1, 1)
-    length = torch.stack([factor, torch.ones_like(factor)])[:, None]  # (2, 1, heads, 1, 1)
-    wide = torch.promote_types(qk.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=wide).clamp(min=1e-12)
-    q, k = qk * (length / norm).to(qk.dtype)
+    q, k = set_length(q, factor), set_length(k, torch.ones_like(factor))
 
     if past is None:
         lengths = [h * w for h, w in sizes]
@@ -187,6 +185,13 @@ def self_attention(x, sizes, is_causal, past, qkv, q_bias, v_bias, log_temperatu
     else:
         attended = cached_attention(q, k, v, past)
     return linear(attended.transpose(1, 2).flatten(2), **project)
+
+
+def set_length(x, length):
+    """The vectors x (..., head_dim), multiplied so that they have this length (..., 1)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).clamp(min=1e-12)
+    return x * (length / norm).to(x.dtype)
 
 
 def cached_attention(query, key, value, past):
@@ -253,7 +258,8 @@ def logits(branch, x, near=None):
 def add_neighbours(x, near, embedding, expand, contract):
     """x (..., C) plus an MLP of it and of the neighbouring tokens near (..., 6).
 
-    embedding (6, codes + 1, C): one table for each of NEIGHBOURS.
+    embedding (6, codes + 1, C): a table for each of NEIGHBOURS; its last vector is for those that
+    would lie outside of the map.
     """
     seen = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     for table, codes in zip(embedding, near.unbind(-1), strict=True):
@@ -261,21 +267,29 @@ def add_neighbours(x, near, embedding, expand, contract):
     return x + feed_forward(seen, expand, contract)
 
 
+# The neighbours of a token that the head sees, as (row, column) from it, and how far they reach: to
+# the left, right, top and bottom. All are sampled before the token, because they lie in earlier
+# waves; a token's wave is column + 2 row, see `wave_logits`.
+NEIGHBOURS = (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, -2), (-2, 0)
+REACH = 2, 1, 2, 0
+
+
 def neighbour_tokens(branch, tokens, sizes):
     """The NEIGHBOURS (B, n, 6) of each of tokens (B, n), of scales of these sizes [(h, w), ...].
 
-    Where a neighbour would lie outside of the map, the number is `codes`. (B, n, 0) for branches
-    without neighbours.
+    Where a neighbour would lie outside of the map, the number is `codes`, one more than the last
+    code's. (B, n, 0) for branches without neighbours.
     """
     if "neighbours" not in branch:
         return tokens.new_empty(*tokens.shape, 0)
 
     codes = len(branch["head"]["bias"])
+    left, _, top, _ = REACH
     near = []
     for part, (h, w) in zip(tokens.split([h * w for h, w in sizes], 1), sizes, strict=True):
-        # Two rows above, two columns to the left and one to the right: as far as NEIGHBOURS reach.
-        maps = F.pad(part.unflatten(1, (h, w)), (2, 1, 2, 0), value=codes)  # (B, h + 2, w + 3)
-        shifted = [maps[:, 2 + y : 2 + y + h, 2 + x : 2 + x + w] for y, x in NEIGHBOURS]
+        maps = F.pad(part.unflatten(1, (h, w)), REACH, value=codes)  # (B, h + 2, w + 3)
+        corners = [(top + y, left + x) for y, x in NEIGHBOURS]
+        shifted = [maps[:, y : y + h, x : x + w] for y, x in corners]
         near.append(torch.stack(shifted, -1).flatten(1, 2))  # (B, h w, 6)
     return torch.cat(near, 1)
 
@@ -287,7 +301,7 @@ def wave_logits(branch, size, x, tokens):
     it samples at these positions into tokens before it asks for the next ones.
 
     A branch without neighbours predicts all positions at once. With neighbours there is a wave for
-    each value of column + 2 row, so that all NEIGHBOURS of a token lie in earlier waves.
+    each value of column + 2 row, see NEIGHBOURS.
     """
     h, w = size
     waves = {}
@@ -351,6 +365,16 @@ def scale_sizes(params):
     return tuple(tuple(position.shape[:2]) for position in params["positions"])
 
 
+def hidden_tokens_leak(params):
+    """Whether the masked branch is a published one, which has no own_input. This means two things.
+
+    It embeds the tokens of its own scale with the weight of `input`. And it was trained with the
+    codes of hidden tokens in own_inputs (tokenizer.masked_inputs without a mask), where they leak
+    into those of visible tokens nearby; it has to be sampled, and trained further, with them.
+    """
+    return "own_input" not in params["masked"]
+
+
 def block_count(params):
     """The number of blocks that a token passes through."""
     return len(params["trunk"]) + len(params["next_scale"]["blocks"])
@@ -403,9 +427,14 @@ def init(
     width = width or 64 * depth
     heads = heads or max(1, width // 64)
     if gamma is None:
-        gamma = 1e-3 * 0.1 ** ((depth >= 24) + (depth >= 30))
-    normal = partial(_normal, width, torch.Generator().manual_seed(seed))  # (*shape)
-    affine = partial(_affine, normal)  # (inputs, outputs, gain)
+        gamma = 1e-5 if depth >= 30 else 1e-4 if depth >= 24 else 1e-3
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return _normal(generator, width, *shape)
+
+    def affine(inputs, outputs, gain=1.0):
+        return dict(weight=normal(outputs, inputs).mul_(gain), bias=torch.zeros(outputs))
 
     params = dict(
         classes=normal(classes + 1, width),
@@ -419,12 +448,13 @@ def init(
         ),
     )
     if convolutions:
+        # The matrix is sampled all the same, so that other weights are those without convolutions.
         params["input"]["weight"] = normal(width, code_dim, 3, 3)
         for block in params["trunk"]:
             block["depthwise"] = dict(weight=normal(width, 1, 3, 3), bias=torch.zeros(width))
     if neighbours:
         params["next_scale"]["neighbours"] = dict(
-            embedding=normal(len(NEIGHBOURS), codes + 1, width),
+            embedding=normal(len(NEIGHBOURS), codes + 1, width),  # see `add_neighbours`
             expand=affine(width, 2 * width),
             contract=affine(2 * width, width, 0.02),
         )
@@ -433,13 +463,9 @@ def init(
     return params
 
 
-def _normal(width, generator, *shape):
+def _normal(generator, width, *shape):
     std = math.sqrt(1 / (3 * width))
     return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, generator=generator)
-
-
-def _affine(normal, inputs, outputs, gain=1.0):
-    return dict(weight=normal(outputs, inputs).mul_(gain), bias=torch.zeros(outputs))
 
 
 def _new_block(normal, affine, width, heads, depth, gamma):
@@ -459,22 +485,27 @@ def _new_block(normal, affine, width, heads, depth, gamma):
 
 
 def add_masked_branch(params, blocks=None, own_input=True, seed=0):
-    """The same tree with a masked branch: a copy of the last blocks and of the head.
+    """A tree with a masked branch: copies of the last blocks and of the rest of next_scale.
 
-    trunk [1 2 3 4] -> trunk [1 2], next_scale [3 4], masked [copies of 3 4], for 2 blocks.
-    blocks: None takes half of them. own_input: the input weight is copied too, for the tokens of
-    the same scale; published trees have no such copy. ValueError if there is a masked branch, or if
-    blocks is not 1 to all.
+    trunk [1 2 3 4] -> trunk [1 2], next_scale [3 4], masked [copies of 3 4], for 2 blocks. The
+    trunk and next_scale share their tensors with params, which stays as it is.
+
+    blocks: how many are copied; None: half of them, rounded up. own_input: the input weight is
+    copied too, for the tokens of the same scale; published trees have no such copy, see
+    `hidden_tokens_leak`. ValueError if there is a masked branch, if blocks is not 1 to all, or if
+    the tree is causal, because its cache holds tokens that masked passes would sample again.
     """
     every = params["trunk"] + params["next_scale"]["blocks"]
     blocks = (len(every) + 1) // 2 if blocks is None else blocks
+    if "causal" in params:
+        raise ValueError("params: got a causal tree, which cannot have a masked branch")
     if "masked" in params or not 1 <= blocks <= len(every):
         raise ValueError(f"blocks: got {blocks}, expected 1 to {len(every)}, and only once")
 
     next_scale = params["next_scale"] | dict(blocks=every[-blocks:])
     masked = pytree.tree_map(torch.clone, next_scale)
     width = params["classes"].shape[1]
-    embedding = _normal(width, torch.Generator().manual_seed(seed), width)
+    embedding = _normal(torch.Generator().manual_seed(seed), width, width)
     masked["mask_embedding"] = embedding.to(params["classes"])
     if own_input:
         masked["own_input"] = params["input"]["weight"].clone()
@@ -506,23 +537,23 @@ def resize_positions(params, scales):
 # ---- published weights
 
 PUBLISHED_NAMES = (  # patterns in published names -> ours, replaced in this order
-    ("class_emb.weight", "classes"),
-    ("pos_start", "start"),
-    ("pos_1LC", "positions"),
-    ("lvl_embed.weight", "levels"),
-    ("word_embed[._]", "input."),
-    ("^(base_)?blocks", "trunk"),
-    ("mask_embed.weight", "masked.mask_embedding"),
-    ("^head", "ns_head"),  # VAR's, as HMAR calls it
-    ("^ns_", "next_scale."),
-    ("^mask_", "masked."),
-    ("(.head_nm)?.ada_lin.1", ".modulation"),
-    ("ffn.fc1", "mlp.expand"),
-    ("ffn.fc2", "mlp.contract"),
-    ("attn", "attention"),
-    ("proj", "project"),
-    ("mat_qkv.weight", "qkv"),
-    ("scale_mul_1H11", "log_temperature"),
+    (r"class_emb\.weight", "classes"),
+    (r"pos_start", "start"),
+    (r"pos_1LC", "positions"),
+    (r"lvl_embed\.weight", "levels"),
+    (r"word_embed[._]", "input."),
+    (r"^(base_)?blocks", "trunk"),
+    (r"mask_embed\.weight", "masked.mask_embedding"),
+    (r"^head", "ns_head"),  # VAR's, as HMAR calls it
+    (r"^ns_", "next_scale."),
+    (r"^mask_", "masked."),
+    (r"(\.head_nm)?[._]ada_lin\.1", ".modulation"),  # _ in VAR-d36's shared_ada_lin
+    (r"ffn\.fc1", "mlp.expand"),
+    (r"ffn\.fc2", "mlp.contract"),
+    (r"attn", "attention"),
+    (r"proj", "project"),
+    (r"mat_qkv\.weight", "qkv"),
+    (r"scale_mul_1H11", "log_temperature"),
 )
 # Names that end so are buffers, not weights.
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
@@ -535,63 +566,71 @@ def from_published(state_dict, scales=None):
     out for 680, 2240 and 9451 tokens. ValueError if an entry or a block is missing that such a
     model has, or if the scales do not have as many tokens as the state dict.
     """
-    params = {}
     try:
-        for name, leaf in state_dict.items():
-            if name.endswith(BUFFERS):
-                continue
-            for theirs, ours in PUBLISHED_NAMES:
-                name = re.sub(theirs, ours, name)
-            if name in ("start", "positions", "masked.mask_embedding"):
-                leaf = leaf.squeeze(0)
-            if name.endswith("log_temperature"):
-                leaf = leaf.flatten()
-            *path, last = name.split(".")
-            node = params
-            for key in path:
-                node = node.setdefault(key, {})
-            node[last] = leaf.float()
-
-        # {"0": block, ...} -> [block, ...]
-        trees = params, params["next_scale"], params.get("masked", {})
-        for tree, stack in zip(trees, ("trunk", "blocks", "blocks")):
-            blocks = tree.get(stack, {})
-            tree[stack] = [blocks[str(i)] for i in range(len(blocks))]
-            for block in tree[stack]:
-                block["mlp"]["tanh"] = {}
-
-        shared = params.pop("shared", None)  # VAR-d36: its blocks differ in a bias only
-        for block in params["trunk"] if shared else ():
-            bias = shared["modulation"]["bias"] + block.pop("ada_gss").flatten()
-            block["modulation"] = shared["modulation"] | dict(bias=bias)
-
-        # The positions of all scales are published in one table.
-        table = params["positions"]
-        published = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
-        scales = published.get(len(table), ()) if scales is None else scales
-        counts = [h * w for h, w in scales]
-        if sum(counts) != len(table):
-            raise ValueError(f"scales: got {scales}, expected some of {len(table)} tokens")
-        params["positions"] = [x.unflatten(0, hw) for x, hw in zip(table.split(counts), scales)]
-
-        mask = state_dict.get("attn_bias_for_masking")
-        if mask is not None and mask[0, 0, -1, 0] == 0:  # the last token sees the first
-            params["causal"] = {}
+        params = _renamed(state_dict)
         _check_complete(params)
-        return params
     except (AttributeError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"state_dict: not a transformer's: {reason}") from error
 
+    table = params["positions"]  # of all scales
+    published = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
+    scales = published.get(len(table), ()) if scales is None else scales
+    counts = [h * w for h, w in scales]
+    if sum(counts) != len(table):
+        raise ValueError(f"scales: got {scales}, expected some of {len(table)} tokens")
+    params["positions"] = [x.unflatten(0, hw) for x, hw in zip(table.split(counts), scales)]
+
+    mask = state_dict.get("attn_bias_for_masking")
+    if mask is not None and mask[0, 0, -1, 0] == 0:  # the last token sees the first
+        params["causal"] = {}
+    return params
+
+
+def _renamed(state_dict):
+    """A tree of a state dict, but the positions of all scales are one table, as published.
+
+    If the state dict is not a transformer's, it raises an error or returns an incomplete tree.
+    """
+    params = {}
+    for name, leaf in state_dict.items():
+        if name.endswith(BUFFERS):
+            continue
+        for theirs, ours in PUBLISHED_NAMES:
+            name = re.sub(theirs, ours, name)
+        if name in ("start", "positions", "masked.mask_embedding"):
+            leaf = leaf.squeeze(0)
+        if name.endswith("log_temperature"):
+            leaf = leaf.flatten()
+        *path, last = name.split(".")
+        node = params
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf.float()
+
+    # {"0": block, ...} -> [block, ...]
+    trees = params, params["next_scale"], params.get("masked", {})
+    for tree, stack in zip(trees, ("trunk", "blocks", "blocks")):
+        blocks = tree.get(stack, {})
+        tree[stack] = [blocks[str(i)] for i in range(len(blocks))]
+        for block in tree[stack]:
+            block["mlp"]["tanh"] = {}
+
+    shared = params.pop("shared", None)  # VAR-d36: its blocks differ in a bias only
+    for block in params["trunk"] if shared else ():
+        bias = shared["modulation"]["bias"] + block.pop("ada_gss").flatten()
+        block["modulation"] = shared["modulation"] | dict(bias=bias)
+    return params
+
 
 def _check_complete(params):
-    """LookupError unless a published tree has as many blocks, and all leaves, as its sizes say."""
+    """LookupError unless a `_renamed` tree has as many blocks, and all leaves, as its sizes say."""
     next_scale, masked = params["next_scale"], params.get("masked")
     codes, width = next_scale["head"]["weight"].shape
     blocks = params["trunk"] + next_scale["blocks"]
     heads = len(blocks[0]["attention"]["log_temperature"])
-    sizes = dict(depth=len(blocks), width=width, heads=heads, scales=scale_sizes(params))
-    sizes |= dict(codes=codes, code_dim=params["input"]["weight"].shape[1])
+    sizes = dict(depth=len(blocks), width=width, heads=heads, codes=codes, scales=[(1, 1)])
+    sizes |= dict(code_dim=params["input"]["weight"].shape[1])
 
     if heads >= 16 and len(blocks) != heads:  # all published models have as many blocks as heads
         raise LookupError(f"{len(blocks)} blocks, expected {heads}")
@@ -602,6 +641,7 @@ def _check_complete(params):
 
     with torch.device("meta"):
         whole = init(classes=len(params["classes"]) - 1, **sizes)
+        whole["positions"] = whole["positions"][0]
         if masked is not None:
             whole = add_masked_branch(whole, len(masked["blocks"]), own_input=False)
     trees = (pytree.tree_flatten_with_path(tree)[0] for tree in (whole, params))

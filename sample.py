@@ -48,12 +48,11 @@ def generate(model, labels, *, seed=0, **overrides):
     """
     params, codec = model["transformer"], model["tokenizer"]
     labels = class_numbers(labels, model["classes"])
-    seeds = seeds_of_images(seed, len(labels))
     settings = model["sampling"] | overrides
 
     images = []
     for part in parts(len(labels), images_at_once(math.prod(image_size(params, codec)))):
-        *_, last = steps(params, codec, labels[part], seed=seeds[part], **settings)
+        *_, last = steps(params, codec, labels[part], seed=seed_of_part(seed, part), **settings)
         images.append(tokenizer.decode_features(codec, last.f_hat))
     return torch.cat(images)
 
@@ -62,7 +61,7 @@ class Step(NamedTuple):
     """What `steps` yields after each pass."""
 
     scale: int
-    number: int  # of the pass in its scale: 0 is next-scale prediction, later ones are masked
+    pass_index: int  # in the scale: 0 is next-scale prediction, later passes are masked
     tokens: torch.Tensor  # (B, n_k) int64, the tokens of the scale so far
     hidden: torch.Tensor  # (B, n_k) bool, the tokens that a later pass samples again
     f_hat: torch.Tensor  # (B, code_dim, h, w), all scales so far; decode_features shows it
@@ -91,8 +90,8 @@ def steps(
     schedule: for each scale, how many tokens each of its passes keeps; None: one pass a scale. See
         `masked_schedule`.
     guidance, mask_guidance: strength of guidance at the last scale, in next-scale and in masked
-        passes. 0 turns it off, which halves the cost, except in causal trees.
-    rise: at scale k of S, guidance is multiplied by (k / (S - 1)) ** rise; 0 keeps it constant.
+        passes. 0 turns it off, which halves the cost.
+    rise: how guidance grows to that over the scales, see `guidance_at_scale`; 0 keeps it constant.
     soften: the divergence in nats at which guidance is halved, see `classifier_free_guidance`.
     temperature: divides the logits; below .001 the most likely code is taken.
     top_k: only the top_k most likely codes are sampled; 0: all.
@@ -103,11 +102,11 @@ def steps(
     """
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
     labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
-    schedule = schedule or masked_schedule(scales, 0)
     strengths = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     check_arguments(params, codec, labels, seeds, schedule, **strengths, **filters)
 
+    schedule = schedule or masked_schedule(scales, 0)
     conditions = hmar.condition(params, labels.to(codebook.device))  # (B, C)
     f_hat = codebook.new_zeros(len(labels), codebook.shape[1], *scales[-1])  # (B, code_dim, h, w)
     cache = [[] for _ in range(hmar.block_count(params))] if "causal" in params else None
@@ -116,21 +115,23 @@ def steps(
         inputs = tokenizer.resize_to_scale(f_hat, size)  # (B, n_k, code_dim)
         tokens = torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
         hidden = torch.ones_like(tokens, dtype=torch.bool)  # (B, n_k), what is to be sampled
-        progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0  # from 0 to 1
 
-        for number, keep in enumerate(schedule[k]):
-            if number == 0:  # next-scale prediction sees only coarser scales
+        for pass_index, keep in enumerate(schedule[k]):
+            if pass_index == 0:  # next-scale prediction sees only coarser scales
                 branch, strength, seen = params["next_scale"], guidance, [inputs]
             else:  # a masked pass also sees the tokens of this scale that were kept
                 own_inputs = masked_branch_inputs(params, codec, tokens, hidden, k, scales)
                 branch, strength = params["masked"], mask_guidance
                 seen = [inputs, own_inputs, hidden]
-            strength = strength * progress**rise
-            features = guided_features(params, conditions, seen, strength, k, cache)
-            uniform = uniform_numbers(seeds, k, number, tokens)  # (B, n_k)
+            strength = guidance_at_scale(strength, rise, k, scales)
+            # A cache must hold from scale 0 on what guidance needs later.
+            is_guided = strength > 0 or (cache is not None and guidance > 0)
+            x = guided_features(params, conditions, seen, is_guided, k, cache)
+            uniform = uniform_numbers(seeds, k, pass_index, tokens)  # (B, n_k)
 
-            tokens, confidence = tokens.clone(), torch.zeros_like(uniform)
-            for positions, pair in hmar.wave_logits(branch, size, features, tokens):
+            tokens = tokens.clone()  # those of the last Step stay as they are
+            confidence = torch.zeros_like(uniform)
+            for positions, pair in hmar.wave_logits(branch, size, x, tokens):
                 logits = classifier_free_guidance(pair, strength, soften)  # (B, m, codes)
                 sampled, probability = sample_codes(
                     logits, uniform[:, positions], temperature, top_k, top_p
@@ -141,40 +142,53 @@ def steps(
 
             hidden = hide_least_confident(confidence, hidden, keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
-            yield Step(k, number, tokens, hidden, grown)
+            yield Step(k, pass_index, tokens, hidden, grown)
 
         f_hat = grown  # the next scale is sampled from this
 
 
 def masked_branch_inputs(params, codec, tokens, hidden, k, scales):
-    """What the masked branch sees of the visible tokens of scale k: (B, n_k, code_dim).
-
-    Published models were trained with the hidden tokens leaking into it.
-    """
-    is_published = "own_input" not in params["masked"]
-    zeroed = None if is_published else hidden
+    """What the masked branch sees of the visible tokens of scale k: (B, n_k, code_dim)."""
+    zeroed = None if hmar.hidden_tokens_leak(params) else hidden
     return tokenizer.own_inputs_of_scale(codec, tokens, k, scales, zeroed)
 
 
-def guided_features(params, conditions, seen, strength, k, cache):
-    """The features of scale k that a head reads: (1, B, n_k, C), with guidance (2, B, n_k, C).
+def guidance_at_scale(strength, rise, k, scales):
+    """strength * (k / (S - 1)) ** rise at scale k of S; at the last scale it is strength itself."""
+    progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0
+    return strength * progress**rise
+
+
+def guided_features(params, conditions, seen, is_guided, k, cache):
+    """The features of scale k that a head reads: (1, B, n_k, C), or for guidance (2, B, n_k, C).
 
     The second of the two is computed without a class. conditions (B, C). seen: the inputs of
-    hmar.features, [inputs] or [inputs, own_inputs, mask], each (B, n_k, ...). cache: see there; a
-    cache holds both halves from the first scale on.
+    hmar.features, [inputs] or [inputs, own_inputs, mask], each (B, n_k, ...). cache: see there; if
+    there is one, is_guided is the same at all scales.
     """
-    if strength == 0 and cache is None:
-        return hmar.features(params, conditions, *seen, k=k)[None]
+    if not is_guided:
+        return hmar.features(params, conditions, *seen, k=k, cache=cache)[None]
     null = params["classes"][-1].expand_as(conditions)
     conditions = torch.cat([conditions, null])  # (2 B, C)
     seen = [torch.cat([x, x]) for x in seen]
     return hmar.features(params, conditions, *seen, k=k, cache=cache).unflatten(0, (2, -1))
 
 
+def select_in_cache(cache, chosen):
+    """The cache of `guided_features`, for the batch entries chosen (B,)."""
+
+    def select(x):  # (B, ...), or (2 B, ...) with the second half without a class
+        return x.unflatten(0, (-1, len(chosen)))[:, chosen].flatten(0, 1)
+
+    return [[(select(key), select(value)) for key, value in past] for past in cache]
+
+
 def classifier_free_guidance(pair, strength, soften=0.0):
     """(1 + t) conditional - t unconditional, t the strength (Ho and Salimans 2021, equation 6).
 
-    pair (2, B, m, codes): logits with and without the class; (1, B, m, codes) if strength is 0.
+    pair (2, B, m, codes): logits with and without the class. If strength is 0, the latter are not
+    read and may be missing.
+
     With soften, t is divided by 1 + (D / soften)^2, where D is the divergence in nats of the
     prediction without the class from that with it. So guidance is weaker where the class changes
     the prediction most.
@@ -245,19 +259,37 @@ def hide_least_confident(confidence, hidden, keep):
     return hidden & (rank >= keep)
 
 
-def uniform_numbers(seeds, k, number, tokens):
-    """(B, n_k) fp64 in [0, 1): a function of each image's seed, the scale and the pass.
-
-    tokens (B, n_k): their shape and device are those of the numbers.
-    """
+def uniform_numbers(seeds, k, pass_index, tokens, particles=1):
+    """(B, n_k) fp64 in [0, 1) for tokens (B, n_k), on their device; see `random_stream`."""
     count = tokens.shape[1]
-    by_image = [np.random.default_rng((seed, k, number)).random(count) for seed in seeds]
+    streams = [random_stream(seed, k, pass_index, i) for seed in seeds for i in range(particles)]
+    by_image = [stream.random(count) for stream in streams]
     return torch.from_numpy(np.reshape(by_image, tokens.shape)).to(tokens.device)
 
 
+RESAMPLING = 2**31  # in place of the index of a pass; no schedule has so many
+
+
+def random_stream(seed, k, pass_index, particle=0):
+    """numpy's generator for an image with this seed at scale k: the source of all randomness.
+
+    pass_index: of the pass that samples tokens; RESAMPLING: for the choice among particles.
+    particle: in an edit the first has the stream of its image, the others have those of images
+    whose seeds are 2^48 and more away, far from all that a user asks for.
+    """
+    return np.random.default_rng((seed + (particle << 48), k, pass_index))
+
+
 def seeds_of_images(seed, count):
-    """A list of seeds: seed + i for image i, or the list itself if there is a seed for each."""
-    return [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else list(seed)
+    """A list of seeds: seed + i for image i, or those in the list if there is a seed for each."""
+    if np.ndim(seed) == 0:
+        return [int(seed) + i for i in range(count)]
+    return [int(number) for number in seed]  # numpy's integers would overflow
+
+
+def seed_of_part(seed, part):
+    """What `seed` is for a part, a slice, of the images."""
+    return int(seed) + part.start if np.ndim(seed) == 0 else seed[part]
 
 
 def class_numbers(labels, names):
@@ -280,16 +312,22 @@ def parts(count, size):
     return [slice(first, first + size) for first in range(0, max(1, count), size)]
 
 
+def images_at_once(pixels):
+    """How many images with this number of pixels pass a network together: 512 of 32 x 32."""
+    return max(1, 2**19 // pixels)
+
+
 def image_size(params, codec):
     """(height, width) in pixels of the images of a model."""
     cell = tokenizer.downsampling(codec)
     return tuple(cell * side for side in hmar.scale_sizes(params)[-1])
 
 
-def check_arguments(params, codec, labels, seeds, schedule, **numbers):
+def check_arguments(params, codec, labels, seeds, schedule=None, **numbers):
     """ValueError where the arguments of `steps` would silently give wrong images."""
     check_codes(params, codec)
     counts = tokenizer.lengths(hmar.scale_sizes(params))
+    schedule = schedule or [[count] for count in counts]
     if [sum(keeps) for keeps in schedule] != counts:
         raise ValueError(f"schedule: got {schedule}, expected these sums by scale: {counts}")
     if len(schedule[0]) > 1 or (max(map(len, schedule)) > 1 and not has_masked_passes(params)):
@@ -336,11 +374,11 @@ def masked_schedule(scales, masked_passes):
         raise ValueError(f"masked passes: got {masked_passes}, expected 0 or more")
     schedule = []
     for k, count in enumerate(tokenizer.lengths(scales)):
-        number = min(masked_passes + 1, count) if k else 1
-        done = np.arange(number + 1)
-        kept = np.round(count * (1 - np.cos(np.pi / 2 * done / number)))  # after each pass
+        passes = min(masked_passes + 1, count) if k else 1
+        done = np.arange(passes + 1)
+        kept = np.round(count * (1 - np.cos(np.pi / 2 * done / passes)))  # after each pass
         # each pass keeps at least one token and leaves one for each pass to come
-        kept = kept.clip(min=done, max=count - number + done).astype(int)
+        kept = kept.clip(min=done, max=count - passes + done).astype(int)
         schedule.append(np.diff(kept).tolist())
     return schedule
 
@@ -359,21 +397,20 @@ def published_schedule(scales):
 def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
     """images (B, 3, H, W) in [-1, 1], repainted under the mask as labels say (HMAR, editing).
 
-    model, labels, seed, overrides: as for `generate`; but the schedule, unless it is overridden, is
-        one masked pass at each scale if the tree has a masked branch.
+    model, labels, seed, overrides: as for `generate`; but the model's schedule, which is that of
+        its samples, is not used. None: one masked pass at each scale if there is a masked branch.
     mask: (B, 1, H, W) bool, True = repaint. Hidden pixels have no influence on the result, and
         pixels outside the mask stay as they are.
     particles: samples of each image that are followed at once, see `edit_steps`. The best one is
         returned. Time grows with their number; memory is bounded, as in `generate`.
 
-    The decoder's error just outside the mask is known; it is extrapolated and subtracted inside,
-    fading over two latent cells.
+    Just outside the mask it is known what the decoded image lacks. This difference is extrapolated
+    and added inside, fading over two latent cells.
 
     ValueError if images, mask and labels do not fit.
     """
     params, codec = model["transformer"], model["tokenizer"]
     labels, scales = class_numbers(labels, model["classes"]), hmar.scale_sizes(params)
-    seeds = seeds_of_images(seed, len(labels))
     expected = (len(labels), 1, *images.shape[2:])
     if len(images) != len(labels):
         raise ValueError(f"labels: got {len(labels)}, expected {len(images)}, one an image")
@@ -382,9 +419,7 @@ def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
         raise ValueError(f"mask: got {got}, expected a bool tensor {expected}")
     tokenizer.check_images(codec, images.masked_fill(mask, 0), scales)
 
-    # The schedule of the model is that of its samples.
-    schedule = masked_schedule(scales, 1 if has_masked_passes(params) else 0)
-    settings = model["sampling"] | dict(schedule=schedule) | overrides
+    settings = model["sampling"] | dict(schedule=None) | overrides
     cell = tokenizer.downsampling(codec)
     at_once = max(1, images_at_once(images.shape[2:].numel()) // particles)
 
@@ -393,7 +428,7 @@ def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
         visible = replace_hidden(images[part], mask[part], 4 * cell)
         features = tokenizer.encode_features(codec, visible)
         outside = F.adaptive_max_pool2d(mask[part].float(), scales[-1]) == 0  # (B, 1, h, w)
-        options = settings | dict(seed=seeds[part])
+        options = settings | dict(seed=seed_of_part(seed, part))
         passes = edit_steps(params, codec, labels[part], features, outside, particles, **options)
         *_, last = passes
 
@@ -416,7 +451,7 @@ def edit_steps(
     outside,
     particles,
     *,
-    schedule,
+    schedule=None,
     guidance=1.5,
     mask_guidance=0.0,
     rise=1.0,
@@ -429,7 +464,8 @@ def edit_steps(
     """Samples the pyramid of edits coarse to fine; a generator of a Step after each pass.
 
     features: (B, code_dim, h, w), the encoder's output. outside: (B, 1, h, w) bool, True for cells
-    of the latent map that lie wholly outside the mask. The other arguments are those of `steps`.
+    of the latent map that lie wholly outside the mask. The other arguments are those of `steps`;
+    schedule None is one masked pass at each scale if there is a masked branch.
 
     At each scale, tokens whose cell lies wholly outside the mask are given: they are the codes
     nearest to the features minus the edit's own f_hat so far. The others are sampled, then sampled
@@ -438,8 +474,8 @@ def edit_steps(
 
     Each image has several particles, one after another in the batch of B * particles entries that a
     Step has. After each scale they are resampled by the likelihood of the given tokens (sequential
-    Monte Carlo), so that coarse tokens agree with what is visible. At the last scale the most
-    likely particle replaces all of its image.
+    Monte Carlo), so that coarse tokens agree with what is visible. At the last scale the particle
+    with the highest likelihood of that scale's given tokens replaces all of its image.
     """
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
     labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
@@ -447,13 +483,12 @@ def edit_steps(
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     check_arguments(params, codec, labels, seeds, schedule, **strengths, **filters)
 
-    # Particle 0 has the seed of its image, the others have seeds far from those of all images.
-    seeds = [seed + (i << 48) for seed in seeds for i in range(particles)]
-    conditions = hmar.condition(params, labels.to(codebook.device))
-    conditions, features, outside = (
-        x.repeat_interleave(particles, 0) for x in (conditions, features, outside)
+    schedule = schedule or masked_schedule(scales, 1 if has_masked_passes(params) else 0)
+    labels, features, outside = (  # (B particles, ...)
+        part.repeat_interleave(particles, 0) for part in (labels, features, outside)
     )
-    f_hat = torch.zeros_like(features)  # (B particles, code_dim, h, w)
+    conditions = hmar.condition(params, labels.to(codebook.device))
+    f_hat = codebook.new_zeros(len(labels), codebook.shape[1], *scales[-1])
     cache = [[] for _ in range(hmar.block_count(params))] if "causal" in params else None
 
     for k, size in enumerate(scales):
@@ -463,23 +498,24 @@ def edit_steps(
         hidden = F.adaptive_max_pool2d((~outside).float(), size).flatten(1) > 0
         clues = evidence(codebook, residual, outside, size)  # (B particles, n_k, codes)
         likelihood = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-        progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0
 
-        for number, keep in enumerate(shares_of_hidden(schedule[k], hidden)):
-            if number == 0:
+        for pass_index, keep in enumerate(keeps_by_image(schedule[k], hidden)):
+            if pass_index == 0:
                 branch, strength, seen = params["next_scale"], guidance, [inputs]
             else:
                 own_inputs = masked_branch_inputs(params, codec, tokens, hidden, k, scales)
                 branch, strength = params["masked"], mask_guidance
                 seen = [inputs, own_inputs, hidden]
-            strength = strength * progress**rise
-            x = guided_features(params, conditions, seen, strength, k, cache)
-            uniform = uniform_numbers(seeds, k, number, tokens)
+            strength = guidance_at_scale(strength, rise, k, scales)
+            is_guided = strength > 0 or (cache is not None and guidance > 0)
+            x = guided_features(params, conditions, seen, is_guided, k, cache)
+            uniform = uniform_numbers(seeds, k, pass_index, tokens, particles)
 
-            tokens, confidence = tokens.clone(), torch.zeros_like(uniform)
+            tokens = tokens.clone()
+            confidence = torch.zeros_like(uniform)
             for positions, pair in hmar.wave_logits(branch, size, x, tokens):
                 is_hidden = hidden[:, positions]
-                if number == 0:  # given tokens are judged by what is predicted from coarser scales
+                if pass_index == 0:  # given tokens are judged by predictions from coarser scales
                     log_p = pair[0].log_softmax(-1).gather(-1, tokens[:, positions, None])[..., 0]
                     likelihood += log_p.masked_fill(is_hidden, 0).sum(1)
                 logits = classifier_free_guidance(pair, strength, soften) + clues[:, positions]
@@ -491,14 +527,12 @@ def edit_steps(
 
             hidden = hide_least_confident(confidence, hidden, keep)
             grown = f_hat + tokenizer.contribution(codec, tokens, k, scales)
-            if number + 1 == len(schedule[k]):  # the scale is complete: particles are resampled
+            if pass_index + 1 == len(schedule[k]):  # the scale is complete: resample the particles
                 is_last = k + 1 == len(scales)
                 chosen = choose_particles(likelihood, particles, seeds, k, is_last)
                 tokens, hidden, grown = (part[chosen] for part in (tokens, hidden, grown))
-                if cache is not None:  # it has entries with a class, then without one
-                    pairs = torch.cat([chosen, chosen + len(chosen)])
-                    cache = [[(key[pairs], value[pairs]) for key, value in past] for past in cache]
-            yield Step(k, number, tokens, hidden, grown)
+                cache = None if cache is None else select_in_cache(cache, chosen)
+            yield Step(k, pass_index, tokens, hidden, grown)
 
         f_hat = grown
 
@@ -506,16 +540,15 @@ def edit_steps(
 def choose_particles(likelihood, particles, seeds, k, is_last):
     """The batch entries (B,) with which an edit goes on after scale k.
 
-    likelihood (B,) in nats. The particles of each image are resampled in proportion to their
-    likelihood (systematic resampling, Kitagawa 1996). At the last scale the most likely one
-    replaces all of its image.
+    likelihood (B,) in nats, of what is given at this scale; seeds: of the B / particles images. The
+    particles of each image are resampled in proportion to their likelihood (systematic resampling,
+    Kitagawa 1996). At the last scale the one with the highest replaces all of its image.
     """
     weights = likelihood.view(-1, particles).softmax(1)  # (images, particles)
     if is_last:
         chosen = weights.argmax(1, keepdim=True).expand(-1, particles)
     else:
-        # No pass has the number 2^31, so these numbers differ from those of `uniform_numbers`.
-        offsets = [np.random.default_rng((seed, k, 2**31)).random() for seed in seeds[::particles]]
+        offsets = [random_stream(seed, k, RESAMPLING).random() for seed in seeds]
         offsets = torch.tensor(offsets, device=weights.device)[:, None]  # (images, 1)
         points = (torch.arange(particles, device=weights.device) + offsets) / particles
         chosen = torch.searchsorted(weights.cumsum(1), points).clamp(max=particles - 1)
@@ -523,7 +556,7 @@ def choose_particles(likelihood, particles, seeds, k, is_last):
     return (first[:, None] + chosen).flatten()
 
 
-def shares_of_hidden(keeps, hidden):
+def keeps_by_image(keeps, hidden):
     """[(B, 1), ...]: the tokens that an image keeps at each pass, in proportion to its hidden ones.
 
     hidden (B, n_k). With keeps (1, 1, 2, 4), an image of which half is hidden keeps 1, 0, 1 and 2.
@@ -547,13 +580,15 @@ def evidence(codebook, residual, outside, size):
     """
     visible = outside.to(residual.dtype)
     share = tokenizer.resize_to_scale(visible, size)  # (B, n_k, 1)
-    divisor = share.clamp(min=1e-6)
+    divisor = share.clamp(min=1e-6)  # 0 / 0 in hidden cells; no other share is so small
     mean = tokenizer.resize_to_scale(residual * visible, size) / divisor  # (B, n_k, code_dim)
     square = tokenizer.resize_to_scale(residual.square() * visible, size) / divisor
-    variance = (square - mean.square()).mean(-1, keepdim=True).clamp(min=1e-4)
+    variance = (square - mean.square()).mean(-1, keepdim=True)
+    variance = variance.clamp(min=1e-4)  # a deviation of .01 at least: a few positions may be alike
 
     m = outside.shape[2:].numel() / math.prod(size)
-    precision = m * share / (1 - share).clamp(min=1e-2) / variance
+    unknown = (1 - share).clamp(min=1e-2)  # 0 only where tokens are given instead of sampled
+    precision = m * share / unknown / variance
     distance = torch.cdist(mean, codebook.to(mean.dtype)).square()
     return torch.where(share > 0, -0.5 * precision * distance, 0.0)
 
@@ -595,6 +630,8 @@ PUBLISHED = {
 }
 PUBLISHED_VAR = dict(guidance=1.5, top_k=900, top_p=0.96)
 
+EXPECTED_WEIGHTS = "expected a run folder of train.py, its model.pt, or published weights"
+
 
 def load_model(path, tokenizer_path=None, scales=None):
     """The model of a run folder, of its file model.pt, or of published weights, on the CPU.
@@ -632,9 +669,6 @@ def load_model(path, tokenizer_path=None, scales=None):
             raise ValueError(f"{tokenizer_path}: has no tokenizer")
         model["tokenizer"] = other["tokenizer"]
     return model
-
-
-EXPECTED_WEIGHTS = "expected a run folder of train.py, its model.pt, or published weights"
 
 
 def find_weights(path):
@@ -680,7 +714,10 @@ def from_published(state_dict, scales=None):
 
 
 def published_sampling(params):
-    """The settings of the published sampler for such a tree, as keyword arguments of `steps`."""
+    """The settings of the published sampler for such a tree, as keyword arguments of `steps`.
+
+    An HMAR of a depth that was not published gets those of depth 16.
+    """
     settings = dict(mask_guidance=0.0, rise=1.0, soften=0.0, temperature=1.0)
     if "causal" in params:
         return settings | PUBLISHED_VAR
@@ -689,12 +726,9 @@ def published_sampling(params):
     return settings | PUBLISHED.get(hmar.block_count(params), PUBLISHED[16])
 
 
-# ---- what train.py uses too (and `generate`, `masked_schedule`, `load_model`, `check_codes`)
+# ---- pictures and image files
 
-
-def images_at_once(pixels):
-    """How many images with this number of pixels pass a network together: 512 of 32 x 32."""
-    return max(1, 2**19 // pixels)
+FORMATS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"  # of images that are read
 
 
 def sheet(rows, names, numbers=None):
@@ -731,9 +765,6 @@ def to_bytes(images):
     return (unit * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-FORMATS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"
-
-
 def read_image(path, shortest=None):
     """The first frame of an image file: upright, RGB, transparency on white, 16 bits scaled to 8.
 
@@ -758,6 +789,9 @@ def convert_to_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# ---- devices, memory and errors of the commands, train.py's too
 
 
 def to_device(tree, device):
@@ -859,22 +893,22 @@ def parser():
     add_device_flags(top)
 
     title = "sampling settings (the defaults are stored in the model, and printed)"
-    add = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
-    add("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
-    add("--mask-guidance", type=float, help="the same in masked passes")
+    setting = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
+    setting("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
+    setting("--mask-guidance", type=float, help="the same in masked passes")
     text = "guidance is multiplied by (k / (S - 1)) ** RISE at scale k of 0 to S - 1; 0: constant"
-    add("--rise", type=float, help=text)
+    setting("--rise", type=float, help=text)
     text = (
         "guidance is halved where the predictions with and without a class have a KL divergence "
         "of this many nats; 0: never"
     )
-    add("--soften", type=float, help=text)
-    add("--temperature", type=float, help="divides the logits; 0: take the most likely code")
-    add("--top-k", type=int, help="sample only the k most likely codes; 0: all")
+    setting("--soften", type=float, help=text)
+    setting("--temperature", type=float, help="divides the logits; 0: take the most likely code")
+    setting("--top-k", type=int, help="sample only the k most likely codes; 0: all")
     text = "sample only the smallest set of codes with at least this probability together; 1: all"
-    add("--top-p", type=float, help=text)
+    setting("--top-p", type=float, help=text)
     text = "masked passes at each scale, which sample the least confident tokens again"
-    add("--mask-steps", type=int, metavar="N", help=text)
+    setting("--mask-steps", type=int, metavar="N", help=text)
     return top
 
 
@@ -900,7 +934,7 @@ class Job(NamedTuple):
     overrides: dict  # settings that replace those of the model
     classes: list  # numbers, one a row of the picture
     labels: torch.Tensor  # (n,) of all images
-    seeds: list
+    seed: int  # of the first image; that of image i is seed + i
     batches: list  # slices of the n images
     photo: torch.Tensor | None  # (1, 3, H, W), to be edited
     mask: torch.Tensor | None  # (1, 1, H, W)
@@ -927,9 +961,7 @@ def read_job(args):
     labels = classes.repeat_interleave(args.count)
     seeds = seeds_of_images(args.seed, len(labels))
     overrides = overrides_of_flags(args, params)
-    settings = dict(schedule=masked_schedule(hmar.scale_sizes(params), 0))
-    settings |= model["sampling"] | overrides
-    check_arguments(params, codec, labels, seeds, **settings)
+    check_arguments(params, codec, labels, seeds, **model["sampling"] | overrides)
 
     photo = mask = None
     height, width = image_size(params, codec)
@@ -941,9 +973,18 @@ def read_job(args):
         photo, mask = to_device(pair, device)
         batch = max(1, batch // args.particles)
     args.out.resolve().parent.mkdir(parents=True, exist_ok=True)
-    batches = parts(len(labels), batch)
-    classes, particles = classes.tolist(), args.particles
-    return Job(kind, model, overrides, classes, labels, seeds, batches, photo, mask, particles)
+    return Job(
+        kind=kind,
+        model=model,
+        overrides=overrides,
+        classes=classes.tolist(),
+        labels=labels,
+        seed=args.seed,
+        batches=parts(len(labels), batch),
+        photo=photo,
+        mask=mask,
+        particles=args.particles,
+    )
 
 
 def kind_of_output(args):
@@ -1031,11 +1072,11 @@ def crop_together(photo, mask, size):
 
 def sample_part(job, part):
     """Images (n, 3, H, W) of a part, a slice, of the job, on the CPU."""
-    labels, seeds = job.labels[part], job.seeds[part]
+    labels, seed = job.labels[part], seed_of_part(job.seed, part)
     if job.photo is None:
-        return generate(job.model, labels, seed=seeds, **job.overrides).cpu()
+        return generate(job.model, labels, seed=seed, **job.overrides).cpu()
     photo, mask = (x.expand(len(labels), -1, -1, -1) for x in (job.photo, job.mask))
-    options = dict(particles=job.particles, seed=seeds) | job.overrides
+    options = dict(particles=job.particles, seed=seed) | job.overrides
     return edit(job.model, photo, mask, labels, **options).cpu()
 
 
@@ -1044,7 +1085,8 @@ def sample_growth(job, part):
     """[images (n, 3, H, W), ...] of a part of the job, decoded after each pass, on the CPU."""
     params, codec = job.model["transformer"], job.model["tokenizer"]
     settings = job.model["sampling"] | job.overrides
-    passes = steps(params, codec, job.labels[part], seed=job.seeds[part], **settings)
+    seed = seed_of_part(job.seed, part)
+    passes = steps(params, codec, job.labels[part], seed=seed, **settings)
     return [tokenizer.decode_features(codec, step.f_hat).cpu() for step in passes]
 
 

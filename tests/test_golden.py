@@ -108,7 +108,7 @@ def test_every_pass_of_refinement(golden):
     models = golden["hmar"], golden["codec"], golden["labels"]
     options = dict(PUBLISHED, guidance=golden["cfg"], schedule=REFINED)
     passes = sample.steps(*models, **options)
-    steps = {(step.scale, step.number): step for step in passes}
+    steps = {(step.scale, step.pass_index): step for step in passes}
     for k, tokens in enumerate(theirs["idx_initial"]):
         assert torch.equal(steps[k, 0].tokens, tokens)
     for their_pass in theirs["mask_steps"]:

@@ -46,6 +46,7 @@ SAMPLING |= dict(soften=0.1, top_k=0, top_p=1.0)
 MODEL = dict(tokenizer=CODEC, transformer=PARAMS, classes=NAMES, sampling=SAMPLING)
 PLAIN = {name: branch for name, branch in PARAMS.items() if name != "masked"}
 VAR = PLAIN | dict(causal={})
+VAR_MODEL = MODEL | dict(transformer=VAR)
 LABELS = torch.tensor([2, 0, 3])
 
 
@@ -191,7 +192,7 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks)
         slow = slow_steps(params, codec, conditions[[i]], seed + i, options, known)
         for step, (expected, f_hat) in zip(steps, slow, strict=True):
             hidden = step.hidden[i].nonzero().flatten().tolist()
-            assert (step.scale, step.number, step.tokens[i].tolist(), hidden) == expected
+            assert (step.scale, step.pass_index, step.tokens[i].tolist(), hidden) == expected
             close(step.f_hat[i], f_hat)
 
 
@@ -203,6 +204,16 @@ def test_guidance_rises_over_the_scales_by_a_power():
         _, middle, _ = sample.steps(PARAMS, CODEC, torch.arange(60) % 3, **options)
         middles.append(middle.tokens)
     assert torch.equal(*middles[:2]) and not torch.equal(*middles[1:])
+
+
+@pytest.mark.parametrize("guidance, copies", [(0, 1), (2, 2)])
+def test_without_guidance_var_computes_nothing_without_a_class(guidance, copies):
+    """With guidance it does from scale 0 on, where guidance is 0, because the cache holds it."""
+    with mock.patch.object(hmar, "features", wraps=hmar.features) as features:
+        list(sample.steps(VAR, CODEC, LABELS, guidance=guidance, mask_guidance=3))
+        sample.edit(VAR_MODEL, picture(3), HALF, LABELS, guidance=guidance, particles=2)
+    sizes = [len(call.args[1]) for call in features.call_args_list]
+    assert sizes == [3 * copies] * 3 + [6 * copies] * 3
 
 
 TOP_P = st.sampled_from([1e-9, 0.3, 0.9, 0.999, 1.0])
@@ -371,7 +382,7 @@ def test_particles_are_weighed_by_the_likelihood_of_given_tokens(scales, looks, 
     params, codec = tree(scales, masked=0, neighbours=looks, seed=seed), quantiser(5, 4, seed=seed)
     params |= dict(causal={}) if is_causal else {}
     features, outside = some_known(scales, seed, 2)
-    options = dict(seed=seed, guidance=2, schedule=sample.masked_schedule(scales, 0))
+    options = dict(seed=seed, guidance=seed % 3, schedule=sample.masked_schedule(scales, 0))
     labels, likelihoods, swap = torch.tensor([1, 2]), [], torch.tensor([1, 0, 3, 2])
 
     def choose(likelihood, *_):
@@ -397,27 +408,44 @@ def test_particles_of_all_images_have_seeds_of_their_own():
     """The first has its image's, the others are far from those of any batch of images."""
     seeds = [5, 6, 7, 2**20, 2**40]
     images, masks = picture(1).expand(5, -1, -1, -1), HALF[[0] * 5]
-    with mock.patch.object(sample, "uniform_numbers", wraps=sample.uniform_numbers) as numbers:
+    with mock.patch.object(np.random, "default_rng", wraps=np.random.default_rng) as streams:
         sample.edit(MODEL, images, masks, [1] * 5, seed=seeds, particles=8)
-    for call_ in numbers.call_args_list:
-        used = call_.args[0]
+    by_pass = {}
+    for seed, *place in (call.args[0] for call in streams.call_args_list):
+        by_pass.setdefault(tuple(place), []).append(seed)
+    passes = [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert by_pass.keys() == {*passes, (0, 2**31), (1, 2**31)}
+    for place in passes:
+        used = by_pass[place]
         assert used[::8] == seeds and len({*used}) == 40
         far = {*used} - {*seeds}
         assert not far & {seed + i for seed in seeds for i in range(-1000, 1000)}
+    for k in (0, 1):  # where particles are resampled
+        assert by_pass[k, 2**31] == seeds
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint64])
+def test_seeds_may_be_integers_of_numpy(dtype):
+    """Those of particles are far larger, and would overflow."""
+    given = picture(3), HALF, LABELS
+    edit = partial(sample.edit, MODEL, *given, particles=2)
+    assert torch.equal(edit(seed=np.array([5, 3, 9], dtype)), edit(seed=[5, 3, 9]))
+    assert torch.equal(edit(seed=dtype(5)), edit(seed=5))
+    ours, theirs = (sample.generate(MODEL, [1, 2], seed=x) for x in (dtype(2), [2, 3]))
+    assert torch.equal(ours, theirs)
 
 
 def test_resampling_of_an_image_has_a_random_number_of_its_own():
     """As alone, whatever the seeds of the batch; other ones than tokens have; others by scale."""
     likelihood = normal(300).view(100, 3).flatten()
-    seeds = [seed for image in range(100) for seed in (image, None, None)]
-    scales = [sample.choose_particles(likelihood, 3, seeds, k, is_last=False) for k in (0, 1)]
+    choose = partial(sample.choose_particles, particles=3, is_last=False)
+    scales = [choose(likelihood, seeds=[*range(100)], k=k) for k in (0, 1)]
     assert not torch.equal(*scales)
     for k, chosen in enumerate(scales):
         for i, own in enumerate(chosen.view(100, 3).tolist()):
-            part = slice(3 * i, 3 * i + 3)
-            alone = sample.choose_particles(likelihood[part], 3, seeds[part], k, is_last=False)
-            assert own == (alone + 3 * i).tolist()
-            weights = likelihood[part].softmax(0).cumsum(0).tolist()
+            part = likelihood[3 * i : 3 * i + 3]
+            assert own == (choose(part, seeds=[i], k=k) + 3 * i).tolist()
+            weights = part.softmax(0).cumsum(0).tolist()
             offset = np.random.default_rng((i, k, 2**31)).random()
             points = [(point + offset) / 3 for point in range(3)]
             expected = [sum(weight <= point for weight in weights) for point in points]
@@ -427,7 +455,7 @@ def test_resampling_of_an_image_has_a_random_number_of_its_own():
 @given(st.lists(st.integers(-9, 9), min_size=3, max_size=3), st.integers(0, 99))
 def test_particles_are_resampled_in_proportion(likelihood, seed):
     likelihood = torch.tensor([likelihood, [0.0, 0.0, -80.0]], dtype=torch.float64)
-    seeds = [seed, None, None, seed + 1, None, None]
+    seeds = [seed, seed + 1]
     rows = sample.choose_particles(likelihood.flatten(), 3, seeds, 1, is_last=False).view(2, 3)
     counts = torch.stack([(rows[0] == i).sum() for i in range(3)])
     assert ((counts - 3 * likelihood[0].softmax(0)).abs() < 1 + 1e-9).all() and counts.sum() == 3
@@ -455,6 +483,7 @@ def test_edits_take_a_masked_pass_by_default():
     none, one = (sample.masked_schedule(SCALES, passes) for passes in (0, 1))
     edited = sample.edit(MODEL, *given)
     assert torch.equal(edited, sample.edit(MODEL, *given, schedule=one))
+    assert torch.equal(edited, sample.edit(MODEL, *given, schedule=None))
     assert not torch.equal(edited, sample.edit(MODEL, *given, schedule=none))
     stored = MODEL | dict(sampling=SAMPLING | dict(schedule=none))  # that of its samples
     assert torch.equal(edited, sample.edit(stored, *given))
