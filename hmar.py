@@ -172,16 +172,17 @@ def self_attention(x, sizes, is_causal, past, *, qkv, q_bias, v_bias, log_temper
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     heads = len(log_temperature)
-    projected = linear(x, qkv, bias).unflatten(-1, (3, heads, -1)).transpose(1, 3)
-    q, k, v = projected.unbind(2)  # (B, heads, n, head_dim) each
+    projected = linear(x, qkv, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    qk, (v,) = projected.split([2, 1])  # (2, B, heads, n, head_dim) and (B, heads, n, head_dim)
 
     # Queries get the factor as their length and keys 1, so that attention itself has a scale of 1.
     factor = log_temperature.clamp(max=math.log(100)).exp().view(-1, 1, 1)
-    q, k = set_length(q, factor), set_length(k, torch.ones_like(factor))
+    lengths = torch.stack([factor, torch.ones_like(factor)])[:, None]  # (2, 1, heads, 1, 1)
+    q, k = set_length(qk, lengths)  # together, because that takes half as many kernels
 
     if past is None:
-        lengths = [h * w for h, w in sizes]
-        attended = block_sparse_attention(q, k, v, lengths, is_causal, scale=1.0)
+        block_lengths = [h * w for h, w in sizes]
+        attended = block_sparse_attention(q, k, v, block_lengths, is_causal, scale=1.0)
     else:
         attended = cached_attention(q, k, v, past)
     return linear(attended.transpose(1, 2).flatten(2), **project)

@@ -397,8 +397,8 @@ def published_schedule(scales):
 def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
     """images (B, 3, H, W) in [-1, 1], repainted under the mask as labels say (HMAR, editing).
 
-    model, labels, seed, overrides: as for `generate`; but the model's schedule, which is that of
-        its samples, is not used. None: one masked pass at each scale if there is a masked branch.
+    model, labels, seed, overrides: as for `generate`; but the schedule of the model is that of its
+        samples. Here it is None by default: one masked pass at each scale, if there is a branch.
     mask: (B, 1, H, W) bool, True = repaint. Hidden pixels have no influence on the result, and
         pixels outside the mask stay as they are.
     particles: samples of each image that are followed at once, see `edit_steps`. The best one is
@@ -891,25 +891,29 @@ def parser():
     text = "candidates for an edit, which are sampled together; the best one is kept (default: 8)"
     add("--particles", type=int, default=8, help=text)
     add_device_flags(top)
+    add_sampling_flags(top)
+    return top
 
+
+def add_sampling_flags(top):
+    """Adds SAMPLING_FLAGS and --mask-steps to a parser; what is not named is not in its result."""
     title = "sampling settings (the defaults are stored in the model, and printed)"
-    setting = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
-    setting("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
-    setting("--mask-guidance", type=float, help="the same in masked passes")
+    add = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
+    add("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
+    add("--mask-guidance", type=float, help="the same in masked passes")
     text = "guidance is multiplied by (k / (S - 1)) ** RISE at scale k of 0 to S - 1; 0: constant"
-    setting("--rise", type=float, help=text)
+    add("--rise", type=float, help=text)
     text = (
         "guidance is halved where the predictions with and without a class have a KL divergence "
         "of this many nats; 0: never"
     )
-    setting("--soften", type=float, help=text)
-    setting("--temperature", type=float, help="divides the logits; 0: take the most likely code")
-    setting("--top-k", type=int, help="sample only the k most likely codes; 0: all")
+    add("--soften", type=float, help=text)
+    add("--temperature", type=float, help="divides the logits; 0: take the most likely code")
+    add("--top-k", type=int, help="sample only the k most likely codes; 0: all")
     text = "sample only the smallest set of codes with at least this probability together; 1: all"
-    setting("--top-p", type=float, help=text)
+    add("--top-p", type=float, help=text)
     text = "masked passes at each scale, which sample the least confident tokens again"
-    setting("--mask-steps", type=int, metavar="N", help=text)
-    return top
+    add("--mask-steps", type=int, metavar="N", help=text)
 
 
 def scale_pair(text):
