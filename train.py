@@ -624,7 +624,8 @@ def transformer_loss(params, codec, weights, labels, tokens, mask=None):
         by_scale = [scale.mean() for scale in losses.split(tokenizer.lengths(scales))]
         return dict(loss=(losses * weights).sum(), scale_losses=torch.stack(by_scale))
 
-    own_inputs = tokenizer.masked_inputs(codec, tokens, scales, mask)
+    zeroed = None if hmar.hidden_tokens_leak(params) else mask
+    own_inputs = tokenizer.masked_inputs(codec, tokens, scales, zeroed)
     losses = hmar.losses(params, labels, tokens, inputs, own_inputs, mask)  # (M,)
     # The divisor is a constant, the expected number of hidden tokens, so that the losses of
     # micro-batches add up to the loss of the batch.
@@ -669,7 +670,8 @@ def new_transformer(flags, plan):
     params.pop("masked", None)
     if hmar.scale_sizes(params) != settings["scales"]:
         params = hmar.resize_positions(params, settings["scales"])
-    if classes != part_of(flags["init"], "classes"):
+    names = as_model(flags["init"]).get("classes") or classes
+    if names != classes or len(params["classes"]) != len(classes) + 1:
         width = params["classes"].shape[1]
         params["classes"] = hmar.init(**sizes | dict(depth=1, width=width))["classes"]
         log(f"--init: has other classes, so the embeddings of these {len(classes)} are new")
@@ -1608,10 +1610,15 @@ def new_plan(dataset, flags, changes):
 
 def part_of(source, name):
     """The tokenizer or the transformer of a model, or of a file of weights. ValueError if none."""
-    model = source if isinstance(source, dict) else sample.load_model(source)
+    model = as_model(source)
     if name not in model:
         raise ValueError(f"{'the model' if model is source else source}: has no {name}")
     return model[name]
+
+
+def as_model(source):
+    """The model itself, or that of a file."""
+    return source if isinstance(source, dict) else sample.load_model(source)
 
 
 def print_plan(flags, plan, out, device, dtype, training, held_out):

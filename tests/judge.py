@@ -155,7 +155,8 @@ def network(classes, size=32, wider=1):
         layers += [nn.BatchNorm2d(after), nn.ReLU()]
     layers += [nn.Flatten(), nn.Linear(widths[-1] * cells, FEATURES)]
     layers += [nn.BatchNorm1d(FEATURES, affine=False), nn.Linear(FEATURES, classes)]
-    return nn.Sequential(*layers)
+    # With channels last training takes half of the time.
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
 def roughen(images, generator):
@@ -216,7 +217,7 @@ def train_judge(kind, images, labels, batch=64, probe=None):
                 pictures = torch.where(flip[:, None, None, None], pictures.flip(-1), pictures)
                 targets = targets + 10 * flip
             with torch.autocast("cpu", torch.bfloat16, enabled=kind not in EPOCHS):
-                scores = judge(pictures)
+                scores = judge(pictures.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(scores.float(), targets)
             optimizer.zero_grad()
             loss.backward()
