@@ -338,6 +338,10 @@ def losses(params, labels, tokens, inputs, own_inputs=None, mask=None):
     return result.view(tokens.shape) if mask is None else result
 
 
+# Kinds of `scale_weights`: the power of the number of tokens, or None for a law of its own.
+WEIGHTS = dict(token=1.0, root=0.5, scale=0.0, lognormal=None)
+
+
 def scale_weights(scales, kind):
     """The weight (L,), fp32, of each token in the loss; weights sum to 1 and are equal in a scale.
 
@@ -354,7 +358,7 @@ def scale_weights(scales, kind):
         standardised = ((sides - sides.mean()) / spread).nan_to_num()  # 0 if all have one size
         mass = torch.exp(-0.5 * standardised.square())
     else:
-        mass = counts ** dict(token=1.0, root=0.5, scale=0.0)[kind]
+        mass = counts ** WEIGHTS[kind]
     return (mass / mass.sum() / counts).repeat_interleave(counts.long()).float()
 
 

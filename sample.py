@@ -335,16 +335,21 @@ def check_arguments(params, codec, labels, seeds, schedule=None, **numbers):
 
     if len(seeds) != len(labels):
         raise ValueError(f"seed: got {len(seeds)} for {len(labels)} labels")
-    for name, number in (numbers | dict(seed=min(seeds, default=0))).items():
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{name}: got {number}, expected 0 or more")
-        if name == "top_p" and not 0 < number <= 1:
-            raise ValueError(f"{name}: got {number}, expected above 0, at most 1")
+    check_numbers(**numbers, seed=min(seeds, default=0))
     classes = len(params["classes"]) - 1
     are_numbers = len(labels) and not labels.is_floating_point()
     # Values are checked on the CPU only: reading them would make a GPU wait.
     if are_numbers and labels.is_cpu and not 0 <= labels.min() <= labels.max() <= classes:
         raise ValueError(f"labels: got {labels.tolist()}, expected 0 to {classes} (no class)")
+
+
+def check_numbers(**numbers):
+    """ValueError if one of these arguments of `steps` is outside its range."""
+    for name, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name}: got {number}, expected 0 or more")
+        if name == "top_p" and not 0 < number <= 1:
+            raise ValueError(f"{name}: got {number}, expected above 0, at most 1")
 
 
 def check_codes(params, codec):
@@ -800,17 +805,28 @@ def to_device(tree, device):
 
 
 def find_device(name=None):
-    """The torch.device of --device; by default this process's GPU if there is one, else the CPU."""
+    """The torch.device of this name; by default this process's GPU if there is one, else the CPU.
+
+    "cuda" is this process's GPU too. ValueError if there is none.
+    """
     has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
+    if name is None:
+        name = "cuda" if has_gpu else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not has_gpu:
         raise ValueError("--device: got cuda, but torch finds no GPU")
-    if name == "cpu" or not has_gpu:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
 
 
 def find_dtype(name, device):
-    """The torch dtype of --dtype; by default bf16 where the processor multiplies it, else fp32."""
+    """torch.bfloat16 or torch.float32, of "bf16" or "fp32"; by default as the processor suggests.
+
+    That is bf16 where it has instructions for it. ValueError for another name.
+    """
+    if name not in (None, "bf16", "fp32"):
+        raise ValueError(f"--dtype: got {name}, expected bf16 or fp32")
     has_bf16 = torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8

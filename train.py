@@ -193,8 +193,9 @@ def run_stages(dataset, flags, plan, out, device, workers):
 
     if out and rank() == 0:
         (out / "checkpoint.pt").unlink(missing_ok=True)
-    broken = (training.is_broken.sum() + held_out.is_broken.sum()).to(device)
-    broken = int(add_over_processes(broken))
+    # Several processes may have met the same images.
+    broken = torch.cat([training.is_broken, held_out.is_broken]).int().to(device)
+    broken = int((add_over_processes(broken) > 0).sum())
     if broken:
         log(f"{broken} of {len(dataset)} images were left out")
     return model
@@ -326,7 +327,8 @@ def default_scales(size, cell, growth, doubled=True):
     return tuple((side, side) for side in sides)
 
 
-ABOVE_ZERO = "_steps", "_lr", "batch", "evaluations", "central_every"  # ends of names of settings
+# Settings with names that end so are above zero.
+ABOVE_ZERO = "steps", "lr", "batch", "evaluations", "central_every", "patience", "averaged"
 
 
 def replace_settings(settings, changes):
@@ -336,6 +338,10 @@ def replace_settings(settings, changes):
     ValueError for an unknown name, a value of another type, or a number that is not above 0.
     """
     changes = dict(changes)
+    for name, value in changes.items():
+        is_number = isinstance(value, int | float)
+        if name.endswith(ABOVE_ZERO) and is_number and not 0 < value < math.inf:
+            raise ValueError(f"{name}: got {value}, expected above 0")
     if "steps" in changes:
         steps = changes.pop("steps")
         all_steps = dict(tokenizer_steps=steps, next_scale_steps=steps, masked_steps=steps)
@@ -351,8 +357,6 @@ def replace_settings(settings, changes):
         kinds = (float, int) if type(settings[name]) is float else (type(settings[name]),)
         if settings[name] is not None and type(value) not in kinds:
             raise ValueError(f"{name}: got {value!r}, expected a value like {settings[name]!r}")
-        if name.endswith(ABOVE_ZERO) and not 0 < value < math.inf:
-            raise ValueError(f"{name}: got {value}, expected above 0")
     return settings | changes
 
 
@@ -427,14 +431,14 @@ def train_tokenizer(
         last_scales = torch.randint(len(scales) - 1, (batch,), generator=generator)[positions]
 
         report, tokens, residuals = {}, [], []
-        for pixels, places, stops in micro_batches(at_once, images, positions, last_scales):
+        for pixels, places, last in micro_batches(at_once, images, positions, last_scales):
             coarse = (places % COARSE_EVERY == 0).nonzero()[:, 0]  # also decoded from coarse scales
             result = tokenizer.training_loss(
                 tokenizer.cast(codec, dtype),
                 to_unit(pixels.to(device)),
                 scales,
                 coarse.to(device),
-                stops[coarse].to(device),
+                last[coarse].to(device),
                 hue_variance=hue_variance,
                 perceptual_layers=perceptual_layers,
                 is_transposed=step % 2 == 0,  # against stripes, see there
@@ -468,7 +472,7 @@ def train_tokenizer(
             found = broadcast(found)
             log_numbers(out, "tokenizer", step, clock, {f"held_out_{x}": found[x] for x in found})
             draw_reconstructions(out, fast, held_out[:8], scales)
-            keep_best(state, found["error"])
+            keep_best(state, found["error"])  # which decides, too, when the stage ends
             if step - state["best_step"] >= patience * steps:
                 state["step"] = steps  # nothing is left to do, nor after a restart
         if is_evaluation or (is_logged and time.monotonic() > save_at):
@@ -551,7 +555,8 @@ def train_transformer(
     at_once = transformer_images_at_once(params, codec)
     weights = hmar.scale_weights(scales, loss_weights).to(device)  # (L,)
     # The masked stage trains its branch alone. The rest is cast once.
-    frozen = hmar.cast(sample.to_device(params, device), dtype) if is_masked else {}
+    params = pytree.tree_map(lambda leaf: leaf.detach().to(device), params)
+    frozen = hmar.cast(params, dtype) if is_masked else {}
     trained = trainable(dict(masked=params["masked"]) if is_masked else params, device)
     leaves = pytree.tree_leaves(trained)
     state = new_state(trained, decay, newton_schulz)
@@ -731,6 +736,8 @@ def draw_samples(out, stage, params, codec, classes, sampling):
     if out is None or rank() > 0:
         return
     classes = classes or [str(label) for label in range(len(params["classes"]) - 1)]
+    if not classes:  # conditions are vectors
+        return
     labels = torch.arange(min(10, len(classes))).repeat_interleave(8)
     model = dict(tokenizer=codec, transformer=params, classes=classes, sampling=sampling or {})
     passes = 1 if "masked" in params else 0
@@ -770,6 +777,8 @@ def begin_stage(out, stage, state, steps, later):
 
     The clock is for `log_numbers`: {"begun" (seconds), "done", "steps", "later" (steps)}.
     """
+    if out is not None and rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
     load_checkpoint(out, stage, state)
     leaves = pytree.tree_leaves(state["tree"])
     millions = sum(leaf.numel() for leaf in leaves) / 1e6
@@ -879,7 +888,7 @@ def update_average(average, tree, window, step):
 
     At first the window grows with the step, so that initial weights soon leave the average.
     """
-    kept = min(1 - 1 / (1 + window), step / (step + 10))
+    kept = min(1 - 1 / (1 + window), step / (step + 10))  # a window of a tenth of the steps so far
     torch._foreach_lerp_(pytree.tree_leaves(average), pytree.tree_leaves(tree), 1 - kept)
 
 
@@ -995,6 +1004,7 @@ def save_and_stop(out, stage, state, report):
     """Saves a checkpoint and raises KeyboardInterrupt; called after Ctrl-C, between two steps."""
     check_finite(stage, state["step"], dict(gradient=report["gradient"].item()))
     save_checkpoint(out, stage, state)
+    wait_for_all()  # whoever ends first may end the others
     text = "the same command goes on from there" if out else "nothing is saved without a folder"
     raise KeyboardInterrupt(f"stopped at step {state['step']} of {stage}; {text}")
 
@@ -1105,7 +1115,8 @@ class Crops(torch.utils.data.Dataset):
                 continue
             if not 0 <= label < self.classes:
                 got = f"label {label} of image {index}"
-                raise ValueError(f"dataset: got {got}, expected below the {self.classes} classes")
+                expected = f"0 to {self.classes - 1}; the list dataset.classes has the names"
+                raise ValueError(f"dataset: got {got}, expected {expected}")
             return sample.convert_to_rgb(image), int(label), index
         raise OSError(f"dataset: none of the images {self.indices[:5]} can be read")
 
@@ -1133,7 +1144,7 @@ def crop_batches(crops, done, *, stage, batch, seed, device, workers=None, is_sh
 
     b is this process's share of the batch, or all of it if not is_shared.
     """
-    is_gpu = device.type == "cuda"
+    is_gpu = torch.device(device).type == "cuda"
     workers = min(8, os.cpu_count()) * is_gpu if workers is None else workers
     loader = torch.utils.data.DataLoader(
         crops,
@@ -1495,7 +1506,7 @@ def begin_run(dataset, out, flags, changes):
     ValueError where the arguments do not fit each other, the folder, or the run in it.
     """
     out, data = out and Path(out), signature(dataset)
-    models = {x: "a model in memory" for x in ("tokenizer", "init") if isinstance(flags[x], dict)}
+    models = {x: describe(flags[x]) for x in ("tokenizer", "init") if isinstance(flags[x], dict)}
     asked = json.loads(json.dumps(flags | models | changes, default=str))
     plan = read_plan(out)
     is_new = plan is None
@@ -1514,6 +1525,15 @@ def begin_run(dataset, out, flags, changes):
         write_file(out / "args.json", lambda file: file.write(text.encode()))
     wait_for_all()
     return plan
+
+
+def describe(model):
+    """What stands in args.json for a model in memory."""
+    digest = hashlib.sha256()
+    for leaf in pytree.tree_leaves(model):
+        if isinstance(leaf, torch.Tensor):
+            digest.update(leaf.detach().cpu().float().numpy().tobytes())
+    return f"a model in memory ({digest.hexdigest()[:16]})"
 
 
 def class_names(dataset):
@@ -1550,7 +1570,8 @@ def read_plan(out):
     ValueError if the folder holds something else, of which nothing must be overwritten.
     """
     names = {path.name for path in out.iterdir()} if out and out.exists() else set()
-    if names <= {"args.json.tmp"}:  # of a run that was killed at once
+    names -= {"args.json.tmp"}  # of a run that was killed at once
+    if not names:
         return None
     try:
         plan = json.loads((out / "args.json").read_text())
@@ -1558,7 +1579,7 @@ def read_plan(out):
         plan = dict(plan, asked=dict(plan["asked"]), data=dict(plan["data"]))
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"--out: {out} is neither empty nor a run of train.py") from error
-    return None if names <= {"args.json", "args.json.tmp"} else plan
+    return None if names == {"args.json"} else plan
 
 
 def check_same(out, plan, asked, data):
@@ -1602,10 +1623,25 @@ def new_plan(dataset, flags, changes):
     if size % cell or size < 2 * cell:
         raise ValueError(f"--size: got {size}, expected 2, 3, ... times {cell}")
     settings = replace_settings(recipe(*options, cell), changes)  # with the scales for this cell
-    tokenizer.check_scales(settings["scales"])
+    check_settings(settings, size // cell)
     if source:
         settings |= dict(zip(("codes", "code_dim"), codec["codebook"].shape))
     return dict(classes=classes, is_causal=is_causal, settings=settings)
+
+
+def check_settings(settings, side):
+    """ValueError for settings that a later stage would fail on; side: of the latent map."""
+    scales, blocks = settings["scales"], settings["masked_blocks"]
+    tokenizer.check_scales(scales)
+    if len(scales) < 2 or scales[-1] != (side, side):
+        raise ValueError(f"scales: got {scales}, expected two or more, the last {side} x {side}")
+    if settings["loss_weights"] not in hmar.WEIGHTS:
+        got = f"loss_weights: got {settings['loss_weights']}"
+        raise ValueError(f"{got}, expected one of {', '.join(hmar.WEIGHTS)}")
+    if not 1 <= blocks <= settings["depth"]:
+        raise ValueError(f"masked_blocks: got {blocks}, expected 1 to {settings['depth']}")
+    sample.masked_schedule(scales, settings["masked_passes"])
+    sample.check_numbers(**arguments(sample.steps, settings))
 
 
 def part_of(source, name):
@@ -1646,7 +1682,8 @@ STEP_COSTS = dict(tokenizer=1.0, next_scale=1.2, masked=1.2)
 
 def later_steps(plan, stage):
     """The work of the stages after this one, in steps of this one."""
-    names = [*STEP_COSTS][[*STEP_COSTS].index(stage) + 1 :]
+    names = list(STEP_COSTS)
+    names = names[names.index(stage) + 1 :]
     if plan["is_causal"]:
         names = [name for name in names if name != "masked"]
     work = sum(plan["settings"][f"{name}_steps"] * STEP_COSTS[name] for name in names)
