@@ -1108,7 +1108,7 @@ class Crops(torch.utils.data.Dataset):
                 continue
             index = self.indices[other]
             try:
-                image, label = self.dataset[index]
+                image, label = read_item(self.dataset, index)
             except OSError as error:
                 self.is_broken[other] = True
                 print(f"left out: {error}", file=sys.stderr)
@@ -1117,8 +1117,17 @@ class Crops(torch.utils.data.Dataset):
                 got = f"label {label} of image {index}"
                 expected = f"0 to {self.classes - 1}; the list dataset.classes has the names"
                 raise ValueError(f"dataset: got {got}, expected {expected}")
-            return sample.convert_to_rgb(image), int(label), index
+            return sample.convert_to_rgb(image), label, index
         raise OSError(f"dataset: none of the images {self.indices[:5]} can be read")
+
+
+def read_item(dataset, index):
+    """dataset[index] as (PIL image, int). TypeError if it is something else."""
+    item = dataset[index]
+    if not isinstance(item, tuple) or not isinstance(item[0], Image.Image):
+        raise TypeError(f"dataset[{index}]: expected (PIL image, int), got {item!r:.80}")
+    image, label = item
+    return image, int(label)
 
 
 def crop(image, size, seed=None):
@@ -1228,10 +1237,14 @@ def generator_of(*key):
 
 
 class Cached:
-    """A dataset whose images are read once, until the images it keeps take CACHE_BYTES."""
+    """A dataset whose images are read once, as long as the pixels of all fit in CACHE_BYTES."""
 
     def __init__(self, count):
-        self.count, self.kept, self.free = count, {}, CACHE_BYTES
+        self.count, self.places, self.used, self.pixels = count, {}, 0, None
+
+    def __getstate__(self):
+        """What is sent to processes that read images: all but the cache."""
+        return self.__dict__ | dict(places={}, used=0, pixels=None)
 
     def __len__(self):
         return self.count
@@ -1239,13 +1252,21 @@ class Cached:
     def __getitem__(self, index):
         if not 0 <= index < self.count:
             raise IndexError(index)
-        if index in self.kept:
-            return self.kept[index]
+        if index in self.places:
+            pixels, size, label = self.places[index]
+            return Image.frombytes("RGB", size, pixels.tobytes()), label
+
         image, label = self.read(index)
-        size = 4 * image.width * image.height  # bytes, as Pillow stores an image
-        if size <= self.free:
-            self.kept[index] = image, label
-            self.free -= size
+        pixels = np.asarray(image).ravel()
+        end = self.used + len(pixels)
+        if end <= CACHE_BYTES:
+            if self.pixels is None:
+                # One block, which takes no memory before it is written. Thousands of small ones
+                # would lie between the large tensors and keep the heap from being used again.
+                self.pixels = np.empty(CACHE_BYTES, np.uint8)
+            self.pixels[self.used : end] = pixels
+            self.places[index] = self.pixels[self.used : end], image.size, label
+            self.used = end
         return image, label
 
 
@@ -1556,8 +1577,8 @@ def signature(dataset):
         digest = hashlib.sha256()
         for index in range(0, count, math.ceil(count / 16)):
             with contextlib.suppress(OSError):  # an image that cannot be read is left out later
-                (image, label), (again, _) = dataset[index], dataset[index]
-                digest.update(str(int(label)).encode())
+                (image, label), (again, _) = (read_item(dataset, index) for _ in range(2))
+                digest.update(str(label).encode())
                 digest.update(image.tobytes() if image.tobytes() == again.tobytes() else b"")
         digest = digest.hexdigest()[:16]
     # A single class has the folder's name, which may change.
@@ -1588,7 +1609,9 @@ def check_same(out, plan, asked, data):
         names = [name for name in before | now if before.get(name) != now.get(name)]
         if names:
             words = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]
-            raise ValueError(f"--out: {out} was begun with other {kind}: {', '.join(words)}")
+            words = ["other files" if name == "hash" else word for name, word in zip(names, words)]
+            text = f"{out} was begun with other {kind} ({', '.join(words)})"
+            raise ValueError(f"--out: {text}; name another folder, or remove this one")
 
 
 def new_plan(dataset, flags, changes):

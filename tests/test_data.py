@@ -207,7 +207,7 @@ file.png  --data: there is no folder file.png
 empty  --data: no images found in empty
 one  dataset: got 1 images, expected two or more
 both  both has images beside sub-folders of images: a.png and cat/b.png
-broken  none of 1 images can be read
+broken  none of the images
 """
 
 
@@ -376,9 +376,7 @@ def test_the_data_of_a_run_may_have_images_that_cannot_be_read(capsys):
 def test_what_a_dataset_must_not_return_is_refused():
     for label in (-1, 3):
         crops = train.Crops([(RED, label)], [0], size=16, seed=0, classes=3)
-        refused(
-            f"label {label} of image 0, expected below the 3 classes", crops.__getitem__, (0, 0)
-        )
+        refused(f"label {label} of image 0, expected 0 to 2", crops.__getitem__, (0, 0))
 
 
 # What a stage is fed, as `train` feeds it

@@ -1321,7 +1321,8 @@ def test_a_folder_in_which_nothing_was_trained_yet_may_begin_anew(base):
 
 def test_other_flags_are_refused_by_name(base, out):
     line = run(out, "--seed", 3, "--flip")
-    expected = f"train.py: --out: {out} was begun with other .*: seed 0 -> 3, flip False -> True"
+    expected = f"train.py: --out: {out} was begun with other settings "
+    expected += ".seed 0 -> 3, flip False -> True.; .*"
     assert re.fullmatch(expected, line)
     for flags, name in (
         (["--depth", 2], "depth 1 -> 2"),
@@ -1374,7 +1375,7 @@ def test_other_data_are_refused_and_moved_data_go_on():
     before = results("run")
     for what, folder in others.items():
         said = begin(folder)
-        assert said.startswith("train.py: --out: run was begun with other data: "), what
+        assert said.startswith("train.py: --out: run was begun with other data ("), what
         assert "\n" not in said
     assert "images 12 -> 13" in begin("count") and "['cat', 'dog'] -> ['cat', 'dogs']" in begin(
         "names"
@@ -1384,7 +1385,7 @@ def test_other_data_are_refused_and_moved_data_go_on():
     assert begin("flat", "flat run") is None  # a flat folder may be moved, too
     shutil.move("flat", "flat moved")
     assert begin("flat moved", "flat run") is None
-    assert "other data: hash" in begin(write_images("flat", classes=(), shift=2), "flat run")
+    assert "other files" in begin(write_images("flat", classes=(), shift=2), "flat run")
 
 
 class Augmented(NumberedImages):
@@ -1401,7 +1402,7 @@ def test_data_may_be_augmented_at_random():
     for _ in range(2):
         stages_of(dataset, **options)
     dataset.labels = dataset.labels[1:] + dataset.labels[:1]
-    refused("begun with other data: hash", stages_of, dataset, **options)
+    refused("begun with other data .other files", stages_of, dataset, **options)
 
 
 def test_other_datasets_are_refused():
@@ -1410,13 +1411,13 @@ def test_other_datasets_are_refused():
 
     begin(NumberedImages(40))
     begin(NumberedImages(40))
-    refused("begun with other data: hash", begin, NumberedImages(40, noise=3))
-    refused("begun with other data: images 40 -> 41", begin, NumberedImages(41))
+    refused("begun with other data .other files", begin, NumberedImages(40, noise=3))
+    refused("begun with other data .images 40 -> 41", begin, NumberedImages(41))
     other = NumberedImages(40)
     other.labels = other.labels[1:] + other.labels[:1]
-    refused("begun with other data: hash", begin, other)
-    refused("begun with other data: .*classes", begin, Listed(zip_images(NumberedImages(40))))
-    refused("begun with other .*: label_drop None -> 0.3", begin, other, label_drop=0.3)
+    refused("begun with other data .other files", begin, other)
+    refused("begun with other data .*classes", begin, Listed(zip_images(NumberedImages(40))))
+    refused("begun with other settings .label_drop None -> 0.3", begin, other, label_drop=0.3)
 
 
 @pytest.mark.parametrize(
