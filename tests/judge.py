@@ -13,7 +13,7 @@ tests/judge.py KIND RUN ... --choose "--guidance 4 --rise 0" "--guidance 6"   ch
                                        other
 tests/judge.py KIND RUN ... --edit     test images whose halves, or the middle, are repainted
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
-tests/judge.py shapes RUN --write DIR  README's growth.png, edit.png and curve.png
+tests/judge.py shapes RUN --write DIR  growth.png, samples after each scale, and edit.png
 tests/judge.py photos64 RUN --data DIR --write DIR   its edit-photos64.webp
 
 RUN is a run folder, sampled with sample.py's defaults and the flags after a --, say -- --top-p .9.
@@ -33,9 +33,7 @@ import hashlib
 import inspect
 import itertools
 import json
-import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -435,36 +433,6 @@ def write_edits(run, images, labels, path):
     sample.sheet(list(torch.stack(columns, 1)), names).save(path)
 
 
-def write_curve(folder):
-    """curve.png: a line for each model in the table of RESULTS.md, section 7, whose rows begin with
-    model | CPU seconds | FD; both axes logarithmic.
-    """
-    page = Image.new("RGB", (480, 300), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-
-    def place(minutes, distance):
-        return 40 + 430 * math.log(minutes, 120), 255 - 245 * math.log(distance, 20)
-
-    for minutes in (1, 2, 5, 10, 20, 50, 100):
-        draw.line([place(minutes, 1), place(minutes, 20)], "#ddd")
-        draw.text(place(minutes, 0.95), str(minutes), "black", font, anchor="mt")
-    for distance in (1, 2, 5, 10, 20):
-        draw.line([place(1, distance), place(120, distance)], "#ddd")
-        draw.text(place(0.95, distance), str(distance), "black", font, anchor="rm")
-    draw.text((255, 298), "minutes of training on one core", "black", font, anchor="mb")
-    draw.text((50, 14), "Frechet distance, CIFAR-10", "black", font, anchor="lt")
-
-    section = Path(ROOT, "tests/RESULTS.md").read_text().split("\n## ")[7]
-    for model, colour in dict(HMAR="#c03030", UNet="#3050c0").items():
-        rows = re.findall(rf"^\| {model}[^|]* \| ([\d,]+) \| ([\d.]+)", section, re.MULTILINE)
-        places = [place(int(seconds.replace(",", "")) / 60, float(x)) for seconds, x in rows]
-        draw.line(places, colour, 2)
-        for x, y in places:
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-        draw.text((places[-1][0] + 8, places[-1][1]), model, colour, font, anchor="lm")
-    page.save(Path(folder, "curve.png"))
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1])
     parser.add_argument("kind", choices=[*EPOCHS])
@@ -483,10 +451,8 @@ def main(argv=None):
         return write_letters(args.write)
     if args.write and args.kind == "shapes":
         write_growth(args.run[0], Path(args.write, "growth.png"))
-        write_edits(
-            args.run[0], *drawn(train.draw_shape, 500_000, 10), Path(args.write, "edit.png")
-        )
-        return write_curve(args.write)
+        images = drawn(train.draw_shape, 500_000, 10)
+        return write_edits(args.run[0], *images, Path(args.write, "edit.png"))
     if args.write:
         names = train.Folder(f"{args.data}/train").classes
         test = read_folder(f"{args.data}/test", names)
