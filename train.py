@@ -1466,6 +1466,7 @@ def start_processes(device):
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=10)  # the longest wait is that for an evaluation
         torch.distributed.init_process_group(backend, timeout=timeout)
+        wait_for_all()  # none may end, because of wrong flags, before all are connected
     return device
 
 
