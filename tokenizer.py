@@ -283,7 +283,7 @@ def group_norm(x, weight, bias):
 
 
 # Weights of the terms of `training_loss`; the squared error has a weight of 1.
-ABSOLUTE_WEIGHT, EDGE_WEIGHT, TEXTURE_WEIGHT, JUMP_WEIGHT = 0.5, 0.25, 0.25, 0.18
+ABSOLUTE_WEIGHT, EDGE_WEIGHT = 0.5, 0.25
 HUE_WEIGHT, PERCEPTUAL_WEIGHT, COARSE_WEIGHT = 0.28, 0.08, 0.5
 
 
@@ -295,6 +295,8 @@ def training_loss(
     stops,
     *,
     hue_variance=0.0,
+    texture_weight=0.5,
+    jump_weight=0.0,
     perceptual_layers=(),
     is_transposed=False,
     images_per_coarse=4.0,
@@ -308,6 +310,7 @@ def training_loss(
     the expected number of such images, so that the losses of the parts of a batch add up to its
     loss although they have unequal numbers of them.
     hue_variance: `measure_hue_variance` of the training data.
+    texture_weight, jump_weight: weights of the differences of `texture` and `jumps`.
     perceptual_layers: as for `perceptual_error`; without any, this term is zero.
     is_transposed: the layers see both images with rows and columns exchanged. A small network
     prefers some directions, and the decoder would answer with stripes if they were always the same.
@@ -315,9 +318,9 @@ def training_loss(
 
     There is no adversarial term. Squared, absolute and edge errors alone favour a blur where detail
     cannot be predicted; the texture term asks for as much local contrast as the image has. It takes
-    flat squares of pixels for grain; the term of `jumps` does not. The hue term is relative to the
-    data's variance: in photographs hue varies little beside brightness, so that no code would be
-    spent on it otherwise.
+    flat squares of pixels for grain, which the perceptual term prefers; the term of `jumps` does
+    not. The hue term is relative to the data's variance: in photographs hue varies little beside
+    brightness, so that no code would be spent on it otherwise.
 
     Returns loss, error (squared), coarse, quantisation: scalars; images: reconstructions
     (B, 3, H, W), not clamped; coarse_images (n, 3, H, W); tokens, residuals: one entry a scale, see
@@ -350,9 +353,10 @@ def training_loss(
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
     squared_error = error.square().mean()
     loss = squared_error + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges
-    loss = loss + TEXTURE_WEIGHT * (texture(whole) - texture(images)).abs().mean()
-    for ours, theirs in zip(jumps(whole), jumps(images)):
-        loss = loss + JUMP_WEIGHT * (ours - theirs).abs().mean()
+    loss = loss + texture_weight * (texture(whole) - texture(images)).abs().mean()
+    if jump_weight:
+        for ours, theirs in zip(jumps(whole), jumps(images)):
+            loss = loss + jump_weight * (ours - theirs).abs().mean()
     hue_error = hues(error).square().mean() / (hue_variance + 0.01)  # 0.01 for grey images
     loss = loss + HUE_WEIGHT * hue_error
     seen = (whole.mT, images.mT) if is_transposed else (whole, images)

@@ -722,6 +722,7 @@ def test_numbers_that_were_chosen_by_trials(line):
     assert settings["decay"] == pytest.approx({2: 0.05, 3: 0.03615}[depth], rel=1e-3)
     chosen = dict(averaged=0.25, patience=1 / 3, label_drop=0.1, gamma=0.1, masked_passes=0)
     chosen |= dict(newton_schulz=3 if is_simple else 5, code_dim=16, perceptual=size > 32)
+    chosen |= dict(texture_weight=0.25, jump_weight=0.18) if size > 32 else dict(jump_weight=0.0)
     chosen |= zip(("guidance", "mask_guidance", "rise", "temperature"), GUIDANCE[depth, size])
     chosen |= dict(loss_weights="root", soften=0.1, top_k=0, top_p=1.0, evaluations=3 * depth)
     assert {name: settings[name] for name in chosen} == chosen
@@ -1033,6 +1034,7 @@ def test_the_tokenizer_learns_from_all_errors():
 
     options = dict(steps=2, lr=1e-12, evaluations=2, patience=2.0, seed=3, out=out)
     options |= dict(perceptual_layers=layers, hue_variance=0.2)
+    options |= dict(texture_weight=0.25, jump_weight=0.18)
     train.train_tokenizer(FOLDED, batches(), images[:2], SCALES, **options)
     losses = [line["loss"] for line in lines_of(out, name="loss")]
     for step, codec in enumerate(codecs, 1):
