@@ -724,7 +724,13 @@ def test_numbers_that_were_chosen_by_trials(line):
     chosen |= dict(newton_schulz=3 if is_simple else 5, code_dim=16, perceptual=size > 32)
     chosen |= dict(texture_weight=0.25, jump_weight=0.18) if size > 32 else dict(jump_weight=0.0)
     chosen |= zip(("guidance", "mask_guidance", "rise", "temperature"), GUIDANCE[depth, size])
-    chosen |= dict(loss_weights="root", soften=0.1, top_k=0, top_p=1.0, evaluations=3 * depth)
+    chosen |= dict(
+        loss_weights="token" if is_simple else "root",
+        soften=0.1,
+        top_k=0,
+        top_p=1.0,
+        evaluations=3 * depth,
+    )
     assert {name: settings[name] for name in chosen} == chosen
 
 
@@ -768,7 +774,7 @@ def test_drawings_take_fewer_steps_and_scales_than_other_images():
     steps = ["tokenizer_steps", "next_scale_steps", "masked_steps"]
     for name in steps:
         assert shapes[name] == math.ceil(0.68 * own[name])
-    differ = "scales", "central_every", "newton_schulz", *steps
+    differ = "scales", "central_every", "newton_schulz", "loss_weights", *steps
     assert shapes | {name: own[name] for name in differ} == own
 
 
