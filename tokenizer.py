@@ -363,9 +363,16 @@ def training_loss(
     loss = loss + PERCEPTUAL_WEIGHT * perceptual_error(perceptual_layers, *seen)
     loss = loss + COARSE_WEIGHT * coarse_error + quantisation
 
-    made = dict(loss=loss, error=squared_error, coarse=coarse_error, quantisation=quantisation)
-    made |= dict(images=whole, coarse_images=coarse_images)
-    return made | dict(tokens=tokens, residuals=residuals)
+    return dict(
+        loss=loss,
+        error=squared_error,
+        coarse=coarse_error,
+        quantisation=quantisation,
+        images=whole,
+        coarse_images=coarse_images,
+        tokens=tokens,
+        residuals=residuals,
+    )
 
 
 def texture(images):

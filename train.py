@@ -873,8 +873,8 @@ def shared_orthogonalize(matrices, iterations):
         return orthogonalize(matrices, iterations)
     share = math.ceil(len(matrices) / world())
     padded = F.pad(matrices, (0, 0, 0, 0, 0, share * world() - len(matrices)))
-    own = orthogonalize(padded[rank() * share :][:share], iterations)
-    return gather(own.contiguous())[: len(matrices)]
+    part = orthogonalize(padded[rank() * share :][:share], iterations)
+    return gather(part.contiguous())[: len(matrices)]
 
 
 def optimizer_step(optimizers, rate):
@@ -1118,7 +1118,7 @@ class Crops(torch.utils.data.Dataset):
                 continue
             index = self.indices[other]
             try:
-                image, label = read_item(self.dataset, index)
+                image, label = self.dataset[index]
             except OSError as error:
                 self.is_broken[other] = True
                 print(f"left out: {error}", file=sys.stderr)
@@ -1127,17 +1127,8 @@ class Crops(torch.utils.data.Dataset):
                 got = f"label {label} of image {index}"
                 expected = f"0 to {self.classes - 1}; the list dataset.classes has the names"
                 raise ValueError(f"dataset: got {got}, expected {expected}")
-            return sample.convert_to_rgb(image), label, index
+            return sample.convert_to_rgb(image), int(label), index
         raise OSError(f"dataset: none of the images {self.indices[:5]} can be read")
-
-
-def read_item(dataset, index):
-    """dataset[index] as (PIL image, int). TypeError if it is something else."""
-    item = dataset[index]
-    if not isinstance(item, tuple) or not isinstance(item[0], Image.Image):
-        raise TypeError(f"dataset[{index}]: expected (PIL image, int), got {item!r:.80}")
-    image, label = item
-    return image, int(label)
 
 
 def crop(image, size, seed=None):
@@ -1293,20 +1284,24 @@ class Folder(Cached):
         self.folder, self.size = Path(folder), size
         if not self.folder.is_dir():
             raise ValueError(f"--data: there is no folder {folder}")
-        parts = image_names(self.folder)
-        if not parts:
+        images = image_names(self.folder)
+        if not images:
             raise ValueError(f"--data: no images found in {folder} ({', '.join(SUFFIXES)})")
-        alone = [own for own in parts if len(own) == 1]
-        if alone and len(alone) < len(parts):
-            other = next(own for own in parts if len(own) > 1)
-            both = f"{alone[0][0]} and {'/'.join(other)}"
-            raise ValueError(f"--data: {folder} has images beside sub-folders of images: {both}")
+        is_flat = len(images[0]) == 1
+        for parts in images:
+            if (len(parts) == 1) != is_flat:
+                names = f"{'/'.join(images[0])} and {'/'.join(parts)}"
+                raise ValueError(
+                    f"--data: {folder} has images beside sub-folders of images: {names}"
+                )
 
-        self.classes = [self.folder.resolve().name] if alone else sorted({x[0] for x in parts})
+        self.classes = sorted({parts[0] for parts in images})
+        if is_flat:
+            self.classes = [self.folder.resolve().name]
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self.names = ["/".join(own) for own in parts]
-        self.labels = [0 if alone else numbers[own[0]] for own in parts]
-        super().__init__(len(parts))
+        self.names = ["/".join(parts) for parts in images]
+        self.labels = [0 if is_flat else numbers[parts[0]] for parts in images]
+        super().__init__(len(images))
 
     def read(self, index):
         path = self.folder / self.names[index]
@@ -1333,8 +1328,8 @@ def image_names(folder):
     """
     parents, found, visited = {str(folder): {os.path.realpath(folder)}}, [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        own = Path(root).relative_to(folder).parts
-        visited.add(own[:1])
+        parts = Path(root).relative_to(folder).parts
+        visited.add(parts[:1])
         folders[:] = [name for name in folders if name[0] != "."]
         for name in list(folders):
             path = os.path.join(root, name)
@@ -1344,11 +1339,11 @@ def image_names(folder):
             parents[path] = parents[root] | {real}
         for name in names:
             if name[0] != "." and name.lower().endswith(SUFFIXES):
-                found.append((*own, name))
+                found.append((*parts, name))
 
     found.sort()
     nested = sorted({"/".join(parts[:-1]) for parts in found if len(parts) > 2})
-    empty = sorted({own[0] for own in visited if own} - {parts[0] for parts in found})
+    empty = sorted({parts[0] for parts in visited if parts} - {parts[0] for parts in found})
     if nested:
         text = "their images belong to the class of the first folder"
         log(f"{folder}: {len(nested)} nested folders, such as {nested[0]}: {text}")
@@ -1588,8 +1583,8 @@ def signature(dataset):
         digest = hashlib.sha256()
         for index in range(0, count, math.ceil(count / 16)):
             with contextlib.suppress(OSError):  # an image that cannot be read is left out later
-                (image, label), (again, _) = (read_item(dataset, index) for _ in range(2))
-                digest.update(str(label).encode())
+                (image, label), (again, _) = dataset[index], dataset[index]
+                digest.update(str(int(label)).encode())
                 digest.update(image.tobytes() if image.tobytes() == again.tobytes() else b"")
         digest = digest.hexdigest()[:16]
     # A single class has the folder's name, which may change.
