@@ -807,14 +807,9 @@ def to_device(tree, device):
 def find_device(name=None):
     """The torch.device of this name; by default this process's GPU if there is one, else the CPU.
 
-    "cuda" is this process's GPU too. ValueError if there is none.
+    "cuda" is this process's GPU, too.
     """
-    has_gpu = torch.cuda.is_available()
-    if name is None:
-        name = "cuda" if has_gpu else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not has_gpu:
-        raise ValueError("--device: got cuda, but torch finds no GPU")
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

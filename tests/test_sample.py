@@ -984,12 +984,6 @@ def test_bad_input_is_one_line(run, line):
     assert contents(".") == before
 
 
-def test_a_gpu_that_is_not_there_is_one_line(run, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = "sample.py: --device: got cuda, but torch finds no GPU"
-    assert failure(sample.main, run, "--device", "cuda") == message
-
-
 def test_names_of_any_characters_are_sampled():
     save_model("run", classes=["\u00e9\u4e2d", "a" * 300, "../b"])
     flags = ("run", "--labels", "\u00e9\u4e2d", 1, 2, "--count", 1, "--out")
