@@ -65,7 +65,9 @@ SCALES = {  # published scales by the image's side in pixels, for a tokenizer th
 # ---- the transformer
 
 
-def features(params, labels, inputs, own_inputs=None, mask=None, *, k=None, cache=None):
+def features(
+    params, labels, inputs, own_inputs=None, mask=None, *, k=None, cache=None, dropout=0.0
+):
     """The features (B, n, C), fp32, that the head of a branch reads: the whole transformer but it.
 
     labels: (B,) int64, 0 to classes, which torch checks, or vectors (B, C); see `condition`.
@@ -77,6 +79,8 @@ def features(params, labels, inputs, own_inputs=None, mask=None, *, k=None, cach
         sequence; at scale 0 they are not read.
     cache: for sampling of a causal tree, [[] for each block]. The keys and values of scale k are
         appended; the lists must hold those of all coarser scales.
+    dropout: for training, the share of numbers that are zeroed in what attention and MLPs add, by
+        torch's own random generator.
 
     ValueError if the cache is missing or not needed, if there is only one of own_inputs and mask or
     they do not fit inputs, or if a scale k > 0 alone has another number of labels than of inputs,
@@ -107,7 +111,7 @@ def features(params, labels, inputs, own_inputs=None, mask=None, *, k=None, cach
 
     caches = [None] * len(blocks) if cache is None else cache
     for weights, past in zip(blocks, caches, strict=True):
-        x = transformer_block(x, conditions, sizes, "causal" in params, past, **weights)
+        x = transformer_block(x, conditions, sizes, "causal" in params, past, dropout, **weights)
 
     scale_shift = linear(F.silu(conditions), **branch["modulation"]).unsqueeze(1)  # (B, 1, 2 C)
     return modulate(x, *scale_shift.chunk(2, -1))
@@ -144,7 +148,7 @@ def embed_inputs(params, inputs, own_inputs, mask, sizes):
 
 
 def transformer_block(
-    x, conditions, sizes, is_causal, past, *, modulation, attention, mlp, depthwise=None
+    x, conditions, sizes, is_causal, past, dropout, *, modulation, attention, mlp, depthwise=None
 ):
     """x (B, n, C) after attention and MLP, each modulated by conditions (B, C), as in DiT.
 
@@ -159,8 +163,10 @@ def transformer_block(
     gamma1, gamma2, scale1, scale2, shift1, shift2 = modulations.unbind(1)  # the published order
 
     attended = self_attention(modulate(x, scale1, shift1), sizes, is_causal, past, **attention)
-    x = x + gamma1 * attended
-    return x + gamma2 * feed_forward(modulate(x, scale2, shift2), **mlp)
+    x = x + gamma1 * F.dropout(attended, dropout)
+
+    transformed = feed_forward(modulate(x, scale2, shift2), **mlp)
+    return x + gamma2 * F.dropout(transformed, dropout)
 
 
 def self_attention(x, sizes, is_causal, past, *, qkv, q_bias, v_bias, log_temperature, project):
@@ -245,18 +251,19 @@ def linear(x, weight, bias):
 # ---- the head; a branch is params["next_scale"] or params["masked"]
 
 
-def logits(branch, x, near=None):
+def logits(branch, x, near=None, *, dropout=0.0):
     """Logits (..., codes), at least fp32, of a branch's features x (..., C).
 
-    near (..., 6): the tokens of `neighbour_tokens`, for branches with neighbours.
+    near (..., 6): the tokens of `neighbour_tokens`, for branches with neighbours. dropout: as in
+    `features`, of what they add.
     """
     if "neighbours" in branch:
-        x = add_neighbours(x, near, **branch["neighbours"])
+        x = add_neighbours(x, near, dropout, **branch["neighbours"])
     result = linear(x, **branch["head"])
     return result.to(torch.promote_types(result.dtype, torch.float32))
 
 
-def add_neighbours(x, near, embedding, expand, contract):
+def add_neighbours(x, near, dropout, *, embedding, expand, contract):
     """x (..., C) plus an MLP of it and of the neighbouring tokens near (..., 6).
 
     embedding (6, codes + 1, C): a table for each of NEIGHBOURS; its last vector is for those that
@@ -265,7 +272,7 @@ def add_neighbours(x, near, embedding, expand, contract):
     seen = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     for table, codes in zip(embedding, near.unbind(-1), strict=True):
         seen = seen + F.embedding(codes, table)
-    return x + feed_forward(seen, expand, contract)
+    return x + F.dropout(feed_forward(seen, expand, contract), dropout)
 
 
 # The neighbours of a token that the head sees, as (row, column) from it, and how far they reach: to
@@ -320,21 +327,22 @@ def wave_logits(branch, size, x, tokens):
 # ---- losses
 
 
-def losses(params, labels, tokens, inputs, own_inputs=None, mask=None):
+def losses(params, labels, tokens, inputs, own_inputs=None, mask=None, *, dropout=0.0):
     """Cross entropies in nats, fp32: (B, L), or with a mask (M,) of the M hidden tokens.
 
     tokens (B, L) int64. The other arguments are those of `features`. With a mask the head runs on
     hidden tokens only, which come image by image and, in an image, coarse to fine.
     """
     branch = params["next_scale"] if mask is None else params["masked"]
-    x = features(params, labels, inputs, own_inputs, mask).flatten(0, 1)  # (B L, C)
+    x = features(params, labels, inputs, own_inputs, mask, dropout=dropout)  # (B, L, C)
+    x = x.flatten(0, 1)  # (B L, C)
     near = neighbour_tokens(branch, tokens, scale_sizes(params)).flatten(0, 1)  # (B L, 6)
     targets = tokens.flatten()
 
     if mask is not None:
         hidden = F.pad(mask, (len(params["start"]), 0)).flatten().nonzero()[:, 0]  # (M,)
         x, near, targets = (part.index_select(0, hidden) for part in (x, near, targets))
-    result = F.cross_entropy(logits(branch, x, near), targets, reduction="none")
+    result = F.cross_entropy(logits(branch, x, near, dropout=dropout), targets, reduction="none")
     return result.view(tokens.shape) if mask is None else result
 
 

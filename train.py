@@ -241,6 +241,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     if is_simple:
         steps = {name: math.ceil(0.68 * number) for name, number in steps.items()}
 
+    epochs = steps["next_scale"] * batch / training_images
+
     # Deep models want a lower rate (HyperP, arXiv 2603.28743); rate * decay * steps stays constant
     # (Wang and Aitchison 2024).
     rate = 4e-3 * relative_depth**-0.7
@@ -277,6 +279,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         evaluations=3 * max(2, depth),
         patience=1 / 3,
         label_drop=0.1,
+        # Dropout helps runs that see each image often, and costs those that do not.
+        dropout=0.1 if epochs > 8 else 0.0,
         # The root of the number of tokens helps photographs, not drawings.
         loss_weights="lognormal" if is_large else "token" if is_simple else "root",
         # The perceptual term is not worth its time at 32 pixels. It prefers flat squares of 2 x 2
@@ -535,6 +539,7 @@ def train_transformer(
     evaluations=6,
     patience=1 / 3,
     label_drop=0.1,
+    dropout=0.0,
     loss_weights="token",
     seed=0,
     later=0,
@@ -553,8 +558,9 @@ def train_transformer(
     batches: an iterator of (labels (B,) or vectors (B, C), tokens int64 (B, L)), or a function that
         returns the iterator of the steps after a number of steps, such as `token_batches`.
     held_out: (labels (n,), tokens (n, L)) to evaluate on.
-    label_drop: the share of labels that become the null class. loss_weights: of
-        `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
+    label_drop: the share of labels that become the null class. dropout: of `hmar.features`; with
+        it, torch's own generator is seeded in each step.
+    loss_weights: of `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
     classes, sampling: names (numbers without them) and settings, for the grid of samples that is
         drawn into `out`.
     The other arguments are those of `train_tokenizer`.
@@ -590,10 +596,13 @@ def train_transformer(
         if is_masked:
             examples = labels, tokens, draw_masks(batch, scales, generator)[positions]
 
+        if dropout:
+            torch.manual_seed(seed_of(seed, stage, step, "dropout", rank()))
         report = {}
         for part in micro_batches(at_once, *examples):
             fast = frozen | hmar.cast(trained, dtype)
-            result = transformer_loss(fast, codec, weights, *sample.to_device(part, device))
+            part = sample.to_device(part, device)
+            result = transformer_loss(fast, codec, weights, *part, dropout=dropout)
             share = len(part[0]) / len(tokens)
             (share * result["loss"]).backward()
             add_to_report(report, share, result)
@@ -627,7 +636,7 @@ def train_transformer(
     return params | state["best"]
 
 
-def transformer_loss(params, codec, weights, labels, tokens, mask=None):
+def transformer_loss(params, codec, weights, labels, tokens, mask=None, *, dropout=0.0):
     """{"loss": the mean loss in nats a token, ...} of labels (B,), tokens (B, L).
 
     weights (L,) are those of tokens; with a mask (B, L - len_0), the loss is that of hidden tokens.
@@ -635,13 +644,14 @@ def transformer_loss(params, codec, weights, labels, tokens, mask=None):
     scales = hmar.scale_sizes(params)
     inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
     if mask is None:
-        losses = hmar.losses(params, labels, tokens, inputs).mean(0)  # (L,)
+        losses = hmar.losses(params, labels, tokens, inputs, dropout=dropout).mean(0)  # (L,)
         by_scale = [scale.mean() for scale in losses.split(tokenizer.lengths(scales))]
         return dict(loss=(losses * weights).sum(), scale_losses=torch.stack(by_scale))
 
     zeroed = None if hmar.hidden_tokens_leak(params) else mask
     own_inputs = tokenizer.masked_inputs(codec, tokens, scales, zeroed)
-    losses = hmar.losses(params, labels, tokens, inputs, own_inputs, mask)  # (M,)
+    shown = inputs, own_inputs, mask
+    losses = hmar.losses(params, labels, tokens, *shown, dropout=dropout)  # (M,)
     # The divisor is a constant, the expected number of hidden tokens, so that the losses of
     # micro-batches add up to the loss of the batch.
     return dict(loss=losses.sum() / (0.5 * mask.numel()))
@@ -1230,8 +1240,12 @@ def to_unit(images):
 
 def generator_of(*key):
     """A generator whose seed is a hash of where it is used: (seed, stage, step, ...)."""
-    number = hashlib.sha256(repr(key).encode()).digest()[:7]
-    return torch.Generator().manual_seed(int.from_bytes(number, "big"))
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def seed_of(*key):
+    """A hash of where random numbers are used, 0 to 2^56."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 
 # ---- here the method ends; two small datasets: a folder of images, drawings of shapes

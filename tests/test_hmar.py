@@ -170,6 +170,23 @@ def test_losses_are_cross_entropies(scales, more, kind, seed):
             close(gradient, expected, 1e-9)
 
 
+@given(pyramids(), st.booleans(), causal, seeds)
+def test_dropout_zeroes_what_blocks_and_neighbours_add(scales, neighbours, more, seed):
+    params = tree(scales, neighbours=neighbours, seed=seed) | more
+    labels, inputs, *_ = arguments(params, 2, seed)
+    tokens = random_tokens(2, scales, 5, seed)
+
+    def losses(params, dropout):
+        torch.manual_seed(seed)
+        return hmar.losses(params, labels, tokens, inputs, dropout=dropout)
+
+    branch = {x: leaf for x, leaf in params["next_scale"].items() if x != "neighbours"}
+    bare = params | dict(trunk=[], next_scale=branch | dict(blocks=[]))
+    close(losses(params, 1.0), losses(bare, 0.0))
+    assert torch.equal(losses(params, 0.5), losses(params, 0.5))
+    assert not torch.equal(losses(params, 0.5), losses(params, 0.0))
+
+
 @given(pyramids(3, 3), kinds, seeds)
 def test_waves_predict_what_the_whole_head_predicts(scales, kind, seed):
     """Each position comes once, and its neighbours are written before it is predicted."""

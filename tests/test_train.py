@@ -276,14 +276,15 @@ def written_out(tree, steps, peak, decay, window, step_loss, after=lambda *_: No
     return average
 
 
-@pytest.mark.parametrize("weights", ["token", "lognormal"])
+@pytest.mark.parametrize(("weights", "dropout"), [("token", 0.0), ("lognormal", 0.3)])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_the_transformers_loop_equals_one_written_out(is_masked, weights):
+def test_the_transformers_loop_equals_one_written_out(is_masked, weights, dropout):
     params = small_tree(is_masked)
     scales, stage = hmar.scale_sizes(params), "masked" if is_masked else "next-scale"
     examples = examples_of(scales)
     options = dict(steps=6, lr=0.01, decay=0.3, seed=5)
     more = dict(averaged=0.1, evaluations=1, patience=2.0, label_drop=0.4, loss_weights=weights)
+    more |= dict(dropout=dropout)
     ours = train.train_transformer(params, CODEC, iter(examples), examples[0], **options, **more)
 
     def step_loss(trained, step):
@@ -292,12 +293,15 @@ def test_the_transformers_loop_equals_one_written_out(is_masked, weights):
         labels = torch.where(torch.rand(4, generator=generator) < 0.4, 3, labels)
         dropped.append(labels == 3)
         given = params | trained, labels, tokens, tokenizer.next_scale_inputs(CODEC, tokens, scales)
+        torch.manual_seed(train.seed_of(5, stage, step, "dropout", 0))
         if not is_masked:
-            return (hmar.losses(*given).mean(0) * hmar.scale_weights(scales, weights)).sum()
+            losses = hmar.losses(*given, dropout=dropout).mean(0)
+            return (losses * hmar.scale_weights(scales, weights)).sum()
         shares = torch.rand(4, 1, generator=generator)
         mask = torch.rand(4, 20, generator=generator) < shares
         own_inputs = tokenizer.masked_inputs(CODEC, tokens, scales, mask)
-        return hmar.losses(*given, own_inputs, mask).sum() / 40  # half of all are hidden
+        losses = hmar.losses(*given, own_inputs, mask, dropout=dropout)
+        return losses.sum() / 40  # half of all are hidden
 
     trained, dropped = dict(masked=params["masked"]) if is_masked else params, []
     theirs = written_out(trained, 6, 0.01, 0.3, 0.6, step_loss)
@@ -611,7 +615,8 @@ def start_two(*flags):
 def test_two_processes_are_one_and_go_on_when_one_is_killed():
     """But for rounding: Muon multiplies in bf16, AdamW steps by its sign where a gradient is 0."""
     flags = ["--lr", 1e-5, "--batch", 8, "--set", "patience=2.0", "tokenizer_steps=24"]
-    flags += ["next_scale_steps=12", "masked_steps=12"]
+    # Each process has random numbers of its own for dropout.
+    flags += ["next_scale_steps=12", "masked_steps=12", "dropout=0.0"]
     ended(start("one", *flags))
     first, second = start_two("two", *flags)
     ended(first)
@@ -749,6 +754,8 @@ def test_the_recipe_grows_by_its_laws():
     assert [run["gamma"] for run in runs] == 7 * [0.1] + 23 * [None]
     assert [run["loss_weights"] for run in runs] == 7 * ["root"] + 23 * ["lognormal"]
     assert [run["masked_passes"] for run in runs] == 7 * [0] + 23 * [2]
+    for images, dropout in ((10_000, 0.0), (2_000, 0.1)):  # 5 epochs and 28
+        assert train.recipe(2, 32, images, 10)["dropout"] == dropout
     few = train.recipe(8, 32, 200, 10)
     assert few["next_scale_steps"] * few["batch"] < 201 * 175  # 200 epochs
     for size, cell in ((16, 4), (64, 4), (96, 8), (128, 8), (256, 16), (1024, 16)):
