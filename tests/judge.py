@@ -37,6 +37,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -362,14 +363,20 @@ def show(numbers):
         print(name, *(f"{x:.4g}" for x in np.atleast_1d(value)), flush=True)
 
 
-@torch.no_grad()
-def report_edits(judge, held_out, run, flags, count=300):
-    """Prints of images whose halves, or the middle quarter, are repainted: accuracy; the squared
-    error of what was hidden; at the mask's edge, the jumps divided by those of the originals.
-    """
-    images, labels = (rows[:count] for rows in held_out)  # in random order
+def edits_of(run, flags=()):
+    """A function (images, mask, labels, seeds) -> edited images: `sample.edit` of a run folder."""
     model, options = model_of(run, flags)
     options["particles"] = sample.parser().parse_args([str(run), *flags]).particles
+    return lambda *given: sample.edit(model, *given[:3], seed=given[3], **options)
+
+
+@torch.no_grad()
+def report_edits(judge, held_out, edit, count=300):
+    """Prints of images whose halves, or the middle quarter, are repainted: accuracy; the squared
+    error of what was hidden; at the mask's edge, the jumps divided by those of the originals;
+    seconds of a core for an edit. edit: see `edits_of`.
+    """
+    images, labels = (rows[:count] for rows in held_out)  # in random order
     middle, quarter = images.shape[3] // 2, images.shape[3] // 4
     left, box = (torch.zeros_like(images[:, :1], dtype=torch.bool) for _ in range(2))
     left[..., :middle] = True
@@ -388,15 +395,15 @@ def report_edits(judge, held_out, run, flags, count=300):
         return total / count
 
     for name, mask in (masks | dict(middle=box)).items():
-        made = []
-        for rows in torch.arange(len(images)).split(25):
-            own = images[rows], mask[rows], labels[rows]
-            seeds = (8000 + rows).tolist()
-            made.append(sample.edit(model, *own, seed=seeds, **options))
-        made = torch.cat(made)
+        begun = time.process_time()
+        rows = torch.arange(len(images)).split(25)
+        own = [(images[i], mask[i], labels[i], (8000 + i).tolist()) for i in rows]
+        made = torch.cat([edit(*given) for given in own])
+        seconds = (time.process_time() - begun) / len(made)
         error = (made - images).square().mean(1, keepdim=True)[mask].mean()
         words = f"accuracy {accuracy(judge, made, labels):.3g}  error {error:.3g}"
-        print(f"{name}  {words}  seam {jumps(made, mask) / jumps(images, mask):.3g}", flush=True)
+        words += f"  seam {jumps(made, mask) / jumps(images, mask):.3g}"
+        print(f"{name}  {words}  {seconds:.3g} s", flush=True)
 
 
 def write_letters(folder):
@@ -472,7 +479,7 @@ def main(argv=None):
     for run in args.run:
         print(f"\n{args.kind} {run}", *flags)
         if args.edit:
-            report_edits(judge, reporting, run, flags)
+            report_edits(judge, reporting, edits_of(run, flags))
             continue
         own = list(flags)
         if args.choose:

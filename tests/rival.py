@@ -3,22 +3,27 @@
 python tests/rival.py cifar10 --data DIR --seconds 300 [--steps 5 10 30] [--guidance 2 3 4] ...
 
 The data sets, --data, --others and --fresh are those of judge.py (letters: the folder that it
-writes). The UNet is trained for so many seconds of processor time on --train DIR, otherwise on
-train.py's images, all but every 21st. Then 50 images of each class are sampled in each way: with so
-many steps, a strength of guidance, a solver, times that are denser near the images (--density above
-1), and guidance only between two times (--interval; noise is 0, images are 1). For each number of
-steps the way with the lowest FD on one half of the images that no model saw is reported by the
-other half.
+writes). The UNet is trained on the images and random crops of train.py (or on --train DIR) until
+the process has taken so many seconds of processor time, counted from its start as for train.py.
+Then 50 images of each class are sampled in each way: with so many steps, a strength of guidance, a
+solver, times that are denser near the images (--density above 1), and guidance only between two
+times (--interval; noise is 0, images are 1). For each number of steps the way with the lowest FD on
+one half of the images that no model saw is reported by the other half.
+
+--edit: instead, unseen images are repainted as by judge.py --edit. In each step known pixels are
+replaced by the image with the noise of that time; "repaint" also takes each step but the first
+twice, after noise is added again (RePaint, Lugmayr et al. 2022, with r = 2).
 
 Rectified flow (Lipman et al. 2023, Liu et al. 2023), logit-normal times (Esser et al. 2024),
 classifier-free guidance (Ho & Salimans 2022), in an interval (Kynkaanniemi et al. 2024), Euler's
-method or Adams and Bashforth's of second order, Muon.
+method or Adams and Bashforth's of second order, Muon, dropout as in EDM (Karras et al. 2022).
 """
 
 import argparse
 import itertools
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -43,8 +48,9 @@ EMA = 0.998
 class Block(nn.Module):
     """A residual block; the condition scales and shifts its second norm."""
 
-    def __init__(self, before, after):
+    def __init__(self, before, after, dropout):
         super().__init__()
+        self.dropout = dropout
         self.norm1, self.norm2 = nn.GroupNorm(8, before), nn.GroupNorm(8, after)
         self.conv1 = nn.Conv2d(before, after, 3, padding=1)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1)
@@ -55,26 +61,28 @@ class Block(nn.Module):
     def forward(self, x, condition):
         hidden = self.norm2(self.conv1(F.silu(self.norm1(x))))
         scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, 1)
-        return self.skip(x) + self.conv2(F.silu(hidden * (1 + scale) + shift))
+        hidden = F.dropout(F.silu(hidden * (1 + scale) + shift), self.dropout, self.training)
+        return self.skip(x) + self.conv2(hidden)
 
 
 class UNet(nn.Module):
     """Images (B, 3, H, W), times (B,), labels (B,) -> velocity; label -1: none."""
 
-    def __init__(self, size, classes, width):
+    def __init__(self, size, classes, width, dropout=0.0):
         super().__init__()
+        block = partial(Block, dropout=dropout)
         self.classes = nn.Embedding(classes + 1, EMBEDDING)
         self.times = nn.Linear(EMBEDDING, EMBEDDING)
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
-        self.down, self.up = nn.ModuleList([Block(width, width)]), nn.ModuleList()
+        self.down, self.up = nn.ModuleList([block(width, width)]), nn.ModuleList()
         for _ in range((size // 8).bit_length() - 1):  # down to 8 x 8
-            self.down.append(Block(width, 2 * width))
-            self.up.insert(0, Block(3 * width, width))
+            self.down.append(block(width, 2 * width))
+            self.up.insert(0, block(3 * width, width))
             width *= 2
-        self.up.insert(0, Block(2 * width, width))
-        self.before, self.after = Block(width, width), Block(width, width)
+        self.up.insert(0, block(2 * width, width))
+        self.before, self.after = block(width, width), block(width, width)
         self.norm = nn.GroupNorm(8, width)
         self.attention = nn.MultiheadAttention(width, width // 32, batch_first=True)
 
@@ -97,8 +105,8 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(x)).float()
 
 
-def fit(model, pixels, labels, seconds):
-    """(model with averaged weights, steps)."""
+def fit(model, crops, seconds, seed):
+    """(model with averaged weights, steps), when the process has taken so many seconds."""
     tree = dict(model.named_parameters())
     leaves = [torch.nn.Parameter(leaf.detach().clone()) for leaf in tree.values()]
     # Muon trains embeddings and modulation too, which lowers the FD.
@@ -107,17 +115,16 @@ def fit(model, pixels, labels, seconds):
     adamw = torch.optim.AdamW(vectors, betas=(0.9, 0.95), weight_decay=0, fused=True)
     dtype = sample.find_dtype(None, torch.device("cpu"))
     optimizers = [train.Muon(matrices, 0, 5, dtype), adamw]
-    average, batches, step, left, start = None, [], 0, 1.0, time.process_time()
-    while left > 0:
-        if not batches:
-            batches += torch.randperm(len(pixels)).split(BATCH)
-        rows = batches.pop()
-        images = pixels[rows]
+    batches = train.crop_batches(crops, 0, stage="unet", batch=BATCH, seed=seed, device="cpu")
+    average, step, start = None, 0, time.process_time()
+    while (left := (seconds - time.process_time()) / (seconds - start)) > 0:
+        images, labels = next(batches)
+        images = train.to_unit(images)
 
         # from noise, time 0, to images; some without a label
-        noise, times = torch.randn_like(images), torch.randn(len(rows)).sigmoid()
+        noise, times = torch.randn_like(images), torch.randn(len(images)).sigmoid()
         mixed = noise.lerp(images, times[:, None, None, None])
-        known = labels[rows].masked_fill(torch.rand(len(rows)) < 0.1, -1)
+        known = labels.masked_fill(torch.rand(len(images)) < 0.1, -1)
         now = dict(zip(tree, leaves, strict=True))
         velocity = torch.func.functional_call(model, now, (mixed, times, known))
         F.mse_loss(velocity, images - noise).backward()
@@ -125,7 +132,6 @@ def fit(model, pixels, labels, seconds):
         torch.nn.utils.clip_grad_norm_(leaves, train.CLIP)
         step += 1
         train.optimizer_step(optimizers, RATE * min(1, step / WARMUP, left / COOL_DOWN))
-        left = 1 - (time.process_time() - start) / seconds
         if left < COOL_DOWN:
             average = average or [leaf.detach().clone() for leaf in leaves]
             torch._foreach_lerp_(average, [leaf.detach() for leaf in leaves], 1 - EMA)
@@ -165,42 +171,88 @@ def guided_velocity(model, x, time, labels, guidance):
     return free + guidance * (given - free)
 
 
+@torch.no_grad()
+def edit_flow(model, images, mask, labels, noise, steps, guidance, density, interval, is_repaint):
+    """Images whose pixels in the mask are repainted, by Euler's method; see the top."""
+    times = (1 - (1 - torch.linspace(0, 1, steps + 1)) ** density).tolist()
+    generator = torch.Generator().manual_seed(8)
+    x = noise
+    for now, after in itertools.pairwise(times):
+        scale = guidance if interval[0] <= now <= interval[1] else 1
+        for turn in range(2 if is_repaint and now > 0 else 1):
+            if turn:  # back from time `after` to `now`: noise is added until its share is 1 - now
+                kept = now / after
+                added = ((1 - now) ** 2 - (kept * (1 - after)) ** 2) ** 0.5
+                x = kept * x + added * torch.randn(x.shape, generator=generator)
+            x = torch.where(mask, x, noise.lerp(images, now))
+            x = x + (after - now) * guided_velocity(model, x, now, labels, scale)
+    return torch.where(mask, x.clamp(-1, 1), images)
+
+
+def training_crops(args, is_photographs):
+    """The images that train.py trains on, of --train or of its data."""
+    if args.data is None:
+        dataset = train.Drawings()
+    else:
+        dataset = train.Folder(args.train or Path(args.data, "train" if is_photographs else ""))
+    order = torch.randperm(len(dataset), generator=train.generator_of(args.seed, "rows")).tolist()
+    images, classes = len(dataset), len(dataset.classes)
+    settings = train.recipe(2, args.size, images, classes, is_simple=args.data is None)
+    own = dict(size=args.size, seed=args.seed, classes=classes)
+    return train.Crops(
+        dataset,
+        order[train.count_held_out(images) :],
+        central_every=settings["central_every"],
+        **own,
+    )
+
+
 def run(args):
-    """Trains, samples, judges."""
+    """Trains, samples or edits, judges."""
     if (args.data is None) != (args.kind == "shapes"):
         raise ValueError("--data: expected, but for shapes")
-    judged, held_out = judge.images_of(args.kind, args.data, args.others, args.fresh)
-    if args.size != held_out[0].shape[-1]:
-        raise ValueError(f"--size: expected {held_out[0].shape[-1]}")
     is_photographs = args.kind in judge.PHOTOGRAPHS
 
-    if args.data is None:
-        pixels, classes = judge.drawn(train.draw_shape, 0, 20_000)
-    else:
-        own = args.train or Path(args.data, "train" if is_photographs else "")
-        pixels, classes = judge.read_folder(own, train.Folder(own).classes)
-    probe = (pixels, classes) if args.others and args.kind == "photos64" else None
-    network = judge.train_judge(args.kind, *judged, probe=probe)
-    halves = [judge.features(network, images) for images, _ in judge.halves(*held_out)]
-
-    # training, without as many images as train.py holds out
-    is_kept = torch.arange(len(pixels)) % 21 > 0  # of shapes every 20th is a disc
-    pixels, classes = pixels[is_kept], classes[is_kept]
+    # training
+    crops = training_crops(args, is_photographs)
+    count = crops.classes
     torch.manual_seed(args.seed)
-    count = int(classes.max()) + 1
-    model = UNet(args.size, count, args.channels).to(memory_format=torch.channels_last)
+    model = UNet(args.size, count, args.channels, args.dropout).to(
+        memory_format=torch.channels_last
+    )
     if args.model and Path(args.model).exists():
         model.load_state_dict(torch.load(args.model, weights_only=True))
     else:
-        model, steps = fit(model, pixels, classes, args.seconds)
-        print(f"{steps} steps in {args.seconds:g} s")
+        model, steps = fit(model, crops, args.seconds, args.seed)
+        print(f"{steps} steps, {steps * BATCH / len(crops):.1f} epochs in {args.seconds:g} s")
         if args.model:
             torch.save(model.state_dict(), args.model)
+    model.eval()
     print(f"{sum(map(torch.numel, model.parameters()))} parameters")
+
+    # the judge
+    judged, held_out = judge.images_of(args.kind, args.data, args.others, args.fresh)
+    if args.size != held_out[0].shape[-1]:
+        raise ValueError(f"--size: expected {held_out[0].shape[-1]}")
+    probe = None
+    if args.others and args.kind == "photos64":
+        own = Path(args.data, "train")
+        probe = judge.read_folder(own, train.Folder(own).classes)
+    network = judge.train_judge(args.kind, *judged, probe=probe)
+    choosing, reporting = judge.halves(*held_out)
+    halves = [judge.features(network, images) for images, _ in (choosing, reporting)]
+
+    if args.edit:
+        for steps, is_repaint in itertools.product(args.steps, (False, True)):
+            way = steps, args.guidance[0], args.density[0], args.interval[0], is_repaint
+            print(f"{steps} steps, guidance {args.guidance[0]:g}{', repaint' * is_repaint}")
+            judge.report_edits(network, reporting, partial(edit_images, model, way))
+        return
 
     # sampling, from the same noise in each way
     labels = torch.arange(count).repeat_interleave(50)
-    noise = torch.randn(len(labels), *pixels.shape[1:], generator=torch.Generator().manual_seed(7))
+    shape = len(labels), 3, args.size, args.size
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(7))
     best = {}
     ways = args.steps, args.guidance, args.solver, args.density, args.interval
     for steps, *way in itertools.product(*ways):
@@ -228,6 +280,15 @@ def run(args):
         numpy.savez(args.out, arr_0=min(best.values(), key=first)[2], labels=labels)
 
 
+def edit_images(model, way, images, mask, labels, seeds):
+    """Edits of images, each from noise of its own seed."""
+    noise = [
+        torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
+        for image, seed in zip(images, seeds)
+    ]
+    return edit_flow(model, images, mask, labels, torch.stack(noise), *way)
+
+
 def first(row):
     return row[0]
 
@@ -243,12 +304,14 @@ if __name__ == "__main__":
     for name, default in dict(size=32, channels=32, seed=0).items():
         top.add_argument(f"--{name}", type=int, default=default)
     top.add_argument("--seconds", type=float, default=300.0)
+    top.add_argument("--dropout", type=float, default=0.0)
     top.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 30])
     top.add_argument("--guidance", type=float, nargs="+", default=[2, 3, 4])
     top.add_argument("--solver", choices=("euler", "ab2"), nargs="+", default=["ab2"])
     top.add_argument("--density", type=float, nargs="+", default=[1])
     top.add_argument("--interval", type=two_times, nargs="+", default=[(0, 1)], metavar="FROM:TO")
     top.add_argument("--model", help="file of the trained UNet: written, or read if it exists")
+    top.add_argument("--edit", action="store_true", help="judge edits instead of samples")
     for name in "data", "others", "fresh", "train", "out":
         top.add_argument(f"--{name}")
     args = top.parse_args()
