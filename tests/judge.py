@@ -9,9 +9,10 @@ tests/judge.py cifar10 RUN --data DIR --others DIR --fresh DIR   the judge learn
 tests/judge.py photos64 RUN --data DIR --others DIR   the judge learns features from images of other
                                        classes, then a linear classifier of these features
 tests/judge.py KIND RUN ... --choose "--guidance 4 --rise 0" "--guidance 6"   chooses the settings
-                                       with the lowest FD on one half of the images, reports on the
-                                       other
-tests/judge.py KIND RUN ... --edit     test images whose halves, or the middle, are repainted
+                                       with the lowest FD on one half of the images, in the mean of
+                                       all runs, and reports on the other half
+tests/judge.py KIND RUN ... --edit 300 so many unseen images, whose halves or middle are repainted
+tests/judge.py KIND RUN ... --edit 100 --without evidence   the same without a part of the method
 tests/judge.py letters --write DIR     4,000 letters as a data set for train.py --data
 tests/judge.py shapes RUN --write DIR  growth.png, samples after each scale, and edit.png
 tests/judge.py photos64 RUN --data DIR --write DIR   its edit-photos64.webp
@@ -283,14 +284,16 @@ def power(images, bands=8):
     return torch.stack([spectrum[band == number].mean() for number in range(bands)])
 
 
-def choose_settings(judge, images, run, choices, flags):
-    """The one of choices, each "--flag value ..." of sample.py, with the lowest FD to images."""
+def choose_settings(judge, images, runs, choices, flags):
+    """The one of choices ("--flag value ...", of sample.py) with the lowest mean FD of the runs."""
     reference, distances = features(judge, images), {}
     for choice in choices:
-        pixels, asked, *_ = draw_samples(run, [*flags, *choice.split()])
-        distances[choice] = frechet(features(judge, pixels), reference)
-        words = f"accuracy {accuracy(judge, pixels, asked):.4g}  FD {distances[choice]:.4g}"
-        print(f"{choice}: {words}, by which it is chosen", flush=True)
+        sampled = [draw_samples(run, [*flags, *choice.split()]) for run in runs]
+        right = np.mean([accuracy(judge, pixels, asked) for pixels, asked, *_ in sampled])
+        fds = [frechet(features(judge, pixels), reference) for pixels, *_ in sampled]
+        distances[choice] = np.mean(fds)
+        words = f"accuracy {right:.4g}  FD {distances[choice]:.4g}, by which it is chosen"
+        print(f"{choice}: {words};", *(f"{x:.4g}" for x in fds), flush=True)
     return min(distances, key=distances.get)
 
 
@@ -366,12 +369,24 @@ def show(numbers):
 def edits_of(run, flags=()):
     """A function (images, mask, labels, seeds) -> edited images: `sample.edit` of a run folder."""
     model, options = model_of(run, flags)
+    dtype = sample.find_dtype(None, torch.device("cpu"))
+    model["tokenizer"] = tokenizer.cast(model["tokenizer"], dtype)
+    model["transformer"] = hmar.cast(model["transformer"], dtype)
     options["particles"] = sample.parser().parse_args([str(run), *flags]).particles
     return lambda *given: sample.edit(model, *given[:3], seed=given[3], **options)
 
 
+# What takes the place of parts of `sample.edit`, to measure what they are worth.
+WITHOUT = dict(
+    evidence=lambda codebook, residual, outside, size: codebook.new_zeros(
+        len(residual), size[0] * size[1], len(codebook)
+    ),
+    extrapolate=lambda images, visible, reach: torch.zeros_like(images),
+)
+
+
 @torch.no_grad()
-def report_edits(judge, held_out, edit, count=300):
+def report_edits(judge, held_out, edit, count):
     """Prints of images whose halves, or the middle quarter, are repainted: accuracy; the squared
     error of what was hidden; at the mask's edge, the jumps divided by those of the originals;
     seconds of a core for an edit. edit: see `edits_of`.
@@ -448,7 +463,8 @@ def main(argv=None):
     parser.add_argument("--others")
     parser.add_argument("--fresh")
     parser.add_argument("--choose", nargs="+")
-    parser.add_argument("--edit", action="store_true")
+    parser.add_argument("--edit", type=int, metavar="IMAGES")
+    parser.add_argument("--without", nargs="+", choices=[*WITHOUT], default=[])
     parser.add_argument("--write")
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
@@ -476,15 +492,18 @@ def main(argv=None):
     own, unseen = accuracy(judge, *(probe or training)), accuracy(judge, *held_out)
     print(f"{args.kind}: accuracy on {unseen:.4g} of unseen images, {own:.4g} of the judge's own")
     choosing, reporting = halves(*held_out)
+    of_halves = frechet(*(features(judge, images) for images, _ in (choosing, reporting)))
+    print(f"FD of the two halves of unseen images to each other {of_halves:.4g}")
+    for name in args.without:
+        setattr(sample, name, WITHOUT[name])
+    if args.choose:
+        flags += choose_settings(judge, choosing[0], args.run, args.choose, flags).split()
     for run in args.run:
         print(f"\n{args.kind} {run}", *flags)
         if args.edit:
-            report_edits(judge, reporting, edits_of(run, flags))
-            continue
-        own = list(flags)
-        if args.choose:
-            own += choose_settings(judge, choosing[0], run, args.choose, flags).split()
-        show(report(judge, reporting, run, own))
+            report_edits(judge, reporting, edits_of(run, flags), args.edit)
+        else:
+            show(report(judge, reporting, run, flags))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ solver, times that are denser near the images (--density above 1), and guidance 
 times (--interval; noise is 0, images are 1). For each number of steps the way with the lowest FD on
 one half of the images that no model saw is reported by the other half.
 
---edit: instead, unseen images are repainted as by judge.py --edit. In each step known pixels are
-replaced by the image with the noise of that time; "repaint" also takes each step but the first
+--edit N: instead, N unseen images are repainted as by judge.py --edit. In each step known pixels
+are replaced by the image with the noise of that time; "repaint" also takes each step but the first
 twice, after noise is added again (RePaint, Lugmayr et al. 2022, with r = 2).
 
 Rectified flow (Lipman et al. 2023, Liu et al. 2023), logit-normal times (Esser et al. 2024),
@@ -34,7 +34,9 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import judge
 
+import hmar
 import sample
+import tokenizer
 import train
 
 EMBEDDING = 128
@@ -230,6 +232,9 @@ def run(args):
     model.eval()
     print(f"{sum(map(torch.numel, model.parameters()))} parameters")
 
+    if args.beside:
+        return time_beside(model, args)
+
     # the judge
     judged, held_out = judge.images_of(args.kind, args.data, args.others, args.fresh)
     if args.size != held_out[0].shape[-1]:
@@ -246,7 +251,7 @@ def run(args):
         for steps, is_repaint in itertools.product(args.steps, (False, True)):
             way = steps, args.guidance[0], args.density[0], args.interval[0], is_repaint
             print(f"{steps} steps, guidance {args.guidance[0]:g}{', repaint' * is_repaint}")
-            judge.report_edits(network, reporting, partial(edit_images, model, way))
+            judge.report_edits(network, reporting, partial(edit_images, model, way), args.edit)
         return
 
     # sampling, from the same noise in each way
@@ -280,6 +285,32 @@ def run(args):
         numpy.savez(args.out, arr_0=min(best.values(), key=first)[2], labels=labels)
 
 
+def time_beside(model, args):
+    """Prints seconds of a core for 500 samples of a run folder and of the UNet, best of three."""
+    other, dtype = sample.load_model(args.beside), sample.find_dtype(None, torch.device("cpu"))
+    other["tokenizer"] = tokenizer.cast(other["tokenizer"], dtype)
+    other["transformer"] = hmar.cast(other["transformer"], dtype)
+    labels = torch.arange(500) % len(other["classes"])
+    noise = torch.randn(500, 3, args.size, args.size)
+
+    def flow(steps):
+        way = steps, args.guidance[0], args.solver[0], args.density[0], args.interval[0]
+        for pair in zip(noise.split(50), labels.split(50)):
+            sample_flow(model, *pair, *way)
+
+    ways = {f"{steps} steps": partial(flow, steps) for steps in args.steps}
+    ways[args.beside] = partial(sample.generate, other, labels)
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(3):
+        for name, draw in ways.items():
+            start = time.process_time()
+            draw()
+            best[name] = min(best[name], time.process_time() - start)
+    for name, seconds in best.items():
+        ratio = seconds / best[args.beside]
+        print(f"{name}: 500 samples in {seconds:.2f} s, {ratio:.2f} times {args.beside}")
+
+
 def edit_images(model, way, images, mask, labels, seeds):
     """Edits of images, each from noise of its own seed."""
     noise = [
@@ -311,7 +342,10 @@ if __name__ == "__main__":
     top.add_argument("--density", type=float, nargs="+", default=[1])
     top.add_argument("--interval", type=two_times, nargs="+", default=[(0, 1)], metavar="FROM:TO")
     top.add_argument("--model", help="file of the trained UNet: written, or read if it exists")
-    top.add_argument("--edit", action="store_true", help="judge edits instead of samples")
+    text = "judge edits of so many unseen images instead of samples"
+    top.add_argument("--edit", type=int, metavar="IMAGES", help=text)
+    text = "run folder: prints how long 500 samples of it and of the UNet take, in turns"
+    top.add_argument("--beside", metavar="RUN", help=text)
     for name in "data", "others", "fresh", "train", "out":
         top.add_argument(f"--{name}")
     args = top.parse_args()
