@@ -1,4 +1,4 @@
-"""Benchmarks: python tests/benchmark.py [attention | train | sample | gpu | cost | kernels].
+"""Benchmarks: tests/benchmark.py [attention | train | sample | gpu | cost | count | kernels].
 
 `train` and `sample` time the library against the published way: the dense reference below makes
 the tensors that VAR's code makes, in fp32 and under bf16 autocast, and is checked against ours
@@ -21,7 +21,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._inductor import metrics
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -539,6 +541,202 @@ def print_costs(depths):
     print_table(header, rows)
 
 
+# ---- what a GPU would wait for, and hold, counted without one
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute (each is a kernel or more) and copies that Python waits for."""
+
+    FREE = "aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "prim"
+    FREE += ("aten.promote_types",)
+
+    def __enter__(self):
+        self.count, self.waited_for = 0, []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        returns = [x.alias_info for x in operator._schema.returns]
+        is_view = any(alias and not alias.is_write for alias in returns)
+        self.count += not is_view and not str(operator).startswith(self.FREE)
+        if str(operator).startswith(("aten._to_copy", "aten.copy_")):
+            *_, source = args[:2]
+            is_sent = source.is_cpu and not result.is_cpu
+            if is_sent and not (args[2:] or (kwargs or {}).get("non_blocking")):
+                self.waited_for.append(tuple(source.shape))
+        return result
+
+
+def saved_bytes(function):
+    """Bytes that autograd keeps for the backward pass of function()."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = function()
+    return sum(storage.nbytes() for storage in kept.values()), result
+
+
+def stage_losses(recipe, size, dtype):
+    """{stage: (tree that it trains, loss of so many images)}, on zeros or fake tensors."""
+    scales, first = recipe["scales"], recipe["scales"][0][0] ** 2
+    tokens = sum(tokenizer.lengths(scales))
+    with torch.device("meta"):
+        codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
+        params = hmar.init(**train.arguments(hmar.init, recipe))
+        masked = hmar.add_masked_branch(params, recipe["masked_blocks"])
+    codec, params, masked = (
+        pytree.tree_map(lambda leaf: torch.zeros(leaf.shape), tree)
+        for tree in (codec, params, masked)
+    )
+    weights = torch.zeros(tokens)
+
+    def first_loss(tree, count, loss):
+        images, coarse = torch.zeros(count, 3, size, size), torch.zeros(count // 4).long()
+        cast = tokenizer.cast(tree, dtype)
+        return loss(cast, images, scales, coarse, coarse, images_per_coarse=4.0)["loss"]
+
+    def second_loss(tree, count, loss):
+        fast = hmar.cast(params | tree if "trunk" in tree else masked | tree, dtype)
+        batch = torch.zeros(count).long(), torch.zeros(count, tokens).long()
+        if "trunk" not in tree:  # half of the tokens are hidden
+            mask = torch.zeros(count, tokens - first, dtype=torch.bool)
+            batch += mask, torch.arange(count * (tokens - first) // 2)
+        return loss(fast, codec, weights, *batch)["loss"]
+
+    return {
+        "tokenizer": (trainable(codec), first_loss, tokenizer.training_loss),
+        "next-scale": (trainable(params), second_loss, train.transformer_loss),
+        "masked": (trainable(learning(masked)), second_loss, train.transformer_loss),
+    }
+
+
+def image_bytes(depth, size, dtype):
+    """{stage: bytes that autograd keeps of an image}."""
+    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000), {}
+    with FakeTensorMode(), mock.patch.object(attention_kernels, "INTERPRETED", True):
+        for stage, (tree, loss, function) in stage_losses(recipe, size, dtype).items():
+            few, many = (saved_bytes(lambda n=n: loss(tree, n, function))[0] for n in (4, 8))
+            found[stage] = (many - few) // 4
+    return found
+
+
+def count_launches(depth, size):
+    """{stage: operators of a micro-batch of 8 images, forward and backward}."""
+    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000), {}
+    with FakeTensorMode(), mock.patch.object(attention_kernels, "INTERPRETED", True):
+        for stage, (tree, loss, function) in stage_losses(recipe, size, torch.bfloat16).items():
+            with Launches() as launches:
+                loss(tree, 8, function).backward()
+            found[stage] = launches.count
+    return found
+
+
+def host_times(depth, size, is_compiled):
+    """{stage: (process ms of a micro-batch with next to no work, operators, joined kernels)}."""
+    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000), {}
+    scales = ((1, 1),) * (len(recipe["scales"]) - 1) + ((2, 2),)
+    recipe |= dict(scales=scales, channels=32, codes=16, width=64)
+    size = 2 * recipe["fold"] * 2 ** (len(recipe["multipliers"]) - 1)
+
+    def attend(query, key, value, *_, scale):  # one operator, as with the kernels
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    with mock.patch.object(hmar, "block_sparse_attention", attend):
+        for stage, (tree, loss, function) in stage_losses(recipe, size, torch.float32).items():
+            torch._dynamo.reset()
+            metrics.reset()
+            function = torch.compile(function, fullgraph=True) if is_compiled else function
+            times = []
+            for _ in range(6):  # the first compiles
+                begun = time.process_time()
+                loss(tree, 4, function).backward()
+                times.append(1e3 * (time.process_time() - begun))
+            with Launches() as launches:
+                loss(tree, 4, function).backward()
+            found[stage] = min(times), launches.count, metrics.generated_kernel_count
+    return found
+
+
+def waits_of_loops():
+    """{stage: (steps, [shape of a copy that Python waits for, ...])} of 49 steps of each loop.
+
+    They run on meta tensors, of which no number can be read: trying it raises. That happens when
+    step 50 is printed.
+    """
+    codec = tokenizer.init(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
+    scales = (1, 1), (2, 2), (4, 4)
+    params = hmar.init(depth=2, classes=3, codes=16, code_dim=8, scales=scales, neighbours=True)
+    images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
+    examples = torch.zeros(8).long(), torch.zeros(8, 21).long()
+    options = dict(steps=100, lr=1e-3, evaluations=1, device="meta", dtype=torch.bfloat16)
+    tokenizer_loop = partial(train.train_tokenizer, codec, held_out=images, scales=scales)
+    loop = partial(train.train_transformer, codec=codec, held_out=examples, dropout=0.1)
+    stages = {
+        "tokenizer": (tokenizer_loop, (images, examples[0])),
+        "next-scale": (partial(loop, params), examples),
+        "masked": (partial(loop, hmar.add_masked_branch(params)), examples),
+    }
+    found = {}
+    for stage, (loop, batch) in stages.items():
+        steps, at_first = itertools.count(), []
+        batch = [part.to("meta") for part in batch]
+
+        def batches():
+            for step in steps:
+                at_first.append(len(launches.waited_for))
+                yield batch
+
+        adamw = partial(torch.optim.AdamW, foreach=True)
+        adamw = lambda *args, fused, adamw=adamw, **more: adamw(*args, **more)  # noqa: E731
+        with Launches() as launches, mock.patch.object(torch.optim, "AdamW", adamw):
+            try:
+                loop(batches=batches(), **options)
+            except (NotImplementedError, RuntimeError) as error:
+                reason = str(error).partition("\n")[0]
+        found[stage] = len(at_first), launches.waited_for[at_first[0] :], reason
+    return found
+
+
+def state_bytes(depth):
+    """{what: bytes a parameter on the device} of the next-scale stage."""
+    recipe = train.recipe(depth, 256, 1_281_167, classes=1000)
+    with FakeTensorMode():
+        tree, _, _ = stage_losses(recipe, 256, torch.bfloat16)["next-scale"]
+        state = train.new_state(tree, 0.0, 5)
+        for leaf in pytree.tree_leaves(tree):
+            leaf.grad = torch.zeros_like(leaf)
+        parts = dict(weights=tree, gradients=[leaf.grad for leaf in pytree.tree_leaves(tree)])
+        train.optimizer_step(state["optimizers"], 1e-3)
+        parts |= dict(average=state["average"], cast=hmar.cast(tree, torch.bfloat16))
+        parts |= dict(best=state["best"])
+        parts["momenta"] = [list(x.state.values()) for x in state["optimizers"]]
+        total = count_numbers(tree)
+        known, found = set(), {}
+        for name, part in parts.items():
+            leaves = [x for x in pytree.tree_leaves(part) if torch.is_tensor(x)]
+            fresh = [x for x in leaves if id(x) not in known]
+            known |= {id(x) for x in leaves}
+            found[name] = sum(x.numel() * x.itemsize for x in fresh) / total
+    return found
+
+
+def print_counts(depth, size):
+    batch = train.recipe(depth, size, 1_281_167, classes=1000)["batch"] // 8
+    print(f"Depth {depth}, {size} pixels, {batch} images a step in each of eight processes.\n")
+    launches, rows = count_launches(depth, size), []
+    narrow, wide = (image_bytes(depth, size, dtype) for dtype in (torch.bfloat16, torch.float32))
+    for stage, count in launches.items():
+        mib = [kept[stage] / 2**20 for kept in (narrow, wide)]
+        rows.append((count, *mib, stage))
+    print_table(("operators a micro-batch", "MiB an image, bf16", "fp32", "stage"), rows)
+    print("\nBytes a parameter in the next-scale stage:", end=" ")
+    print(", ".join(f"{name} {number:.2f}" for name, number in state_bytes(depth).items()))
+
+
 # ---- the kernels
 
 
@@ -577,10 +775,10 @@ def main(argv=None):
     runs["gpu"] = [kernel_tests, attention, training, sampling]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("command", choices=(*runs, "cost", "kernels"))
+    add("command", choices=(*runs, "cost", "count", "kernels"))
     add("--size", type=int, choices=SIZES, nargs="+", help="pixels")
     add("--device", type=torch.device, default=DEVICE)
-    add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's")
+    add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's, count's")
     add("--head-dim", type=int, nargs="+", default=[64, 128], help="kernels'")
 
     arguments = parser.parse_args(argv)
@@ -590,6 +788,8 @@ def main(argv=None):
     sample.keep_freed_memory()  # as the commands do, for both ways
     if arguments.command == "cost":
         return print_costs(arguments.depth)
+    if arguments.command == "count":
+        return print_counts(arguments.depth[0], (arguments.size or [256])[0])
     if arguments.command == "kernels":
         return print_kernels(arguments.head_dim)
     sizes = SIZES if arguments.command == "gpu" else [256]
