@@ -327,9 +327,7 @@ def wave_logits(branch, size, x, tokens):
 # ---- losses
 
 
-def losses(
-    params, labels, tokens, inputs, own_inputs=None, mask=None, hidden=None, *, dropout=0.0
-):
+def losses(params, labels, tokens, inputs, own_inputs=None, mask=None, hidden=None, *, dropout=0.0):
     """Cross entropies in nats, fp32: (B, L), or with a mask (M,) of the M hidden tokens.
 
     tokens (B, L) int64. The other arguments are those of `features`. With a mask the head runs on

@@ -1,4 +1,5 @@
-"""Benchmarks: tests/benchmark.py [attention | train | sample | gpu | cost | count | kernels].
+"""Benchmarks: tests/benchmark.py [attention | train | sample | gpu | cost | count | kernels],
+or tests/benchmark.py rehearse FOLDER_OF_PHOTOGRAPHS NEW_FOLDER.
 
 `train` and `sample` time the library against the published way: the dense reference below makes
 the tensors that VAR's code makes, in fp32 and under bf16 autocast, and is checked against ours
@@ -7,11 +8,15 @@ first. Contestants take turns, so that a busy machine is fair; with one thread i
 """
 
 import argparse
+import contextlib
 import itertools
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from functools import partial
@@ -20,8 +25,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._inductor import metrics
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -577,7 +582,7 @@ def saved_bytes(function):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = function()
-    return sum(storage.nbytes() for storage in kept.values()), result
+    return sum(storage.nbytes() for storage in kept.values()) if result.requires_grad else 0
 
 
 def stage_losses(recipe, size, dtype):
@@ -614,12 +619,12 @@ def stage_losses(recipe, size, dtype):
     }
 
 
-def image_bytes(depth, size, dtype):
+def image_bytes(depth, size, dtype, **changes):
     """{stage: bytes that autograd keeps of an image}."""
-    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000), {}
+    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000) | changes, {}
     with FakeTensorMode(), mock.patch.object(attention_kernels, "INTERPRETED", True):
         for stage, (tree, loss, function) in stage_losses(recipe, size, dtype).items():
-            few, many = (saved_bytes(lambda n=n: loss(tree, n, function))[0] for n in (4, 8))
+            few, many = (saved_bytes(partial(loss, tree, n, function)) for n in (4, 8))
             found[stage] = (many - few) // 4
     return found
 
@@ -662,42 +667,51 @@ def host_times(depth, size, is_compiled):
 
 
 def waits_of_loops():
-    """{stage: (steps, [shape of a copy that Python waits for, ...])} of 49 steps of each loop.
+    """{stage: (steps that began, shapes of copies that Python waited for)} of each loop.
 
-    They run on meta tensors, of which no number can be read: trying it raises. That happens when
-    step 50 is printed.
+    They run on meta tensors, of which no number can be read: to try it raises. So a loop that gets
+    to step 4, where numbers are printed here, has not waited for one. Codes are replaced in steps 1
+    and 3. The best weights are left out, which evaluations alone change, and torch's fused AdamW,
+    which has no form for meta tensors.
     """
     codec = tokenizer.init(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
     scales = (1, 1), (2, 2), (4, 4)
     params = hmar.init(depth=2, classes=3, codes=16, code_dim=8, scales=scales, neighbours=True)
-    images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
-    examples = torch.zeros(8).long(), torch.zeros(8, 21).long()
+    images, labels = torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8).long()
+    tokens = torch.zeros(8, 21).long()
     options = dict(steps=100, lr=1e-3, evaluations=1, device="meta", dtype=torch.bfloat16)
-    tokenizer_loop = partial(train.train_tokenizer, codec, held_out=images, scales=scales)
-    loop = partial(train.train_transformer, codec=codec, held_out=examples, dropout=0.1)
-    stages = {
-        "tokenizer": (tokenizer_loop, (images, examples[0])),
-        "next-scale": (partial(loop, params), examples),
-        "masked": (partial(loop, hmar.add_masked_branch(params)), examples),
+    transformer = dict(codec=codec, held_out=(labels, tokens), dropout=0.1)
+    loops = {
+        "tokenizer": partial(train.train_tokenizer, codec, held_out=images, scales=scales),
+        "next-scale": partial(train.train_transformer, params, **transformer),
+        "masked": partial(train.train_transformer, hmar.add_masked_branch(params), **transformer),
     }
-    found = {}
-    for stage, (loop, batch) in stages.items():
-        steps, at_first = itertools.count(), []
+    adamw, found = torch.optim.AdamW, {}
+
+    def new_state(tree, *options):
+        average = pytree.tree_map(torch.clone, tree)
+        return dict(step=0, tree=tree, average=average, optimizers=new_optimizers(tree, *options))
+
+    def batches(stage, launches):
+        batch = (images, labels) if stage == "tokenizer" else (labels, tokens)
         batch = [part.to("meta") for part in batch]
+        for step in itertools.count(1):
+            if step == 1:
+                launches.waited_for.clear()  # of what comes before the loop
+            found[stage] = step, launches.waited_for
+            yield batch
 
-        def batches():
-            for step in steps:
-                at_first.append(len(launches.waited_for))
-                yield batch
-
-        adamw = partial(torch.optim.AdamW, foreach=True)
-        adamw = lambda *args, fused, adamw=adamw, **more: adamw(*args, **more)  # noqa: E731
-        with Launches() as launches, mock.patch.object(torch.optim, "AdamW", adamw):
-            try:
-                loop(batches=batches(), **options)
-            except (NotImplementedError, RuntimeError) as error:
-                reason = str(error).partition("\n")[0]
-        found[stage] = len(at_first), launches.waited_for[at_first[0] :], reason
+    new_optimizers = train.new_optimizers
+    with contextlib.ExitStack() as stack:
+        patch = partial(stack.enter_context)
+        patch(mock.patch.object(torch.optim, "AdamW", lambda x, fused, **more: adamw(x, **more)))
+        patch(mock.patch.object(train, "new_state", new_state))
+        patch(mock.patch.multiple(train, LOG_EVERY=4, REVIVE_EVERY=3))
+        # which does not know meta tensors
+        patch(mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()))
+        for stage, loop in loops.items():
+            with Launches() as launches, contextlib.suppress(NotImplementedError):
+                loop(batches=batches(stage, launches), **options)
     return found
 
 
@@ -724,17 +738,97 @@ def state_bytes(depth):
     return found
 
 
-def print_counts(depth, size):
-    batch = train.recipe(depth, size, 1_281_167, classes=1000)["batch"] // 8
+def print_counts(depth, size, is_compiled):
+    """What a GPU of eight takes and waits for, by stage; with is_compiled the compiler, too."""
+    recipe = train.recipe(depth, size, 1_281_167, classes=1000)
+    batch, free = recipe["batch"] // 8, 72 * 2**30  # images of a process, bytes of 80 GB
     print(f"Depth {depth}, {size} pixels, {batch} images a step in each of eight processes.\n")
-    launches, rows = count_launches(depth, size), []
+    launches, waits = count_launches(depth, size), waits_of_loops()
     narrow, wide = (image_bytes(depth, size, dtype) for dtype in (torch.bfloat16, torch.float32))
+    sizes = assumed_bytes(recipe, size)
+    times = [host_times(depth, size, way) for way in ([False, True] if is_compiled else [False])]
+    rows = []
     for stage, count in launches.items():
-        mib = [kept[stage] / 2**20 for kept in (narrow, wide)]
-        rows.append((count, *mib, stage))
-    print_table(("operators a micro-batch", "MiB an image, bf16", "fp32", "stage"), rows)
+        at_once = [sample.images_at_once(size**2)]
+        at_once.append(train.images_a_micro_batch(size**2, sizes[stage], "cuda", free))
+        parts = " -> ".join(str(math.ceil(batch / number)) for number in at_once)
+        mib = [kept[stage] / 2**20 for kept in (narrow, wide, {stage: sizes[stage]})]
+        copies = f"{len(waits[stage][1])} in {waits[stage][0]} steps"
+        host = [" / ".join(f"{number:.4g}" for number in found[stage]) for found in times]
+        rows.append((parts, count, *mib, copies, " -> ".join(host), stage))
+    words = "micro-batches a step", "operators of one", "MiB an image: bf16", "fp32", "assumed"
+    words += "copies waited for", "host ms / operators / joined kernels, next to no work"
+    print_table((*words, "stage"), rows)
     print("\nBytes a parameter in the next-scale stage:", end=" ")
     print(", ".join(f"{name} {number:.2f}" for name, number in state_bytes(depth).items()))
+
+
+def assumed_bytes(recipe, size):
+    """{stage: bytes of an image by which the loops choose their micro-batches, in bf16}."""
+    with torch.device("meta"):
+        codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
+        params = hmar.init(**train.arguments(hmar.init, recipe))
+    _, first = train.tokenizer_size(codec, size**2, torch.bfloat16)
+    _, second = train.transformer_size(params, codec, torch.bfloat16)
+    return {"tokenizer": first, "next-scale": second, "masked": second}
+
+
+# ---- a rehearsal of several GPUs: processes on this CPU, of which some are killed
+
+REHEARSED = dict(width=384, channels=32)  # instead of 1,024 and 160
+
+
+def rehearse(photos, out):
+    """Trains depth 16 at 256 pixels for two steps a stage; prints the peak of memory by stage.
+
+    Four processes; one of them is killed in the first stage, one in the second, and two go on.
+    """
+    flags = ["train.py", "--data", photos, "--out", out, "--depth=16", "--size=256", "--steps=2"]
+    flags += ["--batch=8", "--dtype=fp32", "--device=cpu", "--set"]
+    flags += [f"{name}={value}" for name, value in REHEARSED.items()]
+    counted = image_bytes(16, 256, torch.float32, **REHEARSED)
+    rows = []
+    for processes, killed_in in ((4, "tokenizer"), (4, "next-scale"), (2, None)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={processes}", *flags]
+        where = dict(cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.PIPE, text=True)
+        torchrun = subprocess.Popen(command, **where)
+        peaks, stages = {}, ["start"]
+        watcher = threading.Thread(target=watch_memory, args=(torchrun, stages, peaks))
+        watcher.start()
+        for line in torchrun.stdout:
+            print(line, end="", flush=True)
+            found = re.match(r"(tokenizer|next-scale|masked): .* M parameters", line)
+            stages += [found[1]] if found else []
+            if killed_in and line.startswith(f"{killed_in} 2/2"):  # step 1 is saved by now
+                os.kill(workers_of(torchrun)[-1], signal.SIGKILL)
+        torchrun.wait()
+        watcher.join()
+        print(f"{processes} processes ended with status {torchrun.returncode}", flush=True)
+        for stage, (one, all_of_them) in peaks.items():
+            kept = 8 // processes * counted.get(stage, 0) / 2**30
+            rows.append((processes, one / 2**20, all_of_them / 2**20, kept, stage))
+    header = "processes", "GiB of one", "of all", "counted for images of one", "peak in the stage"
+    print_table(header, rows)
+
+
+def workers_of(process):
+    """The numbers of the processes that a process has started."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+def watch_memory(process, stages, peaks):
+    """Keeps in peaks {stage: (largest KiB of a worker, of all together)}, without mapped files."""
+    while process.poll() is None:
+        sizes = [0]
+        for worker in workers_of(process):
+            with contextlib.suppress(OSError, TypeError):
+                text = Path(f"/proc/{worker}/status").read_text()
+                sizes.append(int(re.search(r"RssAnon:\s+(\d+)", text)[1]))
+        before = peaks.get(stages[-1], (0, 0))
+        peaks[stages[-1]] = max(before[0], *sizes), max(before[1], sum(sizes))
+        time.sleep(0.2)
 
 
 # ---- the kernels
@@ -775,10 +869,12 @@ def main(argv=None):
     runs["gpu"] = [kernel_tests, attention, training, sampling]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("command", choices=(*runs, "cost", "count", "kernels"))
+    add("command", choices=(*runs, "cost", "count", "rehearse", "kernels"))
+    add("folders", nargs="*", help="rehearse's: photographs, and a run folder")
     add("--size", type=int, choices=SIZES, nargs="+", help="pixels")
     add("--device", type=torch.device, default=DEVICE)
-    add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's, count's")
+    add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's")
+    add("--compiled", action="store_true", help="count's: compiles the losses on this CPU, too")
     add("--head-dim", type=int, nargs="+", default=[64, 128], help="kernels'")
 
     arguments = parser.parse_args(argv)
@@ -789,7 +885,10 @@ def main(argv=None):
     if arguments.command == "cost":
         return print_costs(arguments.depth)
     if arguments.command == "count":
-        return print_counts(arguments.depth[0], (arguments.size or [256])[0])
+        size = (arguments.size or [256])[0]
+        return print_counts(arguments.depth[0], size, arguments.compiled)
+    if arguments.command == "rehearse":
+        return rehearse(*arguments.folders)
     if arguments.command == "kernels":
         return print_kernels(arguments.head_dim)
     sizes = SIZES if arguments.command == "gpu" else [256]
