@@ -25,7 +25,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch._inductor import metrics
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -640,8 +639,8 @@ def count_launches(depth, size):
     return found
 
 
-def host_times(depth, size, is_compiled):
-    """{stage: (process ms of a micro-batch with next to no work, operators, joined kernels)}."""
+def host_times(depth, size):
+    """{stage: process ms of a micro-batch with next to no work: mostly Python's and torch's}."""
     recipe, found = train.recipe(depth, size, 1_281_167, classes=1000), {}
     scales = ((1, 1),) * (len(recipe["scales"]) - 1) + ((2, 2),)
     recipe |= dict(scales=scales, channels=32, codes=16, width=64)
@@ -652,17 +651,12 @@ def host_times(depth, size, is_compiled):
 
     with mock.patch.object(hmar, "block_sparse_attention", attend):
         for stage, (tree, loss, function) in stage_losses(recipe, size, torch.float32).items():
-            torch._dynamo.reset()
-            metrics.reset()
-            function = torch.compile(function, fullgraph=True) if is_compiled else function
             times = []
-            for _ in range(6):  # the first compiles
+            for _ in range(6):
                 begun = time.process_time()
                 loss(tree, 4, function).backward()
                 times.append(1e3 * (time.process_time() - begun))
-            with Launches() as launches:
-                loss(tree, 4, function).backward()
-            found[stage] = min(times), launches.count, metrics.generated_kernel_count
+            found[stage] = min(times)
     return found
 
 
@@ -738,15 +732,15 @@ def state_bytes(depth):
     return found
 
 
-def print_counts(depth, size, is_compiled):
-    """What a GPU of eight takes and waits for, by stage; with is_compiled the compiler, too."""
+def print_counts(depth, size):
+    """What a GPU of eight takes and waits for, by stage."""
     recipe = train.recipe(depth, size, 1_281_167, classes=1000)
     batch, free = recipe["batch"] // 8, 72 * 2**30  # images of a process, bytes of 80 GB
     print(f"Depth {depth}, {size} pixels, {batch} images a step in each of eight processes.\n")
     launches, waits = count_launches(depth, size), waits_of_loops()
     narrow, wide = (image_bytes(depth, size, dtype) for dtype in (torch.bfloat16, torch.float32))
     sizes = assumed_bytes(recipe, size)
-    times = [host_times(depth, size, way) for way in ([False, True] if is_compiled else [False])]
+    times = host_times(depth, size)
     rows = []
     for stage, count in launches.items():
         at_once = [sample.images_at_once(size**2)]
@@ -754,10 +748,9 @@ def print_counts(depth, size, is_compiled):
         parts = " -> ".join(str(math.ceil(batch / number)) for number in at_once)
         mib = [kept[stage] / 2**20 for kept in (narrow, wide, {stage: sizes[stage]})]
         copies = f"{len(waits[stage][1])} in {waits[stage][0]} steps"
-        host = [" / ".join(f"{number:.4g}" for number in found[stage]) for found in times]
-        rows.append((parts, count, *mib, copies, " -> ".join(host), stage))
+        rows.append((parts, count, *mib, copies, times[stage], stage))
     words = "micro-batches a step", "operators of one", "MiB an image: bf16", "fp32", "assumed"
-    words += "copies waited for", "host ms / operators / joined kernels, next to no work"
+    words += "copies waited for", "ms with next to no work"
     print_table((*words, "stage"), rows)
     print("\nBytes a parameter in the next-scale stage:", end=" ")
     print(", ".join(f"{name} {number:.2f}" for name, number in state_bytes(depth).items()))
@@ -874,7 +867,6 @@ def main(argv=None):
     add("--size", type=int, choices=SIZES, nargs="+", help="pixels")
     add("--device", type=torch.device, default=DEVICE)
     add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's")
-    add("--compiled", action="store_true", help="count's: compiles the losses on this CPU, too")
     add("--head-dim", type=int, nargs="+", default=[64, 128], help="kernels'")
 
     arguments = parser.parse_args(argv)
@@ -886,7 +878,7 @@ def main(argv=None):
         return print_costs(arguments.depth)
     if arguments.command == "count":
         size = (arguments.size or [256])[0]
-        return print_counts(arguments.depth[0], size, arguments.compiled)
+        return print_counts(arguments.depth[0], size)
     if arguments.command == "rehearse":
         return rehearse(*arguments.folders)
     if arguments.command == "kernels":
