@@ -327,11 +327,12 @@ def wave_logits(branch, size, x, tokens):
 # ---- losses
 
 
-def losses(params, labels, tokens, inputs, own_inputs=None, mask=None, *, dropout=0.0):
+def losses(params, labels, tokens, inputs, own_inputs=None, mask=None, hidden=None, *, dropout=0.0):
     """Cross entropies in nats, fp32: (B, L), or with a mask (M,) of the M hidden tokens.
 
     tokens (B, L) int64. The other arguments are those of `features`. With a mask the head runs on
-    hidden tokens only, which come image by image and, in an image, coarse to fine.
+    hidden tokens only, which come image by image and, in an image, coarse to fine. hidden (M,): the
+    `hidden_positions` of the mask, where they are known; otherwise a GPU has to be waited for.
     """
     branch = params["next_scale"] if mask is None else params["masked"]
     x = features(params, labels, inputs, own_inputs, mask, dropout=dropout)  # (B, L, C)
@@ -340,10 +341,15 @@ def losses(params, labels, tokens, inputs, own_inputs=None, mask=None, *, dropou
     targets = tokens.flatten()
 
     if mask is not None:
-        hidden = F.pad(mask, (len(params["start"]), 0)).flatten().nonzero()[:, 0]  # (M,)
+        hidden = hidden_positions(params, mask) if hidden is None else hidden
         x, near, targets = (part.index_select(0, hidden) for part in (x, near, targets))
     result = F.cross_entropy(logits(branch, x, near, dropout=dropout), targets, reduction="none")
     return result.view(tokens.shape) if mask is None else result
+
+
+def hidden_positions(params, mask):
+    """Where in tokens.flatten() are the M hidden tokens of a mask (B, L - len_0): (M,) int64."""
+    return F.pad(mask, (len(params["start"]), 0)).flatten().nonzero()[:, 0]
 
 
 # Kinds of `scale_weights`: the power of the number of tokens, or None for a law of its own.

@@ -209,6 +209,13 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 
     Each is an argument of a function with that name, or is read by `run_stages`. They were chosen
     at depths 2 and 3 and are extrapolated so that depth 16 has the published codes and channels.
+
+    From depth 8 on nothing was tried, and the laws are those of a first run: at depth 16 7 epochs
+    of ImageNet in batches of 360, with Muon. Published models were trained for 200 epochs and more
+    in batches of 768, by AdamW at 3e-4 (VAR, depth 16), on tokens of a tokenizer that had learned
+    from a perceptual and an adversarial term. Ours has neither there. So whoever wants such quality
+    gives the published tokenizer and sets the batch, the steps and the rates of the stages.
+
     is_simple: the images are simple drawings. cell: the side in pixels of a latent position, if a
     tokenizer is given.
     """
@@ -258,6 +265,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         fold=fold,
         # hmar.init. Convolutions lower the loss by .16 nats a token, neighbours by .24 and more.
         depth=depth,
+        width=None,  # 64 * depth
         scales=default_scales(size, cell, growth, doubled=not is_simple),
         gamma=None if is_large else 0.1,
         convolutions=not is_large,
@@ -429,7 +437,8 @@ def train_tokenizer(
     state["chosen"] = torch.zeros(codes, dtype=torch.int64, device=device)  # since the last revival
     out = out and Path(out)
     clock = begin_stage(out, "tokenizer", state, steps, later)
-    at_once = sample.images_at_once(held_out[0, 0].numel())
+    at_once = images_a_micro_batch(*tokenizer_size(codec, held_out[0, 0].numel(), dtype), device)
+    loss_of = compiled(tokenizer.training_loss, device)
     batches = iter(batches(state["step"]) if callable(batches) else batches)
     held_out = to_unit(held_out.to(device))
     window, save_at = [], time.monotonic() + SAVE_SECONDS
@@ -445,12 +454,13 @@ def train_tokenizer(
         report, tokens, residuals = {}, [], []
         for pixels, places, last in micro_batches(at_once, images, positions, last_scales):
             coarse = (places % COARSE_EVERY == 0).nonzero()[:, 0]  # also decoded from coarse scales
-            result = tokenizer.training_loss(
+            pixels, coarse, stops = send((pixels, coarse, last[coarse]), device)
+            result = loss_of(
                 tokenizer.cast(codec, dtype),
-                to_unit(pixels.to(device)),
+                to_unit(pixels),
                 scales,
-                coarse.to(device),
-                last[coarse].to(device),
+                coarse,
+                stops,
                 texture_weight=texture_weight,
                 jump_weight=jump_weight,
                 hue_variance=hue_variance,
@@ -495,7 +505,7 @@ def train_tokenizer(
             save_and_stop(out, "tokenizer", state, report)
 
     log(f"tokenizer: best at step {state['best_step']}, held-out error {state['best_loss']:.4g}")
-    return state["best"]
+    return sample.to_device(state["best"], device)
 
 
 def count_chosen(chosen, tokens):
@@ -518,7 +528,8 @@ def revive_codes(state, residuals, generator):
     by_scale = [gather(torch.cat(parts)) for parts in zip(*residuals)]
     codes, dead = tokenizer.revive_codes(codebook, state["chosen"], by_scale, generator)
     codebook.copy_(codes)
-    average[dead] = codes[dead]  # otherwise the average would long remember the dead codes
+    # Otherwise the average would long remember the dead codes.
+    average.copy_(torch.where(dead[:, None], codes, average))
     state["chosen"].zero_()
 
 
@@ -568,14 +579,16 @@ def train_transformer(
     is_masked = "masked" in params
     stage, scales = "masked" if is_masked else "next-scale", hmar.scale_sizes(params)
     codec = sample.to_device(codec, device)
-    at_once = transformer_images_at_once(params, codec)
     weights = hmar.scale_weights(scales, loss_weights).to(device)  # (L,)
+    embeddings = params["classes"].to(device)
     # The masked stage trains its branch alone. The rest is cast once.
-    params = pytree.tree_map(lambda leaf: leaf.detach().to(device), params)
-    frozen = hmar.cast(params, dtype) if is_masked else {}
+    params = pytree.tree_map(torch.Tensor.detach, params)
     trained = trainable(dict(masked=params["masked"]) if is_masked else params, device)
+    frozen = sample.to_device(hmar.cast(params, dtype), device) if is_masked else {}
     leaves = pytree.tree_leaves(trained)
     state = new_state(trained, decay, newton_schulz)
+    at_once = images_a_micro_batch(*transformer_size(params, codec, dtype), device)
+    loss_of = compiled(transformer_loss, device)
     out = out and Path(out)
     clock = begin_stage(out, stage, state, steps, later)
     batches = iter(batches(state["step"]) if callable(batches) else batches)
@@ -591,7 +604,7 @@ def train_transformer(
         positions = own_share(torch.arange(batch))  # of these images in the whole batch
         generator = generator_of(seed, stage, step)
         is_dropped = torch.rand(batch, generator=generator)[positions] < label_drop
-        labels = drop_labels(labels, is_dropped.to(labels.device), params["classes"])
+        labels = drop_labels(labels, *send([is_dropped], labels.device), embeddings)
         examples = labels, tokens
         if is_masked:
             examples = labels, tokens, draw_masks(batch, scales, generator)[positions]
@@ -601,8 +614,8 @@ def train_transformer(
         report = {}
         for part in micro_batches(at_once, *examples):
             fast = frozen | hmar.cast(trained, dtype)
-            part = sample.to_device(part, device)
-            result = transformer_loss(fast, codec, weights, *part, dropout=dropout)
+            part = send(with_hidden_positions(params, *part), device)
+            result = loss_of(fast, codec, weights, *part, dropout=dropout)
             share = len(part[0]) / len(tokens)
             (share * result["loss"]).backward()
             add_to_report(report, share, result)
@@ -633,13 +646,16 @@ def train_transformer(
             save_and_stop(out, stage, state, report)
 
     log(f"{stage}: best at step {state['best_step']}, held-out loss {state['best_loss']:.4g}")
-    return params | state["best"]
+    return sample.to_device(params | state["best"], device)
 
 
-def transformer_loss(params, codec, weights, labels, tokens, mask=None, *, dropout=0.0):
+def transformer_loss(
+    params, codec, weights, labels, tokens, mask=None, hidden=None, *, dropout=0.0
+):
     """{"loss": the mean loss in nats a token, ...} of labels (B,), tokens (B, L).
 
     weights (L,) are those of tokens; with a mask (B, L - len_0), the loss is that of hidden tokens.
+    hidden: as for `hmar.losses`.
     """
     scales = hmar.scale_sizes(params)
     inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
@@ -650,17 +666,22 @@ def transformer_loss(params, codec, weights, labels, tokens, mask=None, *, dropo
 
     zeroed = None if hmar.hidden_tokens_leak(params) else mask
     own_inputs = tokenizer.masked_inputs(codec, tokens, scales, zeroed)
-    shown = inputs, own_inputs, mask
+    shown = inputs, own_inputs, mask, hidden
     losses = hmar.losses(params, labels, tokens, *shown, dropout=dropout)  # (M,)
     # The divisor is a constant, the expected number of hidden tokens, so that the losses of
     # micro-batches add up to the loss of the batch.
     return dict(loss=losses.sum() / (0.5 * mask.numel()))
 
 
-def transformer_images_at_once(params, codec):
-    """How many images pass the transformer together, see `sample.images_at_once`."""
-    cells = math.prod(hmar.scale_sizes(params)[-1])
-    return sample.images_at_once(cells * tokenizer.downsampling(codec) ** 2)
+def with_hidden_positions(params, labels, tokens, mask=None):
+    """What `transformer_loss` takes of a batch; with a mask its `hmar.hidden_positions` too.
+
+    They are found here, where the masks are: on the CPU. A GPU would have to be waited for, and
+    compiled code cannot contain a size that depends on numbers.
+    """
+    if mask is None:
+        return labels, tokens
+    return labels, tokens, mask, hmar.hidden_positions(params, mask)
 
 
 def drop_labels(labels, is_dropped, classes):
@@ -732,8 +753,8 @@ def evaluate_tokenizer(codec, images, scales):
 @torch.no_grad()
 def evaluate_transformer(params, codec, weights, examples):
     """The mean of `transformer_loss` over examples: labels (n,), tokens (n, L), perhaps a mask."""
-    total = 0.0
-    for part in micro_batches(transformer_images_at_once(params, codec), *examples):
+    total, (pixels, _) = 0.0, transformer_size(params, codec, torch.float32)
+    for part in micro_batches(sample.images_at_once(pixels), *examples):
         result = transformer_loss(params, codec, weights, *sample.to_device(part, weights.device))
         total += len(part[0]) / len(examples[0]) * result["loss"].item()
     return total
@@ -786,7 +807,9 @@ def new_state(tree, decay, newton_schulz):
 
     Whatever a loop adds to it is saved and restored too.
     """
-    average, best = (pytree.tree_map(lambda leaf: leaf.detach().clone(), tree) for _ in range(2))
+    average = pytree.tree_map(lambda leaf: leaf.detach().clone(), tree)
+    # It changes at evaluations only, so that it need not take a GPU's memory.
+    best = pytree.tree_map(lambda leaf: leaf.detach().to("cpu", copy=True), tree)
     optimizers = new_optimizers(tree, decay, newton_schulz)
     state = dict(step=0, best_step=0, best_loss=math.inf)
     return state | dict(tree=tree, average=average, best=best, optimizers=optimizers)
@@ -917,6 +940,71 @@ def keep_best(state, loss):
     if loss < state["best_loss"]:
         state["best_step"], state["best_loss"] = state["step"], loss
         pytree.tree_map(torch.Tensor.copy_, state["best"], state["average"])
+
+
+# What autograd keeps of an image, in numbers of the dtype: for each pixel and channel of the
+# tokenizer's first level; for each token, channel and block of the transformer. Counted of the
+# published sizes in bf16, with some more for dropout (`tests/benchmark.py count`).
+TOKENIZER_NUMBERS, TRANSFORMER_NUMBERS = 100, 30
+
+
+def tokenizer_size(codec, pixels, dtype):
+    """(pixels, bytes that autograd keeps) of an image with so many pixels."""
+    channels = len(codec["encoder"]["conv_in"]["bias"])
+    return pixels, TOKENIZER_NUMBERS * pixels * channels * dtype.itemsize
+
+
+def transformer_size(params, codec, dtype):
+    """(pixels, bytes that autograd keeps) of an image."""
+    scales, width = hmar.scale_sizes(params), params["classes"].shape[1]
+    places = sum(tokenizer.lengths(scales)) * width * hmar.block_count(params)
+    pixels = math.prod(scales[-1]) * tokenizer.downsampling(codec) ** 2
+    return pixels, TRANSFORMER_NUMBERS * places * dtype.itemsize
+
+
+def images_a_micro_batch(pixels, image_bytes, device, free=None):
+    """How many images pass a loss together: on a CPU few, which its caches hold; on a GPU many.
+
+    A GPU waits for Python if there is too little to do. So there it is as many as take half of the
+    memory that is free. The rest is for gradients, for what the optimizers make in their first
+    step, and for what operators need meanwhile.
+    image_bytes: that autograd keeps of an image. free: bytes; None: what the device says.
+    """
+    if torch.device(device).type != "cuda":
+        return sample.images_at_once(pixels)
+    if free is None:
+        torch.cuda.empty_cache()  # what an earlier stage has used counts as free
+        free, _ = torch.cuda.mem_get_info(device)
+    return max(1, free // 2 // image_bytes)
+
+
+def compiled(function, device):
+    """A loss, compiled for a GPU. On a CPU it is the function itself.
+
+    Most of what a GPU's memory transfers in a step is for elementwise operators, which the compiler
+    joins. Where torch cannot compile, as without a C compiler, the function itself is used, too.
+    """
+    if torch.device(device).type != "cuda":
+        return function
+    ways = [torch.compile(function), function]
+
+    def call(*arguments, **options):
+        try:
+            return ways[0](*arguments, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            name, reason = function.__name__, str(error).strip().partition("\n")[0]
+            print(f"{name} is not compiled, so it is slower: {reason}", file=sys.stderr)
+            del ways[0]
+            return ways[0](*arguments, **options)
+
+    return call
+
+
+def send(tensors, device):
+    """[tensor, ...] on a device. A GPU copies from pinned memory, and nothing waits for it."""
+    if torch.cuda.is_available():
+        tensors = [tensor.pin_memory() if tensor.is_cpu else tensor for tensor in tensors]
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 def micro_batches(images_at_once, *tensors):

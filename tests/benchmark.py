@@ -1,4 +1,5 @@
-"""Benchmarks: python tests/benchmark.py [attention | train | sample | gpu | cost | kernels].
+"""Benchmarks: tests/benchmark.py [attention | train | sample | gpu | cost | count | kernels],
+or tests/benchmark.py rehearse FOLDER_OF_PHOTOGRAPHS NEW_FOLDER.
 
 `train` and `sample` time the library against the published way: the dense reference below makes
 the tensors that VAR's code makes, in fp32 and under bf16 autocast, and is checked against ours
@@ -7,11 +8,15 @@ first. Contestants take turns, so that a busy machine is fair; with one thread i
 """
 
 import argparse
+import contextlib
 import itertools
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from functools import partial
@@ -22,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -539,6 +545,285 @@ def print_costs(depths):
     print_table(header, rows)
 
 
+# ---- what a GPU would wait for, and hold, counted without one
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute (each is a kernel or more) and copies that Python waits for."""
+
+    FREE = "aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "prim"
+    FREE += ("aten.promote_types",)
+
+    def __enter__(self):
+        self.count, self.waited_for = 0, []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        returns = [x.alias_info for x in operator._schema.returns]
+        is_view = any(alias and not alias.is_write for alias in returns)
+        self.count += not is_view and not str(operator).startswith(self.FREE)
+        if str(operator).startswith(("aten._to_copy", "aten.copy_")):
+            *_, source = args[:2]
+            is_sent = source.is_cpu and not result.is_cpu
+            if is_sent and not (args[2:] or (kwargs or {}).get("non_blocking")):
+                self.waited_for.append(tuple(source.shape))
+        return result
+
+
+def saved_bytes(function):
+    """Bytes that autograd keeps for the backward pass of function()."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = function()
+    return sum(storage.nbytes() for storage in kept.values()) if result.requires_grad else 0
+
+
+def stage_losses(recipe, size, dtype):
+    """{stage: (tree that it trains, loss of so many images)}, on zeros or fake tensors."""
+    scales, first = recipe["scales"], recipe["scales"][0][0] ** 2
+    tokens = sum(tokenizer.lengths(scales))
+    with torch.device("meta"):
+        codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
+        params = hmar.init(**train.arguments(hmar.init, recipe))
+        masked = hmar.add_masked_branch(params, recipe["masked_blocks"])
+    codec, params, masked = (
+        pytree.tree_map(lambda leaf: torch.zeros(leaf.shape), tree)
+        for tree in (codec, params, masked)
+    )
+    weights = torch.zeros(tokens)
+
+    def first_loss(tree, count, loss):
+        images, coarse = torch.zeros(count, 3, size, size), torch.zeros(count // 4).long()
+        cast = tokenizer.cast(tree, dtype)
+        return loss(cast, images, scales, coarse, coarse, images_per_coarse=4.0)["loss"]
+
+    def second_loss(tree, count, loss):
+        fast = hmar.cast(params | tree if "trunk" in tree else masked | tree, dtype)
+        batch = torch.zeros(count).long(), torch.zeros(count, tokens).long()
+        if "trunk" not in tree:  # half of the tokens are hidden
+            mask = torch.zeros(count, tokens - first, dtype=torch.bool)
+            batch += mask, torch.arange(count * (tokens - first) // 2)
+        return loss(fast, codec, weights, *batch)["loss"]
+
+    return {
+        "tokenizer": (trainable(codec), first_loss, tokenizer.training_loss),
+        "next-scale": (trainable(params), second_loss, train.transformer_loss),
+        "masked": (trainable(learning(masked)), second_loss, train.transformer_loss),
+    }
+
+
+def image_bytes(depth, size, dtype, **changes):
+    """{stage: bytes that autograd keeps of an image}."""
+    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000) | changes, {}
+    with FakeTensorMode(), mock.patch.object(attention_kernels, "INTERPRETED", True):
+        for stage, (tree, loss, function) in stage_losses(recipe, size, dtype).items():
+            few, many = (saved_bytes(partial(loss, tree, n, function)) for n in (4, 8))
+            found[stage] = (many - few) // 4
+    return found
+
+
+def count_launches(depth, size):
+    """{stage: operators of a micro-batch of 8 images, forward and backward}."""
+    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000), {}
+    with FakeTensorMode(), mock.patch.object(attention_kernels, "INTERPRETED", True):
+        for stage, (tree, loss, function) in stage_losses(recipe, size, torch.bfloat16).items():
+            with Launches() as launches:
+                loss(tree, 8, function).backward()
+            found[stage] = launches.count
+    return found
+
+
+def host_times(depth, size):
+    """{stage: process ms of a micro-batch with next to no work: mostly Python's and torch's}."""
+    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000), {}
+    scales = ((1, 1),) * (len(recipe["scales"]) - 1) + ((2, 2),)
+    recipe |= dict(scales=scales, channels=32, codes=16, width=64)
+    size = 2 * recipe["fold"] * 2 ** (len(recipe["multipliers"]) - 1)
+
+    def attend(query, key, value, *_, scale):  # one operator, as with the kernels
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    with mock.patch.object(hmar, "block_sparse_attention", attend):
+        for stage, (tree, loss, function) in stage_losses(recipe, size, torch.float32).items():
+            times = []
+            for _ in range(6):
+                begun = time.process_time()
+                loss(tree, 4, function).backward()
+                times.append(1e3 * (time.process_time() - begun))
+            found[stage] = min(times)
+    return found
+
+
+def waits_of_loops():
+    """{stage: (steps that began, shapes of copies that Python waited for)} of each loop.
+
+    They run on meta tensors, of which no number can be read: to try it raises. So a loop that gets
+    to step 4, where numbers are printed here, has not waited for one. Codes are replaced in steps 1
+    and 3. The best weights are left out, which evaluations alone change, and torch's fused AdamW,
+    which has no form for meta tensors.
+    """
+    codec = tokenizer.init(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
+    scales = (1, 1), (2, 2), (4, 4)
+    params = hmar.init(depth=2, classes=3, codes=16, code_dim=8, scales=scales, neighbours=True)
+    images, labels = torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8).long()
+    tokens = torch.zeros(8, 21).long()
+    options = dict(steps=100, lr=1e-3, evaluations=1, device="meta", dtype=torch.bfloat16)
+    transformer = dict(codec=codec, held_out=(labels, tokens), dropout=0.1)
+    loops = {
+        "tokenizer": partial(train.train_tokenizer, codec, held_out=images, scales=scales),
+        "next-scale": partial(train.train_transformer, params, **transformer),
+        "masked": partial(train.train_transformer, hmar.add_masked_branch(params), **transformer),
+    }
+    adamw, found = torch.optim.AdamW, {}
+
+    def new_state(tree, *options):
+        average = pytree.tree_map(torch.clone, tree)
+        return dict(step=0, tree=tree, average=average, optimizers=new_optimizers(tree, *options))
+
+    def batches(stage, launches):
+        batch = (images, labels) if stage == "tokenizer" else (labels, tokens)
+        batch = [part.to("meta") for part in batch]
+        for step in itertools.count(1):
+            if step == 1:
+                launches.waited_for.clear()  # of what comes before the loop
+            found[stage] = step, launches.waited_for
+            yield batch
+
+    new_optimizers = train.new_optimizers
+    with contextlib.ExitStack() as stack:
+        patch = partial(stack.enter_context)
+        patch(mock.patch.object(torch.optim, "AdamW", lambda x, fused, **more: adamw(x, **more)))
+        patch(mock.patch.object(train, "new_state", new_state))
+        patch(mock.patch.multiple(train, LOG_EVERY=4, REVIVE_EVERY=3))
+        # which does not know meta tensors
+        patch(mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()))
+        for stage, loop in loops.items():
+            with Launches() as launches, contextlib.suppress(NotImplementedError):
+                loop(batches=batches(stage, launches), **options)
+    return found
+
+
+def state_bytes(depth):
+    """{what: bytes a parameter on the device} of the next-scale stage."""
+    recipe = train.recipe(depth, 256, 1_281_167, classes=1000)
+    with FakeTensorMode():
+        tree, _, _ = stage_losses(recipe, 256, torch.bfloat16)["next-scale"]
+        state = train.new_state(tree, 0.0, 5)
+        for leaf in pytree.tree_leaves(tree):
+            leaf.grad = torch.zeros_like(leaf)
+        parts = dict(weights=tree, gradients=[leaf.grad for leaf in pytree.tree_leaves(tree)])
+        train.optimizer_step(state["optimizers"], 1e-3)
+        parts |= dict(average=state["average"], cast=hmar.cast(tree, torch.bfloat16))
+        parts |= dict(best=state["best"])
+        parts["momenta"] = [list(x.state.values()) for x in state["optimizers"]]
+        total = count_numbers(tree)
+        known, found = set(), {}
+        for name, part in parts.items():
+            leaves = [x for x in pytree.tree_leaves(part) if torch.is_tensor(x)]
+            fresh = [x for x in leaves if id(x) not in known]
+            known |= {id(x) for x in leaves}
+            found[name] = sum(x.numel() * x.itemsize for x in fresh) / total
+    return found
+
+
+def print_counts(depth, size):
+    """What a GPU of eight takes and waits for, by stage."""
+    recipe = train.recipe(depth, size, 1_281_167, classes=1000)
+    batch, free = recipe["batch"] // 8, 72 * 2**30  # images of a process, bytes of 80 GB
+    print(f"Depth {depth}, {size} pixels, {batch} images a step in each of eight processes.\n")
+    launches, waits = count_launches(depth, size), waits_of_loops()
+    narrow, wide = (image_bytes(depth, size, dtype) for dtype in (torch.bfloat16, torch.float32))
+    sizes = assumed_bytes(recipe, size)
+    times = host_times(depth, size)
+    rows = []
+    for stage, count in launches.items():
+        at_once = [sample.images_at_once(size**2)]
+        at_once.append(train.images_a_micro_batch(size**2, sizes[stage], "cuda", free))
+        parts = " -> ".join(str(math.ceil(batch / number)) for number in at_once)
+        mib = [kept[stage] / 2**20 for kept in (narrow, wide, {stage: sizes[stage]})]
+        copies = f"{len(waits[stage][1])} in {waits[stage][0]} steps"
+        rows.append((parts, count, *mib, copies, times[stage], stage))
+    words = "micro-batches a step", "operators of one", "MiB an image: bf16", "fp32", "assumed"
+    words += "copies waited for", "ms with next to no work"
+    print_table((*words, "stage"), rows)
+    print("\nBytes a parameter in the next-scale stage:", end=" ")
+    print(", ".join(f"{name} {number:.2f}" for name, number in state_bytes(depth).items()))
+
+
+def assumed_bytes(recipe, size):
+    """{stage: bytes of an image by which the loops choose their micro-batches, in bf16}."""
+    with torch.device("meta"):
+        codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
+        params = hmar.init(**train.arguments(hmar.init, recipe))
+    _, first = train.tokenizer_size(codec, size**2, torch.bfloat16)
+    _, second = train.transformer_size(params, codec, torch.bfloat16)
+    return {"tokenizer": first, "next-scale": second, "masked": second}
+
+
+# ---- a rehearsal of several GPUs: processes on this CPU, of which some are killed
+
+REHEARSED = dict(width=384, channels=32)  # instead of 1,024 and 160
+
+
+def rehearse(photos, out):
+    """Trains depth 16 at 256 pixels for two steps a stage; prints the peak of memory by stage.
+
+    Four processes; one of them is killed in the first stage, one in the second, and two go on.
+    """
+    flags = ["train.py", "--data", photos, "--out", out, "--depth=16", "--size=256", "--steps=2"]
+    flags += ["--batch=8", "--dtype=fp32", "--device=cpu", "--set"]
+    flags += [f"{name}={value}" for name, value in REHEARSED.items()]
+    counted = image_bytes(16, 256, torch.float32, **REHEARSED)
+    rows = []
+    for processes, killed_in in ((4, "tokenizer"), (4, "next-scale"), (2, None)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={processes}", *flags]
+        where = dict(cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.PIPE, text=True)
+        torchrun = subprocess.Popen(command, **where)
+        peaks, stages = {}, ["start"]
+        watcher = threading.Thread(target=watch_memory, args=(torchrun, stages, peaks))
+        watcher.start()
+        for line in torchrun.stdout:
+            print(line, end="", flush=True)
+            found = re.match(r"(tokenizer|next-scale|masked): .* M parameters", line)
+            stages += [found[1]] if found else []
+            if killed_in and line.startswith(f"{killed_in} 2/2"):  # step 1 is saved by now
+                os.kill(workers_of(torchrun)[-1], signal.SIGKILL)
+        torchrun.wait()
+        watcher.join()
+        print(f"{processes} processes ended with status {torchrun.returncode}", flush=True)
+        for stage, (one, all_of_them) in peaks.items():
+            kept = 8 // processes * counted.get(stage, 0) / 2**30
+            rows.append((processes, one / 2**20, all_of_them / 2**20, kept, stage))
+    header = "processes", "GiB of one", "of all", "counted for images of one", "peak in the stage"
+    print_table(header, rows)
+
+
+def workers_of(process):
+    """The numbers of the processes that a process has started."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+def watch_memory(process, stages, peaks):
+    """Keeps in peaks {stage: (largest KiB of a worker, of all together)}, without mapped files."""
+    while process.poll() is None:
+        sizes = [0]
+        for worker in workers_of(process):
+            with contextlib.suppress(OSError, TypeError):
+                text = Path(f"/proc/{worker}/status").read_text()
+                sizes.append(int(re.search(r"RssAnon:\s+(\d+)", text)[1]))
+        before = peaks.get(stages[-1], (0, 0))
+        peaks[stages[-1]] = max(before[0], *sizes), max(before[1], sum(sizes))
+        time.sleep(0.2)
+
+
 # ---- the kernels
 
 
@@ -577,7 +862,8 @@ def main(argv=None):
     runs["gpu"] = [kernel_tests, attention, training, sampling]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("command", choices=(*runs, "cost", "kernels"))
+    add("command", choices=(*runs, "cost", "count", "rehearse", "kernels"))
+    add("folders", nargs="*", help="rehearse's: photographs, and a run folder")
     add("--size", type=int, choices=SIZES, nargs="+", help="pixels")
     add("--device", type=torch.device, default=DEVICE)
     add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's")
@@ -590,6 +876,11 @@ def main(argv=None):
     sample.keep_freed_memory()  # as the commands do, for both ways
     if arguments.command == "cost":
         return print_costs(arguments.depth)
+    if arguments.command == "count":
+        size = (arguments.size or [256])[0]
+        return print_counts(arguments.depth[0], size)
+    if arguments.command == "rehearse":
+        return rehearse(*arguments.folders)
     if arguments.command == "kernels":
         return print_kernels(arguments.head_dim)
     sizes = SIZES if arguments.command == "gpu" else [256]

@@ -1,6 +1,7 @@
 """What speed and memory rest on, without a clock."""
 
 import contextlib
+from functools import partial
 from unittest import mock
 
 import benchmark
@@ -126,11 +127,12 @@ def elsewhere(*trees):
         yield there
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "next_scale"])
+@pytest.mark.parametrize("name", ["tokenizer", "next_scale", "masked"])
 def test_a_loss_waits_for_nothing_and_is_one_graph(name):
-    """But that of the masked stage, which runs the head on what is hidden alone."""
     params = CODEC if name == "tokenizer" else small()
     batch = batch_of(name, params)
+    if name == "masked":  # found on the CPU
+        batch = *batch, hmar.hidden_positions(params, batch[-1])
     with elsewhere(params, *batch) as there:
         loss(name, *there)
 
@@ -140,6 +142,108 @@ def test_a_loss_waits_for_nothing_and_is_one_graph(name):
         for _ in range(2):
             value = compiled(name, params, *pytree.tree_map_only(torch.Tensor, torch.clone, batch))
             torch.testing.assert_close(value, loss(name, params, *batch))
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "next_scale", "masked"])
+def test_compiled_losses_are_those_of_the_loops(name):
+    """Gradients are equal, with dropout too; other numbers of images take a second graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = partial(torch.compile, backend="eager")  # the others take a minute here
+    params = small(depth=1 + (name == "masked"), masked=int(name == "masked"))
+    tree = benchmark.trainable(CODEC if name == "tokenizer" else benchmark.learning(params))
+    codec, weights = small_codec(codes=11, code_dim=4), hmar.scale_weights(SCALES, "root")
+    kernels = torch.ones(5, 3, 3, 3)
+    layers = [lambda x: torch.conv2d(x, kernels)]
+
+    def gradients(change, count):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(count)
+        if name == "tokenizer":
+            images = torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1
+            coarse = torch.arange(0, count, 2)
+            given = tokenizer.cast(tree, torch.bfloat16), images, SCALES, coarse, coarse % 2
+            options = dict(jump_weight=0.2, perceptual_layers=layers, is_transposed=count == 7)
+            function = tokenizer.training_loss
+        else:
+            labels, tokens = torch.arange(count) % 3, random_tokens(count, SCALES, 11)
+            batch = labels, tokens, torch.rand(count, 20, generator=generator) < 0.3
+            batch = train.with_hidden_positions(params, *batch[: 2 + (name == "masked")])
+            given = hmar.cast(params | tree, torch.bfloat16), codec, weights, *batch
+            function, options = train.transformer_loss, dict(dropout=0.3)
+        result = functions.setdefault(change, change(function))(*given, **options)["loss"]
+        leaves = pytree.tree_leaves(tree)
+        return [result.detach(), *torch.autograd.grad(result, leaves, allow_unused=True)]
+
+    functions = {}
+    for count in (6, 8, 7):
+        pair = zip(gradients(compiled, count), gradients(lambda x: x, count), strict=True)
+        for ours, plain in pair:
+            torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+    counters = torch._dynamo.utils.counters
+    graphs = counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"]
+    assert graphs == (3 if name == "tokenizer" else 2)  # one more for the exchange of sides
+
+
+def test_a_loss_that_cannot_be_compiled_is_computed_as_it_is(monkeypatch, capsys):
+    tried = []
+
+    def backend(graph, inputs):
+        tried.append(graph)
+        raise OSError("no C compiler")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    assert train.compiled(torch.square, "cpu") is torch.square
+    function = train.compiled(lambda x, power: x**power, "cuda")
+    for _ in range(2):
+        assert function(torch.tensor(3.0), power=2) == 9
+    assert len(tried) == 1 and capsys.readouterr().err.count("is not compiled") == 1
+    with pytest.raises(TypeError):  # a mistake in the call is no failure of the compiler
+        function(torch.tensor(3.0), 2, 2)
+
+
+# ---- what a GPU waits for, and holds
+
+
+def test_a_loop_waits_for_no_number_and_no_copy():
+    """But where numbers are printed, here in step 4, and where dead codes are replaced, twice."""
+    waits = benchmark.waits_of_loops()
+    codes = [(16,)] * 2
+    assert waits == {"tokenizer": (4, codes), "next-scale": (4, []), "masked": (4, [])}
+
+
+@pytest.mark.parametrize("dtype, least", [(torch.bfloat16, 0.8), (torch.float32, 0.5)])
+def test_autograd_keeps_at_most_as_many_bytes_as_is_assumed(dtype, least):
+    """And in bf16 not much less; but the masked stage keeps less, as half of its tree is frozen."""
+    recipe = train.recipe(8, 256, 10**6, classes=1000)
+    with torch.device("meta"):
+        codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
+        params = hmar.init(**train.arguments(hmar.init, recipe))
+    kept = benchmark.image_bytes(8, 256, dtype)
+    pixels, first = train.tokenizer_size(codec, 256**2, dtype)
+    same_pixels, second = train.transformer_size(params, codec, dtype)
+    assert pixels == same_pixels == 256**2
+    assert least < kept["tokenizer"] / first < 1
+    assert least < kept["next-scale"] / second < 1 and 0.3 < kept["masked"] / second < 1
+
+
+def test_a_micro_batch_follows_a_gpus_memory():
+    count = train.images_a_micro_batch
+    assert count(256**2, 10**9, "cpu") == 8 == sample.images_at_once(256**2)
+    assert count(256**2, 10**9, "cuda", free=75 * 10**9) == 37
+    assert count(512**2, 10**9, "cuda:1", free=10**9) == 1
+
+
+def test_state_on_the_device_is_kept_once():
+    """The weights, gradients, average and momenta in fp32, a cast; best weights on the CPU."""
+    found = benchmark.state_bytes(depth=8)
+    assert found["weights"] == found["gradients"] == found["average"] == 4
+    assert sum(found.values()) - found["best"] < 20
+    with FakeTensorMode(), mock.patch.object(train, "new_optimizers"):
+        state = train.new_state(dict(weight=torch.empty(2, device="meta")), 0.0, 5)
+        assert state["average"]["weight"].is_meta and state["best"]["weight"].is_cpu
 
 
 @pytest.mark.parametrize("more, options", [({}, {}), (dict(causal={}), dict(top_p=0.9))])
