@@ -599,54 +599,58 @@ def test_muon_multiplies_in_bf16_only_where_the_processor_does(monkeypatch):
 # Several processes are one
 
 
-def two_environments():
-    """What torchrun tells two processes."""
+def environments(count):
+    """What torchrun tells so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [dict(common, RANK=rank) for rank in "01"]
+    common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [dict(common, RANK=str(rank)) for rank in range(count)]
 
 
-def start_two(*flags):
-    return [start(*flags, **environment) for environment in two_environments()]
+def start_several(count, *flags):
+    return [start(*flags, **environment) for environment in environments(count)]
 
 
-def test_two_processes_are_one_and_go_on_when_one_is_killed():
+def test_four_processes_are_one_and_go_on_when_one_is_killed():
     """But for rounding: Muon multiplies in bf16, AdamW steps by its sign where a gradient is 0."""
     flags = ["--lr", 1e-5, "--batch", 8, "--set", "patience=2.0", "tokenizer_steps=24"]
     # Each process has random numbers of its own for dropout.
     flags += ["next_scale_steps=12", "masked_steps=12", "dropout=0.0"]
     ended(start("one", *flags))
-    first, second = start_two("two", *flags)
+    first, *others = start_several(4, "four", *flags)
     ended(first)
-    assert ended(second) == ""  # only the first prints
-    for line, other in zip(lines_of("one"), lines_of("two"), strict=True):
+    for process in others:
+        assert ended(process) == ""  # only the first prints
+    for line, other in zip(lines_of("one"), lines_of("four"), strict=True):
         for key, value in line.items():
             close = pytest.approx(value, rel=2e-3, abs=2e-3) if key != "stage" else value
             assert "perplexity" in key or other[key] == close, key
-    models = [sample.load_model(run) for run in ("one", "two")]
+    models = [sample.load_model(run) for run in ("one", "four")]
     for name in ("tokenizer", "transformer"):
         assert difference(*(model[name] for model in models)) < 2e-3, name
 
-    first, second = start_two("cut", *flags)
+    first, second, *others = start_several(4, "cut", *flags)
     interrupted(second, "tokenizer", first)  # they stop together, although one has got Ctrl-C
+    for process in others:
+        ended(process, 1)
     stop = r"train.py: stopped at step (\d+) of (\S+); the same command goes on from there"
     step, stage = re.search(stop, ended(first, 1)).groups()
     saved = torch.load("cut/checkpoint.pt")
     assert (str(saved["state"]["step"]), saved["stage"]) == (step, stage)
     for rank, seconds in ((1, 3), (0, 4)):
-        processes = start_two("cut", *flags)
+        processes = start_several(4, "cut", *flags)
         processes[rank].join(seconds)
-        processes[rank].kill()  # torchrun ends the other
-        processes[1 - rank].join(1)
-        processes[1 - rank].kill()
-        processes[1 - rank].join()
-    for process in start_two("cut", *flags):
+        processes[rank].kill()
+        time.sleep(1)
+        for process in processes:  # torchrun ends the others
+            process.kill()
+            process.join()
+    for process in start_several(4, "cut", *flags):
         ended(process)
-    assert results("cut") == results("two")
-    for process in start_two("new", "--batch", 5):
-        assert "--batch: got 5, expected a multiple of the 2 processes" in ended(process, 1)
+    assert results("cut") == results("four")
+    for process in start_several(4, "new", "--batch", 6):
+        assert "--batch: got 6, expected a multiple of the 4 processes" in ended(process, 1)
     assert not Path("new").exists()
 
 
@@ -666,8 +670,8 @@ def revive_in_process(environment):
 
 
 def test_processes_revive_the_same_codes():
-    environments = [{}, *two_environments()]
-    processes = [FORKS.Process(target=revive_in_process, args=(x,)) for x in environments]
+    several = [{}, *environments(2)]
+    processes = [FORKS.Process(target=revive_in_process, args=(x,)) for x in several]
     for process in processes:
         process.start()
     for process in processes:
@@ -679,7 +683,7 @@ def test_processes_revive_the_same_codes():
 
 def test_a_run_goes_on_with_another_number_of_processes(base, out):
     remove(out, "transformer")
-    for process in start_two(out):
+    for process in start_several(2, out):
         ended(process)
     ours, theirs = (held_out_losses(folder)[-6:] for folder in (out, base))
     assert ours == pytest.approx(theirs, rel=0.1)
