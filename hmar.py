@@ -68,7 +68,7 @@ SCALES = {  # published scales by the image's side in pixels, for a tokenizer th
 def features(
     params, labels, inputs, own_inputs=None, mask=None, *, k=None, cache=None, dropout=0.0
 ):
-    """The features (B, n, C), fp32, that the head of a branch reads: the whole transformer but it.
+    """The transformer without its head: features (B, n, C), fp32, of all tokens.
 
     labels: (B,) int64, 0 to classes, which torch checks, or vectors (B, C); see `condition`.
     inputs: (B, L - len_0, code_dim), from tokenizer.next_scale_inputs.
@@ -82,9 +82,9 @@ def features(
     dropout: for training, the share of numbers that are zeroed in what attention and MLPs add, by
         torch's own random generator.
 
-    ValueError if the cache is missing or not needed, if there is only one of own_inputs and mask or
-    they do not fit inputs, or if a scale k > 0 alone has another number of labels than of inputs,
-    which would broadcast. (In a whole sequence torch refuses that.)
+    ValueError if a cache is missing or not needed, if own_inputs and mask do not come together and
+    fit inputs, or if at a scale k > 0 alone the numbers of labels and inputs differ, which would
+    broadcast. (In a whole sequence torch refuses that.)
     """
     if (cache is not None) != ("causal" in params and k is not None):
         got = "None" if cache is None else "one"
@@ -104,7 +104,7 @@ def features(
     if indices[0] == 0:
         embedded.append(conditions[:, None] + params["start"])  # (B, len_0, C)
     if indices[-1] > 0:
-        finer = [size for i, size in zip(indices, sizes) if i > 0]
+        finer = sizes[1:] if k is None else sizes
         embedded.append(embed_inputs(params, inputs, own_inputs, mask, finer))
     positions = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in indices]
     x = torch.cat(embedded, 1) + torch.cat(positions)  # (B, n, C)
@@ -327,12 +327,14 @@ def wave_logits(branch, size, x, tokens):
 # ---- losses
 
 
-def losses(params, labels, tokens, inputs, own_inputs=None, mask=None, hidden=None, *, dropout=0.0):
+def losses(
+    params, labels, tokens, inputs, own_inputs=None, mask=None, hidden_at=None, *, dropout=0.0
+):
     """Cross entropies in nats, fp32: (B, L), or with a mask (M,) of the M hidden tokens.
 
     tokens (B, L) int64. The other arguments are those of `features`. With a mask the head runs on
-    hidden tokens only, which come image by image and, in an image, coarse to fine. hidden (M,): the
-    `hidden_positions` of the mask, where they are known; otherwise a GPU has to be waited for.
+    hidden tokens only, which come image by image and, in an image, coarse to fine. hidden_at (M,):
+    `hidden_positions(params, mask)`, if the caller has it; computing it here makes a GPU wait.
     """
     branch = params["next_scale"] if mask is None else params["masked"]
     x = features(params, labels, inputs, own_inputs, mask, dropout=dropout)  # (B, L, C)
@@ -341,8 +343,8 @@ def losses(params, labels, tokens, inputs, own_inputs=None, mask=None, hidden=No
     targets = tokens.flatten()
 
     if mask is not None:
-        hidden = hidden_positions(params, mask) if hidden is None else hidden
-        x, near, targets = (part.index_select(0, hidden) for part in (x, near, targets))
+        hidden_at = hidden_positions(params, mask) if hidden_at is None else hidden_at
+        x, near, targets = (part.index_select(0, hidden_at) for part in (x, near, targets))
     result = F.cross_entropy(logits(branch, x, near, dropout=dropout), targets, reduction="none")
     return result.view(tokens.shape) if mask is None else result
 
@@ -385,11 +387,12 @@ def scale_sizes(params):
 
 
 def hidden_tokens_leak(params):
-    """Whether the masked branch is a published one, which has no own_input. This means two things.
+    """Whether the masked branch has no own_input, as published.
 
-    It embeds the tokens of its own scale with the weight of `input`. And it was trained with the
-    codes of hidden tokens in own_inputs (tokenizer.masked_inputs without a mask), where they leak
-    into those of visible tokens nearby; it has to be sampled, and trained further, with them.
+    Such a branch embeds the tokens of its own scale with the weight of `input`. And it was trained
+    with the codes of hidden tokens in own_inputs (tokenizer.masked_inputs without a mask), where
+    they leak into those of visible tokens nearby; so it has to be sampled, and trained further,
+    with them.
     """
     return "own_input" not in params["masked"]
 

@@ -35,7 +35,7 @@ import tokenizer
 
 @torch.no_grad()
 def generate(model, labels, *, seed=0, **overrides):
-    """Images (B, 3, H, W) in [-1, 1], fp32, of these labels.
+    """Images (B, 3, H, W) in [-1, 1], fp32, one for each label.
 
     model: of `load_model`, or a dict(tokenizer=codec, transformer=params, classes=[name, ...],
         sampling=settings) of trees on any device, see `load_model`.
@@ -43,16 +43,17 @@ def generate(model, labels, *, seed=0, **overrides):
     seed: image i uses the random numbers of seed + i; or a list with a seed for each image.
     overrides: arguments of `steps` that replace those in model["sampling"].
 
-    The images are computed `images_at_once` together, so that memory is bounded. Errors are those
-    of `steps`; ValueError if there is no class of a name.
+    At most `images_at_once` of them are computed together, which bounds memory. Errors are those
+    of `steps`; ValueError for an unknown class name.
     """
     params, codec = model["transformer"], model["tokenizer"]
     labels = class_numbers(labels, model["classes"])
+    seeds = seeds_of_images(seed, len(labels))
     settings = model["sampling"] | overrides
 
     images = []
     for part in parts(len(labels), images_at_once(math.prod(image_size(params, codec)))):
-        *_, last = steps(params, codec, labels[part], seed=seed_of_part(seed, part), **settings)
+        *_, last = steps(params, codec, labels[part], seed=seeds[part], **settings)
         images.append(tokenizer.decode_features(codec, last.f_hat))
     return torch.cat(images)
 
@@ -91,7 +92,7 @@ def steps(
         `masked_schedule`.
     guidance, mask_guidance: strength of guidance at the last scale, in next-scale and in masked
         passes. 0 turns it off, which halves the cost.
-    rise: how guidance grows to that over the scales, see `guidance_at_scale`; 0 keeps it constant.
+    rise: the power with which guidance grows over the scales, see `guidance_at_scale`; 0: constant.
     soften: the divergence in nats at which guidance is halved, see `classifier_free_guidance`.
     temperature: divides the logits; below .001 the most likely code is taken.
     top_k: only the top_k most likely codes are sampled; 0: all.
@@ -123,10 +124,8 @@ def steps(
                 own_inputs = masked_branch_inputs(params, codec, tokens, hidden, k, scales)
                 branch, strength = params["masked"], mask_guidance
                 seen = [inputs, own_inputs, hidden]
+            x = guided_features(params, conditions, seen, strength > 0, k, cache)
             strength = guidance_at_scale(strength, rise, k, scales)
-            # A cache must hold from scale 0 on what guidance needs later.
-            is_guided = strength > 0 or (cache is not None and guidance > 0)
-            x = guided_features(params, conditions, seen, is_guided, k, cache)
             uniform = uniform_numbers(seeds, k, pass_index, tokens)  # (B, n_k)
 
             tokens = tokens.clone()  # those of the last Step stay as they are
@@ -163,8 +162,7 @@ def guided_features(params, conditions, seen, is_guided, k, cache):
     """The features of scale k that a head reads: (1, B, n_k, C), or for guidance (2, B, n_k, C).
 
     The second of the two is computed without a class. conditions (B, C). seen: the inputs of
-    hmar.features, [inputs] or [inputs, own_inputs, mask], each (B, n_k, ...). cache: see there; if
-    there is one, is_guided is the same at all scales.
+    hmar.features, [inputs] or [inputs, own_inputs, mask], each (B, n_k, ...). cache: see there.
     """
     if not is_guided:
         return hmar.features(params, conditions, *seen, k=k, cache=cache)[None]
@@ -206,8 +204,9 @@ def classifier_free_guidance(pair, strength, soften=0.0):
 def sample_codes(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """(tokens (...) int64, their probability (...)) of logits (..., V).
 
-    The filters and their order are those of `steps`. Inverts the cumulative probability at uniform
-    (...) fp64 in [0, 1). A temperature below .001 takes the most likely code.
+    A token is the first code at which the cumulative probability exceeds uniform (...), fp64 in
+    [0, 1). The filters are those of `steps`, in that order. A temperature below .001 takes the most
+    likely code.
     """
     is_greedy = temperature < 0.001
     logits = filter_logits(logits if is_greedy else logits / temperature, top_k, top_p)
@@ -228,7 +227,7 @@ def sample_codes(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """logits (..., V), -inf outside the top_k best and then outside the best that hold top_p.
+    """Logits (..., V), -inf for all but the top_k best codes and, of these, the best with top_p.
 
     top_k 0 and top_p 1 keep all codes. Codes with equal logits stay together. Top-p (nucleus)
     sampling as in Holtzman et al. 2020.
@@ -249,9 +248,9 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def hide_least_confident(confidence, hidden, keep):
-    """The tokens that a later pass samples again: of hidden (B, n_k) all but the most confident.
+    """hidden (B, n_k) without its most confident tokens: what a later pass samples again.
 
-    confidence (B, n_k). keep: how many stay, a number or (B, 1).
+    confidence (B, n_k). keep: how many tokens stay, a number or (B, 1).
     """
     confidence = confidence.masked_fill(~hidden, -math.inf)
     order = confidence.argsort(dim=-1, descending=True, stable=True)
@@ -281,15 +280,15 @@ def random_stream(seed, k, pass_index, particle=0):
 
 
 def seeds_of_images(seed, count):
-    """A list of seeds: seed + i for image i, or those in the list if there is a seed for each."""
+    """A list of seeds: seed + i for image i, or those in the list if there is a seed for each.
+
+    ValueError if the list has another length than `count`.
+    """
     if np.ndim(seed) == 0:
         return [int(seed) + i for i in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"seed: got {len(seed)} for {count} labels")
     return [int(number) for number in seed]  # numpy's integers would overflow
-
-
-def seed_of_part(seed, part):
-    """What `seed` is for a part, a slice, of the images."""
-    return int(seed) + part.start if np.ndim(seed) == 0 else seed[part]
 
 
 def class_numbers(labels, names):
@@ -328,13 +327,11 @@ def check_arguments(params, codec, labels, seeds, schedule=None, **numbers):
     check_codes(params, codec)
     counts = tokenizer.lengths(hmar.scale_sizes(params))
     schedule = schedule or [[count] for count in counts]
-    if [sum(keeps) for keeps in schedule] != counts:
+    if [sum(keeps) for keeps in schedule] != counts or min(map(min, schedule)) < 0:
         raise ValueError(f"schedule: got {schedule}, expected these sums by scale: {counts}")
     if len(schedule[0]) > 1 or (max(map(len, schedule)) > 1 and not has_masked_passes(params)):
         raise ValueError(f"schedule: got {schedule}; masked passes need a masked branch, scale > 0")
 
-    if len(seeds) != len(labels):
-        raise ValueError(f"seed: got {len(seeds)} for {len(labels)} labels")
     check_numbers(**numbers, seed=min(seeds, default=0))
     classes = len(params["classes"]) - 1
     are_numbers = len(labels) and not labels.is_floating_point()
@@ -416,6 +413,7 @@ def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
     """
     params, codec = model["transformer"], model["tokenizer"]
     labels, scales = class_numbers(labels, model["classes"]), hmar.scale_sizes(params)
+    seeds = seeds_of_images(seed, len(labels))
     expected = (len(labels), 1, *images.shape[2:])
     if len(images) != len(labels):
         raise ValueError(f"labels: got {len(labels)}, expected {len(images)}, one an image")
@@ -433,7 +431,7 @@ def edit(model, images, mask, labels, *, particles=8, seed=0, **overrides):
         visible = replace_hidden(images[part], mask[part], 4 * cell)
         features = tokenizer.encode_features(codec, visible)
         outside = F.adaptive_max_pool2d(mask[part].float(), scales[-1]) == 0  # (B, 1, h, w)
-        options = settings | dict(seed=seed_of_part(seed, part))
+        options = settings | dict(seed=seeds[part])
         passes = edit_steps(params, codec, labels[part], features, outside, particles, **options)
         *_, last = passes
 
@@ -511,9 +509,8 @@ def edit_steps(
                 own_inputs = masked_branch_inputs(params, codec, tokens, hidden, k, scales)
                 branch, strength = params["masked"], mask_guidance
                 seen = [inputs, own_inputs, hidden]
+            x = guided_features(params, conditions, seen, strength > 0, k, cache)  # as in `steps`
             strength = guidance_at_scale(strength, rise, k, scales)
-            is_guided = strength > 0 or (cache is not None and guidance > 0)
-            x = guided_features(params, conditions, seen, is_guided, k, cache)
             uniform = uniform_numbers(seeds, k, pass_index, tokens, particles)
 
             tokens = tokens.clone()
@@ -660,8 +657,14 @@ def load_model(path, tokenizer_path=None, scales=None):
     except Exception as error:  # torch.load raises errors of many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path}: no weights, {EXPECTED_WEIGHTS}: {reason}") from error
+    names = model.keys() if isinstance(model, dict) else set()
+    if names == {"stage", "state"}:  # a checkpoint
+        raise ValueError(f"{path}: training has not finished; the same train.py command goes on")
+    is_ours = bool(names & {"tokenizer", "transformer"})
+    if is_ours and scales is not None:
+        raise ValueError(f"--scales: for published weights; {path} has its own")
     try:
-        if isinstance(model, dict) and model.keys() & {"tokenizer", "transformer"}:
+        if is_ours:
             model = update_model(model)
         else:
             model = from_published(model, scales)
@@ -682,7 +685,7 @@ def find_weights(path):
         raise ValueError(f"{path}: no such file or folder, {EXPECTED_WEIGHTS}")
     has_model = (path / "model.pt").exists()
     is_begun = (path / "args.json").exists() and not has_model
-    if is_begun or path.name == "checkpoint.pt":
+    if is_begun:
         raise ValueError(f"{path}: training has not finished; the same train.py command goes on")
     if not path.is_dir():
         return path
@@ -694,7 +697,7 @@ def find_weights(path):
 def update_model(model):
     """A model as it is today, from a file that may be older.
 
-    There is_causal stood beside the trees, and published MLPs were called mlp_tanh.
+    In older files is_causal is an entry of the model, and published MLPs are called mlp_tanh.
     """
     params = model.get("transformer")
     is_causal = model.pop("is_causal", False)
@@ -907,7 +910,7 @@ def parser():
 
 
 def add_sampling_flags(top):
-    """Adds SAMPLING_FLAGS and --mask-steps to a parser; what is not named is not in its result."""
+    """Adds SAMPLING_FLAGS and --mask-steps to a parser; those not given are not in its result."""
     title = "sampling settings (the defaults are stored in the model, and printed)"
     add = top.add_argument_group(title, argument_default=argparse.SUPPRESS).add_argument
     add("--guidance", type=float, help="strength of guidance at the last scale; 0 turns it off")
@@ -949,7 +952,7 @@ class Job(NamedTuple):
     overrides: dict  # settings that replace those of the model
     classes: list  # numbers, one a row of the picture
     labels: torch.Tensor  # (n,) of all images
-    seed: int  # of the first image; that of image i is seed + i
+    seeds: list  # of the n images
     batches: list  # slices of the n images
     photo: torch.Tensor | None  # (1, 3, H, W), to be edited
     mask: torch.Tensor | None  # (1, 1, H, W)
@@ -982,8 +985,8 @@ def read_job(args):
     height, width = image_size(params, codec)
     batch = min(50, images_at_once(height * width))
     if args.edit or args.mask or args.pad:
-        if not args.edit or not (args.mask or 0 < args.pad < 0.5):
-            raise ValueError("--edit: expected with --mask, or --pad above 0 and below 0.5")
+        if not args.edit or (args.pad if args.mask else not 0 < args.pad < 0.5):
+            raise ValueError("--edit: expected either --mask, or --pad above 0 and below 0.5")
         pair = read_photo_and_mask(args.edit, args.mask, args.pad, (width, height))
         photo, mask = to_device(pair, device)
         batch = max(1, batch // args.particles)
@@ -994,7 +997,7 @@ def read_job(args):
         overrides=overrides,
         classes=classes.tolist(),
         labels=labels,
-        seed=args.seed,
+        seeds=seeds,
         batches=parts(len(labels), batch),
         photo=photo,
         mask=mask,
@@ -1087,7 +1090,7 @@ def crop_together(photo, mask, size):
 
 def sample_part(job, part):
     """Images (n, 3, H, W) of a part, a slice, of the job, on the CPU."""
-    labels, seed = job.labels[part], seed_of_part(job.seed, part)
+    labels, seed = job.labels[part], job.seeds[part]
     if job.photo is None:
         return generate(job.model, labels, seed=seed, **job.overrides).cpu()
     photo, mask = (x.expand(len(labels), -1, -1, -1) for x in (job.photo, job.mask))
@@ -1100,8 +1103,7 @@ def sample_growth(job, part):
     """[images (n, 3, H, W), ...] of a part of the job, decoded after each pass, on the CPU."""
     params, codec = job.model["transformer"], job.model["tokenizer"]
     settings = job.model["sampling"] | job.overrides
-    seed = seed_of_part(job.seed, part)
-    passes = steps(params, codec, job.labels[part], seed=seed, **settings)
+    passes = steps(params, codec, job.labels[part], seed=job.seeds[part], **settings)
     return [tokenizer.decode_features(codec, step.f_hat).cpu() for step in passes]
 
 

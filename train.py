@@ -93,7 +93,8 @@ def train(
     is_causal: True trains VAR, in which a scale attends to the coarser ones. None: as init is.
     is_simple: says that the images are simple drawings, which need fewer steps.
     tokenizer: a model or its file, whose tokenizer is used; none is trained then.
-    init: a model or its file, whose tokenizer is used and whose transformer is trained further.
+    init: a model or its file, whose transformer is trained further; its tokenizer is used unless
+        `tokenizer` is given.
     device, dtype: names, see `sample.find_device` and `sample.find_dtype`.
     workers: processes that read images. None: none on a CPU, up to eight on a GPU.
     settings: replace entries of `recipe` by name; steps and lr set those of all stages.
@@ -193,7 +194,7 @@ def run_stages(dataset, flags, plan, out, device, workers):
 
     if out and rank() == 0:
         (out / "checkpoint.pt").unlink(missing_ok=True)
-    # Several processes may have met the same images.
+    # An image that several processes left out counts once.
     broken = torch.cat([training.is_broken, held_out.is_broken]).int().to(device)
     broken = int((add_over_processes(broken) > 0).sum())
     if broken:
@@ -418,26 +419,27 @@ def train_tokenizer(
 ):
     """Returns the codec, trained so that its first scales, however many, decode to an image too.
 
-    codec: a tree of `tokenizer.init`. All its leaves are trained; returned is their moving average
-        (EMA) at the best evaluation.
+    codec: a tree of `tokenizer.init`. All its leaves are trained. Their moving average (EMA) at the
+        best evaluation is returned.
     batches: an iterator of (images uint8 (B, 3, H, W), anything), or a function that returns the
         iterator of the steps after a number of steps, such as `crop_batches`. Each of several
         processes gets its own share of a batch.
     held_out: images uint8 (n, 3, H, W) to evaluate on, `evaluations` times.
-    steps, lr: how many, and the peak of the learning rate. decay: weight decay of Muon.
+    steps: their number. lr: the peak of the learning rate. decay: weight decay of Muon.
     newton_schulz: iterations of Muon. averaged, patience: the average's time constant, and how long
         a stage goes on without a better evaluation, as shares of the steps.
     texture_weight, jump_weight, hue_variance, perceptual_layers: of `tokenizer.training_loss`.
-    later: the work of later stages, in steps of this one, for the time that is left of the run.
+    later: the work of later stages, in steps of this one; only for the time left that is printed.
     out: the run folder. stop: an event after which the stage saves and raises KeyboardInterrupt.
     """
     codec = trainable(codec, device)
     leaves, codes = pytree.tree_leaves(codec), len(codec["codebook"])
-    state = new_state(codec, decay, newton_schulz)
+    state = new_state(codec, decay, newton_schulz, asked=[steps, lr, seed])
     state["chosen"] = torch.zeros(codes, dtype=torch.int64, device=device)  # since the last revival
     out = out and Path(out)
     clock = begin_stage(out, "tokenizer", state, steps, later)
-    at_once = images_a_micro_batch(*tokenizer_size(codec, held_out[0, 0].numel(), dtype), device)
+    pixels = held_out[0, 0].numel()
+    at_once = images_a_micro_batch(pixels, tokenizer_bytes(codec, pixels, dtype), device)
     loss_of = compiled(tokenizer.training_loss, device)
     batches = iter(batches(state["step"]) if callable(batches) else batches)
     held_out = to_unit(held_out.to(device))
@@ -496,9 +498,9 @@ def train_tokenizer(
             found = broadcast(found)
             log_numbers(out, "tokenizer", step, clock, {f"held_out_{x}": found[x] for x in found})
             draw_reconstructions(out, fast, held_out[:8], scales)
-            keep_best(state, found["error"])  # which decides, too, when the stage ends
+            keep_best(state, found["error"])
             if step - state["best_step"] >= patience * steps:
-                state["step"] = steps  # nothing is left to do, nor after a restart
+                state["step"] = steps  # ends the stage, also when the run resumes from here
         if is_evaluation or (is_logged and time.monotonic() > save_at):
             save_at = save_checkpoint(out, "tokenizer", state)
         if is_stopped(stop, step, device):
@@ -520,7 +522,7 @@ def count_chosen(chosen, tokens):
 
 @torch.no_grad()
 def revive_codes(state, residuals, generator):
-    """Replaces codes that were never chosen by residuals, in place; then counts begin again.
+    """Replaces codes that were never chosen by residuals, in place, and sets the counts to zero.
 
     residuals: a list over micro-batches of tuples over scales of residuals (b, n_k, code_dim).
     """
@@ -586,8 +588,9 @@ def train_transformer(
     trained = trainable(dict(masked=params["masked"]) if is_masked else params, device)
     frozen = sample.to_device(hmar.cast(params, dtype), device) if is_masked else {}
     leaves = pytree.tree_leaves(trained)
-    state = new_state(trained, decay, newton_schulz)
-    at_once = images_a_micro_batch(*transformer_size(params, codec, dtype), device)
+    state = new_state(trained, decay, newton_schulz, asked=[steps, lr, seed])
+    pixels = math.prod(sample.image_size(params, codec))
+    at_once = images_a_micro_batch(pixels, transformer_bytes(params, dtype), device)
     loss_of = compiled(transformer_loss, device)
     out = out and Path(out)
     clock = begin_stage(out, stage, state, steps, later)
@@ -613,9 +616,10 @@ def train_transformer(
             torch.manual_seed(seed_of(seed, stage, step, "dropout", rank()))
         report = {}
         for part in micro_batches(at_once, *examples):
-            fast = frozen | hmar.cast(trained, dtype)
-            part = send(with_hidden_positions(params, *part), device)
-            result = loss_of(fast, codec, weights, *part, dropout=dropout)
+            fast = frozen | hmar.cast(trained, dtype)  # anew: backward frees the graph of a cast
+            if is_masked:  # found on the CPU, where the mask is; a GPU would have to be waited for
+                part = *part, hmar.hidden_positions(params, part[2])
+            result = loss_of(fast, codec, weights, *send(part, device), dropout=dropout)
             share = len(part[0]) / len(tokens)
             (share * result["loss"]).backward()
             add_to_report(report, share, result)
@@ -639,7 +643,7 @@ def train_transformer(
             draw_samples(out, stage, fast, codec, classes, sampling)
             keep_best(state, found)
             if step - state["best_step"] >= patience * steps:
-                state["step"] = steps  # nothing is left to do, nor after a restart
+                state["step"] = steps  # ends the stage, also when the run resumes from here
         if is_evaluation or (is_logged and time.monotonic() > save_at):
             save_at = save_checkpoint(out, stage, state)
         if is_stopped(stop, step, device):
@@ -650,12 +654,12 @@ def train_transformer(
 
 
 def transformer_loss(
-    params, codec, weights, labels, tokens, mask=None, hidden=None, *, dropout=0.0
+    params, codec, weights, labels, tokens, mask=None, hidden_at=None, *, dropout=0.0
 ):
     """{"loss": the mean loss in nats a token, ...} of labels (B,), tokens (B, L).
 
     weights (L,) are those of tokens; with a mask (B, L - len_0), the loss is that of hidden tokens.
-    hidden: as for `hmar.losses`.
+    hidden_at: as for `hmar.losses`.
     """
     scales = hmar.scale_sizes(params)
     inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
@@ -666,22 +670,11 @@ def transformer_loss(
 
     zeroed = None if hmar.hidden_tokens_leak(params) else mask
     own_inputs = tokenizer.masked_inputs(codec, tokens, scales, zeroed)
-    shown = inputs, own_inputs, mask, hidden
+    shown = inputs, own_inputs, mask, hidden_at
     losses = hmar.losses(params, labels, tokens, *shown, dropout=dropout)  # (M,)
     # The divisor is a constant, the expected number of hidden tokens, so that the losses of
     # micro-batches add up to the loss of the batch.
     return dict(loss=losses.sum() / (0.5 * mask.numel()))
-
-
-def with_hidden_positions(params, labels, tokens, mask=None):
-    """What `transformer_loss` takes of a batch; with a mask its `hmar.hidden_positions` too.
-
-    They are found here, where the masks are: on the CPU. A GPU would have to be waited for, and
-    compiled code cannot contain a size that depends on numbers.
-    """
-    if mask is None:
-        return labels, tokens
-    return labels, tokens, mask, hmar.hidden_positions(params, mask)
 
 
 def drop_labels(labels, is_dropped, classes):
@@ -753,7 +746,7 @@ def evaluate_tokenizer(codec, images, scales):
 @torch.no_grad()
 def evaluate_transformer(params, codec, weights, examples):
     """The mean of `transformer_loss` over examples: labels (n,), tokens (n, L), perhaps a mask."""
-    total, (pixels, _) = 0.0, transformer_size(params, codec, torch.float32)
+    total, pixels = 0.0, math.prod(sample.image_size(params, codec))
     for part in micro_batches(sample.images_at_once(pixels), *examples):
         result = transformer_loss(params, codec, weights, *sample.to_device(part, weights.device))
         total += len(part[0]) / len(examples[0]) * result["loss"].item()
@@ -802,16 +795,17 @@ def trainable(tree, device):
     return pytree.tree_map(lambda leaf: nn.Parameter(leaf.detach().to(device, copy=True)), tree)
 
 
-def new_state(tree, decay, newton_schulz):
+def new_state(tree, decay, newton_schulz, asked=()):
     """All that a stage changes and a checkpoint saves: {name: number, tree or optimizers}.
 
-    Whatever a loop adds to it is saved and restored too.
+    Whatever a loop adds to it is saved and restored too. asked: numbers that must be those of the
+    checkpoint from which a stage goes on.
     """
     average = pytree.tree_map(lambda leaf: leaf.detach().clone(), tree)
     # It changes at evaluations only, so that it need not take a GPU's memory.
     best = pytree.tree_map(lambda leaf: leaf.detach().to("cpu", copy=True), tree)
     optimizers = new_optimizers(tree, decay, newton_schulz)
-    state = dict(step=0, best_step=0, best_loss=math.inf)
+    state = dict(step=0, best_step=0, best_loss=math.inf, asked=[*asked])
     return state | dict(tree=tree, average=average, best=best, optimizers=optimizers)
 
 
@@ -911,7 +905,7 @@ def shared_orthogonalize(matrices, iterations):
 
 
 def optimizer_step(optimizers, rate):
-    """A step of each optimizer at this learning rate; then gradients begin again."""
+    """A step of each optimizer at this learning rate; then the gradients are cleared."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -948,26 +942,24 @@ def keep_best(state, loss):
 TOKENIZER_NUMBERS, TRANSFORMER_NUMBERS = 100, 30
 
 
-def tokenizer_size(codec, pixels, dtype):
-    """(pixels, bytes that autograd keeps) of an image with so many pixels."""
+def tokenizer_bytes(codec, pixels, dtype):
+    """Bytes that autograd keeps of an image with so many pixels."""
     channels = len(codec["encoder"]["conv_in"]["bias"])
-    return pixels, TOKENIZER_NUMBERS * pixels * channels * dtype.itemsize
+    return TOKENIZER_NUMBERS * pixels * channels * dtype.itemsize
 
 
-def transformer_size(params, codec, dtype):
-    """(pixels, bytes that autograd keeps) of an image."""
-    scales, width = hmar.scale_sizes(params), params["classes"].shape[1]
-    places = sum(tokenizer.lengths(scales)) * width * hmar.block_count(params)
-    pixels = math.prod(scales[-1]) * tokenizer.downsampling(codec) ** 2
-    return pixels, TRANSFORMER_NUMBERS * places * dtype.itemsize
+def transformer_bytes(params, dtype):
+    """Bytes that autograd keeps of an image."""
+    tokens, width = sum(tokenizer.lengths(hmar.scale_sizes(params))), params["classes"].shape[1]
+    return TRANSFORMER_NUMBERS * tokens * width * hmar.block_count(params) * dtype.itemsize
 
 
 def images_a_micro_batch(pixels, image_bytes, device, free=None):
-    """How many images pass a loss together: on a CPU few, which its caches hold; on a GPU many.
+    """Images in a micro-batch: on a CPU few, which fit its caches; on a GPU what its memory takes.
 
-    A GPU waits for Python if there is too little to do. So there it is as many as take half of the
-    memory that is free. The rest is for gradients, for what the optimizers make in their first
-    step, and for what operators need meanwhile.
+    A GPU waits for Python if there is too little to do, so there they take half of the free memory.
+    The rest is for gradients, for what the optimizers make in their first step, and for what
+    operators need meanwhile.
     image_bytes: that autograd keeps of an image. free: bytes; None: what the device says.
     """
     if torch.device(device).type != "cuda":
@@ -981,28 +973,18 @@ def images_a_micro_batch(pixels, image_bytes, device, free=None):
 def compiled(function, device):
     """A loss, compiled for a GPU. On a CPU it is the function itself.
 
-    Most of what a GPU's memory transfers in a step is for elementwise operators, which the compiler
-    joins. Where torch cannot compile, as without a C compiler, the function itself is used, too.
+    Most memory traffic of a step on a GPU is that of elementwise operators, which the compiler
+    fuses. Where it fails, as without a C compiler, torch warns and runs the function as it is.
     """
     if torch.device(device).type != "cuda":
         return function
-    ways = [torch.compile(function), function]
-
-    def call(*arguments, **options):
-        try:
-            return ways[0](*arguments, **options)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            name, reason = function.__name__, str(error).strip().partition("\n")[0]
-            print(f"{name} is not compiled, so it is slower: {reason}", file=sys.stderr)
-            del ways[0]
-            return ways[0](*arguments, **options)
-
-    return call
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(function)
 
 
 def send(tensors, device):
     """[tensor, ...] on a device. A GPU copies from pinned memory, and nothing waits for it."""
-    if torch.cuda.is_available():
+    if torch.device(device).type == "cuda":
         tensors = [tensor.pin_memory() if tensor.is_cpu else tensor for tensor in tensors]
     return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
@@ -1090,17 +1072,22 @@ def restored_leaf(leaf, saved):
 
 
 def load_checkpoint(out, stage, state):
-    """Restores the state, in place, if RUN/checkpoint.pt is of this stage."""
+    """Restores the state, in place, if RUN/checkpoint.pt is of this stage.
+
+    ValueError if that was asked for other steps, another rate or seed.
+    """
     path = None if out is None else out / "checkpoint.pt"
     if path is None or not path.exists():
         return
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if saved["stage"] == stage:
+        if saved["state"]["asked"] != state["asked"]:
+            raise ValueError(f"out: {path} is of a stage with other steps, lr or seed")
         state.update(pytree.tree_map(restored_leaf, state, saved["state"]))
 
 
 def is_stopped(stop, step, device):
-    """Whether Ctrl-C came. Several processes ask each other in every tenth step; all stop then."""
+    """Whether Ctrl-C came. Several processes decide it together, in every tenth step."""
     if stop is None or world() == 1:
         return stop is not None and stop.is_set()
     if step % 10:
@@ -1112,7 +1099,7 @@ def save_and_stop(out, stage, state, report):
     """Saves a checkpoint and raises KeyboardInterrupt; called after Ctrl-C, between two steps."""
     check_finite(stage, state["step"], dict(gradient=report["gradient"].item()))
     save_checkpoint(out, stage, state)
-    wait_for_all()  # whoever ends first may end the others
+    wait_for_all()  # torchrun may end all processes when one ends
     text = "the same command goes on from there" if out else "nothing is saved without a folder"
     raise KeyboardInterrupt(f"stopped at step {state['step']} of {stage}; {text}")
 
@@ -1322,7 +1309,9 @@ def encode_crops(codec, images, scales):
 
 
 def to_unit(images):
-    """uint8 (B, 3, H, W) -> float in [-1, 1]."""
+    """uint8 (B, 3, H, W) -> float in [-1, 1]. ValueError for another dtype."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images: got {images.dtype}, expected uint8")
     return images.float() / 127.5 - 1
 
 
@@ -1909,7 +1898,7 @@ def main(argv=None):
 
     try:
         run_stages(dataset, flags, plan, out, device, args.workers)
-    except (KeyboardInterrupt, FloatingPointError, OSError) as error:
+    except (KeyboardInterrupt, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     log(f"finished; next: python sample.py {out}")
     if torch.distributed.is_initialized():

@@ -682,7 +682,7 @@ def waits_of_loops():
     }
     adamw, found = torch.optim.AdamW, {}
 
-    def new_state(tree, *options):
+    def new_state(tree, *options, **more):
         average = pytree.tree_map(torch.clone, tree)
         return dict(step=0, tree=tree, average=average, optimizers=new_optimizers(tree, *options))
 
@@ -761,8 +761,8 @@ def assumed_bytes(recipe, size):
     with torch.device("meta"):
         codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
         params = hmar.init(**train.arguments(hmar.init, recipe))
-    _, first = train.tokenizer_size(codec, size**2, torch.bfloat16)
-    _, second = train.transformer_size(params, codec, torch.bfloat16)
+    first = train.tokenizer_bytes(codec, size**2, torch.bfloat16)
+    second = train.transformer_bytes(params, torch.bfloat16)
     return {"tokenizer": first, "next-scale": second, "masked": second}
 
 

@@ -567,6 +567,7 @@ def test_arguments_that_do_not_fit_are_refused():
         r"schedule: got \[\[1\], \[4\]\].* \[1, 4, 12\]": dict(schedule=[[1], [4]]),
         r"tokenizer: .*got .*\(32, 8\), expected \(16, 8\)": dict(codec=small_codec(codes=32)),
         "seed: got 2 for 3": dict(seed=[1, 2]),
+        r"schedule: got \[\[1\], \[5, -1\]": dict(schedule=[[1], [5, -1], [12]]),
         "schedule: .* need a masked branch": dict(params=PLAIN, schedule=[[1], [1, 3], [12]]),
         "schedule: .*scale > 0": dict(schedule=[[1, 0], [4], [12]]),
         "schedule: .* need a": dict(params=PARAMS | dict(causal={}), schedule=[[1], [1, 3], [12]]),
@@ -678,7 +679,7 @@ def test_what_is_no_finished_run_is_told_apart():
     for folder, names in dict(empty=[], begun=["args.json", "checkpoint.pt"]).items():
         Path(folder).mkdir()
         for name in names:
-            Path(folder, name).write_bytes(b"")
+            torch.save(dict(stage="tokenizer", state={}), Path(folder, name))
     refused("^none: no such file or folder, expected a run folder", sample.load_model, "none")
     refused("^empty: has no model.pt, expected a run folder", sample.load_model, "empty")
     for path in ("begun", "begun/checkpoint.pt"):
@@ -954,8 +955,10 @@ half/model.pt  has no transformer; training has not finished
 bare.pt  bare.pt: has no tokenizer; name a file that has one with --tokenizer
 codec.pt  codec.pt: has no transformer; expected a run folder
 half/checkpoint.pt  half/checkpoint.pt: training has not finished; the same train.py command goes on
-run --pad 0.2  --edit: expected with --mask, or --pad
-run --edit photo.png --pad 0.7  --edit: expected with --mask, or --pad
+run --pad 0.2  --edit: expected either --mask, or --pad
+run --edit photo.png --pad 0.7  --edit: expected either --mask, or --pad
+run --edit photo.png --pad 0.2 --mask black.png  --edit: expected either --mask, or --pad
+run --scales 1 2  --scales: for published weights; run/model.pt has its own
 run --edit photo.png --mask black.png  --mask: expected white
 run --edit none.png --pad 0.2  No such file or directory: 'none.png'
 run --edit text.png --pad 0.2  cannot identify image file 'text.png'
@@ -974,7 +977,7 @@ def test_bad_input_is_one_line(run, line):
     Path("text.png").write_text("text")
     Path("half").mkdir()
     torch.save(dict(tokenizer=CODEC, classes=NAMES, sampling=SAMPLING), "half/model.pt")
-    torch.save({}, "half/checkpoint.pt")
+    torch.save(dict(stage="tokenizer", state={}), "half/checkpoint.pt")
     torch.save(dict(transformer=PARAMS, classes=NAMES, sampling=SAMPLING), "bare.pt")
     torch.save(dict(tokenizer=CODEC), "codec.pt")
     before = contents(".")

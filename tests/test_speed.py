@@ -168,7 +168,10 @@ def test_compiled_losses_are_those_of_the_loops(name):
         else:
             labels, tokens = torch.arange(count) % 3, random_tokens(count, SCALES, 11)
             batch = labels, tokens, torch.rand(count, 20, generator=generator) < 0.3
-            batch = train.with_hidden_positions(params, *batch[: 2 + (name == "masked")])
+            if name == "masked":
+                batch = *batch, hmar.hidden_positions(params, batch[2])
+            else:
+                batch = batch[:2]
             given = hmar.cast(params | tree, torch.bfloat16), codec, weights, *batch
             function, options = train.transformer_loss, dict(dropout=0.3)
         result = functions.setdefault(change, change(function))(*given, **options)["loss"]
@@ -186,7 +189,7 @@ def test_compiled_losses_are_those_of_the_loops(name):
     assert graphs == (3 if name == "tokenizer" else 2)  # one more for the exchange of sides
 
 
-def test_a_loss_that_cannot_be_compiled_is_computed_as_it_is(monkeypatch, capsys):
+def test_a_loss_that_cannot_be_compiled_is_computed_as_it_is(monkeypatch):
     tried = []
 
     def backend(graph, inputs):
@@ -195,11 +198,12 @@ def test_a_loss_that_cannot_be_compiled_is_computed_as_it_is(monkeypatch, capsys
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # afterwards as before
     assert train.compiled(torch.square, "cpu") is torch.square
     function = train.compiled(lambda x, power: x**power, "cuda")
     for _ in range(2):
         assert function(torch.tensor(3.0), power=2) == 9
-    assert len(tried) == 1 and capsys.readouterr().err.count("is not compiled") == 1
+    assert tried
     with pytest.raises(TypeError):  # a mistake in the call is no failure of the compiler
         function(torch.tensor(3.0), 2, 2)
 
@@ -222,9 +226,8 @@ def test_autograd_keeps_at_most_as_many_bytes_as_is_assumed(dtype, least):
         codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
         params = hmar.init(**train.arguments(hmar.init, recipe))
     kept = benchmark.image_bytes(8, 256, dtype)
-    pixels, first = train.tokenizer_size(codec, 256**2, dtype)
-    same_pixels, second = train.transformer_size(params, codec, dtype)
-    assert pixels == same_pixels == 256**2
+    first = train.tokenizer_bytes(codec, 256**2, dtype)
+    second = train.transformer_bytes(params, dtype)
     assert least < kept["tokenizer"] / first < 1
     assert least < kept["next-scale"] / second < 1 and 0.3 < kept["masked"] / second < 1
 
