@@ -1054,7 +1054,7 @@ def read_photo_and_mask(photo_path, mask_path, pad, size):
     # A pixel of the model that any white cell touches is repainted, so that thin strokes stay.
     mask = F.adaptive_max_pool2d(mask, size[::-1]) > 127
     if not mask.any() or mask.all():
-        raise ValueError("--mask: expected white where to repaint, black elsewhere")
+        raise ValueError("--mask: expected some white, where to repaint, and some black")
     return pixels, mask
 
 

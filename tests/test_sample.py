@@ -959,7 +959,7 @@ run --pad 0.2  --edit: expected either --mask, or --pad
 run --edit photo.png --pad 0.7  --edit: expected either --mask, or --pad
 run --edit photo.png --pad 0.2 --mask black.png  --edit: expected either --mask, or --pad
 run --scales 1 2  --scales: for published weights; run/model.pt has its own
-run --edit photo.png --mask black.png  --mask: expected white
+run --edit photo.png --mask black.png  --mask: expected some white
 run --edit none.png --pad 0.2  No such file or directory: 'none.png'
 run --edit text.png --pad 0.2  cannot identify image file 'text.png'
 run --out sheet.xyz  --out: got sheet.xyz, expected .png
