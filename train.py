@@ -1741,7 +1741,7 @@ def new_plan(dataset, flags, changes):
     settings = replace_settings(recipe(*options, cell), changes)
     cell = cell or settings["fold"] * 2 ** (len(settings["multipliers"]) - 1)
     if size % cell or size < 2 * cell:
-        raise ValueError(f"--size: got {size}, expected 2, 3, ... times {cell}")
+        raise ValueError(f"--size: got {size}, expected a multiple of {cell}, {2 * cell} or more")
     settings = replace_settings(recipe(*options, cell), changes)  # with the scales for this cell
     check_settings(settings, size // cell)
     if source:
@@ -1898,7 +1898,7 @@ def main(argv=None):
 
     try:
         run_stages(dataset, flags, plan, out, device, args.workers)
-    except (KeyboardInterrupt, FloatingPointError) as error:
+    except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error}")
     log(f"finished; next: python sample.py {out}")
     if torch.distributed.is_initialized():

@@ -1460,7 +1460,7 @@ def test_a_folder_that_is_no_run_is_refused_and_stays_as_it_is(name, content):
 
 BAD_INPUT = """
 --data none  --data: there is no folder none
---size 15  --size: got 15, expected 2, 3, ... times 4
+--size 15  --size: got 15, expected a multiple of 4, 8 or more
 --size 0  --size: got 0, expected 1 or more
 --batch 0  batch: got 0, expected above 0
 --depth -1  --depth: got -1, expected 1 or more
