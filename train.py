@@ -312,7 +312,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 SAMPLING = {  # (depth, side): guidance, mask_guidance, rise, temperature
     (2, 32): (5.0, 3.0, 1.0, 0.85),
     (2, math.inf): (3.3, 3.0, 2.0, 0.9),
-    (7, 32): (4.5, 2.0, 1.0, 0.9),
+    (7, 32): (4.5, 2.0, 1.0, 0.85),
     (7, math.inf): (3.5, 2.0, 1.0, 0.9),
     (math.inf, math.inf): (1.5, 1.5, 1.0, 1.0),  # not tried
 }
