@@ -469,6 +469,19 @@ def test_what_is_not_finite_is_not_saved():
         assert not {"run/model.pt", "run/checkpoint.pt"} & contents(".").keys()
 
 
+def test_a_stage_refuses_what_it_would_silently_get_wrong():
+    """Images that are no bytes, which would be almost black; a checkpoint of another stage."""
+    with pytest.raises(ValueError, match="images: got torch.float32, expected uint8"):
+        train.to_unit(torch.rand(1, 3, 8, 8))
+    params = small_tree()
+    examples = examples_of(hmar.scale_sizes(params))
+    stage = partial(train.train_transformer, params, CODEC, held_out=examples[0], out="alone")
+    stage(iter(examples), steps=2, lr=0.01)
+    for other in (dict(steps=3, lr=0.01), dict(steps=2, lr=0.02), dict(steps=2, lr=0.01, seed=1)):
+        with pytest.raises(ValueError, match="of a stage with other steps, lr or seed"):
+            stage(iter(examples), **other)
+
+
 def test_a_checkpoint_saves_whatever_is_in_the_state():
     """A discriminator beside a tokenizer, with an optimizer of its own, which was killed."""
 
