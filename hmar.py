@@ -152,9 +152,9 @@ def transformer_block(
 ):
     """x (B, n, C) after attention and MLP, each modulated by conditions (B, C), as in DiT.
 
-    sizes: (h, w) of each scale in x. past: for `cached_attention`, otherwise None. The others are
-    weights. With `depthwise` the block begins with a convolution of each channel of each scale's
-    map (UniFormer, Li et al. 2022), which published blocks do not have.
+    sizes: (h, w) of each scale in x. past: for `cached_attention`, otherwise None. dropout: as in
+    `features`. The others are weights. With `depthwise` the block begins with a convolution of each
+    channel of each scale's map (UniFormer, Li et al. 2022), which published blocks do not have.
     """
     if depthwise is not None:
         x = x + convolve_by_scale(x, sizes, **depthwise)
@@ -254,8 +254,8 @@ def linear(x, weight, bias):
 def logits(branch, x, near=None, *, dropout=0.0):
     """Logits (..., codes), at least fp32, of a branch's features x (..., C).
 
-    near (..., 6): the tokens of `neighbour_tokens`, for branches with neighbours. dropout: as in
-    `features`, of what they add.
+    near (..., 6): the tokens of `neighbour_tokens`, for branches with neighbours. dropout: for
+    training, the share of numbers that are zeroed in what the neighbours' MLP adds.
     """
     if "neighbours" in branch:
         x = add_neighbours(x, near, dropout, **branch["neighbours"])

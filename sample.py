@@ -327,7 +327,7 @@ def check_arguments(params, codec, labels, seeds, schedule=None, **numbers):
     check_codes(params, codec)
     counts = tokenizer.lengths(hmar.scale_sizes(params))
     schedule = schedule or [[count] for count in counts]
-    if [sum(keeps) for keeps in schedule] != counts or min(map(min, schedule)) < 0:
+    if [sum(keeps) for keeps in schedule] != counts:
         raise ValueError(f"schedule: got {schedule}, expected these sums by scale: {counts}")
     if len(schedule[0]) > 1 or (max(map(len, schedule)) > 1 and not has_masked_passes(params)):
         raise ValueError(f"schedule: got {schedule}; masked passes need a masked branch, scale > 0")

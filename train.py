@@ -288,7 +288,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         evaluations=3 * max(2, depth),
         patience=1 / 3,
         label_drop=0.1,
-        # Dropout helps runs that see each image often, and costs those that do not.
+        # Dropout helps runs that see each image often and harms those that do not: FD of CIFAR-10
+        # 3.8 for 4.7 after 15 epochs, 5.7 for 5.2 after five.
         dropout=0.1 if epochs > 8 else 0.0,
         # The root of the number of tokens helps photographs, not drawings.
         loss_weights="lognormal" if is_large else "token" if is_simple else "root",
@@ -571,8 +572,8 @@ def train_transformer(
     batches: an iterator of (labels (B,) or vectors (B, C), tokens int64 (B, L)), or a function that
         returns the iterator of the steps after a number of steps, such as `token_batches`.
     held_out: (labels (n,), tokens (n, L)) to evaluate on.
-    label_drop: the share of labels that become the null class. dropout: of `hmar.features`; with
-        it, torch's own generator is seeded in each step.
+    label_drop: the share of labels that become the null class. dropout: as in `hmar.features`; if
+        it is not 0, each step seeds torch's own random generator.
     loss_weights: of `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
     classes, sampling: names (numbers without them) and settings, for the grid of samples that is
         drawn into `out`.
@@ -957,10 +958,11 @@ def transformer_bytes(params, dtype):
 def images_a_micro_batch(pixels, image_bytes, device, free=None):
     """Images in a micro-batch: on a CPU few, which fit its caches; on a GPU what its memory takes.
 
-    A GPU waits for Python if there is too little to do, so there they take half of the free memory.
-    The rest is for gradients, for what the optimizers make in their first step, and for what
-    operators need meanwhile.
-    image_bytes: that autograd keeps of an image. free: bytes; None: what the device says.
+    A GPU waits for Python if there is too little to do. So what autograd keeps of a micro-batch may
+    take half of its free memory. The rest is for gradients, for what the optimizers allocate in
+    their first step, and for temporary tensors of operators.
+
+    image_bytes: what autograd keeps of an image. free: free bytes of the device; None: as it says.
     """
     if torch.device(device).type != "cuda":
         return sample.images_at_once(pixels)
@@ -971,15 +973,12 @@ def images_a_micro_batch(pixels, image_bytes, device, free=None):
 
 
 def compiled(function, device):
-    """A loss, compiled for a GPU. On a CPU it is the function itself.
+    """A loss, compiled for a GPU; on a CPU, the function itself.
 
     Most memory traffic of a step on a GPU is that of elementwise operators, which the compiler
-    fuses. Where it fails, as without a C compiler, torch warns and runs the function as it is.
+    fuses. With TORCH_COMPILE_DISABLE=1 in the environment torch does not compile.
     """
-    if torch.device(device).type != "cuda":
-        return function
-    torch._dynamo.config.suppress_errors = True
-    return torch.compile(function)
+    return torch.compile(function) if torch.device(device).type == "cuda" else function
 
 
 def send(tensors, device):

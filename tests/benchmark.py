@@ -700,7 +700,7 @@ def waits_of_loops():
         patch = partial(stack.enter_context)
         patch(mock.patch.object(torch.optim, "AdamW", lambda x, fused, **more: adamw(x, **more)))
         patch(mock.patch.object(train, "new_state", new_state))
-        patch(mock.patch.multiple(train, LOG_EVERY=4, REVIVE_EVERY=3))
+        patch(mock.patch.multiple(train, LOG_EVERY=4, REVIVE_EVERY=3, log=lambda line: None))
         # which does not know meta tensors
         patch(mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()))
         for stage, loop in loops.items():
@@ -752,7 +752,8 @@ def print_counts(depth, size):
     words = "micro-batches a step", "operators of one", "MiB an image: bf16", "fp32", "assumed"
     words += "copies waited for", "ms with next to no work"
     print_table((*words, "stage"), rows)
-    print("\nBytes a parameter in the next-scale stage:", end=" ")
+    print("\nOf these copies, the tokenizer's are of the numbers of dead codes, in two steps of 4.")
+    print("Bytes a parameter in the next-scale stage, of which best lies on the CPU:", end=" ")
     print(", ".join(f"{name} {number:.2f}" for name, number in state_bytes(depth).items()))
 
 
@@ -866,7 +867,13 @@ def main(argv=None):
     add("folders", nargs="*", help="rehearse's: photographs, and a run folder")
     add("--size", type=int, choices=SIZES, nargs="+", help="pixels")
     add("--device", type=torch.device, default=DEVICE)
-    add("--depth", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30], help="cost's")
+    add(
+        "--depth",
+        type=int,
+        nargs="+",
+        default=[2, 3, 4, 6, 8, 12, 16, 20, 24, 30],
+        help="of cost and count",
+    )
     add("--head-dim", type=int, nargs="+", default=[64, 128], help="kernels'")
 
     arguments = parser.parse_args(argv)

@@ -189,23 +189,10 @@ def test_compiled_losses_are_those_of_the_loops(name):
     assert graphs == (3 if name == "tokenizer" else 2)  # one more for the exchange of sides
 
 
-def test_a_loss_that_cannot_be_compiled_is_computed_as_it_is(monkeypatch):
-    tried = []
-
-    def backend(graph, inputs):
-        tried.append(graph)
-        raise OSError("no C compiler")
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # afterwards as before
+def test_losses_are_compiled_on_a_gpu_alone():
     assert train.compiled(torch.square, "cpu") is torch.square
-    function = train.compiled(lambda x, power: x**power, "cuda")
-    for _ in range(2):
-        assert function(torch.tensor(3.0), power=2) == 9
-    assert tried
-    with pytest.raises(TypeError):  # a mistake in the call is no failure of the compiler
-        function(torch.tensor(3.0), 2, 2)
+    with mock.patch.object(torch, "compile", lambda function: (function, "compiled")):
+        assert train.compiled(torch.square, "cuda:1") == (torch.square, "compiled")
 
 
 # ---- what a GPU waits for, and holds
