@@ -365,8 +365,10 @@ def has_masked_passes(params):
     return "masked" in params and "causal" not in params
 
 
-def masked_schedule(scales, masked_passes):
+def masked_schedule(scales, masked_passes, refined_tokens=math.inf):
     """A schedule [[1], ...]: next-scale prediction, then this many masked passes, at each scale.
+
+    refined_tokens: scales of more tokens have no masked pass (as published, those of more than 9).
 
     The number of tokens that a pass keeps grows as a cosine falls (MaskGIT, section 3.3): of 16
     tokens the first pass keeps 1, and 3 masked passes keep 4, 5 and 6. Scale 0 has one pass; a
@@ -376,7 +378,8 @@ def masked_schedule(scales, masked_passes):
         raise ValueError(f"masked passes: got {masked_passes}, expected 0 or more")
     schedule = []
     for k, count in enumerate(tokenizer.lengths(scales)):
-        passes = min(masked_passes + 1, count) if k else 1
+        is_refined = 0 < k and count <= refined_tokens
+        passes = min(masked_passes + 1, count) if is_refined else 1
         done = np.arange(passes + 1)
         kept = np.round(count * (1 - np.cos(np.pi / 2 * done / passes)))  # after each pass
         # each pass keeps at least one token and leaves one for each pass to come

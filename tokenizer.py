@@ -296,7 +296,7 @@ def training_loss(
     *,
     hue_variance=0.0,
     texture_weight=0.5,
-    jump_weight=0.0,
+    spectrum_weight=0.0,
     perceptual_layers=(),
     is_transposed=False,
     images_per_coarse=4.0,
@@ -310,17 +310,18 @@ def training_loss(
     the expected number of such images, so that the losses of the parts of a batch add up to its
     loss although they have unequal numbers of them.
     hue_variance: `measure_hue_variance` of the training data.
-    texture_weight, jump_weight: weights of the differences of `texture` and `jumps`.
+    texture_weight, spectrum_weight: weights of the differences of `texture` and `spectrum`.
     perceptual_layers: as for `perceptual_error`; without any, this term is zero.
     is_transposed: the layers see both images with rows and columns exchanged. A small network
     prefers some directions, and the decoder would answer with stripes if they were always the same.
     commitment: weight of the error that moves features to their codes (VAR, equation 5).
 
     There is no adversarial term. Squared, absolute and edge errors alone favour a blur where detail
-    cannot be predicted; the texture term asks for as much local contrast as the image has. It takes
-    flat squares of pixels for grain, which the perceptual term prefers; the term of `jumps` does
-    not. The hue term is relative to the data's variance: in photographs hue varies little beside
-    brightness, so that no code would be spent on it otherwise.
+    cannot be predicted. The texture term asks for as much local contrast as the image has, of
+    whatever kind: images of 64 pixels get all of it in a few frequencies, a lattice of dots. The
+    spectrum term asks for as much of each frequency. The hue term is relative to the data's
+    variance: in photographs hue varies little beside brightness, so that no code would be spent on
+    it otherwise.
 
     Returns loss, error (squared), coarse, quantisation: scalars; images: reconstructions
     (B, 3, H, W), not clamped; coarse_images (n, 3, H, W); tokens, residuals: one entry a scale, see
@@ -353,10 +354,9 @@ def training_loss(
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
     squared_error = error.square().mean()
     loss = squared_error + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges
-    loss = loss + texture_weight * (texture(whole) - texture(images)).abs().mean()
-    if jump_weight:
-        for ours, theirs in zip(jumps(whole), jumps(images)):
-            loss = loss + jump_weight * (ours - theirs).abs().mean()
+    for weight, measure in ((texture_weight, texture), (spectrum_weight, spectrum)):
+        if weight:
+            loss = loss + weight * (measure(whole) - measure(images)).abs().mean()
     hue_error = hues(error).square().mean() / (hue_variance + 0.01)  # 0.01 for grey images
     loss = loss + HUE_WEIGHT * hue_error
     seen = (whole.mT, images.mT) if is_transposed else (whole, images)
@@ -381,17 +381,24 @@ def texture(images):
     return (cell_means((images - blurred).square().sum(1, True)) + 1e-4).sqrt()
 
 
-def jumps(images):
-    """Yields four maps (B, 1, H / 4, W / 4): jumps between neighbours, root mean square of cells.
+def spectrum(images):
+    """Local amplitudes of detail (B, 55, H / 8 - 1, W / 8 - 1), one for each of 55 frequencies.
 
-    Along rows, then along columns (these maps are transposed): of each first jumps inside squares
-    of 2 x 2 pixels, then jumps between them. Such squares are what a decoder with a fold writes.
+    A cosine transform of windows of 8 x 8 pixels, of which waves count that have three half-periods
+    or more along rows or columns; root mean square of 2 x 2 windows, summed over colours.
     """
-    for lines in (images, images.mT):
-        squares = F.pad(lines.diff(dim=3), (0, 1)).square().sum(1, True)  # 0 behind the last pixel
-        for place in (0, 1):
-            cells = F.avg_pool2d(squares[..., place::2], (4, 2), ceil_mode=True)
-            yield (cells + 1e-4).sqrt()
+    index = torch.arange(8, device=images.device)
+    waves = torch.cos(math.pi / 8 * index[:, None] * (index + 0.5)) / 2
+    waves = torch.cat([waves[:1] / math.sqrt(2), waves[1:]])  # (8, 8), orthonormal
+
+    missing = [-side % 8 for side in images.shape[2:]]
+    images = F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate")
+    windows = images.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+    power = (waves @ windows @ waves.T).square().sum(1)  # (B, rows, columns, 8, 8)
+    fine = torch.cat([power[..., 3:, :].flatten(3), power[..., :3, 3:].flatten(3)], -1)
+    fine = fine.permute(0, 3, 1, 2)  # (B, 55, rows, columns)
+    near = [min(2, side) for side in fine.shape[2:]]
+    return (F.avg_pool2d(fine, near, stride=1) + 1e-3).sqrt()
 
 
 def hues(images):

@@ -255,6 +255,8 @@ def test_schedules_sum_to_their_scales(scales, passes):
     for k, keeps in enumerate(sample.masked_schedule(scales, passes)):
         assert sum(keeps) == counts[k] and min(keeps) >= 1
         assert len(keeps) == (min(passes + 1, counts[k]) if k else 1)
+    for k, keeps in enumerate(sample.masked_schedule(scales, passes, refined_tokens=6)):
+        assert keeps == sample.masked_schedule(scales, passes if counts[k] <= 6 else 0)[k]
     assert [sum(keeps) for keeps in sample.published_schedule(scales)] == counts
     cosine = [13, 36, 57, 71, 79]  # round(256 (1 - cos)), differenced
     assert sample.masked_schedule(((1, 1), (16, 16)), 4)[1] == cosine

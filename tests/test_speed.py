@@ -163,7 +163,7 @@ def test_compiled_losses_are_those_of_the_loops(name):
             images = torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1
             coarse = torch.arange(0, count, 2)
             given = tokenizer.cast(tree, torch.bfloat16), images, SCALES, coarse, coarse % 2
-            options = dict(jump_weight=0.2, perceptual_layers=layers, is_transposed=count == 7)
+            options = dict(spectrum_weight=0.2, perceptual_layers=layers, is_transposed=count == 7)
             function = tokenizer.training_loss
         else:
             labels, tokens = torch.arange(count) % 3, random_tokens(count, SCALES, 11)

@@ -742,9 +742,11 @@ def test_numbers_that_were_chosen_by_trials(line):
     for stage, peak in (("tokenizer", rate), ("next_scale", rate), ("masked", rate / 4)):
         assert settings[f"{stage}_lr"] == pytest.approx(peak, rel=1e-3)
     assert settings["decay"] == pytest.approx({2: 0.05, 3: 0.03615}[depth], rel=1e-3)
-    chosen = dict(averaged=0.25, patience=1 / 3, label_drop=0.1, gamma=0.1, masked_passes=0)
+    chosen = dict(averaged=0.25, patience=1 / 3, label_drop=0.1, gamma=0.1, refined_tokens=16)
+    chosen |= dict(masked_passes=int(size == 32 and not is_simple))
     chosen |= dict(newton_schulz=3 if is_simple else 5, code_dim=16, perceptual=size > 32)
-    chosen |= dict(texture_weight=0.25, jump_weight=0.18) if size > 32 else dict(jump_weight=0.0)
+    weights = (0.0, 2.0) if size > 32 else (0.5, 0.0)
+    chosen |= zip(("texture_weight", "spectrum_weight"), weights)
     chosen |= zip(("guidance", "mask_guidance", "rise", "temperature"), GUIDANCE[depth, size])
     chosen |= dict(
         loss_weights="token" if is_simple else "root",
@@ -810,11 +812,11 @@ def test_an_evaluation_without_a_gain_ends_no_stage_at_two_thirds():
 
 def test_every_setting_is_used_by_something():
     """Those that no function takes as an argument are read by `run_stages`."""
-    functions = tokenizer.init, hmar.init, sample.steps
+    functions = tokenizer.init, hmar.init, sample.steps, sample.masked_schedule
     functions += train.train_tokenizer, train.train_transformer
     settings = train.recipe(2, 32, 1000, 10)
     taken = set().union(*(train.arguments(function, settings) for function in functions))
-    read = ["batch", "perceptual", "central_every", "masked_blocks", "masked_passes"]
+    read = ["batch", "perceptual", "central_every", "masked_blocks"]
     read += [
         f"{stage}_{x}" for stage in ("tokenizer", "next_scale", "masked") for x in ("steps", "lr")
     ]
@@ -1013,14 +1015,15 @@ def plain_perceptual(layers, *pair):
         pair = [F.avg_pool2d(x, 2) for x in pair]
 
 
-def plain_jumps(images):
-    """Of cells, along rows and columns: jumps inside squares of 2 x 2 pixels, and between them."""
-    for lines in (images, images.transpose(2, 3)):
-        squares = torch.zeros_like(lines[:, 0])
-        squares[..., :-1] = (lines[..., 1:] - lines[..., :-1]).square().sum(1)
-        cells = squares.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 4))  # (B, h, 4, w, 4)
-        for first in (0, 1):
-            yield (cells[..., [first, first + 2]].mean((2, 4)) + 1e-4).sqrt()
+def plain_spectrum(images):
+    """The maps of the 55 frequencies, each a sum over the pixels of every window."""
+    place = torch.arange(8) + 0.5
+    for u, v in itertools.product(range(8), range(8)):
+        if max(u, v) >= 3:
+            wave = torch.cos(math.pi * u * place / 8)[:, None] * torch.cos(math.pi * v * place / 8)
+            wave = wave / wave.square().sum().sqrt()
+            found = F.conv2d(images, wave.expand(3, 1, 8, 8), stride=8, groups=3).square().sum(1)
+            yield (F.avg_pool2d(found, 2, stride=1) + 1e-3).sqrt()
 
 
 def plain_loss(codec, images, stops, layers, variance, is_transposed):
@@ -1035,8 +1038,8 @@ def plain_loss(codec, images, stops, layers, variance, is_transposed):
     for dim in (2, 3):
         expected += 0.25 * rest.diff(dim=dim).abs().mean()
     expected += 0.25 * (plain_texture(decoded) - plain_texture(images)).abs().mean()
-    for ours, theirs in zip(plain_jumps(decoded), plain_jumps(images)):
-        expected += 0.18 * (ours - theirs).abs().mean()
+    for ours, theirs in zip(plain_spectrum(decoded), plain_spectrum(images)):
+        expected += 2.2 / 55 * (ours - theirs).abs().mean()
     seen = [x.transpose(2, 3) if is_transposed else x for x in (decoded, images)]
     expected += 0.08 * sum(plain_perceptual(layers, *seen))
     expected += 0.28 * plain_hues(rest).square().mean() / (variance + 0.01)
@@ -1064,7 +1067,7 @@ def test_the_tokenizer_learns_from_all_errors():
 
     options = dict(steps=2, lr=1e-12, evaluations=2, patience=2.0, seed=3, out=out)
     options |= dict(perceptual_layers=layers, hue_variance=0.2)
-    options |= dict(texture_weight=0.25, jump_weight=0.18)
+    options |= dict(texture_weight=0.25, spectrum_weight=2.2)
     train.train_tokenizer(FOLDED, batches(), images[:2], SCALES, **options)
     losses = [line["loss"] for line in lines_of(out, name="loss")]
     for step, codec in enumerate(codecs, 1):
