@@ -742,8 +742,8 @@ def test_numbers_that_were_chosen_by_trials(line):
     for stage, peak in (("tokenizer", rate), ("next_scale", rate), ("masked", rate / 4)):
         assert settings[f"{stage}_lr"] == pytest.approx(peak, rel=1e-3)
     assert settings["decay"] == pytest.approx({2: 0.05, 3: 0.03615}[depth], rel=1e-3)
-    chosen = dict(averaged=0.25, patience=1 / 3, label_drop=0.1, gamma=0.1, refined_tokens=16)
-    chosen |= dict(masked_passes=int(size == 32 and not is_simple))
+    chosen = dict(averaged=0.25, patience=1 / 3, label_drop=0.1, gamma=0.1)
+    chosen |= dict(masked_passes=0, refined_tokens=16)
     chosen |= dict(newton_schulz=3 if is_simple else 5, code_dim=16, perceptual=size > 32)
     weights = (0.0, 2.0) if size > 32 else (0.5, 0.0)
     chosen |= zip(("texture_weight", "spectrum_weight"), weights)
