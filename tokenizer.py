@@ -317,8 +317,8 @@ def training_loss(
     commitment: weight of the error that moves features to their codes (VAR, equation 5).
 
     There is no adversarial term. Squared, absolute and edge errors alone favour a blur where detail
-    cannot be predicted. The texture term asks for as much local contrast as the image has, of
-    whatever kind: images of 64 pixels get all of it in a few frequencies, a lattice of dots. The
+    cannot be predicted. The texture term asks for as much local contrast as the image has. At 64
+    pixels the decoder then writes it in a few frequencies, which is seen as a lattice of dots; the
     spectrum term asks for as much of each frequency. The hue term is relative to the data's
     variance: in photographs hue varies little beside brightness, so that no code would be spent on
     it otherwise.
@@ -384,8 +384,10 @@ def texture(images):
 def spectrum(images):
     """Local amplitudes of detail (B, 55, H / 8 - 1, W / 8 - 1), one for each of 55 frequencies.
 
-    A cosine transform of windows of 8 x 8 pixels, of which waves count that have three half-periods
-    or more along rows or columns; root mean square of 2 x 2 windows, summed over colours.
+    They are coefficients of the discrete cosine transform (DCT-II, orthonormal) of windows of 8 x 8
+    pixels, without those of fewer than three half-periods along both rows and columns. The root is
+    taken of their squares, summed over colours and averaged over 2 x 2 neighbouring windows. Sides
+    that are not multiples of 8 are continued by their last pixels.
     """
     index = torch.arange(8, device=images.device)
     waves = torch.cos(math.pi / 8 * index[:, None] * (index + 0.5)) / 2

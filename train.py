@@ -294,8 +294,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         # The root of the number of tokens helps photographs, not drawings.
         loss_weights="lognormal" if is_large else "token" if is_simple else "root",
         # The perceptual term is not worth its time at 32 pixels. At 64 pixels the spectrum term
-        # keeps the decoder from painting a lattice; at 32 pixels, where that cannot be seen, it
-        # raises the FD of reconstructions.
+        # removes a lattice of dots, but raises the FD of samples from 6.5 to 7.2. At 32 pixels it
+        # raises the FD of reconstructions from 4.6 to 5.1 (after a third of the steps).
         perceptual=has_detail,
         texture_weight=0.0 if has_detail else 0.5,
         spectrum_weight=2.0 if has_detail else 0.0,

@@ -268,3 +268,20 @@ def test_scales_are_pairs_coarse_to_fine(scales):
     else:
         for name, given in (("encode", IMAGES), ("decode", TOKENS), ("masked_inputs", TOKENS)):
             refused("^scales: got .*, expected", getattr(tokenizer, name), OURS, given, scales)
+
+
+def test_the_spectrum_of_a_wave_is_one_frequency():
+    """Of 5 half-periods a window along columns and 2 along rows; and sides of any length."""
+    place = (torch.arange(16) + 0.5) % 8
+    wave = torch.cos(math.pi * 5 * place / 8)[:, None] * torch.cos(math.pi * 2 * place / 8)
+    found = tokenizer.spectrum(wave.expand(1, 3, 16, 16))
+    assert found.shape == (1, 55, 1, 1)
+    expected = torch.full((55,), 0.001)
+    expected[(5 - 3) * 8 + 2] += 3 * 16  # the sum of squares of a window is 16
+    torch.testing.assert_close(found.flatten(), expected.sqrt())
+
+    image = torch.rand(1, 3, 12, 20)
+    assert tokenizer.spectrum(image).shape == (1, 55, 1, 2)
+    continued = torch.cat([image, image[:, :, -1:].expand(-1, -1, 4, -1)], 2)
+    continued = torch.cat([continued, continued[..., -1:].expand(-1, -1, -1, 4)], 3)
+    assert torch.equal(tokenizer.spectrum(image), tokenizer.spectrum(continued))
