@@ -649,7 +649,8 @@ def load_model(path, tokenizer_path=None, scales=None):
         classes      names of the classes, [str, ...]
         sampling     keyword arguments of `steps` that suit the transformer
 
-    That of a run whose training has not finished, or of published weights, has only some of them.
+    That of a run whose training has not finished, or of published weights, has only some of them;
+    before the decoder's stage has ended, `draft` stands in place of the tokenizer.
 
     Files are read with weights_only=True, so that none can run code. ValueError if a file is
     missing or holds no such weights.
@@ -663,7 +664,7 @@ def load_model(path, tokenizer_path=None, scales=None):
     names = model.keys() if isinstance(model, dict) else set()
     if names == {"stage", "state"}:  # a checkpoint
         raise ValueError(f"{path}: training has not finished; the same train.py command goes on")
-    is_ours = bool(names & {"tokenizer", "transformer"})
+    is_ours = bool(names & {"draft", "tokenizer", "transformer"})
     if is_ours and scales is not None:
         raise ValueError(f"--scales: for published weights; {path} has its own")
     try:

@@ -1,7 +1,7 @@
 """Training: a dataset of images and labels -> a model; and `python train.py`.
 
     dataset[i] -> (PIL image, label)
-    crops, uint8 (B, 3, size, size) -> train_tokenizer -> codec
+    crops, uint8 (B, 3, size, size) -> train_tokenizer, twice: all of it, the decoder alone -> codec
     crops -> tokens (B, L) -> train_transformer: next-scale stage, then masked stage -> params
 
 A stage is one loop. The seed and the number of a step decide its batch and its random numbers. So a
@@ -48,6 +48,7 @@ CLIP = 1.0  # largest norm of the gradient
 MASKED_RATE = 1 / 4  # learning rate of the masked stage, relative to the others
 REVIVE_EVERY = 20  # steps from one replacement of codes that were never chosen to the next
 REVIVE_UNTIL = 0.8  # share of the steps; later codes get time to settle
+DECODER = "post_quant_conv", "decoder"  # what images are decoded by, of a codec
 COARSE_EVERY = 4  # every fourth image of a batch is decoded from coarse scales too
 PERCEPTUAL_STEPS = 400  # of the perceptual network
 PERCEPTUAL_WIDTHS = 3, 32, 64, 96, 128  # its channels
@@ -140,22 +141,40 @@ def run_stages(dataset, flags, plan, out, device, workers):
 
         if "tokenizer" not in model:
             images, _ = central_crops(training)
-            perceptual_layers = []
+            terms = dict(hue_variance=tokenizer.measure_hue_variance(to_unit(images)))
             if settings["perceptual"]:
                 steps = min(PERCEPTUAL_STEPS, settings["tokenizer_steps"])
                 learning = dict(seed=seed, device=device, dtype=dtype, workers=workers)
-                perceptual_layers = learn_perceptual_layers(training, steps, **learning)
-            model["tokenizer"] = train_tokenizer(
-                tokenizer.init(**arguments(tokenizer.init, settings), seed=seed),
-                partial(crop_batches, training, stage="tokenizer", **reading),
-                central_crops(held_out)[0],
-                steps=settings["tokenizer_steps"],
-                lr=settings["tokenizer_lr"],
-                later=later_steps(plan, "tokenizer"),
-                hue_variance=tokenizer.measure_hue_variance(to_unit(images)),
-                perceptual_layers=perceptual_layers,
+                terms["perceptual_layers"] = learn_perceptual_layers(training, steps, **learning)
+
+            learn = partial(
+                train_tokenizer,
+                held_out=central_crops(held_out)[0],
                 **arguments(train_tokenizer, settings),
+                **terms,
                 **shared,
+            )
+            if "draft" not in model:
+                model["draft"] = learn(
+                    tokenizer.init(**arguments(tokenizer.init, settings), seed=seed),
+                    partial(crop_batches, training, stage="tokenizer", **reading),
+                    steps=settings["tokenizer_steps"],
+                    lr=settings["tokenizer_lr"],
+                    later=later_steps(plan, "tokenizer"),
+                    texture_weight=settings["texture_weight"],
+                    jump_weight=settings["jump_weight"],
+                )
+                model = save_model(out, model)
+
+            model["tokenizer"] = learn(
+                model.pop("draft"),
+                partial(crop_batches, training, stage="decoder", **reading),
+                decoder_only=True,
+                steps=settings["decoder_steps"],
+                lr=settings["decoder_lr"],
+                later=later_steps(plan, "decoder"),
+                texture_weight=0.0,
+                spectrum_weight=settings["spectrum_weight"],
             )
             model = save_model(out, model)
 
@@ -244,7 +263,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     if has_detail:  # fewer images in smaller batches were as good
         seen *= 0.69
         batch //= 2
-    shares = dict(tokenizer=0.43 if fold > 1 else 0.35, next_scale=1, masked=1 / 11)
+    shares = dict(tokenizer=0.4 if fold > 1 else 0.35, decoder=0.08, next_scale=1, masked=1 / 11)
     steps = {name: math.ceil(share * seen / batch) for name, share in shares.items()}
     if is_simple:
         steps = {name: math.ceil(0.68 * number) for name, number in steps.items()}
@@ -275,9 +294,11 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         # The stages.
         batch=batch,
         tokenizer_steps=steps["tokenizer"],
+        decoder_steps=steps["decoder"],
         next_scale_steps=steps["next_scale"],
         masked_steps=steps["masked"],
         tokenizer_lr=rate,
+        decoder_lr=rate,
         next_scale_lr=rate,
         masked_lr=MASKED_RATE * rate,
         decay=0.05 * relative_depth**-0.8,
@@ -286,19 +307,21 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         newton_schulz=3 if is_simple else 5,
         averaged=0.25,
         evaluations=3 * max(2, depth),
-        patience=1 / 3,
         label_drop=0.1,
         # Dropout helps runs that see each image often and harms those that do not: FD of CIFAR-10
         # 3.8 for 4.7 after 15 epochs, 5.7 for 5.2 after five.
         dropout=0.1 if epochs > 8 else 0.0,
         # The root of the number of tokens helps photographs, not drawings.
         loss_weights="lognormal" if is_large else "token" if is_simple else "root",
-        # The perceptual term is not worth its time at 32 pixels. At 64 pixels the spectrum term
-        # removes a lattice of dots, but raises the FD of samples from 6.5 to 7.2. At 32 pixels it
-        # raises the FD of reconstructions from 4.6 to 5.1 (after a third of the steps).
+        # The perceptual term is not worth its time at 32 pixels. It prefers flat squares of 2 x 2
+        # pixels; with less weight of texture and some of jumps it does not weave. At 32 pixels,
+        # without it, these weights raise the FD of reconstructions. The spectrum term replaces both
+        # in the decoder's stage, where it removes a lattice of dots. In the tokenizer's stage it
+        # does so too, but it changes the tokens, and the FD of samples rises from 6.5 to 7.2.
         perceptual=has_detail,
-        texture_weight=0.0 if has_detail else 0.5,
-        spectrum_weight=2.0 if has_detail else 0.0,
+        texture_weight=0.25 if has_detail else 0.5,
+        jump_weight=0.72 if has_detail else 0.0,
+        spectrum_weight=2.0,
         # One crop in so many is the central one, which is not resampled if it has the right size.
         central_every=1 if is_simple else min(16, max(2, 20_000 // images)),
         # The sampler.
@@ -350,7 +373,7 @@ def default_scales(size, cell, growth, doubled=True):
 
 
 # Settings with names that end so are above zero.
-ABOVE_ZERO = "steps", "lr", "batch", "evaluations", "central_every", "patience", "averaged"
+ABOVE_ZERO = "steps", "lr", "batch", "evaluations", "central_every", "averaged"
 
 
 def replace_settings(settings, changes):
@@ -366,11 +389,10 @@ def replace_settings(settings, changes):
             raise ValueError(f"{name}: got {value}, expected above 0")
     if "steps" in changes:
         steps = changes.pop("steps")
-        all_steps = dict(tokenizer_steps=steps, next_scale_steps=steps, masked_steps=steps)
-        changes = all_steps | changes
+        changes = {f"{stage}_steps": steps for stage in STEP_COSTS} | changes
     if "lr" in changes:
         peak = changes.pop("lr")
-        rates = dict(tokenizer_lr=peak, next_scale_lr=peak, masked_lr=MASKED_RATE * peak)
+        rates = {f"{stage}_lr": peak for stage in STEP_COSTS} | dict(masked_lr=MASKED_RATE * peak)
         changes = rates | changes
 
     for name, value in changes.items():
@@ -408,39 +430,40 @@ def train_tokenizer(
     newton_schulz=5,
     averaged=0.25,
     evaluations=6,
-    patience=1 / 3,
-    texture_weight=0.5,
-    spectrum_weight=0.0,
-    hue_variance=0.0,
-    perceptual_layers=(),
+    decoder_only=False,
     seed=0,
     later=0,
     out=None,
     device="cpu",
     dtype=torch.float32,
     stop=None,
+    **terms,
 ):
     """Returns the codec, trained so that its first scales, however many, decode to an image too.
 
-    codec: a tree of `tokenizer.init`. All its leaves are trained. Their moving average (EMA) at the
-        best evaluation is returned.
+    codec: a tree of `tokenizer.init`. The moving average (EMA) of its leaves is returned, that of
+        the last step: on small data sets samples of the lowest held-out loss were worse.
     batches: an iterator of (images uint8 (B, 3, H, W), anything), or a function that returns the
         iterator of the steps after a number of steps, such as `crop_batches`. Each of several
         processes gets its own share of a batch.
-    held_out: images uint8 (n, 3, H, W) to evaluate on, `evaluations` times.
+    held_out: images uint8 (n, 3, H, W) to evaluate on, `evaluations` times; it decides nothing.
     steps: their number. lr: the peak of the learning rate. decay: weight decay of Muon.
-    newton_schulz: iterations of Muon. averaged, patience: the average's time constant, and how long
-        a stage goes on without a better evaluation, as shares of the steps.
-    texture_weight, spectrum_weight, hue_variance, perceptual_layers: of `tokenizer.training_loss`.
+    newton_schulz: iterations of Muon. averaged: the average's time constant, a share of the steps.
+    decoder_only: trains nothing but the decoder, so that images keep their tokens.
     later: the work of later stages, in steps of this one; only for the time left that is printed.
     out: the run folder. stop: an event after which the stage saves and raises KeyboardInterrupt.
+    terms: texture_weight, jump_weight, spectrum_weight, hue_variance and perceptual_layers of
+        `tokenizer.training_loss`.
     """
-    codec = trainable(codec, device)
-    leaves, codes = pytree.tree_leaves(codec), len(codec["codebook"])
-    state = new_state(codec, decay, newton_schulz, asked=[steps, lr, seed])
+    stage = "decoder" if decoder_only else "tokenizer"
+    codec = sample.to_device(codec, device)
+    names = DECODER if decoder_only else codec.keys()
+    trained = trainable({name: codec[name] for name in names}, device)
+    leaves, codes = pytree.tree_leaves(trained), len(codec["codebook"])
+    state = new_state(trained, decay, newton_schulz, asked=[steps, lr, seed])
     state["chosen"] = torch.zeros(codes, dtype=torch.int64, device=device)  # since the last revival
     out = out and Path(out)
-    clock = begin_stage(out, "tokenizer", state, steps, later)
+    clock = begin_stage(out, stage, state, steps, later)
     pixels = held_out[0, 0].numel()
     at_once = images_a_micro_batch(pixels, tokenizer_bytes(codec, pixels, dtype), device)
     loss_of = compiled(tokenizer.training_loss, device)
@@ -453,7 +476,7 @@ def train_tokenizer(
         images, _ = next(batches)  # (b, 3, H, W), this process's share of the batch
         batch = world() * len(images)
         positions = own_share(torch.arange(batch))  # of these images in the whole batch
-        generator = generator_of(seed, "tokenizer", step)
+        generator = generator_of(seed, stage, step)
         last_scales = torch.randint(len(scales) - 1, (batch,), generator=generator)[positions]
 
         report, tokens, residuals = {}, [], []
@@ -461,17 +484,14 @@ def train_tokenizer(
             coarse = (places % COARSE_EVERY == 0).nonzero()[:, 0]  # also decoded from coarse scales
             pixels, coarse, stops = send((pixels, coarse, last[coarse]), device)
             result = loss_of(
-                tokenizer.cast(codec, dtype),
+                tokenizer.cast(codec | trained, dtype),
                 to_unit(pixels),
                 scales,
                 coarse,
                 stops,
-                texture_weight=texture_weight,
-                spectrum_weight=spectrum_weight,
-                hue_variance=hue_variance,
-                perceptual_layers=perceptual_layers,
                 is_transposed=step % 2 == 0,  # against stripes, see there
                 images_per_coarse=batch / math.ceil(batch / COARSE_EVERY),
+                **terms,
             )
             share = len(pixels) / len(images)
             (share * result["loss"]).backward()
@@ -482,35 +502,32 @@ def train_tokenizer(
         average_gradients(leaves)
         report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer_step(state["optimizers"], learning_rate(step, steps, lr))
-        update_average(state["average"], codec, averaged * steps, step)
+        update_average(state["average"], trained, averaged * steps, step)
 
-        count_chosen(state["chosen"], tokens)
-        if step == 1 or (step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * steps):
-            # At step 1 this initialises the codebook from data.
-            revive_codes(state, residuals, generator_of(seed, "revive", step))
+        if not decoder_only:
+            count_chosen(state["chosen"], tokens)
+            if step == 1 or (step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * steps):
+                # At step 1 this initialises the codebook from data.
+                revive_codes(state, residuals, generator_of(seed, "revive", step))
 
         window.append(report)
         is_evaluation = step == steps or step % math.ceil(steps / evaluations) == 0
         is_logged = is_evaluation or step % LOG_EVERY == 0
         if is_logged:
-            log_numbers(out, "tokenizer", step, clock, means(window))
+            log_numbers(out, stage, step, clock, means(window))
             window.clear()
         if is_evaluation:
-            fast = tokenizer.cast(state["average"], dtype)
+            fast = tokenizer.cast(codec | state["average"], dtype)
             found = evaluate_tokenizer(fast, held_out, scales) if rank() == 0 else None
             found = broadcast(found)
-            log_numbers(out, "tokenizer", step, clock, {f"held_out_{x}": found[x] for x in found})
+            log_numbers(out, stage, step, clock, {f"held_out_{x}": found[x] for x in found})
             draw_reconstructions(out, fast, held_out[:8], scales)
-            keep_best(state, found["error"])
-            if step - state["best_step"] >= patience * steps:
-                state["step"] = steps  # ends the stage, also when the run resumes from here
         if is_evaluation or (is_logged and time.monotonic() > save_at):
-            save_at = save_checkpoint(out, "tokenizer", state)
+            save_at = save_checkpoint(out, stage, state)
         if is_stopped(stop, step, device):
-            save_and_stop(out, "tokenizer", state, report)
+            save_and_stop(out, stage, state, report)
 
-    log(f"tokenizer: best at step {state['best_step']}, held-out error {state['best_loss']:.4g}")
-    return sample.to_device(state["best"], device)
+    return codec | state["average"]
 
 
 def count_chosen(chosen, tokens):
@@ -553,7 +570,6 @@ def train_transformer(
     newton_schulz=5,
     averaged=0.25,
     evaluations=6,
-    patience=1 / 3,
     label_drop=0.1,
     dropout=0.0,
     loss_weights="token",
@@ -644,16 +660,12 @@ def train_transformer(
             found = broadcast(found)
             log_numbers(out, stage, step, clock, dict(held_out_loss=found))
             draw_samples(out, stage, fast, codec, classes, sampling)
-            keep_best(state, found)
-            if step - state["best_step"] >= patience * steps:
-                state["step"] = steps  # ends the stage, also when the run resumes from here
         if is_evaluation or (is_logged and time.monotonic() > save_at):
             save_at = save_checkpoint(out, stage, state)
         if is_stopped(stop, step, device):
             save_and_stop(out, stage, state, report)
 
-    log(f"{stage}: best at step {state['best_step']}, held-out loss {state['best_loss']:.4g}")
-    return sample.to_device(params | state["best"], device)
+    return params | state["average"]
 
 
 def transformer_loss(
@@ -805,11 +817,8 @@ def new_state(tree, decay, newton_schulz, asked=()):
     checkpoint from which a stage goes on.
     """
     average = pytree.tree_map(lambda leaf: leaf.detach().clone(), tree)
-    # It changes at evaluations only, so that it need not take a GPU's memory.
-    best = pytree.tree_map(lambda leaf: leaf.detach().to("cpu", copy=True), tree)
     optimizers = new_optimizers(tree, decay, newton_schulz)
-    state = dict(step=0, best_step=0, best_loss=math.inf, asked=[*asked])
-    return state | dict(tree=tree, average=average, best=best, optimizers=optimizers)
+    return dict(step=0, asked=[*asked], tree=tree, average=average, optimizers=optimizers)
 
 
 def begin_stage(out, stage, state, steps, later):
@@ -930,13 +939,6 @@ def update_average(average, tree, window, step):
     """
     kept = min(1 - 1 / (1 + window), step / (step + 10))  # a window of a tenth of the steps so far
     torch._foreach_lerp_(pytree.tree_leaves(average), pytree.tree_leaves(tree), 1 - kept)
-
-
-def keep_best(state, loss):
-    """Keeps the average, as `best`, if it has the lowest loss so far."""
-    if loss < state["best_loss"]:
-        state["best_step"], state["best_loss"] = state["step"], loss
-        pytree.tree_map(torch.Tensor.copy_, state["best"], state["average"])
 
 
 # What autograd keeps of an image, in numbers of the dtype: for each pixel and channel of the
@@ -1798,7 +1800,7 @@ def print_plan(flags, plan, out, device, dtype, training, held_out):
 
 
 # Seconds of a step, relative to one of the tokenizer's; measured at depths 2 and 3 (.6 to 1.9).
-STEP_COSTS = dict(tokenizer=1.0, next_scale=1.2, masked=1.2)
+STEP_COSTS = dict(tokenizer=1.0, decoder=0.9, next_scale=1.2, masked=1.2)
 
 
 def later_steps(plan, stage):
@@ -1844,7 +1846,7 @@ def parser():
     add("--depth", type=int, help=text + "(default: 2)")
     add("--out", help="run folder (default: runs/ and the name of the data folder)")
     add("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
-    text = "training steps, one number for all three stages (default: by the recipe)"
+    text = "training steps, one number for all stages (default: by the recipe)"
     add("--steps", type=int, help=text)
     add("--batch", type=int, help="images in a step, over all processes (default: by the recipe)")
     text = "peak of the learning rate, of which the masked stage takes a quarter (default: by the "

@@ -512,7 +512,10 @@ def print_costs(depths):
         size = 64 if depth < 8 else 256
         recipe = train.recipe(depth, size, images, classes=1000)
         batch, scales = recipe["batch"], recipe["scales"]
-        steps = [recipe[f"{stage}_steps"] for stage in ("tokenizer", "next_scale", "masked")]
+        # The decoder's stage counts as steps of the tokenizer, which take a little longer.
+        stages = "tokenizer", "next_scale", "masked"
+        steps = [recipe[f"{stage}_steps"] for stage in stages]
+        steps[0] += recipe["decoder_steps"]
         with torch.device("meta"):
             codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
             params = hmar.init(**train.arguments(hmar.init, recipe))
@@ -665,8 +668,7 @@ def waits_of_loops():
 
     They run on meta tensors, of which no number can be read: to try it raises. So a loop that gets
     to step 4, where numbers are printed here, has not waited for one. Codes are replaced in steps 1
-    and 3. The best weights are left out, which evaluations alone change, and torch's fused AdamW,
-    which has no form for meta tensors.
+    and 3. torch's fused AdamW is left out, which has no form for meta tensors.
     """
     codec = tokenizer.init(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
     scales = (1, 1), (2, 2), (4, 4)
@@ -682,10 +684,6 @@ def waits_of_loops():
     }
     adamw, found = torch.optim.AdamW, {}
 
-    def new_state(tree, *options, **more):
-        average = pytree.tree_map(torch.clone, tree)
-        return dict(step=0, tree=tree, average=average, optimizers=new_optimizers(tree, *options))
-
     def batches(stage, launches):
         batch = (images, labels) if stage == "tokenizer" else (labels, tokens)
         batch = [part.to("meta") for part in batch]
@@ -695,11 +693,9 @@ def waits_of_loops():
             found[stage] = step, launches.waited_for
             yield batch
 
-    new_optimizers = train.new_optimizers
     with contextlib.ExitStack() as stack:
         patch = partial(stack.enter_context)
         patch(mock.patch.object(torch.optim, "AdamW", lambda x, fused, **more: adamw(x, **more)))
-        patch(mock.patch.object(train, "new_state", new_state))
         patch(mock.patch.multiple(train, LOG_EVERY=4, REVIVE_EVERY=3, log=lambda line: None))
         # which does not know meta tensors
         patch(mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()))
@@ -720,7 +716,6 @@ def state_bytes(depth):
         parts = dict(weights=tree, gradients=[leaf.grad for leaf in pytree.tree_leaves(tree)])
         train.optimizer_step(state["optimizers"], 1e-3)
         parts |= dict(average=state["average"], cast=hmar.cast(tree, torch.bfloat16))
-        parts |= dict(best=state["best"])
         parts["momenta"] = [list(x.state.values()) for x in state["optimizers"]]
         total = count_numbers(tree)
         known, found = set(), {}
@@ -753,7 +748,7 @@ def print_counts(depth, size):
     words += "copies waited for", "ms with next to no work"
     print_table((*words, "stage"), rows)
     print("\nOf these copies, the tokenizer's are of the numbers of dead codes, in two steps of 4.")
-    print("Bytes a parameter in the next-scale stage, of which best lies on the CPU:", end=" ")
+    print("Bytes a parameter in the next-scale stage:", end=" ")
     print(", ".join(f"{name} {number:.2f}" for name, number in state_bytes(depth).items()))
 
 
@@ -792,7 +787,7 @@ def rehearse(photos, out):
         watcher.start()
         for line in torchrun.stdout:
             print(line, end="", flush=True)
-            found = re.match(r"(tokenizer|next-scale|masked): .* M parameters", line)
+            found = re.match(r"(tokenizer|decoder|next-scale|masked): .* M parameters", line)
             stages += [found[1]] if found else []
             if killed_in and line.startswith(f"{killed_in} 2/2"):  # step 1 is saved by now
                 os.kill(workers_of(torchrun)[-1], signal.SIGKILL)

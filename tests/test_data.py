@@ -497,12 +497,13 @@ def test_the_seed_decides_what_is_held_out():
 
 def test_a_run_reads_training_images_once_an_epoch_and_held_out_ones_to_evaluate():
     dataset = NumberedImages(40)
-    options = dict(SMALL, batch=35, steps=4, patience=2.0, evaluations=2)  # four epochs a stage
+    options = dict(SMALL, batch=35, steps=4, evaluations=2)  # four epochs a stage
     train.train(dataset, channels=32, **options)
     first = Counter(range(0, 40, 3))  # these tell the data from others, and are read twice
     times = Counter(dataset.read) - first - first
-    # Also for the variance of hues; and once for each stage, of the held-out ones.
-    assert Counter(times.values()) == {1 + 4 + 4 + 4: 35, 1 + 1 + 1: 5}
+    # Also for the variance of hues; and the held-out ones once for the tokenizer, and
+    # once for each stage of the transformer.
+    assert Counter(times.values()) == {1 + 4 + 4 + 4 + 4: 35, 1 + 1 + 1: 5}
 
 
 def test_workers_read_the_same_batches():

@@ -285,3 +285,15 @@ def test_the_spectrum_of_a_wave_is_one_frequency():
     continued = torch.cat([image, image[:, :, -1:].expand(-1, -1, 4, -1)], 2)
     continued = torch.cat([continued, continued[..., -1:].expand(-1, -1, -1, 4)], 3)
     assert torch.equal(tokenizer.spectrum(image), tokenizer.spectrum(continued))
+
+
+def test_jumps_tell_squares_of_pixels_from_grain():
+    """Columns of two pixels, by turns 0 and 1, jump between squares only, and along rows only."""
+    columns = (torch.arange(20) // 2 % 2).float().expand(1, 3, 12, 20)
+    found = tokenizer.jumps(columns)
+    assert found.shape == (1, 4, 3, 5)
+    expected = torch.zeros(4, 3, 5)
+    expected[1] = 3  # of three colours
+    expected[1, :, -1] = 3 / 2  # behind the last pixel there is no jump
+    torch.testing.assert_close(found[0].square(), expected + 1e-4)
+    assert torch.equal(tokenizer.jumps(columns.mT)[:, [2, 3]], found[:, [0, 1]].mT)
