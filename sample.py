@@ -650,7 +650,7 @@ def load_model(path, tokenizer_path=None, scales=None):
         sampling     keyword arguments of `steps` that suit the transformer
 
     That of a run whose training has not finished, or of published weights, has only some of them;
-    before the decoder's stage has ended, `draft` stands in place of the tokenizer.
+    `draft` is a tokenizer whose decoder's stage has not ended.
 
     Files are read with weights_only=True, so that none can run code. ValueError if a file is
     missing or holds no such weights.

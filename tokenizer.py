@@ -319,10 +319,10 @@ def training_loss(
     commitment: weight of the error that moves features to their codes (VAR, equation 5).
 
     There is no adversarial term. Squared, absolute and edge errors alone favour a blur where detail
-    cannot be predicted; the texture term asks for as much local contrast as the image has. It takes
-    flat squares of pixels for grain, which the perceptual term prefers; the term of `jumps` does
-    not. Both let the decoder write all detail in a few frequencies, which is seen as a lattice of
-    dots; the spectrum term asks for as much of each frequency as the image has. The hue term is
+    cannot be predicted; the texture term asks for as much local contrast as the image has. Flat
+    squares of 2 x 2 pixels, which the perceptual term prefers, satisfy it, but not the term of
+    `jumps`. Even then a decoder writes all detail in a few frequencies, which is seen as a lattice
+    of dots; the spectrum term asks for as much of each frequency as the image has. The hue term is
     relative to the data's variance: in photographs hue varies little beside brightness, so that no
     code would be spent on it otherwise.
 
@@ -388,12 +388,14 @@ def texture(images):
 def jumps(images):
     """Jumps between neighbours (B, 4, H / 4, W / 4), root mean square of cells of 4 x 4 pixels.
 
-    Along rows, then along columns: of each first jumps inside squares of 2 x 2 pixels, then jumps
-    between them. Such squares are what a decoder with a fold writes.
+    Maps 0 and 1 are of jumps along rows: 0 of those inside squares of 2 x 2 pixels, 1 of those
+    between such squares. Maps 2 and 3 are the same along columns. A decoder with a fold of 2 writes
+    such squares. Numbers are rounded up where a side is no multiple of 4.
     """
     found = []
     for lines in (images, images.mT):
-        squares = F.pad(lines.diff(dim=3), (0, 1)).square().sum(1, True)  # 0 behind the last pixel
+        missing = 1 + lines.shape[3] % 2  # no jump behind the last pixel; then an even number
+        squares = F.pad(lines.diff(dim=3), (0, missing)).square().sum(1, True)
         for place in (0, 1):
             found.append(F.avg_pool2d(squares[..., place::2], (4, 2), ceil_mode=True))
     along_rows, along_columns = found[:2], [cells.mT for cells in found[2:]]

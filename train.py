@@ -1,7 +1,7 @@
 """Training: a dataset of images and labels -> a model; and `python train.py`.
 
     dataset[i] -> (PIL image, label)
-    crops, uint8 (B, 3, size, size) -> train_tokenizer, twice: all of it, the decoder alone -> codec
+    crops, uint8 (B, 3, size, size) -> train_tokenizer -> codec; again, for the decoder alone
     crops -> tokens (B, L) -> train_transformer: next-scale stage, then masked stage -> params
 
 A stage is one loop. The seed and the number of a step decide its batch and its random numbers. So a
@@ -42,13 +42,16 @@ import hmar
 import sample
 import tokenizer
 
+# The stages, and the seconds of a step of each relative to the tokenizer's, for the time left; they
+# were measured at depths 2 and 3, where they vary by half.
+STEP_COSTS = dict(tokenizer=1.0, decoder=0.9, next_scale=1.2, masked=1.2)
 COOL_DOWN = 0.6  # share of a stage's steps at its end, while the learning rate falls to zero
 WARM_UP = 0.06  # share at its beginning, while it rises to its peak
 CLIP = 1.0  # largest norm of the gradient
 MASKED_RATE = 1 / 4  # learning rate of the masked stage, relative to the others
 REVIVE_EVERY = 20  # steps from one replacement of codes that were never chosen to the next
 REVIVE_UNTIL = 0.8  # share of the steps; later codes get time to settle
-DECODER = "post_quant_conv", "decoder"  # what images are decoded by, of a codec
+DECODER = "post_quant_conv", "decoder"  # the parts of a codec that make images of f_hat
 COARSE_EVERY = 4  # every fourth image of a batch is decoded from coarse scales too
 PERCEPTUAL_STEPS = 400  # of the perceptual network
 PERCEPTUAL_WIDTHS = 3, 32, 64, 96, 128  # its channels
@@ -173,7 +176,7 @@ def run_stages(dataset, flags, plan, out, device, workers):
                 steps=settings["decoder_steps"],
                 lr=settings["decoder_lr"],
                 later=later_steps(plan, "decoder"),
-                texture_weight=0.0,
+                texture_weight=0.0,  # the spectrum says more of the same
                 spectrum_weight=settings["spectrum_weight"],
             )
             model = save_model(out, model)
@@ -313,11 +316,11 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         dropout=0.1 if epochs > 8 else 0.0,
         # The root of the number of tokens helps photographs, not drawings.
         loss_weights="lognormal" if is_large else "token" if is_simple else "root",
-        # The perceptual term is not worth its time at 32 pixels. It prefers flat squares of 2 x 2
-        # pixels; with less weight of texture and some of jumps it does not weave. At 32 pixels,
-        # without it, these weights raise the FD of reconstructions. The spectrum term replaces both
-        # in the decoder's stage, where it removes a lattice of dots. In the tokenizer's stage it
-        # does so too, but it changes the tokens, and the FD of samples rises from 6.5 to 7.2.
+        # The perceptual term is not worth its time at 32 pixels. With it and the texture term at .5
+        # alone, decoders write flat squares of 2 x 2 pixels for grain; with these weights of
+        # texture and jumps they do not. At 32 pixels, without it, these weights are worse.
+        # The decoder's stage has the spectrum term instead, against a lattice of dots. In the
+        # tokenizer's stage it costs tokens, and the FD of samples of 64 pixels is 7.2 for 6.5.
         perceptual=has_detail,
         texture_weight=0.25 if has_detail else 0.5,
         jump_weight=0.72 if has_detail else 0.0,
@@ -374,6 +377,7 @@ def default_scales(size, cell, growth, doubled=True):
 
 # Settings with names that end so are above zero.
 ABOVE_ZERO = "steps", "lr", "batch", "evaluations", "central_every", "averaged"
+ABOVE_ZERO += ("spectrum_weight",)
 
 
 def replace_settings(settings, changes):
@@ -441,22 +445,22 @@ def train_tokenizer(
 ):
     """Returns the codec, trained so that its first scales, however many, decode to an image too.
 
-    codec: a tree of `tokenizer.init`. The moving average (EMA) of its leaves is returned, that of
-        the last step: on small data sets samples of the lowest held-out loss were worse.
+    codec: a tree of `tokenizer.init`. The moving average (EMA) of its leaves is returned.
     batches: an iterator of (images uint8 (B, 3, H, W), anything), or a function that returns the
         iterator of the steps after a number of steps, such as `crop_batches`. Each of several
         processes gets its own share of a batch.
     held_out: images uint8 (n, 3, H, W) to evaluate on, `evaluations` times; it decides nothing.
     steps: their number. lr: the peak of the learning rate. decay: weight decay of Muon.
     newton_schulz: iterations of Muon. averaged: the average's time constant, a share of the steps.
-    decoder_only: trains nothing but the decoder, so that images keep their tokens.
+    decoder_only: trains nothing but the decoder and post_quant_conv, so that images keep their
+        tokens; the stage is called "decoder" then.
     later: the work of later stages, in steps of this one; only for the time left that is printed.
     out: the run folder. stop: an event after which the stage saves and raises KeyboardInterrupt.
     terms: texture_weight, jump_weight, spectrum_weight, hue_variance and perceptual_layers of
         `tokenizer.training_loss`.
     """
     stage = "decoder" if decoder_only else "tokenizer"
-    codec = sample.to_device(codec, device)
+    codec = pytree.tree_map(torch.Tensor.detach, sample.to_device(codec, device))
     names = DECODER if decoder_only else codec.keys()
     trained = trainable({name: codec[name] for name in names}, device)
     leaves, codes = pytree.tree_leaves(trained), len(codec["codebook"])
@@ -1704,7 +1708,10 @@ def read_plan(out):
 
 
 def check_same(out, plan, asked, data):
-    """ValueError if the run in the folder was begun with other settings or other data."""
+    """ValueError if the run in the folder was begun with other settings, data or code."""
+    if plan["settings"].keys() != recipe(2, 64, 1000, 1).keys():
+        text = "was begun by another version of train.py; name another folder"
+        raise ValueError(f"--out: {out} {text}")
     for kind, before, now in (("settings", plan["asked"], asked), ("data", plan["data"], data)):
         names = [name for name in before | now if before.get(name) != now.get(name)]
         if names:
@@ -1727,6 +1734,8 @@ def new_plan(dataset, flags, changes):
         codec = part_of(source, "tokenizer")
         cell = tokenizer.downsampling(codec)
         fixed |= inspect.signature(tokenizer.init).parameters.keys()
+        fixed |= {"texture_weight", "jump_weight", "spectrum_weight", "perceptual"}
+        fixed |= {f"{stage}_{x}" for stage in ("tokenizer", "decoder") for x in ("steps", "lr")}
     if flags["init"]:
         params = part_of(flags["init"], "transformer")
         sample.check_codes(params, codec)
@@ -1797,10 +1806,6 @@ def print_plan(flags, plan, out, device, dtype, training, held_out):
         if flags[name]:
             where = "a model in memory" if isinstance(flags[name], dict) else flags[name]
             log(f"--{name}: {where}")
-
-
-# Seconds of a step, relative to one of the tokenizer's; measured at depths 2 and 3 (.6 to 1.9).
-STEP_COSTS = dict(tokenizer=1.0, decoder=0.9, next_scale=1.2, masked=1.2)
 
 
 def later_steps(plan, stage):

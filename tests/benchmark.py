@@ -501,8 +501,9 @@ def optimizer_flops(tree):
 
 
 COSTS = """\
-Computed, on ImageNet: tokenizer / next-scale / masked stage. EFLOP; parameters in millions; hours \
-at 66 TFLOP/s, 40 % of a 24 GB card, 12 bytes a parameter exchanged at 24 GB/s; no evaluations.
+Computed, on ImageNet: tokenizer with its decoder's / next-scale / masked stage. EFLOP; \
+parameters in millions; hours at 66 TFLOP/s, 40 % of a 24 GB card, 12 bytes a parameter exchanged \
+at 24 GB/s; no evaluations.
 """
 
 
@@ -770,7 +771,8 @@ REHEARSED = dict(width=384, channels=32)  # instead of 1,024 and 160
 def rehearse(photos, out):
     """Trains depth 16 at 256 pixels for two steps a stage; prints the peak of memory by stage.
 
-    Four processes; one of them is killed in the first stage, one in the second, and two go on.
+    Four processes; one is killed in the tokenizer's stage, one in the next-scale stage, and two go
+    on. The decoder's stage is not counted: it keeps less than the tokenizer's.
     """
     flags = ["train.py", "--data", photos, "--out", out, "--depth=16", "--size=256", "--steps=2"]
     flags += ["--batch=8", "--dtype=fp32", "--device=cpu", "--set"]

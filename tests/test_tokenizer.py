@@ -297,3 +297,4 @@ def test_jumps_tell_squares_of_pixels_from_grain():
     expected[1, :, -1] = 3 / 2  # behind the last pixel there is no jump
     torch.testing.assert_close(found[0].square(), expected + 1e-4)
     assert torch.equal(tokenizer.jumps(columns.mT)[:, [2, 3]], found[:, [0, 1]].mT)
+    assert tokenizer.jumps(torch.rand(1, 3, 9, 18)).shape == (1, 4, 3, 5)
