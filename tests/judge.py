@@ -452,6 +452,7 @@ def write_edits(run, images, labels, path):
     mask[..., images.shape[3] // 2 :] = True
     made = [sample.edit(model, images, mask, labels, seed=seed) for seed in (100, 200, 300)]
     columns = [images, images.masked_fill(mask, 0), *made]
+    path.parent.mkdir(parents=True, exist_ok=True)
     sample.sheet(list(torch.stack(columns, 1)), names).save(path)
 
 
