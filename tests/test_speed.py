@@ -266,7 +266,7 @@ def test_computed_costs_are_those_of_a_real_step(name, masked):
 
 def test_costs_are_printed(capsys):
     benchmark.main(["cost", "--depth", "16"])
-    assert "109 / 310 / 468 | 73.08 | 10.75 | 256 pixels" in capsys.readouterr().out
+    assert "109 / 310 / 468 | 79.56 | 11.60 | 256 pixels" in capsys.readouterr().out
 
 
 def test_gpu_refuses_what_disagrees(capsys, monkeypatch):
