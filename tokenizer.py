@@ -390,7 +390,7 @@ def jumps(images):
 
     Maps 0 and 1 are of jumps along rows: 0 of those inside squares of 2 x 2 pixels, 1 of those
     between such squares. Maps 2 and 3 are the same along columns. A decoder with a fold of 2 writes
-    such squares. Numbers are rounded up where a side is no multiple of 4.
+    such squares. Sizes are rounded up where a side is no multiple of 4.
     """
     found = []
     for lines in (images, images.mT):
