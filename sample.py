@@ -80,6 +80,7 @@ def steps(
     rise=1.0,
     soften=0.0,
     temperature=1.0,
+    cooling=1.0,
     top_k=0,
     top_p=1.0,
     seed=0,
@@ -94,7 +95,8 @@ def steps(
         passes. 0 turns it off, which halves the cost.
     rise: the power with which guidance grows over the scales, see `guidance_at_scale`; 0: constant.
     soften: the divergence in nats at which guidance is halved, see `classifier_free_guidance`.
-    temperature: divides the logits; below .001 the most likely code is taken.
+    temperature: divides the logits of the last scale; below .001 the most likely code is taken.
+    cooling: how many times warmer the first scale is, see `temperature_at_scale`; 1: constant.
     top_k: only the top_k most likely codes are sampled; 0: all.
     top_p: of these, only the most likely ones that together have this probability.
     seed: image i uses the random numbers of seed + i; or a list with a seed for each image.
@@ -104,7 +106,7 @@ def steps(
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
     labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
     strengths = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
-    filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    filters = dict(temperature=temperature, cooling=cooling, top_k=top_k, top_p=top_p)
     check_arguments(params, codec, labels, seeds, schedule, **strengths, **filters)
 
     schedule = schedule or masked_schedule(scales, 0)
@@ -126,6 +128,7 @@ def steps(
                 seen = [inputs, own_inputs, hidden]
             x = guided_features(params, conditions, seen, strength > 0, k, cache)
             strength = guidance_at_scale(strength, rise, k, scales)
+            warmth = temperature_at_scale(temperature, cooling, k, scales)
             uniform = uniform_numbers(seeds, k, pass_index, tokens)  # (B, n_k)
 
             tokens = tokens.clone()  # those of the last Step stay as they are
@@ -133,7 +136,7 @@ def steps(
             for positions, pair in hmar.wave_logits(branch, size, x, tokens):
                 logits = classifier_free_guidance(pair, strength, soften)  # (B, m, codes)
                 sampled, probability = sample_codes(
-                    logits, uniform[:, positions], temperature, top_k, top_p
+                    logits, uniform[:, positions], warmth, top_k, top_p
                 )
                 is_hidden = hidden[:, positions]
                 tokens[:, positions] = torch.where(is_hidden, sampled, tokens[:, positions])
@@ -154,8 +157,20 @@ def masked_branch_inputs(params, codec, tokens, hidden, k, scales):
 
 def guidance_at_scale(strength, rise, k, scales):
     """strength * (k / (S - 1)) ** rise at scale k of S; at the last scale it is strength itself."""
-    progress = k / (len(scales) - 1) if len(scales) > 1 else 1.0
-    return strength * progress**rise
+    return strength * progress(k, scales) ** rise
+
+
+def temperature_at_scale(temperature, cooling, k, scales):
+    """temperature * cooling ** (1 - k / (S - 1)) at scale k of S; at the last it is temperature.
+
+    Coarse scales decide what an image shows, and warm ones vary it; cool fine scales keep it clean.
+    """
+    return temperature * cooling ** (1 - progress(k, scales))
+
+
+def progress(k, scales):
+    """0 at the first scale to 1 at the last; 1 if there is one scale alone."""
+    return k / (len(scales) - 1) if len(scales) > 1 else 1.0
 
 
 def guided_features(params, conditions, seen, is_guided, k, cache):
@@ -463,6 +478,7 @@ def edit_steps(
     rise=1.0,
     soften=0.0,
     temperature=1.0,
+    cooling=1.0,
     top_k=0,
     top_p=1.0,
     seed=0,
@@ -486,7 +502,7 @@ def edit_steps(
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
     labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
     strengths = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
-    filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    filters = dict(temperature=temperature, cooling=cooling, top_k=top_k, top_p=top_p)
     check_arguments(params, codec, labels, seeds, schedule, **strengths, **filters)
 
     schedule = schedule or masked_schedule(scales, 1 if has_masked_passes(params) else 0)
@@ -514,6 +530,7 @@ def edit_steps(
                 seen = [inputs, own_inputs, hidden]
             x = guided_features(params, conditions, seen, strength > 0, k, cache)  # as in `steps`
             strength = guidance_at_scale(strength, rise, k, scales)
+            warmth = temperature_at_scale(temperature, cooling, k, scales)
             uniform = uniform_numbers(seeds, k, pass_index, tokens, particles)
 
             tokens = tokens.clone()
@@ -525,7 +542,7 @@ def edit_steps(
                     likelihood += log_p.masked_fill(is_hidden, 0).sum(1)
                 logits = classifier_free_guidance(pair, strength, soften) + clues[:, positions]
                 sampled, probability = sample_codes(
-                    logits, uniform[:, positions], temperature, top_k, top_p
+                    logits, uniform[:, positions], warmth, top_k, top_p
                 )
                 tokens[:, positions] = torch.where(is_hidden, sampled, tokens[:, positions])
                 confidence[:, positions] = probability.double()
@@ -730,7 +747,7 @@ def published_sampling(params):
 
     An HMAR of a depth that was not published gets those of depth 16.
     """
-    settings = dict(mask_guidance=0.0, rise=1.0, soften=0.0, temperature=1.0)
+    settings = dict(mask_guidance=0.0, rise=1.0, soften=0.0, temperature=1.0, cooling=1.0)
     if "causal" in params:
         return settings | PUBLISHED_VAR
     if "masked" in params:
@@ -870,7 +887,7 @@ def exit_with_a_line(name):
 # ---- here the library ends; the command
 
 # settings of `steps` that are flags too
-SAMPLING_FLAGS = "guidance", "mask_guidance", "rise", "soften", "temperature", "top_k", "top_p"
+SAMPLING_FLAGS = "guidance mask_guidance rise soften temperature cooling top_k top_p".split()
 
 
 def parser():
@@ -926,7 +943,10 @@ def add_sampling_flags(top):
         "of this many nats; 0: never"
     )
     add("--soften", type=float, help=text)
-    add("--temperature", type=float, help="divides the logits; 0: take the most likely code")
+    text = "divides the logits of the last scale; 0: take the most likely code"
+    add("--temperature", type=float, help=text)
+    text = "how many times warmer the first scale is than the last; 1: all are alike"
+    add("--cooling", type=float, help=text)
     add("--top-k", type=int, help="sample only the k most likely codes; 0: all")
     text = "sample only the smallest set of codes with at least this probability together; 1: all"
     add("--top-p", type=float, help=text)

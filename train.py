@@ -336,12 +336,12 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 
 # Chosen at depths 2 and 3 by the FD to images that no model saw (tests/RESULTS.md, section 3).
 # The first row whose depth and side in pixels are not exceeded counts.
-SAMPLING = {  # (depth, side): guidance, mask_guidance, rise, temperature
-    (2, 32): (5.0, 3.0, 1.0, 0.85),
-    (2, math.inf): (3.3, 3.0, 2.0, 0.9),
-    (7, 32): (4.5, 2.0, 1.0, 0.85),
-    (7, math.inf): (3.5, 2.0, 1.0, 0.9),
-    (math.inf, math.inf): (1.5, 1.5, 1.0, 1.0),  # not tried
+SAMPLING = {  # (depth, side): guidance, mask_guidance, rise, temperature, cooling
+    (2, 32): (6.0, 3.0, 1.0, 0.75, 1.5),
+    (2, math.inf): (3.3, 3.0, 2.0, 0.75, 1.5),
+    (7, 32): (4.5, 2.0, 1.0, 0.85, 1.0),
+    (7, math.inf): (3.5, 2.0, 1.0, 0.9, 1.0),
+    (math.inf, math.inf): (1.5, 1.5, 1.0, 1.0, 1.0),  # not tried
 }
 
 
@@ -352,11 +352,11 @@ def sampling_settings(depth, size, classes):
     only by noise.
     """
     fitting = [row for (most, side), row in SAMPLING.items() if depth <= most and size <= side]
-    guidance, mask_guidance, rise, temperature = fitting[0]
+    guidance, mask_guidance, rise, temperature, cooling = fitting[0]
     if classes == 1:
         guidance = mask_guidance = 0.0
-    settings = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise)
-    return settings | dict(soften=0.1, temperature=temperature, top_k=0, top_p=1.0)
+    settings = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=0.1)
+    return settings | dict(temperature=temperature, cooling=cooling, top_k=0, top_p=1.0)
 
 
 def default_scales(size, cell, growth, doubled=True):

@@ -109,6 +109,7 @@ def slow_steps(params, codec, condition, seed, options, known=None):
         for number, keep in enumerate(keeps):
             mask = torch.tensor([[place in hidden for place in range(h * w)]])
             t, branch, given = options["guidance"], "next_scale", [inputs]
+            heat = options["temperature"]
             if number:
                 zeroed = mask if "own_input" in params["masked"] else None
                 own = torch.tensor([tokens])
@@ -116,11 +117,12 @@ def slow_steps(params, codec, condition, seed, options, known=None):
                 t, branch, given = options["mask_guidance"], "masked", [inputs, own, mask]
             if len(scales) > 1:
                 t = t * (k / (len(scales) - 1)) ** options["rise"]
+                heat = heat * options["cooling"] ** (1 - k / (len(scales) - 1))
             features = partial(hmar.features, params, k=k)
             pairs = zip(conditions, caches)
             both = [features(vector, *given, cache=cache)[0] for vector, cache in pairs]
-            heat, numbers = options["temperature"], np.random.default_rng((seed, k, number))
-            numbers, confidence = numbers.random(h * w), {}
+            numbers = np.random.default_rng((seed, k, number)).random(h * w)
+            confidence = {}
 
             # one after another, after those near, which a head may look at
             for place in sorted(hidden, key=lambda place: place % w + 2 * (place // w)):
@@ -174,6 +176,7 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks)
         rise=data.draw(st.sampled_from([0, 1, 2])),
         soften=data.draw(st.sampled_from([0, 0.1, 2])),
         temperature=data.draw(st.sampled_from([0, 0.2, 0.5, 1.0, 3.0])),
+        cooling=data.draw(st.sampled_from([1, 0.5, 2])),
         top_k=data.draw(st.integers(0, 6)),
         top_p=data.draw(st.sampled_from([1.0, 0.9, 0.4])),
     )
@@ -319,7 +322,7 @@ def blocks(depth):
 
 
 def test_published_trees_are_sampled_with_published_settings():
-    common = dict(mask_guidance=0, rise=1, soften=0, temperature=1)
+    common = dict(mask_guidance=0, rise=1, soften=0, temperature=1, cooling=1)
     for depth, guidance, top_k in ((2, 1.7, 1000), (20, 1.9, 950), (24, 2.1, 900), (30, 1.6, 650)):
         expected = common | dict(guidance=guidance, top_k=top_k, top_p=0.99)
         assert sample.published_sampling(PLAIN | blocks(depth)) == expected
@@ -579,6 +582,7 @@ def test_arguments_that_do_not_fit_are_refused():
         "guidance: got nan": dict(guidance=math.nan),
         "soften: got nan": dict(soften=math.nan),
         "temperature: got -1": dict(temperature=-1),
+        "cooling: got -1": dict(cooling=-1),
         "seed: got -1": dict(seed=-1),
         r"labels: got \[0, 4, 1\], expected 0 to 3": dict(labels=[0, 4, 1]),
     }.items():
@@ -920,11 +924,11 @@ def test_names_go_before_numbers():
 
 def test_flags_reach_the_sampler(run):
     flags = "--labels ring --count 2 --guidance 2.5 --soften 3 --mask-guidance 0.5 --top-k 3"
-    flags += " --top-p 0.7 --temperature 0.7 --rise 0.5 --seed 9 --mask-steps 2"
+    flags += " --top-p 0.7 --temperature 0.7 --rise 0.5 --cooling 3 --seed 9 --mask-steps 2"
     options = dict(guidance=2.5, soften=3, mask_guidance=0.5, top_k=3, top_p=0.7, temperature=0.7)
     pixels = archived(run, *flags.split())
     schedule = sample.masked_schedule(SCALES, 2)
-    assert_sampled(pixels, [1, 1], **options, rise=0.5, seed=9, schedule=schedule)
+    assert_sampled(pixels, [1, 1], **options, rise=0.5, cooling=3, seed=9, schedule=schedule)
 
     save_model("var", transformer=VAR)
     model = MODEL | dict(transformer=VAR)

@@ -735,17 +735,17 @@ depth size images simple: batch central_every, steps of the stages
 3 64 2000 False: 16 10 2059 412 5146 468
 2 32 20500 True: 16 1 851 170 2125 194
 """
-GUIDANCE = {(2, 32): (5.0, 3.0, 1.0, 0.85), (3, 32): (4.5, 2.0, 1.0, 0.85)}
-GUIDANCE |= {(2, 64): (3.3, 3.0, 2.0, 0.9), (3, 64): (3.5, 2.0, 1.0, 0.9)}
+GUIDANCE = {(2, 32): (6.0, 3.0, 1.0, 0.75, 1.5), (3, 32): (4.5, 2.0, 1.0, 0.85, 1.0)}
+GUIDANCE |= {(2, 64): (3.3, 3.0, 2.0, 0.75, 1.5), (3, 64): (3.5, 2.0, 1.0, 0.9, 1.0)}
 
 
 @pytest.mark.parametrize("line", PINNED.strip().splitlines()[1:])
 def test_numbers_that_were_chosen_by_trials(line):
     given, expected = line.split(": ")
-    names = "batch", "central_every", *(f"{stage}_steps" for stage in train.STEP_COSTS)
+    counted = "batch", "central_every", *(f"{stage}_steps" for stage in train.STEP_COSTS)
     depth, size, images, is_simple = (eval(word) for word in given.split())
     settings = train.recipe(depth, size, images, 10, is_simple)
-    assert [settings[name] for name in names] == [*map(int, expected.split())]
+    assert [settings[name] for name in counted] == [*map(int, expected.split())]
     rate = {2: 4e-3, 3: 3.0116e-3}[depth]
     for stage, peak in (("tokenizer", rate), ("next_scale", rate), ("masked", rate / 4)):
         assert settings[f"{stage}_lr"] == pytest.approx(peak, rel=1e-3)
@@ -756,7 +756,8 @@ def test_numbers_that_were_chosen_by_trials(line):
     weights = (0.25, 0.72, 2.0) if size > 32 else (0.5, 0.0, 2.0)
     chosen |= zip(("texture_weight", "jump_weight", "spectrum_weight"), weights)
     chosen |= dict(codes={2: 256, 3: 512}[depth])
-    chosen |= zip(("guidance", "mask_guidance", "rise", "temperature"), GUIDANCE[depth, size])
+    names = "guidance", "mask_guidance", "rise", "temperature", "cooling"
+    chosen |= zip(names, GUIDANCE[depth, size])
     chosen |= dict(
         loss_weights="token" if is_simple else "root",
         soften=0.1,
