@@ -887,7 +887,8 @@ def exit_with_a_line(name):
 # ---- here the library ends; the command
 
 # settings of `steps` that are flags too
-SAMPLING_FLAGS = "guidance mask_guidance rise soften temperature cooling top_k top_p".split()
+SAMPLING_FLAGS = "guidance", "mask_guidance", "rise", "soften"
+SAMPLING_FLAGS += "temperature", "cooling", "top_k", "top_p"
 
 
 def parser():
