@@ -339,8 +339,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 SAMPLING = {  # (depth, side): guidance, mask_guidance, rise, temperature, cooling
     (2, 32): (6.0, 3.0, 1.0, 0.75, 1.5),
     (2, math.inf): (3.3, 3.0, 2.0, 0.75, 1.5),
-    (7, 32): (4.5, 2.0, 1.0, 0.85, 1.0),
-    (7, math.inf): (3.5, 2.0, 1.0, 0.9, 1.0),
+    (7, 32): (4.5, 2.0, 1.0, 0.75, 1.5),
+    (7, math.inf): (3.5, 2.0, 1.0, 0.75, 1.5),
     (math.inf, math.inf): (1.5, 1.5, 1.0, 1.0, 1.0),  # not tried
 }
 
