@@ -96,7 +96,8 @@ def steps(
     rise: the power with which guidance grows over the scales, see `guidance_at_scale`; 0: constant.
     soften: the divergence in nats at which guidance is halved, see `classifier_free_guidance`.
     temperature: divides the logits of the last scale; below .001 the most likely code is taken.
-    cooling: how many times warmer the first scale is, see `temperature_at_scale`; 1: constant.
+    cooling: the temperature of the first scale divided by that of the last one, to which it falls,
+        see `temperature_at_scale`; 1: constant.
     top_k: only the top_k most likely codes are sampled; 0: all.
     top_p: of these, only the most likely ones that together have this probability.
     seed: image i uses the random numbers of seed + i; or a list with a seed for each image.
@@ -128,7 +129,7 @@ def steps(
                 seen = [inputs, own_inputs, hidden]
             x = guided_features(params, conditions, seen, strength > 0, k, cache)
             strength = guidance_at_scale(strength, rise, k, scales)
-            warmth = temperature_at_scale(temperature, cooling, k, scales)
+            scale_temperature = temperature_at_scale(temperature, cooling, k, scales)
             uniform = uniform_numbers(seeds, k, pass_index, tokens)  # (B, n_k)
 
             tokens = tokens.clone()  # those of the last Step stay as they are
@@ -136,7 +137,7 @@ def steps(
             for positions, pair in hmar.wave_logits(branch, size, x, tokens):
                 logits = classifier_free_guidance(pair, strength, soften)  # (B, m, codes)
                 sampled, probability = sample_codes(
-                    logits, uniform[:, positions], warmth, top_k, top_p
+                    logits, uniform[:, positions], scale_temperature, top_k, top_p
                 )
                 is_hidden = hidden[:, positions]
                 tokens[:, positions] = torch.where(is_hidden, sampled, tokens[:, positions])
@@ -163,7 +164,8 @@ def guidance_at_scale(strength, rise, k, scales):
 def temperature_at_scale(temperature, cooling, k, scales):
     """temperature * cooling ** (1 - k / (S - 1)) at scale k of S; at the last it is temperature.
 
-    Coarse scales decide what an image shows, and warm ones vary it; cool fine scales keep it clean.
+    Coarse scales decide what an image shows, and a high temperature varies it; at a low one fine
+    scales add less noise. This lowers the FD of samples (tests/RESULTS.md, section 3).
     """
     return temperature * cooling ** (1 - progress(k, scales))
 
@@ -530,7 +532,7 @@ def edit_steps(
                 seen = [inputs, own_inputs, hidden]
             x = guided_features(params, conditions, seen, strength > 0, k, cache)  # as in `steps`
             strength = guidance_at_scale(strength, rise, k, scales)
-            warmth = temperature_at_scale(temperature, cooling, k, scales)
+            scale_temperature = temperature_at_scale(temperature, cooling, k, scales)
             uniform = uniform_numbers(seeds, k, pass_index, tokens, particles)
 
             tokens = tokens.clone()
@@ -542,7 +544,7 @@ def edit_steps(
                     likelihood += log_p.masked_fill(is_hidden, 0).sum(1)
                 logits = classifier_free_guidance(pair, strength, soften) + clues[:, positions]
                 sampled, probability = sample_codes(
-                    logits, uniform[:, positions], warmth, top_k, top_p
+                    logits, uniform[:, positions], scale_temperature, top_k, top_p
                 )
                 tokens[:, positions] = torch.where(is_hidden, sampled, tokens[:, positions])
                 confidence[:, positions] = probability.double()
@@ -944,9 +946,12 @@ def add_sampling_flags(top):
         "of this many nats; 0: never"
     )
     add("--soften", type=float, help=text)
-    text = "divides the logits of the last scale; 0: take the most likely code"
+    text = "divides the logits of the last scale (see --cooling); 0: take the most likely code"
     add("--temperature", type=float, help=text)
-    text = "how many times warmer the first scale is than the last; 1: all are alike"
+    text = (
+        "the temperature of the first scale divided by that of the last, to which it falls; "
+        "1: constant"
+    )
     add("--cooling", type=float, help=text)
     add("--top-k", type=int, help="sample only the k most likely codes; 0: all")
     text = "sample only the smallest set of codes with at least this probability together; 1: all"
