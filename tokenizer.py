@@ -403,23 +403,27 @@ def jumps(images):
 
 
 def spectrum(images):
-    """Local amplitudes of detail (B, 55, H / 8 - 1, W / 8 - 1), one for each of 55 frequencies.
+    """Local amplitudes of detail (B, 220, H / 16 - 1, W / 16 - 1), one for each of 220 frequencies.
 
-    They are coefficients of the discrete cosine transform (DCT-II, orthonormal) of windows of 8 x 8
-    pixels, without those of fewer than three half-periods along both rows and columns. The root is
-    taken of their squares, summed over colours and averaged over 2 x 2 neighbouring windows. Sides
-    that are not multiples of 8 are continued by their last pixels.
+    They are coefficients of the discrete cosine transform (DCT-II, orthonormal) of windows of
+    16 x 16 pixels, without those of fewer than six half-periods along both rows and columns. The
+    root is taken of their squares, summed over colours and averaged over 2 x 2 neighbouring
+    windows. Those four would be the whole of a small image, so where a side has less than 48 pixels
+    windows have 8 x 8, with 55 frequencies of at least three half-periods. Sides that are no
+    multiples of a window are continued by their last pixels.
     """
-    index = torch.arange(8, device=images.device)
-    waves = torch.cos(math.pi / 8 * index[:, None] * (index + 0.5)) / 2
-    waves = torch.cat([waves[:1] / math.sqrt(2), waves[1:]])  # (8, 8), orthonormal
+    window = 16 if min(images.shape[2:]) >= 48 else 8
+    index = torch.arange(window, device=images.device)
+    waves = torch.cos(math.pi / window * index[:, None] * (index + 0.5)) * math.sqrt(2 / window)
+    waves = torch.cat([waves[:1] / math.sqrt(2), waves[1:]])  # (window, window), orthonormal
 
-    missing = [-side % 8 for side in images.shape[2:]]
+    missing = [-side % window for side in images.shape[2:]]
     images = F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate")
-    windows = images.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
-    power = (waves @ windows @ waves.T).square().sum(1)  # (B, rows, columns, 8, 8)
-    fine = torch.cat([power[..., 3:, :].flatten(3), power[..., :3, 3:].flatten(3)], -1)
-    fine = fine.permute(0, 3, 1, 2)  # (B, 55, rows, columns)
+    windows = images.unflatten(3, (-1, window)).unflatten(2, (-1, window)).transpose(3, 4)
+    power = (waves @ windows @ waves.T).square().sum(1)  # (B, rows, columns, window, window)
+    low = 3 * window // 8
+    fine = torch.cat([power[..., low:, :].flatten(3), power[..., :low, low:].flatten(3)], -1)
+    fine = fine.permute(0, 3, 1, 2)  # (B, frequencies, rows, columns)
     near = [min(2, side) for side in fine.shape[2:]]
     return (F.avg_pool2d(fine, near, stride=1) + 1e-3).sqrt()
 

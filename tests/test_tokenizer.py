@@ -270,21 +270,31 @@ def test_scales_are_pairs_coarse_to_fine(scales):
             refused("^scales: got .*, expected", getattr(tokenizer, name), OURS, given, scales)
 
 
-def test_the_spectrum_of_a_wave_is_one_frequency():
-    """Of 5 half-periods a window along columns and 2 along rows; and sides of any length."""
-    place = (torch.arange(16) + 0.5) % 8
-    wave = torch.cos(math.pi * 5 * place / 8)[:, None] * torch.cos(math.pi * 2 * place / 8)
-    found = tokenizer.spectrum(wave.expand(1, 3, 16, 16))
-    assert found.shape == (1, 55, 1, 1)
-    expected = torch.full((55,), 0.001)
-    expected[(5 - 3) * 8 + 2] += 3 * 16  # the sum of squares of a window is 16
-    torch.testing.assert_close(found.flatten(), expected.sqrt())
+@pytest.mark.parametrize("side, window", [(16, 8), (40, 8), (48, 16), (64, 16)])
+def test_the_spectrum_of_a_wave_is_one_frequency(side, window):
+    """Of window - 3 half-periods a window along columns and 2 along rows."""
+    phase = math.pi / window * ((torch.arange(side) + 0.5) % window)
+    wave = torch.cos((window - 3) * phase)[:, None] * torch.cos(2 * phase)
+    found = tokenizer.spectrum(wave.expand(1, 3, side, side))
+    low = window * 3 // 8
+    expected = torch.full((window**2 - low**2,), 0.001)
+    expected[(window - 3 - low) * window + 2] += 3 * (window / 2) ** 2  # squares of a window
+    places = side // window - 1
+    expected = expected.sqrt()[None, :, None, None].expand(1, -1, places, places)
+    torch.testing.assert_close(found, expected)
 
-    image = torch.rand(1, 3, 12, 20)
-    assert tokenizer.spectrum(image).shape == (1, 55, 1, 2)
-    continued = torch.cat([image, image[:, :, -1:].expand(-1, -1, 4, -1)], 2)
-    continued = torch.cat([continued, continued[..., -1:].expand(-1, -1, -1, 4)], 3)
-    assert torch.equal(tokenizer.spectrum(image), tokenizer.spectrum(continued))
+
+@pytest.mark.parametrize("sides, maps", [((12, 20), (55, 1, 2)), ((52, 100), (220, 3, 6))])
+def test_the_spectrum_of_any_sides(sides, maps):
+    """Continues an image by its last pixels."""
+    image = torch.rand(1, 3, *sides)
+    found = tokenizer.spectrum(image)
+    assert found.shape == (1, *maps)
+    window = 8 if maps[0] == 55 else 16
+    rows, columns = (
+        torch.arange(-(-side // window) * window).clamp(max=side - 1) for side in sides
+    )
+    assert torch.equal(found, tokenizer.spectrum(image[:, :, rows][..., columns]))
 
 
 def test_jumps_tell_squares_of_pixels_from_grain():
