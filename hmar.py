@@ -13,7 +13,7 @@ scale. `features` is the transformer, `logits` its head, `losses` what it is tra
 
 A model, `params`, is a tree of tensors, and its shapes are the configuration. The keys inside of
 input, a block, a modulation, a head and neighbours are argument names of the function that computes
-with them; the keys above are read by name in `features` and `logits`.
+with them; the keys above are read by name in `features`, `condition`, `embed_inputs` and `logits`.
 
     classes (classes + 1, C), the null class last; start (len_0, C)
     levels (S, C), an embedding for each scale, as published; positions [(h, w, C), ...]
@@ -23,13 +23,13 @@ with them; the keys above are read by name in `features` and `logits`.
     block {modulation, attention, mlp {expand, contract}}
 
 Some keys are optional. What a tree has decides what is computed. An empty dict, {}, is a flag: to
-be there is to be set, so it is tested with `in`.
+be there is to be set.
 
     causal {}                 at the top: the tree is VAR's
     depthwise                 in a block: a 3 x 3 convolution of each channel of each scale's map
     neighbours                in both branches: the head sees neighbouring tokens of the same scale
     tanh {}                   in an mlp: GELU in its tanh approximation, as published
-    own_input                 in the masked branch: a weight; without it see `hidden_tokens_leak`
+    own_input                 in the masked branch: a weight; without it that of input is used
 
 A weight of input and own_input may be a matrix (C, code_dim) or a 3 x 3 convolution. Convolutions
 and neighbours suit small models: `init` adds them if it is asked to, published trees have neither.
@@ -387,14 +387,14 @@ def scale_sizes(params):
 
 
 def hidden_tokens_leak(params):
-    """Whether the masked branch has no own_input, as published.
+    """Whether the masked branch has no own_input and no convolutions, as published.
 
     Such a branch embeds the tokens of its own scale with the weight of `input`. And it was trained
     with the codes of hidden tokens in own_inputs (tokenizer.masked_inputs without a mask), where
     they leak into those of visible tokens nearby; so it has to be sampled, and trained further,
-    with them.
+    with them. With a convolution a hidden token would see itself.
     """
-    return "own_input" not in params["masked"]
+    return "own_input" not in params["masked"] and params["input"]["weight"].ndim == 2
 
 
 def block_count(params):
@@ -470,7 +470,8 @@ def init(
         ),
     )
     if convolutions:
-        # The matrix is sampled all the same, so that other weights are those without convolutions.
+        # The matrix is sampled all the same, so that the weights above are those without
+        # convolutions.
         params["input"]["weight"] = normal(width, code_dim, 3, 3)
         for block in params["trunk"]:
             block["depthwise"] = dict(weight=normal(width, 1, 3, 3), bias=torch.zeros(width))

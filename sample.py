@@ -127,6 +127,7 @@ def steps(
                 own_inputs = masked_branch_inputs(params, codec, tokens, hidden, k, scales)
                 branch, strength = params["masked"], mask_guidance
                 seen = [inputs, own_inputs, hidden]
+            # A cache needs both halves of every scale, so the strength at the last one decides.
             x = guided_features(params, conditions, seen, strength > 0, k, cache)
             strength = guidance_at_scale(strength, rise, k, scales)
             scale_temperature = temperature_at_scale(temperature, cooling, k, scales)

@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 
 
 def contribution(codec, tokens, k, scales, hidden=None):
-    """What scale k's tokens (B, n_k) add to f_hat (B, code_dim, h, w); nothing where hidden."""
+    """What scale k's tokens (B, n_k) add to f_hat (B, code_dim, h, w); hidden codes are zeroed."""
     codes = F.embedding(tokens, codec["codebook"])  # (B, n_k, code_dim)
     if hidden is not None:
         codes = codes.masked_fill(hidden[..., None], 0)

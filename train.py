@@ -306,7 +306,6 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         # Three Newton-Schulz iterations of Muon instead of five save a third of the time, but raise
         # the FD of photographs by 4 to 14 %, so only simple drawings use three.
         newton_schulz=3 if is_simple else 5,
-        averaged=0.25,
         evaluations=3 * max(2, depth),
         label_drop=0.1,
         # Dropout helps runs that see each image often and harms those that do not: FD of CIFAR-10
@@ -374,7 +373,7 @@ def default_scales(size, cell, growth, doubled=True):
 
 
 # Settings with names that end so are above zero.
-ABOVE_ZERO = "steps", "lr", "batch", "evaluations", "central_every", "averaged"
+ABOVE_ZERO = "steps", "lr", "batch", "evaluations", "central_every"
 
 
 def replace_settings(settings, changes):
@@ -429,7 +428,6 @@ def train_tokenizer(
     lr,
     decay=0.05,
     newton_schulz=5,
-    averaged=0.25,
     evaluations=6,
     decoder_only=False,
     seed=0,
@@ -448,7 +446,7 @@ def train_tokenizer(
         processes gets its own share of a batch.
     held_out: images uint8 (n, 3, H, W) to evaluate on, `evaluations` times, for the log alone.
     steps: their number. lr: the peak of the learning rate. decay: weight decay of Muon.
-    newton_schulz: iterations of Muon. averaged: the average's time constant, a share of the steps.
+    newton_schulz: iterations of Muon.
     decoder_only: trains nothing but the decoder and post_quant_conv, so that images keep their
         tokens; the stage is called "decoder" then.
     later: the work of later stages, in steps of this one; only for the time left that is printed.
@@ -481,12 +479,12 @@ def train_tokenizer(
         last_scales = torch.randint(len(scales) - 1, (batch,), generator=generator)[positions]
 
         report, tokens, residuals = {}, [], []
-        for pixels, places, last in micro_batches(at_once, images, positions, last_scales):
+        for part, places, last in micro_batches(at_once, images, positions, last_scales):
             coarse = (places % COARSE_EVERY == 0).nonzero()[:, 0]  # also decoded from coarse scales
-            pixels, coarse, stops = send((pixels, coarse, last[coarse]), device)
+            part, coarse, stops = send((part, coarse, last[coarse]), device)
             result = loss_of(
                 tokenizer.cast(codec | trained, dtype),
-                to_unit(pixels),
+                to_unit(part),
                 scales,
                 coarse,
                 stops,
@@ -494,7 +492,7 @@ def train_tokenizer(
                 images_per_coarse=batch / math.ceil(batch / COARSE_EVERY),
                 **terms,
             )
-            share = len(pixels) / len(images)
+            share = len(part) / len(images)
             (share * result["loss"]).backward()
             add_to_report(report, share, {name: result[name] for name in TOKENIZER_REPORT})
             tokens.append(result["tokens"])
@@ -503,7 +501,7 @@ def train_tokenizer(
         average_gradients(leaves)
         report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer_step(state["optimizers"], learning_rate(step, steps, lr))
-        update_average(state["average"], trained, averaged * steps, step)
+        update_average(state["average"], trained, step)
 
         if not decoder_only:
             count_chosen(state["chosen"], tokens)
@@ -569,7 +567,6 @@ def train_transformer(
     lr,
     decay=0.05,
     newton_schulz=5,
-    averaged=0.25,
     evaluations=6,
     label_drop=0.1,
     dropout=0.0,
@@ -591,8 +588,9 @@ def train_transformer(
     batches: an iterator of (labels (B,) or vectors (B, C), tokens int64 (B, L)), or a function that
         returns the iterator of the steps after a number of steps, such as `token_batches`.
     held_out: (labels (n,), tokens (n, L)) to evaluate on.
-    label_drop: the share of labels that become the null class. dropout: as in `hmar.features`; if
-        it is not 0, each step seeds torch's own random generator.
+    label_drop: the share of labels that become the null class. Vectors become classes[-1], which
+        is not trained with them. dropout: as in `hmar.features`; if it is not 0, each step seeds
+        torch's own random generator.
     loss_weights: of `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
     classes, sampling: names (numbers without them) and settings, for the grid of samples that is
         drawn into `out`.
@@ -647,7 +645,7 @@ def train_transformer(
         average_gradients(leaves)
         report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer_step(state["optimizers"], learning_rate(step, steps, lr))
-        update_average(state["average"], trained, averaged * steps, step)
+        update_average(state["average"], trained, step)
 
         window.append(report)
         is_evaluation = step == steps or step % math.ceil(steps / evaluations) == 0
@@ -782,7 +780,10 @@ def draw_reconstructions(out, codec, images, scales):
 
 
 def draw_samples(out, stage, params, codec, classes, sampling):
-    """Writes samples/STAGE.png, a grid with eight samples of each of the first ten classes."""
+    """Writes samples/STAGE.png, a grid with eight samples of each of the first ten classes.
+
+    In the masked stage each scale has a masked pass, whatever the model's own schedule is.
+    """
     if out is None or rank() > 0:
         return
     classes = classes or [str(label) for label in range(len(params["classes"]) - 1)]
@@ -933,12 +934,13 @@ def learning_rate(step, steps, peak):
 
 
 @torch.no_grad()
-def update_average(average, tree, window, step):
-    """Moves the average towards the tree, in place; window: its time constant in steps.
+def update_average(average, tree, step):
+    """Moves the average (EMA) towards the tree, in place.
 
-    At first the window grows with the step, so that initial weights soon leave the average.
+    Its time constant is always a tenth of the steps so far, so that initial weights soon leave it
+    (close to a power function EMA, Karras et al. 2024, section 3.1).
     """
-    kept = min(1 - 1 / (1 + window), step / (step + 10))  # a window of a tenth of the steps so far
+    kept = step / (step + 10)
     torch._foreach_lerp_(pytree.tree_leaves(average), pytree.tree_leaves(tree), 1 - kept)
 
 
@@ -1333,7 +1335,7 @@ def seed_of(*key):
 
 
 class Cached:
-    """A dataset whose images are read once, as long as the pixels of all fit in CACHE_BYTES."""
+    """A dataset that keeps images that were read, as long as their pixels fit in CACHE_BYTES."""
 
     def __init__(self, count):
         self.count, self.places, self.used, self.pixels = count, {}, 0, None
@@ -1793,9 +1795,7 @@ def print_plan(flags, plan, out, device, dtype, training, held_out):
         f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, "
         f"{world()} processes"
     )
-    parts = [name for name in ("convolutions", "neighbours", "perceptual") if settings[name]]
-    sides = " ".join(f"{h}x{w}" for h, w in settings["scales"])
-    log(f"scales {sides}; with {', '.join(parts) or 'the published layers alone'}")
+    log(f"scales {' '.join(f'{h}x{w}' for h, w in settings['scales'])}")
     for name in ("tokenizer", "init"):
         if flags[name]:
             where = "a model in memory" if isinstance(flags[name], dict) else flags[name]

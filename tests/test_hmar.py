@@ -427,6 +427,8 @@ def test_a_causal_tree_gets_no_masked_branch():
 def test_hidden_tokens_leak_in_published_branches_alone():
     published_tree = hmar.from_published(PUBLISHED[1], SCALES)
     assert hmar.hidden_tokens_leak(published_tree) and not hmar.hidden_tokens_leak(PARAMS)
+    # A convolution would show a hidden token its own code.
+    assert not hmar.hidden_tokens_leak(tree(SCALES, convolutions=True, own_input=False))
 
 
 def test_own_inputs_and_mask_come_together():

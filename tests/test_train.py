@@ -261,7 +261,7 @@ def small_tree(is_masked=False, scales=((1, 1), (2, 2), (4, 4)), **options):
     return tree(scales=scales, **sizes | options)
 
 
-def written_out(tree, steps, peak, decay, window, step_loss, after=lambda *_: None):
+def written_out(tree, steps, peak, decay, step_loss, after=lambda *_: None):
     """The moving average of a tree after so many steps of step_loss(tree, step)."""
     trained = pytree.tree_map(lambda leaf: torch.nn.Parameter(leaf.clone()), tree)
     leaves = pytree.tree_leaves(trained)
@@ -275,7 +275,7 @@ def written_out(tree, steps, peak, decay, window, step_loss, after=lambda *_: No
             optimizer.param_groups[0]["lr"] = peak * rate
             optimizer.step()
         for leaf, mean in zip(leaves, pytree.tree_leaves(average)):
-            mean.lerp_(leaf.detach(), 1 - min(1 - 1 / (1 + window), step / (step + 10)))
+            mean.lerp_(leaf.detach(), 1 - step / (step + 10))
             leaf.grad = None
         after(trained, average, step)
     return average
@@ -288,7 +288,7 @@ def test_the_transformers_loop_equals_one_written_out(is_masked, weights, dropou
     scales, stage = hmar.scale_sizes(params), "masked" if is_masked else "next-scale"
     examples = examples_of(scales)
     options = dict(steps=6, lr=0.01, decay=0.3, seed=5)
-    more = dict(averaged=0.1, evaluations=1, label_drop=0.4, loss_weights=weights)
+    more = dict(evaluations=1, label_drop=0.4, loss_weights=weights)
     more |= dict(dropout=dropout)
     ours = train.train_transformer(params, CODEC, iter(examples), examples[0], **options, **more)
 
@@ -309,7 +309,7 @@ def test_the_transformers_loop_equals_one_written_out(is_masked, weights, dropou
         return losses.sum() / 40  # half of all are hidden
 
     trained, dropped = dict(masked=params["masked"]) if is_masked else params, []
-    theirs = written_out(trained, 6, 0.01, 0.3, 0.6, step_loss)
+    theirs = written_out(trained, 6, 0.01, 0.3, step_loss)
     assert difference(ours, params | theirs) < 1e-6 < difference(ours, params)
     assert 3 < torch.cat(dropped).sum() < 18
 
@@ -321,7 +321,7 @@ def test_the_tokenizers_loop_equals_one_written_out(decoder_only):
     images = images.permute(0, 3, 1, 2).split(6)  # five batches
     codec = small_codec(codes=64, attention=False, fold=2, seed=3)
     batches = zip(images, itertools.repeat("anything"))
-    options = dict(steps=5, lr=0.01, decay=0.3, averaged=0.2, evaluations=1, seed=5)
+    options = dict(steps=5, lr=0.01, decay=0.3, evaluations=1, seed=5)
     options |= dict(decoder_only=decoder_only, hue_variance=0.1)
     ours = train.train_tokenizer(codec, batches, images[0], scales, **options)
     stage = "decoder" if decoder_only else "tokenizer"
@@ -347,7 +347,7 @@ def test_the_tokenizers_loop_equals_one_written_out(decoder_only):
 
     result, names = [], ("post_quant_conv", "decoder") if decoder_only else codec.keys()
     trained = {name: codec[name] for name in names}
-    theirs = written_out(trained, 5, 0.01, 0.3, 1.0, step_loss, revive)
+    theirs = written_out(trained, 5, 0.01, 0.3, step_loss, revive)
     assert difference(ours, codec | theirs) < 1e-6 < difference(ours, codec)
 
 
@@ -409,7 +409,7 @@ def overfit(out=None, stop_at=None, stop=None, steps=24, evaluations=24, **more)
         out.mkdir(exist_ok=True)
     params = small_tree(scales=scales, depth=1, convolutions=False, neighbours=False)
     held_out = torch.zeros(20, dtype=torch.int64), held_out
-    options = dict(steps=steps, lr=0.02, averaged=0.0, label_drop=0.0, evaluations=evaluations)
+    options = dict(steps=steps, lr=0.02, label_drop=0.0, evaluations=evaluations)
     options |= dict(classes=[*"abc"], out=out, stop=stop) | more
     return train.train_transformer(params, CODEC, batches, held_out, **options), seen
 
@@ -515,7 +515,7 @@ def test_a_checkpoint_saves_whatever_is_in_the_state():
             F.softplus(-discriminator(generator(x)).mean()).backward()
             train.optimizer_step(state["optimizers"], 0.01)
             state["discriminator_optimizer"].zero_grad()
-            train.update_average(state["average"], state["tree"], 3, step)
+            train.update_average(state["average"], state["tree"], step)
             state["margins"] = [0.9 * state["margins"][0], state["margins"][1] + real.detach()]
             train.save_checkpoint(out, "both", state)
         return state
@@ -750,7 +750,7 @@ def test_numbers_that_were_chosen_by_trials(line):
     for stage, peak in (("tokenizer", rate), ("next_scale", rate), ("masked", rate / 4)):
         assert settings[f"{stage}_lr"] == pytest.approx(peak, rel=1e-3)
     assert settings["decay"] == pytest.approx({2: 0.05, 3: 0.03615}[depth], rel=1e-3)
-    chosen = dict(averaged=0.25, label_drop=0.1, gamma=0.1)
+    chosen = dict(label_drop=0.1, gamma=0.1)
     chosen |= dict(masked_passes=0, refined_tokens=16)
     chosen |= dict(newton_schulz=3 if is_simple else 5, code_dim=16, perceptual=size > 32)
     weights = (0.25, 0.72, 2.0) if size > 32 else (0.5, 0.0, 2.0)
@@ -840,7 +840,7 @@ def test_sampling_settings_fit_the_sampler():
     assert without["guidance"] == without["mask_guidance"] == 0
 
 
-SETTINGS = dict(averaged=0.1, evaluations=2, newton_schulz=3, decay=0.2)
+SETTINGS = dict(evaluations=2, newton_schulz=3, decay=0.2)
 SETTINGS |= dict(label_drop=0.3, loss_weights="root", central_every=3, batch=10, guidance=2.5)
 SETTINGS |= dict(codes=32, code_dim=8, masked_blocks=1, gamma=0.5, neighbours=False, depth=3)
 SETTINGS |= dict(scales=((1, 1), (4, 4)), channels=96)
@@ -853,7 +853,7 @@ def test_settings_reach_the_stages_that_take_them():
     stages = stages_of(NumberedImages(40), masked_steps=5, **options, **changes)
     rates = 0.008, 0.008, 0.008, 0.002
     for stage, steps, rate in zip(stages, (7, 7, 7, 5), rates, strict=True):
-        common = "averaged", "evaluations", "newton_schulz", "decay"
+        common = "evaluations", "newton_schulz", "decay"
         assert [stage[name] for name in common] == [SETTINGS[name] for name in common]
         assert (stage["steps"], stage["lr"], stage["seed"]) == (steps, rate, 4)
         (images, _) = next(stage["batches"](0))
@@ -878,13 +878,13 @@ SMALL_CODEC |= dict(attention=False)
 
 
 def test_settings_of_the_command_have_types():
-    flags = ["--set", "label_drop=0", "averaged=0.5", "--set", "loss_weights=root"]
+    flags = ["--set", "label_drop=0", "decay=0.5", "--set", "loss_weights=root"]
     with stages_that_only_read() as stages:
         assert run("run", *flags, "neighbours=False", "scales=((1, 1), (4, 4))") is None
     settings = json.loads(Path("run/args.json").read_text())["settings"]
     assert settings["channels"] == 32  # FLAGS has a --set, too
     assert settings["neighbours"] is False and settings["scales"] == [[1, 1], [4, 4]]
-    assert stages[0]["averaged"] == 0.5 and stages[0]["scales"] == ((1, 1), (4, 4))
+    assert stages[0]["decay"] == 0.5 and stages[0]["scales"] == ((1, 1), (4, 4))
     assert stages[2]["label_drop"] == 0 and stages[2]["loss_weights"] == "root"
 
 
@@ -895,7 +895,7 @@ depth=3  --set: depth cannot be set here
 codes=many  codes: got 'many', expected a value like
 codes=2.5  codes: got 2.5, expected a value like
 neighbours=1  neighbours: got 1, expected a value like True
-averaged=True  averaged: got True, expected a value like 0.25
+label_drop=True  label_drop: got True, expected a value like 0.1
 masked_steps=0  masked_steps: got 0, expected above 0
 evaluations=0  evaluations: got 0, expected above 0
 central_every=0  central_every: got 0, expected above 0
