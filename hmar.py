@@ -87,8 +87,8 @@ def features(
     broadcast. (In a whole sequence torch refuses that.)
     """
     if (cache is not None) != ("causal" in params and k is not None):
-        got = "None" if cache is None else "one"
-        raise ValueError(f"cache: got {got}, but only a single scale of a causal tree needs one")
+        got = "none" if cache is None else "one"
+        raise ValueError(f"cache: got {got}; a single scale of a causal tree needs one, all else none")
     if (own_inputs is None) != (mask is None):
         raise ValueError("own_inputs and mask: got one of them, expected both or none")
     if k is not None and k > 0 and len(labels) != len(inputs):

@@ -854,7 +854,7 @@ MATRICES = {"qkv", "project", "expand", "contract"}  # keys of the matrices that
 
 
 def is_matrix(path, leaf):
-    """Whether Muon trains a leaf: full convolutions and the MATRICES of blocks.
+    """Whether Muon trains a leaf: full convolutions and the MATRICES of blocks and neighbours.
 
     All else (embeddings, heads, modulation, depthwise convolutions, vectors) is AdamW's.
     """
