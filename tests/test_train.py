@@ -734,9 +734,11 @@ depth size images simple: batch central_every, steps of the stages
 2 64 10000 False: 8 2 1220 244 3050 278
 3 64 2000 False: 16 10 2059 412 5146 468
 2 32 20500 True: 16 1 851 170 2125 194
+4 32 50000 False: 48 2 2917 667 8334 758
 """
 GUIDANCE = {(2, 32): (5.0, 3.0, 1.0, 0.75, 1.5), (3, 32): (4.5, 2.0, 1.0, 0.75, 1.5)}
 GUIDANCE |= {(2, 64): (3.3, 3.0, 2.0, 0.75, 1.5), (3, 64): (3.5, 2.0, 1.0, 0.75, 1.5)}
+GUIDANCE |= {(4, 32): (2.5, 2.0, 1.0, 0.75, 1.5)}
 
 
 @pytest.mark.parametrize("line", PINNED.strip().splitlines()[1:])
@@ -746,16 +748,16 @@ def test_numbers_that_were_chosen_by_trials(line):
     depth, size, images, is_simple = (eval(word) for word in given.split())
     settings = train.recipe(depth, size, images, 10, is_simple)
     assert [settings[name] for name in counted] == [*map(int, expected.split())]
-    rate = {2: 4e-3, 3: 3.0116e-3}[depth]
+    rate = {2: 4e-3, 3: 3.0116e-3, 4: 2.4623e-3}[depth]
     for stage, peak in (("tokenizer", rate), ("next_scale", rate), ("masked", rate / 4)):
         assert settings[f"{stage}_lr"] == pytest.approx(peak, rel=1e-3)
-    assert settings["decay"] == pytest.approx({2: 0.05, 3: 0.03615}[depth], rel=1e-3)
+    assert settings["decay"] == pytest.approx({2: 0.05, 3: 0.03615, 4: 0.02872}[depth], rel=1e-3)
     chosen = dict(label_drop=0.1, gamma=0.1)
     chosen |= dict(masked_passes=0, refined_tokens=16)
     chosen |= dict(newton_schulz=3 if is_simple else 5, code_dim=16, perceptual=size > 32)
     weights = (0.25, 0.72, 2.0) if size > 32 else (0.5, 0.0, 2.0)
     chosen |= zip(("texture_weight", "jump_weight", "spectrum_weight"), weights)
-    chosen |= dict(codes={2: 256, 3: 512}[depth])
+    chosen |= dict(codes={2: 256, 3: 512, 4: 512}[depth])
     names = "guidance", "mask_guidance", "rise", "temperature", "cooling"
     chosen |= zip(names, GUIDANCE[depth, size])
     chosen |= dict(
