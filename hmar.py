@@ -87,7 +87,7 @@ def features(
     broadcast. (In a whole sequence torch refuses that.)
     """
     if (cache is not None) != ("causal" in params and k is not None):
-        got = "none" if cache is None else "one"
+        got = "None" if cache is None else "one"
         raise ValueError(f"cache: got {got}; a single scale of a causal tree alone needs one")
     if (own_inputs is None) != (mask is None):
         raise ValueError("own_inputs and mask: got one of them, expected both or none")
