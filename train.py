@@ -592,7 +592,7 @@ def train_transformer(
         returns the iterator of the steps after a number of steps, such as `token_batches`.
     held_out: (labels (n,), tokens (n, L)) to evaluate on.
     label_drop: the share of labels that become the null class. Vectors become classes[-1], which
-        is not trained with them. dropout: as in `hmar.features`; if it is not 0, each step seeds
+        stays as it is. dropout: as in `hmar.features`; if it is not 0, each step seeds
         torch's own random generator.
     loss_weights: of `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
     classes, sampling: names (numbers without them) and settings, for the grid of samples that is
