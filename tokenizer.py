@@ -470,16 +470,15 @@ def straight_through(value, gradient_to):
 
 
 def revive_codes(codebook, counts, residuals, generator):
-    """(codebook, dead (V,) bool): codes that were never chosen become random residuals.
+    """The codebook (V, code_dim), in which codes that were never chosen become random residuals.
 
     counts (V,): how often each code was chosen. residuals [(B, n_k, code_dim), ...]: the vectors
     that were quantised. After the first training step this initialises the codebook from data.
     """
-    dead = counts == 0
     vectors = torch.cat([rows.flatten(0, 1) for rows in residuals])
     chosen = torch.randint(len(vectors), (len(codebook),), generator=generator)
     fresh = vectors[chosen.to(vectors.device)].to(codebook.dtype)
-    return torch.where(dead[:, None], fresh, codebook), dead
+    return torch.where((counts == 0)[:, None], fresh, codebook)
 
 
 # ---- here the method ends; initialisation and precision

@@ -443,7 +443,7 @@ def train_tokenizer(
 ):
     """Returns the codec, trained so that its first scales, however many, decode to an image too.
 
-    codec: a tree of `tokenizer.init`. The moving average (EMA) of its leaves is returned.
+    codec: a tree of `tokenizer.init`.
     batches: an iterator of (images uint8 (B, 3, H, W), anything), or a function that returns the
         iterator of the steps after a number of steps, such as `crop_batches`. Each of several
         processes gets its own share of a batch.
@@ -504,7 +504,6 @@ def train_tokenizer(
         average_gradients(leaves)
         report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer_step(state["optimizers"], learning_rate(step, steps, lr))
-        update_average(state["average"], trained, step)
 
         if not decoder_only:
             count_chosen(state["chosen"], tokens)
@@ -519,7 +518,7 @@ def train_tokenizer(
             log_numbers(out, stage, step, clock, means(window))
             window.clear()
         if is_evaluation:
-            fast = tokenizer.cast(codec | state["average"], dtype)
+            fast = tokenizer.cast(codec | trained, dtype)
             found = evaluate_tokenizer(fast, held_out, scales) if rank() == 0 else None
             found = broadcast(found)
             log_numbers(out, stage, step, clock, {f"held_out_{x}": found[x] for x in found})
@@ -529,7 +528,7 @@ def train_tokenizer(
         if is_stopped(stop, step, device):
             save_and_stop(out, stage, state, report)
 
-    return codec | state["average"]
+    return codec | pytree.tree_map(torch.Tensor.detach, trained)
 
 
 def count_chosen(chosen, tokens):
@@ -548,12 +547,9 @@ def revive_codes(state, residuals, generator):
 
     residuals: a list over micro-batches of tuples over scales of residuals (b, n_k, code_dim).
     """
-    codebook, average = state["tree"]["codebook"], state["average"]["codebook"]
+    codebook = state["tree"]["codebook"]
     by_scale = [gather(torch.cat(parts)) for parts in zip(*residuals)]
-    codes, dead = tokenizer.revive_codes(codebook, state["chosen"], by_scale, generator)
-    codebook.copy_(codes)
-    # Otherwise the average would long remember the dead codes.
-    average.copy_(torch.where(dead[:, None], codes, average))
+    codebook.copy_(tokenizer.revive_codes(codebook, state["chosen"], by_scale, generator))
     state["chosen"].zero_()
 
 
@@ -648,7 +644,6 @@ def train_transformer(
         average_gradients(leaves)
         report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer_step(state["optimizers"], learning_rate(step, steps, lr))
-        update_average(state["average"], trained, step)
 
         window.append(report)
         is_evaluation = step == steps or step % math.ceil(steps / evaluations) == 0
@@ -657,7 +652,7 @@ def train_transformer(
             log_numbers(out, stage, step, clock, means(window))
             window.clear()
         if is_evaluation:
-            fast = frozen | hmar.cast(state["average"], dtype)
+            fast = frozen | hmar.cast(trained, dtype)
             found = evaluate_transformer(fast, codec, weights, held_out) if rank() == 0 else None
             found = broadcast(found)
             log_numbers(out, stage, step, clock, dict(held_out_loss=found))
@@ -667,7 +662,7 @@ def train_transformer(
         if is_stopped(stop, step, device):
             save_and_stop(out, stage, state, report)
 
-    return params | state["average"]
+    return params | pytree.tree_map(torch.Tensor.detach, trained)
 
 
 def transformer_loss(
@@ -807,7 +802,7 @@ def save_picture(path, picture):
     log(f"{path} is written")
 
 
-# ---- what both loops use: state, optimizers, moving average, log, checkpoints
+# ---- what both loops use: state, optimizers, log, checkpoints
 
 
 def trainable(tree, device):
@@ -821,9 +816,8 @@ def new_state(tree, decay, newton_schulz, asked=()):
     Whatever a loop adds to it is saved and restored too. asked: numbers that must be those of the
     checkpoint from which a stage goes on.
     """
-    average = pytree.tree_map(lambda leaf: leaf.detach().clone(), tree)
     optimizers = new_optimizers(tree, decay, newton_schulz)
-    return dict(step=0, asked=[*asked], tree=tree, average=average, optimizers=optimizers)
+    return dict(step=0, asked=[*asked], tree=tree, optimizers=optimizers)
 
 
 def begin_stage(out, stage, state, steps, later):
@@ -931,20 +925,12 @@ def optimizer_step(optimizers, rate):
 
 
 def learning_rate(step, steps, peak):
-    """Warm-up, constant, then linear to zero (Hägele et al. 2024)."""
+    """Warm-up, constant, then linear to zero (Hägele et al. 2024).
+
+    Falling to zero does what an average of the weights (EMA) is for, so none is kept.
+    """
     left = 1 - (step - 1) / steps
     return peak * min(1, step / (WARM_UP * steps), left / COOL_DOWN)
-
-
-@torch.no_grad()
-def update_average(average, tree, step):
-    """Moves the average (EMA) towards the tree, in place.
-
-    Its time constant is always a tenth of the steps so far, so that initial weights soon leave it
-    (close to a power function EMA, Karras et al. 2024, section 3.1).
-    """
-    kept = step / (step + 10)
-    torch._foreach_lerp_(pytree.tree_leaves(average), pytree.tree_leaves(tree), 1 - kept)
 
 
 # What autograd keeps of an image, in numbers of the dtype: for each pixel and channel of the

@@ -716,7 +716,7 @@ def state_bytes(depth):
             leaf.grad = torch.zeros_like(leaf)
         parts = dict(weights=tree, gradients=[leaf.grad for leaf in pytree.tree_leaves(tree)])
         train.optimizer_step(state["optimizers"], 1e-3)
-        parts |= dict(average=state["average"], cast=hmar.cast(tree, torch.bfloat16))
+        parts["cast"] = hmar.cast(tree, torch.bfloat16)
         parts["momenta"] = [list(x.state.values()) for x in state["optimizers"]]
         total = count_numbers(tree)
         known, found = set(), {}

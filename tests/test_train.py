@@ -262,10 +262,9 @@ def small_tree(is_masked=False, scales=((1, 1), (2, 2), (4, 4)), **options):
 
 
 def written_out(tree, steps, peak, decay, step_loss, after=lambda *_: None):
-    """The moving average of a tree after so many steps of step_loss(tree, step)."""
+    """A tree after so many steps of step_loss(tree, step)."""
     trained = pytree.tree_map(lambda leaf: torch.nn.Parameter(leaf.clone()), tree)
     leaves = pytree.tree_leaves(trained)
-    average = pytree.tree_map(lambda leaf: leaf.detach().clone(), trained)
     optimizers = train.new_optimizers(trained, decay)
     for step in range(1, steps + 1):
         step_loss(trained, step).backward()
@@ -274,11 +273,9 @@ def written_out(tree, steps, peak, decay, step_loss, after=lambda *_: None):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = peak * rate
             optimizer.step()
-        for leaf, mean in zip(leaves, pytree.tree_leaves(average)):
-            mean.lerp_(leaf.detach(), 1 - step / (step + 10))
-            leaf.grad = None
-        after(trained, average, step)
-    return average
+            optimizer.zero_grad()
+        after(trained, step)
+    return pytree.tree_map(torch.Tensor.detach, trained)
 
 
 @pytest.mark.parametrize(("weights", "dropout"), [("token", 0.0), ("lognormal", 0.3)])
@@ -335,15 +332,14 @@ def test_the_tokenizers_loop_equals_one_written_out(decoder_only):
         return result[-1]["loss"]
 
     @torch.no_grad()
-    def revive(trained, average, step):
+    def revive(trained, step):
         if step == 1 and not decoder_only:
             tokens = torch.cat([x.flatten() for x in result[0]["tokens"]])
             dead = tokens.bincount(minlength=64) == 0
             vectors = torch.cat([x.flatten(0, 1) for x in result[0]["residuals"]])
             rows = torch.randint(len(vectors), (64,), generator=train.generator_of(5, "revive", 1))
             assert dead.any() and not dead.all()
-            for tree in (trained, average):
-                tree["codebook"][dead] = vectors[rows][dead]
+            trained["codebook"][dead] = vectors[rows][dead]
 
     result, names = [], ("post_quant_conv", "decoder") if decoder_only else codec.keys()
     trained = {name: codec[name] for name in names}
@@ -419,7 +415,7 @@ def held_out_losses(out):
 
 
 def test_kills_of_a_stage_change_nothing():
-    """And it returns the average at its end, although the held-out loss was lower before."""
+    """And it returns the weights at its end, although the held-out loss was lower before."""
     whole, seen = overfit("whole")
     losses = held_out_losses("whole")
     assert seen == [*range(1, 25)] and min(losses) < 0.9 * losses[-1]
@@ -515,7 +511,6 @@ def test_a_checkpoint_saves_whatever_is_in_the_state():
             F.softplus(-discriminator(generator(x)).mean()).backward()
             train.optimizer_step(state["optimizers"], 0.01)
             state["discriminator_optimizer"].zero_grad()
-            train.update_average(state["average"], state["tree"], step)
             state["margins"] = [0.9 * state["margins"][0], state["margins"][1] + real.detach()]
             train.save_checkpoint(out, "both", state)
         return state
@@ -529,7 +524,7 @@ def test_a_checkpoint_saves_whatever_is_in_the_state():
     assert saved[0].keys() == saved[1].keys() >= {"discriminator", "discriminator_optimizer"}
     leaves = [pytree.tree_leaves(state) for state in saved]
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*leaves, strict=True))
-    for name in ("tree", "average", "discriminator"):
+    for name in ("tree", "discriminator"):
         assert difference(cut[name], whole[name]) == 0
     assert cut["margins"][0] == whole["margins"][0] < 0.3
     for ours, theirs in zip(cut["discriminator"].values(), new_networks()[1].parameters()):
@@ -1183,7 +1178,7 @@ def test_dead_codes_are_replaced_at_first_and_every_twentieth_step_until_the_las
     train.train_tokenizer(codec, batches(), images[0][:1], SCALES, **options)
     before, chosen, revived, coarse_only = codec["codebook"], torch.zeros(64), [], []
     for step, state in enumerate(states, 1):
-        codebook, average = (state[tree]["codebook"] for tree in ("tree", "average"))
+        codebook = state["tree"]["codebook"]
         pixels = images[step % 30] / 127.5 - 1
         features = tokenizer.encode_features(codec, pixels)
         quantised = [*tokenizer.quantise(codec | dict(codebook=before), features, SCALES)]
@@ -1192,7 +1187,6 @@ def test_dead_codes_are_replaced_at_first_and_every_twentieth_step_until_the_las
         changed = (codebook - before).abs().amax(1) > 1e-4
         if changed.any():
             assert torch.equal(changed, chosen == 0) and not changed.all()
-            assert torch.equal(average[changed], codebook[changed])  # which it enters at once
             vectors = [residual.flatten(0, 1) for residual, _, _ in quantised]
             near = [torch.cdist(codebook[changed], rows).amin(1) < 1e-3 for rows in vectors]
             assert torch.stack(near).any(0).all()  # each is a vector that was quantised
