@@ -5,10 +5,10 @@ python tests/rival.py cifar10 --data DIR --seconds 300 [--steps 5 10 30] [--guid
 The data sets, --data, --others and --fresh are those of judge.py (letters: the folder that it
 writes). The UNet is trained on the images and random crops of train.py (or on --train DIR) until
 the process has taken so many seconds of processor time, counted from its start as for train.py.
-Then images of each class (--count) are sampled in each way: with so many steps, a strength of guidance, a
-solver, times that are denser near the images (--density above 1), and guidance only between two
-times (--interval; noise is 0, images are 1). For each number of steps the way with the lowest FD on
-one half of the images that no model saw is reported by the other half.
+Then images of each class (--count) are sampled in each way: with so many steps, a strength of
+guidance, a solver, times that are denser near the images (--density above 1), and guidance only
+between two times (--interval; noise is 0, images are 1). For each number of steps the way with the
+lowest FD on one half of the images that no model saw is reported by the other half.
 
 --edit N: instead, N unseen images are repainted as by judge.py --edit. In each step known pixels
 are replaced by the image with the noise of that time; "repaint" also takes each step but the first
