@@ -5,10 +5,10 @@ python tests/rival.py cifar10 --data DIR --seconds 300 [--steps 5 10 30] [--guid
 The data sets, --data, --others and --fresh are those of judge.py (letters: the folder that it
 writes). The UNet is trained on the images and random crops of train.py (or on --train DIR) until
 the process has taken so many seconds of processor time, counted from its start as for train.py.
-Then images of each class (--count) are sampled in each way: with so many steps, a strength of
-guidance, a solver, times that are denser near the images (--density above 1), and guidance only
-between two times (--interval; noise is 0, images are 1). For each number of steps the way with the
-lowest FD on one half of the images that no model saw is reported by the other half.
+Then 50 images of each class are sampled in each way: with so many steps, a strength of guidance, a
+solver, times that are denser near the images (--density above 1), and guidance only between two
+times (--interval; noise is 0, images are 1). For each number of steps the way with the lowest FD on
+one half of the images that no model saw is reported by the other half.
 
 --edit N: instead, N unseen images are repainted as by judge.py --edit. In each step known pixels
 are replaced by the image with the noise of that time; "repaint" also takes each step but the first
@@ -255,7 +255,7 @@ def run(args):
         return
 
     # sampling, from the same noise in each way
-    labels = torch.arange(count).repeat_interleave(args.count)
+    labels = torch.arange(count).repeat_interleave(50)
     shape = len(labels), 3, args.size, args.size
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(7))
     best = {}
@@ -342,7 +342,6 @@ if __name__ == "__main__":
     top.add_argument("--density", type=float, nargs="+", default=[1])
     top.add_argument("--interval", type=two_times, nargs="+", default=[(0, 1)], metavar="FROM:TO")
     top.add_argument("--model", help="file of the trained UNet: written, or read if it exists")
-    top.add_argument("--count", type=int, default=50, help="samples of each class")
     text = "judge edits of so many unseen images instead of samples"
     top.add_argument("--edit", type=int, metavar="IMAGES", help=text)
     text = "run folder: prints how long 500 samples of it and of the UNet take, in turns"
