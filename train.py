@@ -55,7 +55,7 @@ DECODER = "post_quant_conv", "decoder"  # the parts of a codec that make images 
 COARSE_EVERY = 4  # every fourth image of a batch is decoded from coarse scales too
 PERCEPTUAL_STEPS = 400  # of the perceptual network
 PERCEPTUAL_WIDTHS = 3, 32, 64, 96, 128  # its channels
-EVALUATED = 128  # held-out images in an evaluation
+EVALUATED = 128  # images held out for evaluations, at most a twentieth of all
 LOG_EVERY = 50  # steps
 TOKENIZER_REPORT = "loss", "error", "coarse", "quantisation"  # logged of its training loss
 SAVE_SECONDS = 300  # between checkpoints, beside those at evaluations
@@ -414,8 +414,8 @@ def arguments(function, settings):
 
 
 def count_held_out(images):
-    """How many of so many images are held out: a twentieth, 128 to 500, at most an eighth."""
-    return max(1, min(500, max(128, images // 20), images // 8))
+    """How many of so many images are never trained on: those of an evaluation, and no more."""
+    return max(1, min(EVALUATED, images // 20))
 
 
 # ---- the tokenizer's loop
