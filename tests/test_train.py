@@ -155,7 +155,7 @@ def difference(ours, theirs):
 
 def test_a_run_learns_and_leaves_a_folder(base, folder):
     said, record = base.with_name("said").read_text(), (base / "args.json").read_text()
-    assert f"{base}: HMAR of depth 1, 27 images to train on, 3 held out, 3 classes; cpu" in said
+    assert f"{base}: HMAR of depth 1, 29 images to train on, 1 held out, 3 classes; cpu" in said
     assert re.search(r"next-scale 16/24  0:00:\d\d left, of the run 0:00:\d\d  loss \d", said)
     assert f"{base}/samples/masked.png is written" in said
     assert str(folder) not in record and str(base) not in record  # both may move
@@ -784,7 +784,7 @@ def test_the_recipe_grows_by_its_laws():
     for images, dropout in ((10_000, 0.0), (2_000, 0.1)):  # 5 epochs and 28
         assert train.recipe(2, 32, images, 10)["dropout"] == dropout
     few = train.recipe(8, 32, 200, 10)
-    assert few["next_scale_steps"] * few["batch"] < 201 * 175  # 200 epochs
+    assert few["next_scale_steps"] * few["batch"] < 201 * 190  # 200 epochs
     for size, cell in ((16, 4), (64, 4), (96, 8), (128, 8), (256, 16), (1024, 16)):
         small, deep = (train.recipe(depth, size, 100, 10) for depth in (2, 3))
         codec = tokenizer.init(**train.arguments(tokenizer.init, small))
@@ -1109,7 +1109,7 @@ def test_hues_are_measured_on_training_images():
     images = [torch.from_numpy(np.array(dataset[i][0])) for i in range(40) if i not in held_out]
     images = torch.stack(images).permute(0, 3, 1, 2) / 127.5 - 1
     variance = plain_hues(images).var((1, 2, 3), correction=0).mean().item()
-    assert len(images) == 35
+    assert len(images) == 38
     assert stage["terms"]["hue_variance"] == pytest.approx(variance, rel=1e-5)
     assert "perceptual_layers" not in stage["terms"]
 
@@ -1211,7 +1211,7 @@ def test_held_out_numbers_are_of_saved_weights(base):
     inputs = tokenizer.next_scale_inputs(codec, tokens, SCALES)
     weights = hmar.scale_weights(SCALES, train.recipe(1, 16, 30, 3)["loss_weights"])
     surprise = (hmar.losses(params, labels, tokens, inputs) * weights).sum(1).mean()
-    mask = torch.rand(3, 36, generator=train.generator_of("held-out mask")) < 0.5
+    mask = torch.rand(1, 36, generator=train.generator_of("held-out mask")) < 0.5
     own_inputs = tokenizer.masked_inputs(codec, tokens, SCALES, mask)
     wrong = hmar.losses(params, labels, tokens, inputs, own_inputs, mask).sum()
 
