@@ -364,12 +364,16 @@ def sampling_settings(depth, size, classes):
 def default_scales(size, cell, growth, doubled=True):
     """The published scales where they fit, otherwise sides that grow by a factor.
 
-    doubled: the last scale comes twice if its side is at most 8, which sharpens fine grain.
+    doubled: the last scale comes twice if its side is at most 8, which sharpens fine grain. The
+        scale before these two has at least 5/8 of their side: samples get most of their faults
+        where the full side is sampled first, from a map that is much coarser (tests/RESULTS.md).
     """
     if cell == 16 and size in hmar.SCALES:
         return hmar.SCALES[size]
     latent = size // cell
-    sides = [latent, latent] if doubled and latent <= 8 else [latent]
+    sides = [latent]
+    if doubled and latent <= 8:
+        sides = [round(latent / min(growth, 1.6)), latent, latent]
     while sides[0] > 1:
         sides.insert(0, round(sides[0] / growth))
     return tuple((side, side) for side in sides)

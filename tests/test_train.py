@@ -804,7 +804,7 @@ def meta(init, **sizes):
 def test_drawings_take_fewer_steps_and_scales_than_other_images():
     shapes, own = (train.recipe(2, 32, 20_500, 10, is_simple) for is_simple in (True, False))
     assert [h for h, _ in shapes["scales"]] == [1, 2, 4, 8]
-    assert [h for h, _ in own["scales"]] == [1, 2, 4, 8, 8]
+    assert [h for h, _ in own["scales"]] == [1, 2, 5, 8, 8]
     steps = [f"{stage}_steps" for stage in train.STEP_COSTS]
     for name in steps:
         assert shapes[name] == math.ceil(0.68 * own[name])
