@@ -748,7 +748,7 @@ def test_numbers_that_were_chosen_by_trials(line):
         assert settings[f"{stage}_lr"] == pytest.approx(peak, rel=1e-3)
     assert settings["decay"] == pytest.approx({2: 0.05, 3: 0.03615, 4: 0.02872}[depth], rel=1e-3)
     chosen = dict(label_drop=0.1, gamma=0.1)
-    chosen |= dict(masked_passes=0, refined_tokens=16)
+    chosen |= dict(masked_passes=0, refined_tokens=25)
     chosen |= dict(newton_schulz=3 if is_simple else 5, code_dim=16, perceptual=size > 32)
     weights = (0.25, 0.72, 2.0) if size > 32 else (0.5, 0.0, 2.0)
     chosen |= zip(("texture_weight", "jump_weight", "spectrum_weight"), weights)
