@@ -365,8 +365,8 @@ def default_scales(size, cell, growth, doubled=True):
     """The published scales where they fit, otherwise sides that grow by a factor.
 
     doubled: the last scale comes twice if its side is at most 8, which sharpens fine grain. The
-        scale before these two has at least 5/8 of their side: samples get most of their faults
-        where the full side is sampled first, from a map that is much coarser (tests/RESULTS.md).
+        scale before these two has at least 5/8 of their side: when it had half, half of the FD of
+        CIFAR-10 arose where the full side is sampled first (tests/RESULTS.md, section 2).
     """
     if cell == 16 and size in hmar.SCALES:
         return hmar.SCALES[size]
