@@ -71,7 +71,7 @@ def command(flags, seconds, environment, log):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    for index in range(30):
+    for index in range(60):
         path = folder / train.SHAPES[index % 3] / f"{index:03d}.png"
         path.parent.mkdir(exist_ok=True)
         train.draw_shape(index, 16)[0].save(path)
@@ -155,7 +155,7 @@ def difference(ours, theirs):
 
 def test_a_run_learns_and_leaves_a_folder(base, folder):
     said, record = base.with_name("said").read_text(), (base / "args.json").read_text()
-    assert f"{base}: HMAR of depth 1, 29 images to train on, 1 held out, 3 classes; cpu" in said
+    assert f"{base}: HMAR of depth 1, 57 images to train on, 3 held out, 3 classes; cpu" in said
     assert re.search(r"next-scale 16/24  0:00:\d\d left, of the run 0:00:\d\d  loss \d", said)
     assert f"{base}/samples/masked.png is written" in said
     assert str(folder) not in record and str(base) not in record  # both may move
@@ -1209,9 +1209,9 @@ def test_held_out_numbers_are_of_saved_weights(base):
     assert torch.equal(tokens, tokenizer.encode(codec, images, SCALES))
     errors = tokenizer.decode(codec, tokens, SCALES) - images
     inputs = tokenizer.next_scale_inputs(codec, tokens, SCALES)
-    weights = hmar.scale_weights(SCALES, train.recipe(1, 16, 30, 3)["loss_weights"])
+    weights = hmar.scale_weights(SCALES, train.recipe(1, 16, 60, 3)["loss_weights"])
     surprise = (hmar.losses(params, labels, tokens, inputs) * weights).sum(1).mean()
-    mask = torch.rand(1, 36, generator=train.generator_of("held-out mask")) < 0.5
+    mask = torch.rand(3, 36, generator=train.generator_of("held-out mask")) < 0.5
     own_inputs = tokenizer.masked_inputs(codec, tokens, SCALES, mask)
     wrong = hmar.losses(params, labels, tokens, inputs, own_inputs, mask).sum()
 
