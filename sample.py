@@ -912,8 +912,8 @@ def parser():
     add("--seed", type=int, default=0, help=text)
     text = (
         "picture file: a grid with a row for each label; .gif: a grid after each pass, but of "
-        "edits only the last; .npz: an array for FID programs; no suffix: a folder, missing or "
-        "empty, of images NUMBER-CLASS.png, which torchrun shares among processes "
+        "edits only the last; .npz: an array for FID programs, shuffled; no suffix: a folder, "
+        "missing or empty, of images NUMBER-CLASS.png, which torchrun shares among processes "
         "(default: samples.png)"
     )
     add("--out", type=Path, default=Path("samples.png"), help=text)
@@ -1163,10 +1163,15 @@ def write_picture(path, job):
 
 
 def write_archive(path, job):
-    """Writes arr_0, uint8 (n, H, W, 3), and labels (n,) for programs that compute FIDs."""
+    """Writes arr_0, uint8 (n, H, W, 3), and labels (n,) for programs that compute FIDs.
+
+    They are shuffled, always alike: the Inception Score of such programs is a mean over parts of a
+    file, and a part with few classes would lower it.
+    """
     pixels = np.concatenate([to_bytes(sample_part(job, part)) for part in job.batches])
+    order = np.random.default_rng(0).permutation(len(pixels))
     with open(path, "wb") as file:
-        np.savez(file, arr_0=pixels, labels=job.labels.numpy())
+        np.savez(file, arr_0=pixels[order], labels=job.labels.numpy()[order])
 
 
 def write_folder(folder, job):
