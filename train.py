@@ -448,8 +448,8 @@ def train_tokenizer(
 ):
     """Returns the codec, trained so that its first scales, however many, decode to an image too.
 
-    codec: a tree of `tokenizer.init`. Its codes are replaced by data at the first step, unless that
-        batch chooses them.
+    codec: a tree of `tokenizer.init`. At the first step, codes that the batch does not choose are
+        replaced by vectors of the batch.
     batches: an iterator of (images uint8 (B, 3, H, W), anything), or a function that returns the
         iterator of the steps after a number of steps, such as `crop_batches`. Each of several
         processes gets its own share of a batch.
