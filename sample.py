@@ -78,7 +78,6 @@ def steps(
     guidance=1.5,
     mask_guidance=0.0,
     rise=1.0,
-    soften=0.0,
     temperature=1.0,
     cooling=1.0,
     top_k=0,
@@ -94,7 +93,6 @@ def steps(
     guidance, mask_guidance: strength of guidance at the last scale, in next-scale and in masked
         passes. 0 turns it off, which halves the cost.
     rise: the power with which guidance grows over the scales, see `guidance_at_scale`; 0: constant.
-    soften: the divergence in nats at which guidance is halved, see `classifier_free_guidance`.
     temperature: divides the logits of the last scale; below .001 the most likely code is taken.
     cooling: the temperature of the first scale divided by that of the last one, to which it falls,
         see `temperature_at_scale`; 1: constant.
@@ -106,7 +104,7 @@ def steps(
     """
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
     labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
-    strengths = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
+    strengths = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise)
     filters = dict(temperature=temperature, cooling=cooling, top_k=top_k, top_p=top_p)
     check_arguments(params, codec, labels, seeds, schedule, **strengths, **filters)
 
@@ -136,7 +134,7 @@ def steps(
             tokens = tokens.clone()  # those of the last Step stay as they are
             confidence = torch.zeros_like(uniform)
             for positions, pair in hmar.wave_logits(branch, size, x, tokens):
-                logits = classifier_free_guidance(pair, strength, soften)  # (B, m, codes)
+                logits = classifier_free_guidance(pair, strength)  # (B, m, codes)
                 sampled, probability = sample_codes(
                     logits, uniform[:, positions], scale_temperature, top_k, top_p
                 )
@@ -199,23 +197,15 @@ def select_in_cache(cache, chosen):
     return [[(select(key), select(value)) for key, value in past] for past in cache]
 
 
-def classifier_free_guidance(pair, strength, soften=0.0):
+def classifier_free_guidance(pair, strength):
     """(1 + t) conditional - t unconditional, t the strength (Ho and Salimans 2021, equation 6).
 
     pair (2, B, m, codes): logits with and without the class. If strength is 0, the latter are not
     read and may be missing.
-
-    With soften, t is divided by 1 + (D / soften)^2, where D is the divergence in nats of the
-    prediction without the class from that with it. So guidance is weaker where the class changes
-    the prediction most.
     """
     if strength == 0:
         return pair[0]
     conditional, unconditional = pair
-    if soften:
-        log_p, log_q = conditional.log_softmax(-1), unconditional.log_softmax(-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)  # (B, m, 1)
-        strength = strength / (1 + (divergence / soften) ** 2)
     return (1 + strength) * conditional - strength * unconditional
 
 
@@ -479,7 +469,6 @@ def edit_steps(
     guidance=1.5,
     mask_guidance=0.0,
     rise=1.0,
-    soften=0.0,
     temperature=1.0,
     cooling=1.0,
     top_k=0,
@@ -504,7 +493,7 @@ def edit_steps(
     """
     scales, codebook = hmar.scale_sizes(params), codec["codebook"]
     labels, seeds = torch.as_tensor(labels), seeds_of_images(seed, len(labels))
-    strengths = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise, soften=soften)
+    strengths = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise)
     filters = dict(temperature=temperature, cooling=cooling, top_k=top_k, top_p=top_p)
     check_arguments(params, codec, labels, seeds, schedule, **strengths, **filters)
 
@@ -543,7 +532,7 @@ def edit_steps(
                 if pass_index == 0:  # given tokens are judged by predictions from coarser scales
                     log_p = pair[0].log_softmax(-1).gather(-1, tokens[:, positions, None])[..., 0]
                     likelihood += log_p.masked_fill(is_hidden, 0).sum(1)
-                logits = classifier_free_guidance(pair, strength, soften) + clues[:, positions]
+                logits = classifier_free_guidance(pair, strength) + clues[:, positions]
                 sampled, probability = sample_codes(
                     logits, uniform[:, positions], scale_temperature, top_k, top_p
                 )
@@ -721,10 +710,12 @@ def find_weights(path):
 def update_model(model):
     """A model as it is today, from a file that may be older.
 
-    In older files is_causal is an entry of the model, and published MLPs are called mlp_tanh.
+    In older files is_causal is an entry of the model, published MLPs are called mlp_tanh, and
+    guidance was weakened token by token where the class changed a prediction most (soften).
     """
     params = model.get("transformer")
     is_causal = model.pop("is_causal", False)
+    model.get("sampling", {}).pop("soften", None)
     if params is None:
         return model
     if is_causal:
@@ -750,7 +741,7 @@ def published_sampling(params):
 
     An HMAR of a depth that was not published gets those of depth 16.
     """
-    settings = dict(mask_guidance=0.0, rise=1.0, soften=0.0, temperature=1.0, cooling=1.0)
+    settings = dict(mask_guidance=0.0, rise=1.0, temperature=1.0, cooling=1.0)
     if "causal" in params:
         return settings | PUBLISHED_VAR
     if "masked" in params:
@@ -890,7 +881,7 @@ def exit_with_a_line(name):
 # ---- here the library ends; the command
 
 # settings of `steps` that are flags too
-SAMPLING_FLAGS = "guidance", "mask_guidance", "rise", "soften"
+SAMPLING_FLAGS = "guidance", "mask_guidance", "rise"
 SAMPLING_FLAGS += "temperature", "cooling", "top_k", "top_p"
 
 
@@ -942,11 +933,6 @@ def add_sampling_flags(top):
     add("--mask-guidance", type=float, help="the same in masked passes")
     text = "guidance is multiplied by (k / (S - 1)) ** RISE at scale k of 0 to S - 1; 0: constant"
     add("--rise", type=float, help=text)
-    text = (
-        "guidance is halved where the predictions with and without a class have a KL divergence "
-        "of this many nats; 0: never"
-    )
-    add("--soften", type=float, help=text)
     text = "divides the logits of the last scale (see --cooling); 0: take the most likely code"
     add("--temperature", type=float, help=text)
     text = (

@@ -350,7 +350,7 @@ def sampling(size, batch, **sizes):
     published = partial(dense_sample, trainable(with_tanh(params)), codec, labels)
 
     def ours(schedule, fast=fast):
-        options = VAR | dict(schedule=schedule, mask_guidance=0, soften=0)
+        options = VAR | dict(schedule=schedule, mask_guidance=0)
         for _ in sample.steps(fast, codec, labels, **options):
             pass
 

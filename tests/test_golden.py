@@ -75,7 +75,7 @@ def test_logits_and_losses(golden):
 
 
 ONE_PASS, REFINED = ((1,), (4,), (9,), (16,)), ((1,), (1, 3), (1, 3, 5), (16,))
-PUBLISHED = dict(mask_guidance=0, soften=0, temperature=0)
+PUBLISHED = dict(mask_guidance=0, temperature=0)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ PARAMS = scrambled(tree(SCALES, codes=16, code_dim=8, random=False), scale=0.15)
 PARAMS = pytree.tree_map(torch.Tensor.float, PARAMS)
 NAMES = ["disc", "ring", "star"]
 SAMPLING = dict(guidance=6.0, mask_guidance=3.0, rise=1.0, temperature=0.95)
-SAMPLING |= dict(soften=0.1, top_k=0, top_p=1.0)
+SAMPLING |= dict(top_k=0, top_p=1.0)
 MODEL = dict(tokenizer=CODEC, transformer=PARAMS, classes=NAMES, sampling=SAMPLING)
 PLAIN = {name: branch for name, branch in PARAMS.items() if name != "masked"}
 VAR = PLAIN | dict(causal={})
@@ -129,12 +129,7 @@ def slow_steps(params, codec, condition, seed, options, known=None):
                 near = torch.tensor([tokens])
                 near = hmar.neighbour_tokens(params[branch], near, [(h, w)])[0, place]
                 pair = [hmar.logits(params[branch], x[place], near) for x in both]
-                p, q = (logits.softmax(-1) for logits in pair)
-                strength = t
-                if options["soften"]:
-                    divergence = (p * (p / q).log()).sum()
-                    strength = t / (1 + (divergence / options["soften"]) ** 2)
-                logits = (1 + strength) * pair[0] - strength * pair[1]
+                logits = (1 + t) * pair[0] - t * pair[1]
                 logits = (logits + seen[place]) / (heat or 1)
                 row = (logits - logits.max()).tolist()
                 codes = slow_filter(row, options["top_k"], options["top_p"])
@@ -174,7 +169,6 @@ def test_passes_are_those_of_a_plain_loop(scales, data, batch, own_input, looks)
         guidance=data.draw(st.sampled_from([0, 1.5, 4])),
         mask_guidance=data.draw(st.sampled_from([0, 1.5])),
         rise=data.draw(st.sampled_from([0, 1, 2])),
-        soften=data.draw(st.sampled_from([0, 0.1, 2])),
         temperature=data.draw(st.sampled_from([0, 0.2, 0.5, 1.0, 3.0])),
         cooling=data.draw(st.sampled_from([1, 0.5, 2])),
         top_k=data.draw(st.integers(0, 6)),
@@ -276,7 +270,7 @@ def test_schedules_sum_to_their_scales(scales, passes):
 def test_images_depend_on_arguments_alone(params, options, monkeypatch):
     model = MODEL | dict(transformer=params)
     labels, seeds = torch.tensor([2, 0, 3, 1, 2]), [7, 3, 11, 4, 2**40]
-    options = options | dict(guidance=4, rise=2, soften=0.1)
+    options = options | dict(guidance=4, rise=2)
     before, state = copy.deepcopy((CODEC, params)), torch.get_rng_state()
     images = sample.generate(model, labels, seed=seeds, **options)
     assert torch.equal(torch.get_rng_state(), state) and leaves_equal(before, (CODEC, params))
@@ -322,7 +316,7 @@ def blocks(depth):
 
 
 def test_published_trees_are_sampled_with_published_settings():
-    common = dict(mask_guidance=0, rise=1, soften=0, temperature=1, cooling=1)
+    common = dict(mask_guidance=0, rise=1, temperature=1, cooling=1)
     for depth, guidance, top_k in ((2, 1.7, 1000), (20, 1.9, 950), (24, 2.1, 900), (30, 1.6, 650)):
         expected = common | dict(guidance=guidance, top_k=top_k, top_p=0.99)
         assert sample.published_sampling(PLAIN | blocks(depth)) == expected
@@ -580,7 +574,6 @@ def test_arguments_that_do_not_fit_are_refused():
         "top_p: got 0": dict(top_p=0.0),
         "rise: got -1": dict(rise=-1),
         "guidance: got nan": dict(guidance=math.nan),
-        "soften: got nan": dict(soften=math.nan),
         "temperature: got -1": dict(temperature=-1),
         "cooling: got -1": dict(cooling=-1),
         "seed: got -1": dict(seed=-1),
@@ -930,9 +923,9 @@ def test_names_go_before_numbers():
 
 
 def test_flags_reach_the_sampler(run):
-    flags = "--labels ring --count 2 --guidance 2.5 --soften 3 --mask-guidance 0.5 --top-k 3"
+    flags = "--labels ring --count 2 --guidance 2.5 --mask-guidance 0.5 --top-k 3"
     flags += " --top-p 0.7 --temperature 0.7 --rise 0.5 --cooling 0.01 --seed 9 --mask-steps 2"
-    options = dict(guidance=2.5, soften=3, mask_guidance=0.5, top_k=3, top_p=0.7, temperature=0.7)
+    options = dict(guidance=2.5, mask_guidance=0.5, top_k=3, top_p=0.7, temperature=0.7)
     pixels = archived(run, *flags.split())
     schedule = sample.masked_schedule(SCALES, 2)
     assert_sampled(pixels, [1, 1], **options, rise=0.5, cooling=0.01, seed=9, schedule=schedule)
@@ -955,7 +948,7 @@ BAD_INPUT = """
 run --labels 3  sample.py: labels: got '3', expected 0 to 2 or a name such as disc, ring, star
 run --count 0  --count: got 0, expected 1 or more
 run --seed -1  seed: got -1
-run --soften -1  soften: got -1.0
+run --cooling -1  cooling: got -1.0
 run --top-p 95  top_p: got 95
 run --mask-steps -1  masked passes: got -1
 run --out photo.png --edit photo.png --pad 0.2  --out: got photo.png, which would be overwritten
