@@ -186,7 +186,7 @@ def run_stages(dataset, flags, plan, out, device, workers):
         shared |= dict(classes=classes)
 
         if "transformer" not in model:
-            model["transformer"] = train_transformer(
+            params = model["transformer"] = train_transformer(
                 new_transformer(flags, plan),
                 codec,
                 partial(token_batches, training, codec, scales, stage="next-scale", **reading),
@@ -198,7 +198,7 @@ def run_stages(dataset, flags, plan, out, device, workers):
                 **arguments(train_transformer, settings),
                 **shared,
             )
-            gain = class_gain(model["transformer"], codec, examples, settings["loss_weights"], dtype)
+            gain = class_gain(params, codec, examples, settings["loss_weights"], dtype)
             model["sampling"] = weaken_guidance(model["sampling"], gain)
             model = save_model(out, model)
 
@@ -340,8 +340,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     )
 
 
-# Chosen by the FD to images that no model saw (tests/RESULTS.md, section 3), at depth 2 and at depth
-# 3 with 32 pixels; the other rows follow from those that were chosen before for another guidance.
+# Chosen by the FD to images that no model saw (tests/RESULTS.md, section 3), at depth 2 and, with 32
+# pixels, at depth 3; the other rows follow from those that were chosen for another kind of guidance.
 # The first row whose depth and side in pixels are not exceeded counts.
 SAMPLING = {  # (depth, side): guidance, mask_guidance, rise, temperature, cooling
     (2, 32): (4.4, 2.6, 1.0, 0.75, 1.5),
