@@ -340,9 +340,9 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     )
 
 
-# Chosen by the FD to images that no model saw (tests/RESULTS.md, section 3), at depth 2 and, with 32
-# pixels, at depth 3; the others follow from those that were chosen for another kind of guidance.
-# The first row whose depth and side in pixels are not exceeded counts.
+# Chosen by the FD to images that no model saw (tests/RESULTS.md, section 3): the first two rows and
+# (3, 32). The others follow from those that were chosen for another kind of guidance. The first row
+# whose depth and side in pixels are not exceeded counts.
 SAMPLING = {  # (depth, side): guidance, mask_guidance, rise, temperature, cooling
     (2, 32): (4.4, 2.6, 1.0, 0.75, 1.5),
     (2, math.inf): (2.6, 2.6, 2.0, 0.75, 1.5),
