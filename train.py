@@ -131,7 +131,8 @@ def run_stages(dataset, flags, plan, out, device, workers):
     training = Crops(dataset, order[held_out_count:], **options)
     reading = dict(seed=seed, batch=settings["batch"], device=device, workers=workers)
 
-    model = dict(classes=classes, sampling=arguments(sample.steps, settings))
+    sampling = arguments(sample.steps, settings)
+    model = dict(classes=classes, sampling=sampling)
     if out and (out / "model.pt").exists():
         model = sample.load_model(out)
     print_plan(flags, plan, out, device, dtype, len(training), held_out_count)
@@ -194,12 +195,12 @@ def run_stages(dataset, flags, plan, out, device, workers):
                 steps=settings["next_scale_steps"],
                 lr=settings["next_scale_lr"],
                 later=later_steps(plan, "next_scale"),
-                sampling=model["sampling"],
+                sampling=sampling,
                 **arguments(train_transformer, settings),
                 **shared,
             )
             gain = class_gain(params, codec, examples, settings["loss_weights"], dtype)
-            model["sampling"] = weaken_guidance(model["sampling"], gain)
+            model["sampling"] = weaken_guidance(sampling, gain)
             model = save_model(out, model)
 
         if "masked" not in model["transformer"] and "causal" not in model["transformer"]:

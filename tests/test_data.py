@@ -502,8 +502,8 @@ def test_a_run_reads_training_images_once_an_epoch_and_held_out_ones_to_evaluate
     first = Counter(range(0, 40, 3))  # these tell the data from others, and are read twice
     times = Counter(dataset.read) - first - first
     # Also for the variance of hues; and the held-out ones once for the tokenizer, and
-    # once for each stage of the transformer.
-    assert Counter(times.values()) == {1 + 4 + 4 + 4 + 4: 38, 1 + 1 + 1: 2}
+    # once for the transformer.
+    assert Counter(times.values()) == {1 + 4 + 4 + 4 + 4: 38, 1 + 1: 2}
 
 
 def test_workers_read_the_same_batches():
