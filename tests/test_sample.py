@@ -620,16 +620,17 @@ def test_a_model_file_is_all_that_sampling_needs():
 
 
 def test_files_of_older_versions_are_the_same_models():
-    """Where is_causal stood beside the trees, and published MLPs were called mlp_tanh."""
+    """Where is_causal stood beside the trees, MLPs were called mlp_tanh, and guidance softened."""
     today = tree(SCALES, codes=16, code_dim=8, own_input=False, random=False)
     old = copy.deepcopy(today)
     for block in old["trunk"] + old["next_scale"]["blocks"] + old["masked"]["blocks"]:
         block["mlp_tanh"] = {name: block["mlp"][name] for name in ("expand", "contract")}
         del block["mlp"]
     for is_causal in (False, True):
-        save_model("run", transformer=old, is_causal=is_causal)
+        softened = SAMPLING | dict(soften=0.1)
+        save_model("run", transformer=old, is_causal=is_causal, sampling=softened)
         loaded = sample.load_model("run")
-        assert "is_causal" not in loaded
+        assert "is_causal" not in loaded and loaded["sampling"] == SAMPLING
         assert ("causal" in loaded["transformer"]) == is_causal
         assert leaves_equal(loaded["transformer"], today)
         assert all(block["mlp"]["tanh"] == {} for block in loaded["transformer"]["trunk"])
