@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -715,7 +716,8 @@ def update_model(model):
     """
     params = model.get("transformer")
     is_causal = model.pop("is_causal", False)
-    model.get("sampling", {}).pop("soften", None)
+    if model.get("sampling", {}).pop("soften", None):
+        warnings.warn("a model of an older version, whose guidance may be too strong now")
     if params is None:
         return model
     if is_causal:

@@ -863,7 +863,7 @@ def test_settings_reach_the_stages_that_take_them():
     for stage in stages[2:]:
         assert stage["label_drop"] == 0.3 and stage["loss_weights"] == "root"
         assert stage["classes"] == ["ant", "bee", "cow"]
-        assert stage["sampling"]["guidance"] == pytest.approx(2.5, rel=1e-2)
+        assert stage["sampling"]["guidance"] == 2.5
 
 
 SMALL_CODEC = dict(codes=32, code_dim=8, channels=96, multipliers=(1, 1, 2), residual_blocks=1)
@@ -1213,7 +1213,7 @@ def test_held_out_numbers_are_of_saved_weights(base):
     share = 1 / (1 + (max(0, without - surprise).item() / 0.1) ** 2)
     expected = train.sampling_settings(1, 16, 3)
     expected |= {name: share * expected[name] for name in ("guidance", "mask_guidance")}
-    assert share < 0.999 and model["sampling"] == pytest.approx(expected, rel=1e-5)
+    assert model["sampling"] == pytest.approx(expected, rel=1e-5)
     mask = torch.rand(3, 36, generator=train.generator_of("held-out mask")) < 0.5
     own_inputs = tokenizer.masked_inputs(codec, tokens, SCALES, mask)
     wrong = hmar.losses(params, labels, tokens, inputs, own_inputs, mask).sum()
@@ -1229,12 +1229,53 @@ def test_held_out_numbers_are_of_saved_weights(base):
     assert last["decoder"]["held_out_perplexity"] == pytest.approx(perplexity, rel=1e-4)
 
 
-@pytest.mark.parametrize("gain, share", [(-2, 1), (0, 1), (0.1, 1 / 2), (0.2, 1 / 5)])
-def test_guidance_is_weaker_the_more_the_class_says(gain, share, capsys):
+@pytest.mark.parametrize("gain, share", [(-2, 1), (0, 1), (0.3, 1 / 2), (0.6, 1 / 5)])
+def test_guidance_is_weaker_the_more_the_class_says(gain, share):
     before = dict(guidance=4.0, mask_guidance=3.0, rise=2.0, temperature=0.5)
     after = before | dict(guidance=4 * share, mask_guidance=3 * share)
-    assert train.weaken_guidance(before, gain) == pytest.approx(after)
-    assert f"guidance {4 * share:.2f}" in capsys.readouterr().out
+    assert train.weaken_guidance(before, gain, 0.3) == pytest.approx(after)
+    assert train.weaken_guidance(before, gain, math.inf) == before
+    assert train.weaken_guidance({}, gain, 0.3) == {}
+
+
+@pytest.mark.parametrize("given, strength", [({}, 2.2), (dict(guidance=2.5), 2.5)])
+def test_guidance_is_weakened_once_unless_it_is_given(given, strength, monkeypatch):
+    """In pictures of the next-scale stage, in those of the masked stage, and in the model."""
+    found, drawn = train.evaluate_transformer, []
+
+    def evaluate(params, codec, weights, examples):
+        numbers = found(params, codec, weights, examples)
+        return numbers | (dict(class_gain=0.1) if "class_gain" in numbers else {})
+
+    monkeypatch.setattr(train, "evaluate_transformer", evaluate)
+    monkeypatch.setattr(train, "draw_samples", lambda *given: drawn.append((given[1], given[-1])))
+    options = dict(size=16, device="cpu", steps=1, batch=4, dtype="fp32")
+    model = train.train(NumberedImages(40), **options, **given)
+    assert [stage for stage, _ in drawn] == ["next-scale", "masked"]
+    for sampling in (model["sampling"], *(sampling for _, sampling in drawn)):
+        assert sampling["guidance"] == pytest.approx(strength)
+        assert sampling["mask_guidance"] == (2.6 if given else pytest.approx(1.3))
+
+
+def test_a_class_that_says_nothing_gains_nothing():
+    scales, labels = SCALES, torch.tensor([0, 1, 2])
+    params = hmar.init(width=32, depth=1, classes=3, codes=16, code_dim=8, scales=scales)
+    params["classes"] = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(16, (3, sum(tokenizer.lengths(scales))))
+    weights = hmar.scale_weights(scales, "root")
+    for conditions in (labels, params["classes"][labels]):  # numbers, or vectors
+        found = train.evaluate_transformer(params, CODEC, weights, (conditions, tokens))
+        inputs = tokenizer.next_scale_inputs(CODEC, tokens, scales)
+        with_class, without = (
+            (hmar.losses(params, numbers, tokens, inputs) * weights).sum(1).mean().item()
+            for numbers in (labels, torch.full((3,), 3))
+        )
+        assert found == pytest.approx(
+            dict(held_out_loss=with_class, class_gain=without - with_class), abs=1e-5
+        )
+        assert found["class_gain"] != 0
+    params["classes"][:] = params["classes"][3]
+    assert train.evaluate_transformer(params, CODEC, weights, (labels, tokens))["class_gain"] == 0
 
 
 def test_a_folder_without_classes_is_refined_and_edits(own_folder):
