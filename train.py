@@ -345,10 +345,10 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     )
 
 
-# Guidance of the first three rows was chosen by the FD to images that no model saw (tests/RESULTS.md,
-# section 3). That of the next two is .7 of what was best when guidance was weakened token by token,
-# and mask_guidance was only compared in edits. The first row whose depth and side in pixels are not
-# exceeded counts.
+# Guidance of the first three rows was chosen by the FD to images that no model saw, see section 3
+# of tests/RESULTS.md. That of the next two is .7 of what was best when it was weakened token by
+# token, and mask_guidance was only compared in edits. The first row whose depth and side in pixels
+# are not exceeded counts.
 SAMPLING = {  # (depth, side): guidance, mask_guidance, rise, temperature, cooling
     (2, 32): (4.4, 2.6, 1.0, 0.75, 1.5),
     (2, math.inf): (2.6, 2.6, 2.0, 0.75, 1.5),
