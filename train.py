@@ -377,7 +377,8 @@ def weaken_guidance(sampling, gain, halving_gain):
     """The settings with both strengths of guidance divided by 1 + (gain / halving_gain)^2.
 
     gain: by how many nats a token the class lowers the next-scale loss of images held out, see
-        `class_gain`. Below zero, as after learning a small folder by heart, it weakens nothing.
+        `evaluate_transformer`. Below zero, as after learning a small folder by heart, it changes
+        nothing.
     halving_gain: the gain at which guidance is halved.
 
     Guidance makes up for a model that has learned little of the classes, as those of photographs
