@@ -360,7 +360,11 @@ def test_a_batch_of_tokens_in_parts_is_one_batch(is_masked, monkeypatch):
         out.mkdir()
         options = dict(steps=3, lr=1e-4, evaluations=3, out=out, classes=[*"abc"])
         train.train_transformer(params, CODEC, iter(examples), examples[0], **options)
-        losses.append([list(line.values())[2:] for line in lines_of(out)])
+        lines = lines_of(out)
+        for line in lines:
+            if "class_gain" in line:  # a difference of two losses: here rounding is all of it
+                line["class_gain"] += line["held_out_loss"]
+        losses.append([list(line.values())[2:] for line in lines])
     flat = [np.hstack([np.hstack(line) for line in run]) for run in losses]
     np.testing.assert_allclose(*flat, rtol=2e-4)
 
