@@ -1242,8 +1242,11 @@ def test_guidance_is_weaker_the_more_the_class_says(gain, share):
     assert train.weaken_guidance({}, gain, 0.3) == {}
 
 
-@pytest.mark.parametrize("given, strength", [({}, 2.2), (dict(guidance=2.5), 2.5)])
-def test_guidance_is_weakened_once_unless_it_is_given(given, strength, monkeypatch):
+@pytest.mark.parametrize(
+    "given, expected",
+    [({}, (2.2, 1.3)), (dict(guidance=2.5), (2.5, 2.6)), (dict(mask_guidance=2.0), (4.4, 2.0))],
+)
+def test_guidance_is_weakened_once_unless_it_is_given(given, expected, monkeypatch):
     """In pictures of the next-scale stage, in those of the masked stage, and in the model."""
     found, drawn = train.evaluate_transformer, []
 
@@ -1257,8 +1260,8 @@ def test_guidance_is_weakened_once_unless_it_is_given(given, strength, monkeypat
     model = train.train(NumberedImages(40), **options, **given)
     assert [stage for stage, _ in drawn] == ["next-scale", "masked"]
     for sampling in (model["sampling"], *(sampling for _, sampling in drawn)):
-        assert sampling["guidance"] == pytest.approx(strength)
-        assert sampling["mask_guidance"] == (2.6 if given else pytest.approx(1.3))
+        strengths = sampling["guidance"], sampling["mask_guidance"]
+        assert strengths == pytest.approx(expected)
 
 
 def test_a_class_that_says_nothing_gains_nothing():
