@@ -280,6 +280,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     if is_simple:
         steps = {name: math.ceil(0.68 * number) for name, number in steps.items()}
 
+    # After more epochs the samples become copies of the images (tests/RESULTS.md, section 3).
+    steps["next_scale"] = min(steps["next_scale"], math.ceil(35 * training_images / batch))
     epochs = steps["next_scale"] * batch / training_images
 
     # Deep models want a lower rate (HyperP, arXiv 2603.28743); rate * decay * steps stays constant
