@@ -269,7 +269,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 
     # Images seen grow like the parameters, with depth^3 (Hoffmann et al. 2022), and the batch like
     # the root of the images seen (McCandlish et al. 2018). Larger images have more tokens, so fewer
-    # are needed; no dataset is seen more than 200 times.
+    # are needed. The tokenizer sees no image more than 80 times (.4 of 200).
     seen = min(50_000 * relative_depth**3 * math.sqrt(32 / size), 200 * training_images)
     batch = 8 * round(2 * relative_depth**1.5)
     if has_detail:  # fewer images in smaller batches were as good
@@ -280,7 +280,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     if is_simple:
         steps = {name: math.ceil(0.68 * number) for name, number in steps.items()}
 
-    # After more epochs the samples become copies of the images (tests/RESULTS.md, section 3).
+    # The transformer sees none more than 35 times, because its samples become copies of images that
+    # it sees more often (tests/RESULTS.md, section 3).
     steps["next_scale"] = min(steps["next_scale"], math.ceil(35 * training_images / batch))
     epochs = steps["next_scale"] * batch / training_images
 
