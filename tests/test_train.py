@@ -759,7 +759,10 @@ def test_numbers_that_were_chosen_by_trials(line):
     names = "guidance", "mask_guidance", "rise", "temperature", "cooling"
     chosen |= zip(names, GUIDANCE[depth, size])
     chosen |= dict(
-        loss_weights="token" if is_simple else "root", top_k=0, top_p=1.0, evaluations=3 * depth
+        loss_weights="token" if is_simple else "root",
+        top_k=0,
+        top_p=1.0,
+        evaluations=3 * (depth - 1),
     )
     assert {name: settings[name] for name in chosen} == chosen
 
