@@ -319,7 +319,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
         # Three Newton-Schulz iterations of Muon instead of five save a third of the time, but raise
         # the FD of photographs by 4 to 14 %, so only simple drawings use three.
         newton_schulz=3 if is_simple else 5,
-        # Of each stage. Six of them were 8 % of a run of depth 2 on 64 pixels.
+        # So many in each stage. Six at depth 2 took 8 % of the seconds of a run at 64 pixels.
         evaluations=3 * max(1, depth - 1),
         label_drop=0.1,
         # Dropout helps runs that see each image often and harms those that do not: FD of CIFAR-10's
