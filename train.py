@@ -1820,10 +1820,6 @@ def check_settings(settings, side):
         raise ValueError(f"{got}, expected one of {', '.join(hmar.WEIGHTS)}")
     if not 1 <= blocks <= settings["depth"]:
         raise ValueError(f"masked_blocks: got {blocks}, expected 1 to {settings['depth']}")
-    width = settings["width"] or 64 * settings["depth"]
-    heads = max(1, width // 64)
-    if width % heads:
-        raise ValueError(f"width: got {width}, expected a multiple of its {heads} heads")
     sample.masked_schedule(**arguments(sample.masked_schedule, settings))
     sample.check_numbers(**arguments(sample.steps, settings))
 

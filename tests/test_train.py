@@ -903,7 +903,6 @@ central_every=0  central_every: got 0, expected above 0
 scales=((1, 1), (3, 3))  scales: got ((1, 1), (3, 3)), expected two or more, the last 4 x 4
 loss_weights=none  loss_weights: got none, expected one of token, root,
 masked_blocks=9  masked_blocks: got 9, expected 1 to
-width=200  width: got 200, expected a multiple of its 3 heads
 temperature=-1.0  temperature: got -1.0
 """
 
