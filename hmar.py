@@ -29,7 +29,10 @@ be there is to be set.
     depthwise                 in a block: a 3 x 3 convolution of each channel of each scale's map
     neighbours                in both branches: the head sees neighbouring tokens of the same scale
     tanh {}                   in an mlp: GELU in its tanh approximation, as published
-    own_input                 in the masked branch: a weight; without it that of input is used
+    leak {}                   in the masked branch: it was trained with the codes of hidden tokens
+                              in own_inputs (tokenizer.masked_inputs without a mask), as published.
+                              They leak into those of visible tokens nearby, so it has to be
+                              sampled, and trained further, with them
 
 A weight of input and own_input may be a matrix (C, code_dim) or a 3 x 3 convolution. Convolutions
 and neighbours suit small models: `init` adds them if it is asked to, published trees have neither.
@@ -45,6 +48,7 @@ and Xie 2023).
 
 import math
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -82,31 +86,27 @@ def features(
     dropout: for training, the share of numbers that are zeroed in what attention and MLPs add, by
         torch's own random generator.
 
-    ValueError if a cache is missing or not needed, if own_inputs and mask do not come together and
-    fit inputs, or if at a scale k > 0 alone the numbers of labels and inputs differ, which would
-    broadcast. (In a whole sequence torch refuses that.)
+    ValueError if a cache is missing or not needed, if own_inputs and mask do not come together, or
+    if labels, inputs, own_inputs and mask do not fit and would broadcast.
     """
     if (cache is not None) != ("causal" in params and k is not None):
-        got = "None" if cache is None else "one"
-        raise ValueError(f"cache: got {got}; a single scale of a causal tree alone needs one")
+        raise ValueError("cache: a single scale of a causal tree needs one, and nothing else does")
     if (own_inputs is None) != (mask is None):
         raise ValueError("own_inputs and mask: got one of them, expected both or none")
-    if k is not None and k > 0 and len(labels) != len(inputs):
-        raise ValueError(f"labels: got {len(labels)} for {len(inputs)} inputs")
+    seen = [inputs] if mask is None else [inputs, own_inputs, mask]
+    if k != 0 and any(x.shape[:2] != (len(labels), inputs.shape[1]) for x in seen):
+        raise ValueError(f"inputs: got {[tuple(x.shape) for x in seen]} for {len(labels)} labels")
 
     branch = params["next_scale"] if mask is None else params["masked"]
     blocks = params["trunk"] + branch["blocks"]
-    indices = range(len(params["levels"])) if k is None else [k]  # of scales
-    sizes = [tuple(params["positions"][i].shape[:2]) for i in indices]
+    scales = range(len(params["levels"])) if k is None else [k]
+    sizes = [tuple(params["positions"][i].shape[:2]) for i in scales]
     conditions = condition(params, labels)  # (B, C)
 
-    embedded = []
-    if indices[0] == 0:
-        embedded.append(conditions[:, None] + params["start"])  # (B, len_0, C)
-    if indices[-1] > 0:
-        finer = sizes[1:] if k is None else sizes
-        embedded.append(embed_inputs(params, inputs, own_inputs, mask, finer))
-    positions = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in indices]
+    embedded = [conditions[:, None] + params["start"]] if 0 in scales else []  # (B, len_0, C)
+    if later := sizes if k else sizes[1:]:
+        embedded.append(embed_inputs(params, inputs, own_inputs, mask, later))
+    positions = [params["positions"][i].flatten(0, 1) + params["levels"][i] for i in scales]
     x = torch.cat(embedded, 1) + torch.cat(positions)  # (B, n, C)
 
     caches = [None] * len(blocks) if cache is None else cache
@@ -135,16 +135,12 @@ def embed_inputs(params, inputs, own_inputs, mask, sizes):
     embedded = convolve_by_scale(inputs, sizes, **params["input"])
     if mask is None:
         return embedded
-    if own_inputs.shape != inputs.shape or mask.shape != inputs.shape[:2]:
-        got = f"own_inputs {tuple(own_inputs.shape)} and mask {tuple(mask.shape)}"
-        raise ValueError(f"got {got} for inputs {tuple(inputs.shape)}")
 
     branch = params["masked"]
-    weight = branch.get("own_input", params["input"]["weight"])  # see `hidden_tokens_leak`
-    visible = convolve_by_scale(own_inputs, sizes, weight, bias=None)
-    if weight.ndim == 2:  # the output of a convolution stays: it comes from visible tokens nearby
-        visible = visible.masked_fill(mask[..., None], 0)
-    return embedded + (visible + mask[..., None] * branch["mask_embedding"])
+    own = convolve_by_scale(own_inputs, sizes, branch["own_input"], bias=None)
+    if branch["own_input"].ndim == 2:  # a convolution sees visible tokens nearby, so it stays
+        own = own.masked_fill(mask[..., None], 0)
+    return embedded + (own + mask[..., None] * branch["mask_embedding"])
 
 
 def transformer_block(
@@ -152,8 +148,8 @@ def transformer_block(
 ):
     """x (B, n, C) after attention and MLP, each modulated by conditions (B, C), as in DiT.
 
-    sizes: (h, w) of each scale in x. past: for `cached_attention`, otherwise None. dropout: as in
-    `features`. The others are weights. With `depthwise` the block begins with a convolution of each
+    sizes: (h, w) of each scale in x. past: for `self_attention`. dropout: as in `features`. The
+    others are weights. With `depthwise` the block begins with a convolution of each
     channel of each scale's map (UniFormer, Li et al. 2022), which published blocks do not have.
     """
     if depthwise is not None:
@@ -174,7 +170,8 @@ def self_attention(x, sizes, is_causal, past, *, qkv, q_bias, v_bias, log_temper
 
     Scores are multiplied by exp(log_temperature), which is clamped at 100; so log_temperature
     (heads,) is the logarithm of an inverse temperature. A token sees its own scale; with is_causal
-    the coarser ones too.
+    the coarser ones too. past: None, or the list of (keys, values) of all coarser scales, to which
+    those of x, a single scale, are appended; then a token sees all of them.
     """
     bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     heads = len(log_temperature)
@@ -182,30 +179,21 @@ def self_attention(x, sizes, is_causal, past, *, qkv, q_bias, v_bias, log_temper
     qk, (v,) = projected.split([2, 1])  # (2, B, heads, n, head_dim) and (B, heads, n, head_dim)
 
     # Queries get the factor as their length and keys 1, so that attention itself has a scale of 1.
+    # Both are computed together, because that takes half as many kernels.
     factor = log_temperature.clamp(max=math.log(100)).exp().view(-1, 1, 1)
     lengths = torch.stack([factor, torch.ones_like(factor)])[:, None]  # (2, 1, heads, 1, 1)
-    q, k = set_length(qk, lengths)  # together, because that takes half as many kernels
+    wide = torch.promote_types(qk.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=wide).clamp(min=1e-12)
+    q, k = qk * (lengths / norms).to(qk.dtype)
 
     if past is None:
         block_lengths = [h * w for h, w in sizes]
         attended = block_sparse_attention(q, k, v, block_lengths, is_causal, scale=1.0)
     else:
-        attended = cached_attention(q, k, v, past)
+        past.append((k, v))
+        keys, values = (torch.cat(parts, 2) for parts in zip(*past))
+        attended = F.scaled_dot_product_attention(q, keys, values, scale=1.0)
     return linear(attended.transpose(1, 2).flatten(2), **project)
-
-
-def set_length(x, length):
-    """The vectors x (..., head_dim), multiplied so that they have this length (..., 1)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).clamp(min=1e-12)
-    return x * (length / norm).to(x.dtype)
-
-
-def cached_attention(query, key, value, past):
-    """Attention to all scales so far. past lists their (key, value); the new ones are appended."""
-    past.append((key, value))
-    keys, values = (torch.cat(parts, 2) for parts in zip(*past))
-    return F.scaled_dot_product_attention(query, keys, values, scale=1.0)
 
 
 def feed_forward(x, expand, contract, tanh=None):
@@ -232,15 +220,19 @@ def convolve_by_scale(x, sizes, weight, bias):
     """
     if weight.ndim == 2:
         return linear(x, weight, bias)
-
     groups = x.shape[-1] if weight.shape[1] == 1 else 1
-    convolved = []
-    for part, size in zip(x.to(weight.dtype).split([h * w for h, w in sizes], 1), sizes):
-        maps = part.unflatten(1, size).permute(0, 3, 1, 2)  # (B, C', h, w)
-        maps = maps.contiguous(memory_format=torch.channels_last)
-        maps = F.conv2d(maps, weight, bias, padding="same", groups=groups)
-        convolved.append(maps.permute(0, 2, 3, 1).flatten(1, 2))  # (B, h w, C)
-    return torch.cat(convolved, 1)
+
+    def convolve(maps):  # (B, h, w, C')
+        maps = maps.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(maps, weight, bias, padding="same", groups=groups).permute(0, 2, 3, 1)
+
+    return by_scale(convolve, x.to(weight.dtype), sizes)
+
+
+def by_scale(function, x, sizes):
+    """A function of maps (B, h, w, ...), of each scale by itself: x (B, n, ...) -> (B, n, ...)."""
+    parts = zip(x.split([h * w for h, w in sizes], 1), sizes, strict=True)
+    return torch.cat([function(part.unflatten(1, size)).flatten(1, 2) for part, size in parts], 1)
 
 
 def linear(x, weight, bias):
@@ -248,7 +240,7 @@ def linear(x, weight, bias):
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
-# ---- the head; a branch is params["next_scale"] or params["masked"]
+# ---- the head and the losses; a branch is params["next_scale"] or params["masked"]
 
 
 def logits(branch, x, near=None, *, dropout=0.0):
@@ -275,11 +267,9 @@ def add_neighbours(x, near, dropout, *, embedding, expand, contract):
     return x + F.dropout(feed_forward(seen, expand, contract), dropout)
 
 
-# The neighbours of a token that the head sees, as (row, column) from it, and how far they reach: to
-# the left, right, top and bottom. All are sampled before the token, because they lie in earlier
-# waves; a token's wave is column + 2 row, see `wave_logits`.
+# The neighbours of a token that the head sees, as (row, column) from it. All are sampled before the
+# token, because they lie in earlier waves; a token's wave is column + 2 row, see `wave_logits`.
 NEIGHBOURS = (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, -2), (-2, 0)
-REACH = 2, 1, 2, 0
 
 
 def neighbour_tokens(branch, tokens, sizes):
@@ -291,15 +281,14 @@ def neighbour_tokens(branch, tokens, sizes):
     if "neighbours" not in branch:
         return tokens.new_empty(*tokens.shape, 0)
 
-    codes = len(branch["head"]["bias"])
-    left, _, top, _ = REACH
-    near = []
-    for part, (h, w) in zip(tokens.split([h * w for h, w in sizes], 1), sizes, strict=True):
-        maps = F.pad(part.unflatten(1, (h, w)), REACH, value=codes)  # (B, h + 2, w + 3)
-        corners = [(top + y, left + x) for y, x in NEIGHBOURS]
-        shifted = [maps[:, y : y + h, x : x + w] for y, x in corners]
-        near.append(torch.stack(shifted, -1).flatten(1, 2))  # (B, h w, 6)
-    return torch.cat(near, 1)
+    def look(maps):  # (B, h, w) -> (B, h, w, 6)
+        h, w = maps.shape[1:]
+        # by 2 to the left, 1 to the right and 2 above, which is as far as neighbours are
+        padded = F.pad(maps, (2, 1, 2, 0), value=len(branch["head"]["bias"]))
+        corners = [(2 + row, 2 + column) for row, column in NEIGHBOURS]
+        return torch.stack([padded[:, y : y + h, x : x + w] for y, x in corners], -1)
+
+    return by_scale(look, tokens, sizes)
 
 
 def wave_logits(branch, size, x, tokens):
@@ -311,51 +300,30 @@ def wave_logits(branch, size, x, tokens):
     A branch without neighbours predicts all positions at once. With neighbours there is a wave for
     each value of column + 2 row, see NEIGHBOURS.
     """
-    h, w = size
-    waves = {}
-    for position in range(h * w):
-        row, column = divmod(position, w)
-        wave = column + 2 * row if "neighbours" in branch else 0
-        waves.setdefault(wave, []).append(position)
-
-    for wave in sorted(waves):
-        positions = torch.tensor(waves[wave], device=tokens.device)
+    row, column = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    waves = column + 2 * row if "neighbours" in branch else torch.zeros_like(row)
+    for wave in waves.unique():
+        positions = (waves == wave).flatten().nonzero()[:, 0].to(tokens.device)
         near = neighbour_tokens(branch, tokens, [size])[:, positions]  # (B, m, 6)
         yield positions, logits(branch, x[..., positions, :], near)
 
 
-# ---- losses
-
-
-def losses(
-    params, labels, tokens, inputs, own_inputs=None, mask=None, hidden_at=None, *, dropout=0.0
-):
+def losses(params, labels, tokens, inputs, own_inputs=None, mask=None, *, dropout=0.0):
     """Cross entropies in nats, fp32: (B, L), or with a mask (M,) of the M hidden tokens.
 
     tokens (B, L) int64. The other arguments are those of `features`. With a mask the head runs on
-    hidden tokens only, which come image by image and, in an image, coarse to fine. hidden_at (M,):
-    `hidden_positions(params, mask)`, if the caller has it; computing it here makes a GPU wait.
+    hidden tokens only, which come image by image and, in an image, coarse to fine.
     """
     branch = params["next_scale"] if mask is None else params["masked"]
     x = features(params, labels, inputs, own_inputs, mask, dropout=dropout)  # (B, L, C)
-    x = x.flatten(0, 1)  # (B L, C)
-    near = neighbour_tokens(branch, tokens, scale_sizes(params)).flatten(0, 1)  # (B L, 6)
-    targets = tokens.flatten()
-
+    near = neighbour_tokens(branch, tokens, scale_sizes(params))  # (B, L, 6)
     if mask is not None:
-        hidden_at = hidden_positions(params, mask) if hidden_at is None else hidden_at
-        x, near, targets = (part.index_select(0, hidden_at) for part in (x, near, targets))
-    result = F.cross_entropy(logits(branch, x, near, dropout=dropout), targets, reduction="none")
-    return result.view(tokens.shape) if mask is None else result
+        hidden = F.pad(mask, (len(params["start"]), 0))  # (B, L)
+        x, near, tokens = x[hidden], near[hidden], tokens[hidden]  # (M, ...)
 
-
-def hidden_positions(params, mask):
-    """Where in tokens.flatten() are the M hidden tokens of a mask (B, L - len_0): (M,) int64."""
-    return F.pad(mask, (len(params["start"]), 0)).flatten().nonzero()[:, 0]
-
-
-# Kinds of `scale_weights`: the power of the number of tokens, or None for a law of its own.
-WEIGHTS = dict(token=1.0, root=0.5, scale=0.0, lognormal=None)
+    predicted = logits(branch, x, near, dropout=dropout)
+    entropies = F.cross_entropy(predicted.flatten(0, -2), tokens.flatten(), reduction="none")
+    return entropies.view(tokens.shape)
 
 
 def scale_weights(scales, kind):
@@ -365,16 +333,19 @@ def scale_weights(scales, kind):
     "root": with the square root of that number. "scale": all scales weigh the same. "lognormal",
     as HMAR calls it: scale k of S has the weight exp(-z^2 / 2), where z is the side of scale
     S - 1 - k, standardised over the scales. (So the published code has it: coarse scales get their
-    weight from the sides of fine ones.)
+    weight from the sides of fine ones.) ValueError for another kind.
     """
     counts = torch.tensor(scales, dtype=torch.float64).prod(1)  # (S,)
+    powers = dict(token=1.0, root=0.5, scale=0.0)
     if kind == "lognormal":
         sides = (counts / counts[-1]).sqrt().flip(0)
         spread = sides.std() if len(sides) > 1 else 0
-        standardised = ((sides - sides.mean()) / spread).nan_to_num()  # 0 if all have one size
-        mass = torch.exp(-0.5 * standardised.square())
+        z = ((sides - sides.mean()) / spread).nan_to_num()  # 0 if all scales have one size
+        mass = torch.exp(-0.5 * z.square())
+    elif kind in powers:
+        mass = counts ** powers[kind]
     else:
-        mass = counts ** WEIGHTS[kind]
+        raise ValueError(f"kind: got {kind}, expected {', '.join(powers)} or lognormal")
     return (mass / mass.sum() / counts).repeat_interleave(counts.long()).float()
 
 
@@ -386,36 +357,23 @@ def scale_sizes(params):
     return tuple(tuple(position.shape[:2]) for position in params["positions"])
 
 
-def hidden_tokens_leak(params):
-    """Whether the masked branch has no own_input and no convolutions, as published.
-
-    Such a branch embeds the tokens of its own scale with the weight of `input`. And it was trained
-    with the codes of hidden tokens in own_inputs (tokenizer.masked_inputs without a mask), where
-    they leak into those of visible tokens nearby; so it has to be sampled, and trained further,
-    with them. With a convolution a hidden token would see itself.
-    """
-    return "own_input" not in params["masked"] and params["input"]["weight"].ndim == 2
-
-
 def block_count(params):
     """The number of blocks that a token passes through."""
     return len(params["trunk"]) + len(params["next_scale"]["blocks"])
 
 
-# What `cast` casts; the products that use these leaves follow. The rest stays in fp32: embeddings,
-# the residual stream, the temperatures of attention, the modulation of heads, and losses.
-CAST = {"head", "expand", "contract"}
-CAST_IN_BLOCKS = {"modulation", "qkv", "q_bias", "v_bias", "project", "depthwise"}
+# What `cast` casts; the products that use these leaves follow. Embeddings, the residual stream, the
+# temperatures of attention, the modulation of heads and the losses stay in fp32.
+CAST = (
+    r"'(head|expand|contract|qkv|q_bias|v_bias|project|depthwise)'|'(trunk|blocks)'.*'modulation'"
+)
 
 
 def cast(params, dtype):
-    """The same tree with the leaves below the keys CAST in dtype; gradients reach the original."""
+    """The same tree with the leaves of CAST in dtype; gradients reach the original."""
 
     def move(path, leaf):
-        keys = {getattr(entry, "key", None) for entry in path}
-        is_in_block = bool(keys & {"trunk", "blocks"})
-        is_cast = keys & CAST or (is_in_block and keys & CAST_IN_BLOCKS)
-        return leaf.to(dtype) if is_cast else leaf
+        return leaf.to(dtype) if re.search(CAST, pytree.keystr(path)) else leaf
 
     return pytree.tree_map_with_path(move, params)
 
@@ -452,11 +410,25 @@ def init(
         gamma = 1e-5 if depth >= 30 else 1e-4 if depth >= 24 else 1e-3
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape):
-        return _normal(generator, width, *shape)
+    normal = partial(_normal, generator, width)
 
     def affine(inputs, outputs, gain=1.0):
         return dict(weight=normal(outputs, inputs).mul_(gain), bias=torch.zeros(outputs))
+
+    def new_block():
+        modulation = affine(width, 6 * width)
+        modulation["weight"][: 2 * width] *= gamma  # of gamma1 and gamma2 in `transformer_block`
+        modulation["weight"][2 * width :] *= 0.5
+        narrow = 1 / math.sqrt(2 * depth)
+        attention = dict(
+            qkv=normal(3 * width, width),
+            q_bias=torch.zeros(width),
+            v_bias=torch.zeros(width),
+            log_temperature=torch.full((heads,), math.log(4)),
+            project=affine(width, width, narrow),
+        )
+        mlp = dict(expand=affine(width, 4 * width), contract=affine(4 * width, width, narrow))
+        return dict(modulation=modulation, attention=attention, mlp=mlp)
 
     params = dict(
         classes=normal(classes + 1, width),
@@ -464,14 +436,13 @@ def init(
         levels=normal(len(scales), width),
         positions=[normal(h, w, width) for h, w in scales],
         input=affine(code_dim, width),
-        trunk=[_new_block(normal, affine, width, heads, depth, gamma) for _ in range(depth)],
+        trunk=[new_block() for _ in range(depth)],
         next_scale=dict(
             blocks=[], modulation=affine(width, 2 * width, 0.5), head=affine(width, codes, 0.02)
         ),
     )
     if convolutions:
-        # The matrix is sampled all the same, so that the weights above are those without
-        # convolutions.
+        # The matrix above is sampled all the same, so that all others are as without convolutions.
         params["input"]["weight"] = normal(width, code_dim, 3, 3)
         for block in params["trunk"]:
             block["depthwise"] = dict(weight=normal(width, 1, 3, 3), bias=torch.zeros(width))
@@ -491,47 +462,28 @@ def _normal(generator, width, *shape):
     return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, generator=generator)
 
 
-def _new_block(normal, affine, width, heads, depth, gamma):
-    modulation = affine(width, 6 * width)
-    modulation["weight"][: 2 * width] *= gamma  # of gamma1 and gamma2 in `transformer_block`
-    modulation["weight"][2 * width :] *= 0.5
-    narrow = 1 / math.sqrt(2 * depth)
-    attention = dict(
-        qkv=normal(3 * width, width),
-        q_bias=torch.zeros(width),
-        v_bias=torch.zeros(width),
-        log_temperature=torch.full((heads,), math.log(4)),
-        project=affine(width, width, narrow),
-    )
-    mlp = dict(expand=affine(width, 4 * width), contract=affine(4 * width, width, narrow))
-    return dict(modulation=modulation, attention=attention, mlp=mlp)
-
-
-def add_masked_branch(params, blocks=None, own_input=True, seed=0):
+def add_masked_branch(params, blocks=None, seed=0):
     """A tree with a masked branch: copies of the last blocks and of the rest of next_scale.
 
     trunk [1 2 3 4] -> trunk [1 2], next_scale [3 4], masked [copies of 3 4], for 2 blocks. The
     trunk and next_scale share their tensors with params, which stays as it is.
 
-    blocks: how many are copied; None: half of them, rounded up. own_input: the input weight is
-    copied too, for the tokens of the same scale; published trees have no such copy, see
-    `hidden_tokens_leak`. ValueError if there is a masked branch, if blocks is not 1 to all, or if
-    the tree is causal, because its cache holds tokens that masked passes would sample again.
+    blocks: how many are copied; None: half of them, rounded up. The input weight is copied too,
+    for the tokens of the same scale. ValueError if there is a masked branch, if blocks is not 1 to
+    all, or if the tree is causal, whose cache would hold tokens that masked passes sample again.
     """
     every = params["trunk"] + params["next_scale"]["blocks"]
     blocks = (len(every) + 1) // 2 if blocks is None else blocks
-    if "causal" in params:
-        raise ValueError("params: got a causal tree, which cannot have a masked branch")
-    if "masked" in params or not 1 <= blocks <= len(every):
-        raise ValueError(f"blocks: got {blocks}, expected 1 to {len(every)}, and only once")
+    if {"causal", "masked"} & params.keys() or not 1 <= blocks <= len(every):
+        expected = f"1 to {len(every)} of a tree that is not causal and has no masked branch"
+        raise ValueError(f"blocks: got {blocks}, expected {expected}")
 
     next_scale = params["next_scale"] | dict(blocks=every[-blocks:])
     masked = pytree.tree_map(torch.clone, next_scale)
     width = params["classes"].shape[1]
     embedding = _normal(torch.Generator().manual_seed(seed), width, width)
     masked["mask_embedding"] = embedding.to(params["classes"])
-    if own_input:
-        masked["own_input"] = params["input"]["weight"].clone()
+    masked["own_input"] = params["input"]["weight"].clone()
     return params | dict(trunk=every[:-blocks], next_scale=next_scale, masked=masked)
 
 
@@ -578,42 +530,16 @@ PUBLISHED_NAMES = (  # patterns in published names -> ours, replaced in this ord
     (r"mat_qkv\.weight", "qkv"),
     (r"scale_mul_1H11", "log_temperature"),
 )
-# Names that end so are buffers, not weights.
-BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
+BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # ends of names that are no weights
 
 
 def from_published(state_dict, scales=None):
     """A tree, fp32, from the state dict of VAR, of HMAR after stage one, or with both branches.
 
     The tree is causal if the state dict has VAR's block-causal attention mask. scales may be left
-    out for 680, 2240 and 9451 tokens. ValueError if an entry or a block is missing that such a
-    model has, or if the scales do not have as many tokens as the state dict.
-    """
-    try:
-        params = _renamed(state_dict)
-        _check_complete(params)
-    except (AttributeError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"state_dict: not a transformer's: {reason}") from error
-
-    table = params["positions"]  # of all scales
-    published = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
-    scales = published.get(len(table), ()) if scales is None else scales
-    counts = [h * w for h, w in scales]
-    if sum(counts) != len(table):
-        raise ValueError(f"scales: got {scales}, expected some of {len(table)} tokens")
-    params["positions"] = [x.unflatten(0, hw) for x, hw in zip(table.split(counts), scales)]
-
-    mask = state_dict.get("attn_bias_for_masking")
-    if mask is not None and mask[0, 0, -1, 0] == 0:  # the last token sees the first
-        params["causal"] = {}
-    return params
-
-
-def _renamed(state_dict):
-    """A tree of a state dict, but the positions of all scales are one table, as published.
-
-    If the state dict is not a transformer's, it raises an error or returns an incomplete tree.
+    out for 680, 2240 and 9451 tokens. ValueError if they do not have as many tokens as the state
+    dict, or if it lacks its last blocks. Of any other entry that is missing, an error tells the
+    name: here, or when it is first used.
     """
     params = {}
     for name, leaf in state_dict.items():
@@ -631,43 +557,34 @@ def _renamed(state_dict):
             node = node.setdefault(key, {})
         node[last] = leaf.float()
 
-    # {"0": block, ...} -> [block, ...]
-    trees = params, params["next_scale"], params.get("masked", {})
-    for tree, stack in zip(trees, ("trunk", "blocks", "blocks")):
-        blocks = tree.get(stack, {})
+    next_scale, masked = params["next_scale"], params.get("masked")
+    shared = params.pop("shared", None)  # VAR-d36: the modulations of its blocks differ in a bias
+    for tree, stack in ((params, "trunk"), (next_scale, "blocks"), (masked or {}, "blocks")):
+        blocks = tree.get(stack, {})  # {"0": block, ...}
         tree[stack] = [blocks[str(i)] for i in range(len(blocks))]
         for block in tree[stack]:
             block["mlp"]["tanh"] = {}
+            if shared:
+                bias = shared["modulation"]["bias"] + block.pop("ada_gss").flatten()
+                block["modulation"] = shared["modulation"] | dict(bias=bias)
 
-    shared = params.pop("shared", None)  # VAR-d36: its blocks differ in a bias only
-    for block in params["trunk"] if shared else ():
-        bias = shared["modulation"]["bias"] + block.pop("ada_gss").flatten()
-        block["modulation"] = shared["modulation"] | dict(bias=bias)
-    return params
-
-
-def _check_complete(params):
-    """LookupError unless a `_renamed` tree has as many blocks, and all leaves, as its sizes say."""
-    next_scale, masked = params["next_scale"], params.get("masked")
-    codes, width = next_scale["head"]["weight"].shape
+    # published models have 16 heads and more, as many blocks, and in both branches as many
     blocks = params["trunk"] + next_scale["blocks"]
     heads = len(blocks[0]["attention"]["log_temperature"])
-    sizes = dict(depth=len(blocks), width=width, heads=heads, codes=codes, scales=[(1, 1)])
-    sizes |= dict(code_dim=params["input"]["weight"].shape[1])
-
-    if heads >= 16 and len(blocks) != heads:  # all published models have as many blocks as heads
-        raise LookupError(f"{len(blocks)} blocks, expected {heads}")
-    if masked is not None:
-        counts = [len(branch["blocks"]) for branch in (next_scale, masked)]
-        if min(counts) == 0 or counts[0] != counts[1]:
-            raise LookupError(f"{counts} blocks in the two branches, expected as many in both")
-
-    with torch.device("meta"):
-        whole = init(classes=len(params["classes"]) - 1, **sizes)
-        whole["positions"] = whole["positions"][0]
-        if masked is not None:
-            whole = add_masked_branch(whole, len(masked["blocks"]), own_input=False)
-    trees = (pytree.tree_flatten_with_path(tree)[0] for tree in (whole, params))
-    expected, found = ({pytree.keystr(path) for path, _ in leaves} for leaves in trees)
-    if missing := sorted(expected - found):
-        raise LookupError(f"{len(missing)} entries are missing, such as {missing[0]}")
+    counts = [len(branch["blocks"]) for branch in (next_scale, masked or next_scale)]
+    is_uneven = counts[0] != counts[1] or (masked and counts[0] == 0)
+    if is_uneven or (heads >= 16 and len(blocks) != heads):
+        raise ValueError(f"state_dict: {len(blocks)} blocks, {heads} heads, {counts} in branches")
+    if masked:  # it has the weight of input for its own tokens; see `leak` above
+        masked |= dict(own_input=params["input"]["weight"], leak={})
+    mask = state_dict.get("attn_bias_for_masking")
+    if mask is not None and mask[0, 0, -1, 0] == 0:  # the last token sees the first
+        params["causal"] = {}
+    table = params["positions"]  # of all scales
+    published = {sum(h * w for h, w in sizes): sizes for sizes in SCALES.values()}
+    scales = published.get(len(table), ()) if scales is None else scales
+    counts = [h * w for h, w in scales]
+    if sum(counts) != len(table):
+        raise ValueError(f"scales: got {scales}, expected some of {len(table)} tokens")
+    params["positions"] = [x.unflatten(0, hw) for x, hw in zip(table.split(counts), scales)]
+    return params

@@ -10,22 +10,37 @@ and partly passed through a learned convolution (phi), are added to the accumula
 reconstruction f_hat. A model, `codec`, is a tree of tensors: its keys are the argument names of
 functions, and its shapes are the configuration.
 
-    encoder {conv_in, down [level, ...], middle level, norm_out, conv_out}; quant_conv
+    encoder {conv_in, layers [layer, ...], norm_out, conv_out}; quant_conv
     codebook (codes, code_dim); phi [convolution] * 4
-    post_quant_conv; decoder {conv_in, middle level, up [level, ...], norm_out, conv_out}
-    level {blocks [residual_block, ...], attentions, downsample or upsample, if any}
+    post_quant_conv; decoder {conv_in, layers [layer, ...], norm_out, conv_out}
+    layer: the weights of a residual_block or a self_attention, or {downsample} or {upsample}
 
+A training loop, for batches of images whose sides are twice those of the last scale:
+
+    >>> batches = [torch.zeros(8, 3, 16, 16)] * 2
+    >>> scales = ((1, 1), (2, 2), (4, 4), (8, 8))
     >>> codec = init(codes=64, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
-    >>> tokens = encode(codec, torch.zeros(2, 3, 8, 8), scales=((1, 1), (2, 2), (4, 4)))
-    >>> tokens.shape
-    torch.Size([2, 21])
+    >>> leaves = [leaf.requires_grad_() for leaf in pytree.tree_leaves(codec)]
+    >>> optimizer = torch.optim.AdamW(leaves, lr=2e-3)
+    >>> for step, images in enumerate(batches):
+    ...     coarse = torch.arange(0, len(images), 4)
+    ...     stops = torch.randint(len(scales), coarse.shape)
+    ...     made = training_loss(codec, images, scales, coarse, stops)
+    ...     optimizer.zero_grad()
+    ...     made["loss"].backward()
+    ...     optimizer.step()
+    ...     if step % 20 == 0:  # codes that were not chosen begin anew
+    ...         counts = torch.cat(made["tokens"], 1).flatten().bincount(minlength=64)
+    ...         codec["codebook"].data = revive_codes(codec["codebook"], counts, made["residuals"])
+    >>> encode(codec, images, scales).shape
+    torch.Size([8, 85])
 
 Sources: VAR (Tian et al. 2024); HMAR (Kumbong et al. 2025); VQGAN's convnet (Esser et al. 2021).
 """
 
 import itertools
 import math
-from functools import partial
+import re
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +56,10 @@ def contribution(codec, tokens, k, scales, hidden=None):
         codes = codes.masked_fill(hidden[..., None], 0)
 
     codes = _widen(codes).mT.unflatten(2, scales[k])  # (B, code_dim, h_k, w_k)
-    codes = enlarge(codes, scales[-1])  # (B, code_dim, h, w)
     with torch.autocast(codes.device.type, enabled=False):
+        codes = enlarge(codes, scales[-1])  # (B, code_dim, h, w)
         smoothed = convolution(codes, **codec["phi"][phi_index(k, len(scales))])
-    return codes.lerp(smoothed, 0.5)
+    return codes.lerp(smoothed, 0.5)  # half of each, as published
 
 
 def phi_index(k, scale_count):
@@ -68,15 +83,13 @@ def enlarge(x, size):
     """
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    vertical, horizontal = (_bicubic(x, *pair) for pair in zip(x.shape[2:], size))
-    with torch.autocast(x.device.type, enabled=False):
-        return (x.mT @ vertical.mT).mT @ horizontal.mT
-
-
-def _bicubic(x, small, large):
-    """The matrix (large, small) that interpolates: its columns are interpolated unit vectors."""
-    identity = torch.eye(small, dtype=x.dtype, device=x.device)
-    return F.interpolate(identity[None, None], (large, small), mode="bicubic")[0, 0]
+    matrices = []
+    for small, large in zip(x.shape[2:], size):
+        unit_vectors = torch.eye(small, dtype=x.dtype, device=x.device)[None, None]
+        columns = F.interpolate(unit_vectors, (large, small), mode="bicubic")
+        matrices.append(columns[0, 0])  # (large, small)
+    vertical, horizontal = matrices
+    return (x.mT @ vertical.mT).mT @ horizontal.mT
 
 
 def quantise(codec, features, scales):
@@ -139,8 +152,8 @@ def accumulate(codec, tokens, scales):
 def f_hat_by_scale(codec, tokens, scales):
     """An iterator over f_hat (B, code_dim, h, w) after each scale, for tokens (B, L)."""
     check_scales(scales)
-    maps = enumerate(tokens.split(lengths(scales), 1))
-    return itertools.accumulate(contribution(codec, part, k, scales) for k, part in maps)
+    parts = enumerate(tokens.split(lengths(scales), 1))
+    return itertools.accumulate(contribution(codec, part, k, scales) for k, part in parts)
 
 
 def lengths(scales):
@@ -162,12 +175,8 @@ def next_scale_inputs(codec, tokens, scales):
     tokens (B, L). The input of a scale is what all coarser scales add up to, resized to it by area
     averaging. It is all that a scale sees of them: HMAR's Markov property.
     """
-    coarser = f_hat_by_scale(codec, tokens, scales)
-    inputs = [codec["codebook"].new_zeros(len(tokens), 0, codec["codebook"].shape[1])]
-    for size in scales[1:]:
-        f_hat = next(coarser)  # of the scales before this one
-        inputs.append(resize_to_scale(f_hat, size))  # (B, n_k, code_dim)
-    return torch.cat(inputs, 1)
+    pairs = zip(scales[1:], f_hat_by_scale(codec, tokens, scales))  # with that of the scale before
+    return torch.cat([resize_to_scale(f_hat, size) for size, f_hat in pairs], 1)
 
 
 def own_inputs_of_scale(codec, tokens, k, scales, hidden=None):
@@ -187,23 +196,24 @@ def masked_inputs(codec, tokens, scales, mask=None):
     See `own_inputs_of_scale`. mask (B, L - len_0) bool, True where a token is hidden; None hides
     nothing.
     """
-    check_scales(scales)
-    first, *finer = lengths(scales)
-    parts = tokens[:, first:].split(finer, 1)
-    masks = [None] * len(finer) if mask is None else mask.split(finer, 1)
-
-    inputs = [codec["codebook"].new_zeros(len(tokens), 0, codec["codebook"].shape[1])]
+    first, *later = lengths(scales)
+    parts = tokens[:, first:].split(later, 1)
+    masks = [None] * len(later) if mask is None else mask.split(later, 1)
+    inputs = []
     for k, (part, hidden) in enumerate(zip(parts, masks, strict=True), 1):
         inputs.append(own_inputs_of_scale(codec, part, k, scales, hidden))
     return torch.cat(inputs, 1)
 
 
-# ---- the convolutional network: a level is the part that runs at one resolution
+# ---- the convolutional network
 
 
 def encode_features(codec, images):
     """The encoder's output (B, code_dim, h, w), before quantisation, of images in [-1, 1]."""
-    return convolution(encoder(images, **codec["encoder"]), **codec["quant_conv"])
+    # squares of pixels become channels
+    x = F.pixel_unshuffle(images, fold_side(codec["encoder"]["conv_in"]["weight"].shape[1]))
+    x = network(x, **codec["encoder"])
+    return convolution(x, **codec["quant_conv"])
 
 
 def decode_features(codec, f_hat):
@@ -213,25 +223,8 @@ def decode_features(codec, f_hat):
 
 def decode_unclamped(codec, f_hat):
     """The output of the decoder before it is clamped to [-1, 1]; training needs its gradients."""
-    return decoder(convolution(f_hat, **codec["post_quant_conv"]), **codec["decoder"])
-
-
-def encoder(x, conv_in, down, middle, norm_out, conv_out):
-    """Images (B, 3, H, W) -> (B, code_dim, h, w): levels that halve the sides, then the middle."""
-    # squares of pixels become channels
-    x = F.pixel_unshuffle(x, fold_side(conv_in["weight"].shape[1]))
-    x = convolution(x, **conv_in)
-    for weights in [*down, middle]:
-        x = level(x, **weights)
-    return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
-
-
-def decoder(x, conv_in, middle, up, norm_out, conv_out):
-    """(B, code_dim, h, w) -> images (B, 3, H, W): the encoder in reverse, deepest level first."""
-    x = convolution(x, **conv_in)
-    for weights in [middle, *up]:
-        x = level(x, **weights)
-    x = convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
+    x = convolution(f_hat, **codec["post_quant_conv"])
+    x = network(x, **codec["decoder"])
     return F.pixel_shuffle(x, fold_side(x.shape[1]))
 
 
@@ -240,18 +233,19 @@ def fold_side(channels):
     return math.isqrt(channels // 3)
 
 
-def level(x, blocks, attentions=(), downsample=None, upsample=None):
-    """Residual blocks, each followed by attention if it has one; then a change of resolution."""
-    for i, block in enumerate(blocks):
-        x = residual_block(x, **block)
-        if i < len(attentions):
-            x = self_attention(x, **attentions[i])
-
-    if downsample is not None:
-        x = convolution(F.pad(x, (0, 1, 0, 1)), **downsample, stride=2, padding=0)
-    if upsample is not None:
-        x = convolution(F.interpolate(x, scale_factor=2, mode="nearest"), **upsample)
-    return x
+def network(x, conv_in, layers, norm_out, conv_out):
+    """x (B, C, h, w) after all layers: residual blocks, attention, changes of resolution."""
+    x = convolution(x, **conv_in)
+    for weights in layers:
+        if "conv1" in weights:
+            x = residual_block(x, **weights)
+        elif "qkv" in weights:
+            x = self_attention(x, **weights)
+        elif "downsample" in weights:
+            x = convolution(F.pad(x, (0, 1, 0, 1)), **weights["downsample"], stride=2, padding=0)
+        else:
+            x = convolution(F.interpolate(x, scale_factor=2, mode="nearest"), **weights["upsample"])
+    return convolution(F.silu(group_norm(x, **norm_out)), **conv_out)
 
 
 def residual_block(x, norm1, conv1, norm2, conv2, shortcut=None):
@@ -281,10 +275,9 @@ def group_norm(x, weight, bias):
 
 # ---- training
 
-
 # Weights of the terms of `training_loss`; the squared error has a weight of 1.
 ABSOLUTE_WEIGHT, EDGE_WEIGHT = 0.5, 0.25
-HUE_WEIGHT, PERCEPTUAL_WEIGHT, COARSE_WEIGHT = 0.28, 0.08, 0.5
+HUE_WEIGHT, PERCEPTUAL_WEIGHT, COARSE_WEIGHT, COMMITMENT_WEIGHT = 0.28, 0.08, 0.5, 0.1
 
 
 def training_loss(
@@ -294,14 +287,13 @@ def training_loss(
     coarse,
     stops,
     *,
-    hue_variance=0.0,
+    hue_variance=None,
     texture_weight=0.5,
     jump_weight=0.0,
     spectrum_weight=0.0,
     perceptual_layers=(),
     is_transposed=False,
     images_per_coarse=4.0,
-    commitment=0.1,
 ):
     """The whole loss of the tokenizer on images (B, 3, H, W) in [-1, 1], as a dict.
 
@@ -310,34 +302,32 @@ def training_loss(
     images_per_coarse: images in a batch for each image in `coarse`. The coarse error is divided by
     the expected number of such images, so that the losses of the parts of a batch add up to its
     loss although they have unequal numbers of them.
-    hue_variance: `measure_hue_variance` of the training data.
-    texture_weight, jump_weight, spectrum_weight: weights of the differences of `texture`, `jumps`
-    and `spectrum`.
+    hue_variance: `measure_hue_variance` of the training data; None: of these images. The hue term
+    is relative to it: in photographs hue varies little beside brightness, so that no code would be
+    spent on it otherwise.
+    texture_weight: asks for as much local contrast (`texture`) as the image has. Squared, absolute
+    and edge errors alone favour a blur where detail cannot be predicted.
+    jump_weight: weight of `jumps`, because flat squares of 2 x 2 pixels, which the perceptual term
+    prefers, have the right texture too.
+    spectrum_weight: weight of `spectrum`. Even then a decoder writes all detail in a few
+    frequencies, which is seen as a lattice of dots.
     perceptual_layers: as for `perceptual_error`; without any, this term is zero.
     is_transposed: the layers see both images with rows and columns exchanged. A small network
     prefers some directions, and the decoder would answer with stripes if they were always the same.
-    commitment: weight of the error that moves features to their codes (VAR, equation 5).
-
-    There is no adversarial term. Squared, absolute and edge errors alone favour a blur where detail
-    cannot be predicted; the texture term asks for as much local contrast as the image has. Flat
-    squares of 2 x 2 pixels, which the perceptual term prefers, satisfy it, but not the term of
-    `jumps`. Even then a decoder writes all detail in a few frequencies, which is seen as a lattice
-    of dots; the spectrum term asks for as much of each frequency as the image has. The hue term is
-    relative to the data's variance: in photographs hue varies little beside brightness, so that no
-    code would be spent on it otherwise.
 
     Returns loss, error (squared), coarse, quantisation: scalars; images: reconstructions
     (B, 3, H, W), not clamped; coarse_images (n, 3, H, W); tokens, residuals: one entry a scale, see
-    `quantise`.
+    `quantise`. ValueError as for `encode`. There is no adversarial term.
     """
+    check_images(codec, images, scales)
     features = _widen(encode_features(codec, images))  # (B, code_dim, h, w)
     residuals, tokens, maps = zip(*quantise(codec, features, scales))
     f_hats = torch.stack(maps)  # (S, B, code_dim, h, w)
 
-    # Codes move to the features, and features slightly to their codes (VAR, equation 5).
     targets = features.expand_as(f_hats)
-    quantisation = F.mse_loss(f_hats, targets.detach())
-    quantisation = quantisation + commitment * F.mse_loss(targets, f_hats.detach())
+    codes_to_features = F.mse_loss(f_hats, targets.detach())
+    features_to_codes = F.mse_loss(targets, f_hats.detach())
+    quantisation = codes_to_features + COMMITMENT_WEIGHT * features_to_codes  # VAR, equation 5
 
     # The gradient of a coarse image passes only through the cell means at its last scale, enlarged
     # as codes are. Passing it to all positions lowers the PSNR of the finest scale by 3.5 dB.
@@ -356,27 +346,22 @@ def training_loss(
     error = whole - images
     edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
     squared_error = error.square().mean()
-    loss = squared_error + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges
+    terms = [squared_error, ABSOLUTE_WEIGHT * error.abs().mean(), EDGE_WEIGHT * edges]
     weights = texture_weight, jump_weight, spectrum_weight
     for weight, measure in zip(weights, (texture, jumps, spectrum)):
         if weight:
-            loss = loss + weight * (measure(whole) - measure(images)).abs().mean()
+            terms.append(weight * (measure(whole) - measure(images)).abs().mean())
+    if hue_variance is None:
+        hue_variance = measure_hue_variance(images)
     hue_error = hues(error).square().mean() / (hue_variance + 0.01)  # 0.01 for grey images
-    loss = loss + HUE_WEIGHT * hue_error
+    terms.append(HUE_WEIGHT * hue_error)
     seen = (whole.mT, images.mT) if is_transposed else (whole, images)
-    loss = loss + PERCEPTUAL_WEIGHT * perceptual_error(perceptual_layers, *seen)
-    loss = loss + COARSE_WEIGHT * coarse_error + quantisation
+    terms.append(PERCEPTUAL_WEIGHT * perceptual_error(perceptual_layers, *seen))
+    terms += [COARSE_WEIGHT * coarse_error, quantisation]
 
-    return dict(
-        loss=loss,
-        error=squared_error,
-        coarse=coarse_error,
-        quantisation=quantisation,
-        images=whole,
-        coarse_images=coarse_images,
-        tokens=tokens,
-        residuals=residuals,
-    )
+    losses = dict(error=squared_error, coarse=coarse_error, quantisation=quantisation)
+    outputs = dict(images=whole, coarse_images=coarse_images, tokens=tokens, residuals=residuals)
+    return dict(loss=sum(terms)) | losses | outputs
 
 
 def texture(images):
@@ -392,14 +377,16 @@ def jumps(images):
     between such squares. Maps 2 and 3 are the same along columns. A decoder with a fold of 2 writes
     such squares. Sizes are rounded up where a side is no multiple of 4.
     """
-    found = []
-    for lines in (images, images.mT):
-        missing = 1 + lines.shape[3] % 2  # no jump behind the last pixel; then an even number
-        squares = F.pad(lines.diff(dim=3), (0, missing)).square().sum(1, True)
-        for place in (0, 1):
-            found.append(F.avg_pool2d(squares[..., place::2], (4, 2), ceil_mode=True))
-    along_rows, along_columns = found[:2], [cells.mT for cells in found[2:]]
-    return (torch.cat([*along_rows, *along_columns], 1) + 1e-4).sqrt()
+
+    def along_rows(images):  # (B, 2, H / 4, W / 4)
+        missing = 1 + images.shape[3] % 2  # no jump behind the last pixel; then an even number
+        squares = F.pad(images.diff(dim=3), (0, missing)).square().sum(1, True)
+        inside, between = squares[..., ::2], squares[..., 1::2]
+        cells = [F.avg_pool2d(x, (4, 2), ceil_mode=True) for x in (inside, between)]
+        return torch.cat(cells, 1)
+
+    rows, columns = [along_rows(lines) for lines in (images, images.mT)]
+    return (torch.cat([rows, columns.mT], 1) + 1e-4).sqrt()
 
 
 def spectrum(images):
@@ -469,7 +456,7 @@ def straight_through(value, gradient_to):
     return gradient_to + (value - gradient_to).detach()
 
 
-def revive_codes(codebook, counts, residuals, generator):
+def revive_codes(codebook, counts, residuals, generator=None):
     """The codebook (V, code_dim), in which codes that were never chosen become random residuals.
 
     counts (V,): how often each code was chosen. residuals [(B, n_k, code_dim), ...]: the vectors
@@ -481,7 +468,7 @@ def revive_codes(codebook, counts, residuals, generator):
     return torch.where((counts == 0)[:, None], fresh, codebook)
 
 
-# ---- here the method ends; initialisation and precision
+# ---- here the method ends; initialisation, precision, checks and published weights
 
 
 def init(
@@ -497,77 +484,64 @@ def init(
 ):
     """A new codec, fp32; the defaults are the published sizes, with 108,948,355 parameters.
 
-    Level i has channels * multipliers[i] channels; channels is a multiple of 32. Every level but
-    the last halves the sides. Levels of the decoder have residual_blocks + 1 blocks. With
-    attention, one attention layer follows each block of the deepest level. With fold > 1, squares
-    of fold x fold pixels become channels before the first convolution.
+    Level i, all that runs at one resolution, has channels * multipliers[i] channels; channels is a
+    multiple of 32. Every level but the last halves the sides. Levels of the decoder have
+    residual_blocks + 1 blocks. With attention, one attention layer follows each block of the
+    deepest level. With fold > 1, squares of fold x fold pixels become channels before the first
+    convolution.
     """
     generator = torch.Generator().manual_seed(seed)
-    conv = partial(_new_convolution, generator)
     widths = [channels * multiplier for multiplier in multipliers]
-    attended = [False] * (len(widths) - 1) + [attention]
-    kinds = list(zip(widths, attended))
     deepest = widths[-1]
 
-    return dict(
-        encoder=dict(
-            conv_in=conv(3 * fold**2, channels),
-            down=_new_levels(conv, channels, kinds, residual_blocks, "downsample"),
-            middle=_new_level(conv, deepest, deepest, 2, int(attention)),
-            norm_out=_new_norm(deepest),
-            conv_out=conv(deepest, code_dim),
-        ),
-        quant_conv=conv(code_dim, code_dim),
-        codebook=torch.empty(codes, code_dim).normal_(generator=generator),
-        phi=[conv(code_dim, code_dim) for _ in range(4)],
-        post_quant_conv=conv(code_dim, code_dim),
-        decoder=dict(
-            conv_in=conv(code_dim, deepest),
-            middle=_new_level(conv, deepest, deepest, 2, int(attention)),
-            up=_new_levels(conv, deepest, kinds[::-1], residual_blocks + 1, "upsample"),
-            norm_out=_new_norm(widths[0]),
-            conv_out=conv(widths[0], 3 * fold**2),
-        ),
-    )
+    def conv(inputs, outputs, size=3):
+        bound = (inputs * size * size) ** -0.5
+        weight = torch.empty(outputs, inputs, size, size)
+        weight.uniform_(-bound, bound, generator=generator)
+        return dict(weight=weight, bias=torch.zeros(outputs))
 
+    def norm(width):
+        return dict(weight=torch.ones(width), bias=torch.zeros(width))
 
-def _new_levels(conv, inputs, kinds, count, resize):
-    """[level, ...] for kinds [(width, attended), ...]; all but the last change the resolution."""
-    trees = []
-    for width, attended in kinds:
-        tree = _new_level(conv, inputs, width, count, count if attended else 0)
-        if len(trees) + 1 < len(kinds):
-            tree[resize] = conv(width, width)
-        trees.append(tree)
-        inputs = width
-    return trees
+    def residual(inputs, outputs):
+        block = dict(norm1=norm(inputs), conv1=conv(inputs, outputs))
+        block |= dict(norm2=norm(outputs), conv2=conv(outputs, outputs))
+        return block if inputs == outputs else block | dict(shortcut=conv(inputs, outputs, 1))
 
+    def attend(width):
+        return dict(norm=norm(width), qkv=conv(width, 3 * width, 1), project=conv(width, width, 1))
 
-def _new_level(conv, inputs, outputs, count, attentions):
-    tree = dict(blocks=[])
-    for _ in range(count):
-        block = dict(norm1=_new_norm(inputs), conv1=conv(inputs, outputs))
-        block |= dict(norm2=_new_norm(outputs), conv2=conv(outputs, outputs))
-        if inputs != outputs:
-            block["shortcut"] = conv(inputs, outputs, 1)
-        tree["blocks"].append(block)
-        inputs = outputs
+    def level(inputs, width, count, attentions):  # by turns, as long as there are attentions
+        blocks = [residual(inputs if i == 0 else width, width) for i in range(count)]
+        pairs = itertools.zip_longest(blocks, [attend(width) for _ in range(attentions)])
+        return [layer for pair in pairs for layer in pair if layer is not None]
 
-    for _ in range(attentions):
-        layer = dict(norm=_new_norm(outputs), qkv=conv(outputs, 3 * outputs, 1))
-        layer["project"] = conv(outputs, outputs, 1)
-        tree.setdefault("attentions", []).append(layer)
-    return tree
+    def levels(inputs, order, count, change):
+        layers = []
+        for i in order:
+            if layers:
+                layers.append({change: conv(inputs, inputs)})
+            has_attention = attention and i == len(widths) - 1
+            layers += level(inputs, widths[i], count, count * has_attention)
+            inputs = widths[i]
+        return layers
 
+    order = range(len(widths))
+    encoder = dict(conv_in=conv(3 * fold**2, channels))
+    encoder["layers"] = levels(channels, order, residual_blocks, "downsample")
+    encoder["layers"] += level(deepest, deepest, 2, int(attention))
+    encoder |= dict(norm_out=norm(deepest), conv_out=conv(deepest, code_dim))
 
-def _new_norm(width):
-    return dict(weight=torch.ones(width), bias=torch.zeros(width))
+    codec = dict(encoder=encoder, quant_conv=conv(code_dim, code_dim))
+    codec["codebook"] = torch.empty(codes, code_dim).normal_(generator=generator)
+    codec["phi"] = [conv(code_dim, code_dim) for _ in range(4)]
+    codec["post_quant_conv"] = conv(code_dim, code_dim)
 
-
-def _new_convolution(generator, inputs, outputs, size=3):
-    bound = (inputs * size * size) ** -0.5
-    weight = torch.empty(outputs, inputs, size, size).uniform_(-bound, bound, generator=generator)
-    return dict(weight=weight, bias=torch.zeros(outputs))
+    decoder = dict(conv_in=conv(code_dim, deepest))
+    decoder["layers"] = level(deepest, deepest, 2, int(attention))
+    decoder["layers"] += levels(deepest, order[::-1], residual_blocks + 1, "upsample")
+    decoder |= dict(norm_out=norm(widths[0]), conv_out=conv(widths[0], 3 * fold**2))
+    return codec | dict(decoder=decoder)
 
 
 def cast(codec, dtype):
@@ -575,25 +549,20 @@ def cast(codec, dtype):
 
     Quantisation stays in fp32, because bf16 would choose other tokens.
     """
-    nets = dict(encoder=codec["encoder"], decoder=codec["decoder"])
+    nets = {net: codec[net] for net in ("encoder", "decoder")}
     return codec | pytree.tree_map(lambda leaf: leaf.to(dtype) if leaf.ndim == 4 else leaf, nets)
 
 
 def downsampling(codec):
-    """The side of a latent position in image pixels, fold * 2 ** (levels - 1)."""
-    down, weight = codec["encoder"]["down"], codec["encoder"]["conv_in"]["weight"]
-    return fold_side(weight.shape[1]) * 2 ** (len(down) - 1)
-
-
-# ---- checks
+    """The side of a latent position in image pixels: fold, doubled by changes of resolution."""
+    layers, weight = codec["encoder"]["layers"], codec["encoder"]["conv_in"]["weight"]
+    return fold_side(weight.shape[1]) * 2 ** sum("downsample" in layer for layer in layers)
 
 
 def check_scales(scales):
     """ValueError unless scales are (height, width) pairs, none smaller than the one before."""
-    heights, widths = zip(*scales)
-    for sides in heights, widths:
-        if [1, *sides] != sorted([1, *sides]):
-            raise ValueError(f"scales: got {scales}, expected (height, width), coarse to fine")
+    if any([1, *sides] != sorted([1, *sides]) for sides in zip(*scales)):
+        raise ValueError(f"scales: got {scales}, expected (height, width), coarse to fine")
 
 
 def check_images(codec, images, scales):
@@ -602,81 +571,50 @@ def check_images(codec, images, scales):
     height, width = (downsampling(codec) * side for side in scales[-1])
     fits = images.is_floating_point() and images.shape[1:] == (3, height, width)
     # values are checked on the CPU only: reading them would make a GPU wait
-    if fits and images.is_cpu and not torch.compiler.is_compiling():
-        fits = (images.abs() <= 1.001).all()
-    if not fits:
+    if not fits or (images.is_cpu and not (images.abs() <= 1.001).all()):
         got = f"{images.dtype} {tuple(images.shape)}"
         raise ValueError(f"images: got {got}, expected floats (B, 3, {height}, {width}) in [-1, 1]")
 
 
-# ---- published weights
-
-PUBLISHED_NAMES = {  # parts of published names -> ours, replaced in this order
-    "quantize.embedding.weight": "codebook",
-    "quantize.quant_resi.qresi_ls.": "phi.",
-    "mid.block_1.": "middle.blocks.0.",
-    "mid.block_2.": "middle.blocks.1.",
-    "mid.attn_1.": "middle.attentions.0.",
-    ".block.": ".blocks.",
-    ".attn.": ".attentions.",
-    "nin_shortcut": "shortcut",
-    "proj_out": "project",
-    "sample.conv": "sample",  # of downsample, upsample
+PUBLISHED_NAMES = {  # parts of our names -> published ones
+    "codebook": "quantize.embedding.weight",
+    "phi.": "quantize.quant_resi.qresi_ls.",
+    "shortcut": "nin_shortcut",
+    "project": "proj_out",
+    "sample": "sample.conv",  # of downsample, upsample
 }
 
 
 def from_published(state_dict):
     """A codec, fp32, from the state dict of a published VAR or HMAR tokenizer.
 
-    ValueError if an entry is missing that such a tokenizer has.
+    These have the layers of `init` by default, of any width. KeyError names a missing entry.
     """
-    try:
-        codec = {}
-        for name, leaf in state_dict.items():
-            for theirs, ours in PUBLISHED_NAMES.items():
-                name = name.replace(theirs, ours)
-            *path, last = name.split(".")
-            node = codec
-            for key in path:
-                node = node.setdefault(key, {})
-            node[last] = leaf.float()
 
-        codec = _make_lists(codec)
-        codec.pop("quantize", None)  # statistics of how often codes were used
-        codec["decoder"]["up"].reverse()  # published by level, ours in the order in which they run
-        _check_complete(codec)
-        return codec
-    except (AttributeError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"state_dict: not a tokenizer's: {reason}") from error
+    def levels(stack, order, count):
+        names = []
+        for i in order:
+            for j in range(count):
+                names.append(f"{stack}.{i}.block.{j}")
+                if i == 4:  # the deepest level has attention
+                    names.append(f"{stack}.{i}.attn.{j}")
+            names.append(f"{stack}.{i}")  # of its change of resolution
+        return names[:-1]
 
+    middle = ["mid.block_1", "mid.attn_1", "mid.block_2"]
+    down, up = levels("down", range(5), 2), levels("up", range(5)[::-1], 3)
+    layers = dict(encoder=down + middle, decoder=middle + up)
 
-def _check_complete(codec):
-    """LookupError unless a published tokenizer has all leaves of an `init` of its sizes."""
-    found = {pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(codec)[0]}
-    levels, up = codec["encoder"]["down"], codec["decoder"]["up"]
-    if len(levels) != len(up):
-        raise LookupError(f"{len(levels)} levels in the encoder, {len(up)} in the decoder")
+    def load(path, _):
+        keys = re.findall(r"\w+", pytree.keystr(path))
+        if "layers" in keys:
+            net, _, index, *rest = keys
+            keys = [net, layers[net][int(index)], *rest]
+        name = ".".join(keys)
+        for ours, theirs in PUBLISHED_NAMES.items():
+            name = name.replace(ours, theirs)
+        return state_dict[name].float()
 
-    channels = len(codec["encoder"]["conv_in"]["bias"])
-    widths = [len(level["blocks"][-1]["conv2"]["bias"]) for level in levels]
-    sizes = dict(zip(("codes", "code_dim"), codec["codebook"].shape, strict=True))
     with torch.device("meta"):
-        whole = init(
-            **sizes,
-            channels=channels,
-            multipliers=[width // channels for width in widths],
-            residual_blocks=max(len(level["blocks"]) for level in levels),
-            attention=any("attentions" in name for name in found),
-        )
-    expected = {pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]}
-    if missing := sorted(expected - found):
-        raise LookupError(f"{len(missing)} entries are missing, such as {missing[0]}")
-
-
-def _make_lists(node):
-    """The tree, with dicts whose keys are "0", "1", ... turned into lists."""
-    if not isinstance(node, dict):
-        return node
-    node = {key: _make_lists(child) for key, child in node.items()}
-    return [node[str(i)] for i in range(len(node))] if "0" in node else node
+        expected = init()
+    return pytree.tree_map_with_path(load, expected)

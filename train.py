@@ -9,8 +9,8 @@ run that was killed goes on from its last checkpoint to the same weights, bit fo
 process on a CPU with the same number of threads. Crops are made when they are needed, and nothing
 is prepared.
 
-`train` runs all stages on a dataset. Each stage can be called alone, too, on trees of tensors and
-an iterator of batches. The tokenizer is trained without an adversarial loss.
+`train` runs all stages on a dataset. Each stage can be called alone, too, on trees of tensors, an
+iterator of batches and settings. The tokenizer is trained without an adversarial loss.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
@@ -42,48 +44,11 @@ import hmar
 import sample
 import tokenizer
 
-# The stages, and the seconds of a step of each, relative to one of the tokenizer's. They are
-# rough (.6 to 1.9 at depths 2 and 3) and serve the time left that is printed.
-STEP_COSTS = dict(tokenizer=1.0, decoder=0.9, next_scale=1.2, masked=1.2)
-COOL_DOWN = 0.6  # share of a stage's steps at its end, while the learning rate falls to zero
-WARM_UP = 0.06  # share at its beginning, while it rises to its peak
-CLIP = 1.0  # largest norm of the gradient
-MASKED_RATE = 1 / 4  # learning rate of the masked stage, relative to the others
-REVIVE_EVERY = 20  # steps from one replacement of codes that were never chosen to the next
-REVIVE_UNTIL = 0.8  # share of the steps; later codes get time to settle
-DECODER = "post_quant_conv", "decoder"  # the parts of a codec that make images of f_hat
-COARSE_EVERY = 4  # every fourth image of a batch is decoded from coarse scales too
-PERCEPTUAL_STEPS = 400  # of the perceptual network
-PERCEPTUAL_WIDTHS = 3, 32, 64, 96, 128  # its channels
-EVALUATED = 128  # images held out for evaluations, at most a twentieth of all
-LOG_EVERY = 50  # steps
-TOKENIZER_REPORT = "loss", "error", "coarse", "quantisation"  # logged of its training loss
-SAVE_SECONDS = 300  # between checkpoints, beside those at evaluations
-CACHE_BYTES = 2**29  # of decoded images that a process keeps in memory
-ENCODED_TOGETHER = 4  # batches
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # the number of processes that torchrun started
+RANK = int(os.environ.get("RANK", "0")) if WORLD > 1 else 0  # the number of this one
 
 
-# ---- a run
-
-
-def train(
-    dataset,
-    out=None,
-    *,
-    size=64,
-    depth=None,
-    seed=0,
-    flip=False,
-    is_causal=None,
-    is_simple=False,
-    tokenizer=None,
-    init=None,
-    device=None,
-    dtype=None,
-    workers=None,
-    **settings,
-):
+def train(dataset, out=None, *, device=None, workers=None, **asked):
     """Trains a tokenizer and a transformer on a dataset; returns a model as `sample.load_model`.
 
     dataset: a map-style dataset as torch defines it. dataset[i] is (PIL image, int label) for i
@@ -91,396 +56,121 @@ def train(
         there is one class. If dataset[i] raises OSError, another image takes its place. A run
         resumes bit for bit if dataset[i] depends on i alone.
     out: the run folder, in which a run that was stopped goes on. None: nothing is written.
-    size: side in pixels of the square crops that are learned.
+    device: a name, see `sample.find_device`.
+    workers: processes that read images. None: none on a CPU, up to eight on a GPU.
+
+    All other arguments are settings. These decide what `recipe` makes of the others:
+
+    size: side in pixels of the square crops that are learned, 64 by default.
     depth: transformer blocks. None: 2, or those of init.
-    flip: mirrors every second crop.
-    is_causal: True trains VAR, in which a scale attends to the coarser ones. None: as init is.
     is_simple: says that the images are simple drawings, which need fewer steps and scales, and no
         random crops.
     tokenizer: a model or its file, whose tokenizer is used; none is trained then.
     init: a model or its file, whose transformer is trained further; its tokenizer is used unless
         `tokenizer` is given.
-    device, dtype: names, see `sample.find_device` and `sample.find_dtype`.
-    workers: processes that read images. None: none on a CPU, up to eight on a GPU.
-    settings: replace entries of `recipe` by name; steps and lr set those of all stages.
+
+    Any other name replaces an entry of `recipe`, such as seed, flip, is_causal (which trains VAR),
+    dtype or lr; steps sets those of all stages.
 
     Raises ValueError if the arguments do not fit each other or the run in `out`, KeyboardInterrupt
     after Ctrl-C and a checkpoint, FloatingPointError if a loss is not finite.
     """
-    flags = dict(size=size, depth=depth, seed=seed, flip=flip, is_causal=is_causal)
-    flags |= dict(is_simple=is_simple, tokenizer=tokenizer, init=init, dtype=dtype)
-    device = start_processes(sample.find_device(device))
-    plan = begin_run(dataset, out, flags, settings)
-    return run_stages(dataset, flags, plan, out, device, workers)
+    device = start_processes(device)
+    settings, model = begin_run(dataset, out, asked)
+    return run_stages(dataset, settings, model, out, device, workers)
 
 
-def run_stages(dataset, flags, plan, out, device, workers):
-    """Runs the stages whose results are not yet in the model of the run folder; returns the model.
+def run_stages(dataset, settings, model, out=None, device="cpu", workers=None):
+    """Runs the stages whose results are not yet in the model; returns the whole model.
 
-    flags: the arguments of `train` from size to dtype. plan: what `begin_run` makes of them.
+    settings, model: those of `begin_run`. A model has a draft (the tokenizer before its decoder's
+    stage), then in its place a tokenizer, then a transformer, then the transformer's masked branch.
     """
-    out, settings, classes = out and Path(out), plan["settings"], plan["classes"]
-    scales, seed = settings["scales"], flags["seed"]
-    dtype = sample.find_dtype(flags["dtype"], device)
+    scales, classes = settings["scales"], settings["classes"]
+    dtype = sample.find_dtype(settings["dtype"], device)
+    training, held_out = (Crops(dataset, part, settings) for part in hold_out(dataset))
+    kind = "VAR" if settings["is_causal"] else "HMAR"
+    log(f"{out or 'no run folder'}: {kind} of depth {settings['depth']}; {device}, {dtype}")
+    log(f"{len(training)} images of {len(classes)} classes to train on, {len(held_out)} held out")
+    reading, place = (settings, device, workers), (settings, out, device)
 
-    order = torch.randperm(len(dataset), generator=generator_of(seed, "rows")).tolist()
-    held_out_count = count_held_out(len(dataset))
-    options = dict(size=flags["size"], seed=seed, flip=flags["flip"], classes=len(classes))
-    held_out = Crops(dataset, order[:held_out_count], **options)
-    options |= dict(central_every=settings["central_every"])
-    training = Crops(dataset, order[held_out_count:], **options)
-    reading = dict(seed=seed, batch=settings["batch"], device=device, workers=workers)
+    if "tokenizer" not in model:
+        images, _ = central_crops(training)
+        terms = dict(hue_variance=tokenizer.measure_hue_variance(to_unit(images)))
+        if settings["perceptual"]:
+            terms["perceptual_layers"] = learn_perceptual_layers(training, settings, device)
+        images, _ = central_crops(held_out)
 
-    sampling = arguments(sample.steps, settings)
-    model = dict(classes=classes, sampling=sampling)
-    if out and (out / "model.pt").exists():
-        model = sample.load_model(out)
-    print_plan(flags, plan, out, device, dtype, len(training), held_out_count)
-
-    with catch_interrupt() as stop:
-        shared = dict(out=out, seed=seed, device=device, dtype=dtype, stop=stop)
-
-        if "tokenizer" not in model and (flags["tokenizer"] or flags["init"]):
-            model["tokenizer"] = part_of(flags["tokenizer"] or flags["init"], "tokenizer")
-            model = save_model(out, model)
-
-        if "tokenizer" not in model:
-            images, _ = central_crops(training)
-            terms = dict(hue_variance=tokenizer.measure_hue_variance(to_unit(images)))
-            if settings["perceptual"]:
-                steps = min(PERCEPTUAL_STEPS, settings["tokenizer_steps"])
-                learning = dict(seed=seed, device=device, dtype=dtype, workers=workers)
-                terms["perceptual_layers"] = learn_perceptual_layers(training, steps, **learning)
-
-            learn = partial(
-                train_tokenizer,
-                held_out=central_crops(held_out)[0],
-                lr=settings["tokenizer_lr"],
-                **arguments(train_tokenizer, settings),
-                **terms,
-                **shared,
-            )
-            if "draft" not in model:
-                model["draft"] = learn(
-                    tokenizer.init(**arguments(tokenizer.init, settings), seed=seed),
-                    partial(crop_batches, training, stage="tokenizer", **reading),
-                    steps=settings["tokenizer_steps"],
-                    later=later_steps(plan, "tokenizer"),
-                    texture_weight=settings["texture_weight"],
-                    jump_weight=settings["jump_weight"],
-                )
-                model = save_model(out, model)
-
-            model["tokenizer"] = learn(
-                model.pop("draft"),
-                partial(crop_batches, training, stage="decoder", **reading),
-                decoder_only=True,
-                steps=settings["decoder_steps"],
-                later=later_steps(plan, "decoder"),
-                texture_weight=0.0,  # the spectrum term stands in its place
-                spectrum_weight=settings["spectrum_weight"],
+        if "draft" not in model:
+            model["draft"] = train_tokenizer(
+                tokenizer.init(**arguments(tokenizer.init, settings)),
+                partial(crop_batches, training, "tokenizer", *reading),
+                images,
+                terms | {name: settings[name] for name in ("texture_weight", "jump_weight")},
+                *place,
             )
             model = save_model(out, model)
 
-        codec = sample.to_device(tokenizer.cast(model["tokenizer"], dtype), device)
-        examples = encode_held_out(codec, held_out, scales)
-        shared |= dict(classes=classes)
+        model["tokenizer"] = train_tokenizer(
+            model.pop("draft"),
+            partial(crop_batches, training, "decoder", *reading),
+            images,
+            # The spectrum term stands in the place of the others.
+            terms | dict(texture_weight=0.0, spectrum_weight=settings["spectrum_weight"]),
+            *place,
+            decoder_only=True,
+        )
+        model = save_model(out, model)
 
-        if "transformer" not in model:
-            params = model["transformer"] = train_transformer(
-                new_transformer(flags, plan),
-                codec,
-                partial(token_batches, training, codec, scales, stage="next-scale", **reading),
-                examples,
-                steps=settings["next_scale_steps"],
-                lr=settings["next_scale_lr"],
-                later=later_steps(plan, "next_scale"),
-                sampling=sampling,
-                **arguments(train_transformer, settings),
-                **shared,
-            )
-            fast = sample.to_device(hmar.cast(params, dtype), device)
-            weights = hmar.scale_weights(scales, settings["loss_weights"]).to(device)
-            gain = broadcast(evaluate_transformer(fast, codec, weights, examples)["class_gain"])
-            model["sampling"] = weaken_guidance(sampling, gain, settings["halving_gain"])
-            model = save_model(out, model)
+    codec = sample.to_device(tokenizer.cast(model["tokenizer"], dtype), device)
+    images, labels = central_crops(held_out)
+    examples = labels, encode_crops(codec, images.to(device), scales)
 
-        if "masked" not in model["transformer"] and "causal" not in model["transformer"]:
-            model["transformer"] = train_transformer(
-                hmar.add_masked_branch(model["transformer"], settings["masked_blocks"], seed=seed),
-                codec,
-                partial(token_batches, training, codec, scales, stage="masked", **reading),
-                examples,
-                steps=settings["masked_steps"],
-                lr=settings["masked_lr"],
-                sampling=model["sampling"],
-                **arguments(train_transformer, settings),
-                **shared,
-            )
-            if settings["masked_passes"]:
-                schedule = sample.masked_schedule(**arguments(sample.masked_schedule, settings))
-                model["sampling"] = model["sampling"] | dict(schedule=schedule)
-            model = save_model(out, model)
+    if "transformer" not in model:
+        params = model["transformer"] = train_transformer(
+            new_transformer(settings, model.pop("init", None)),
+            codec,
+            partial(token_batches, training, "next-scale", codec, *reading),
+            examples,
+            *place,
+        )
+        fast = sample.to_device(hmar.cast(params, dtype), device)
+        weights = hmar.scale_weights(scales, settings["loss_weights"]).to(device)
+        gain = evaluate_transformer(fast, codec, weights, examples)["class_gain"]
+        model["sampling"] = weaken_guidance(settings, gain)
+        model = save_model(out, model)
 
-    if out and rank() == 0:
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-    # An image that several processes left out counts once.
-    broken = torch.cat([training.is_broken, held_out.is_broken]).int().to(device)
-    broken = int((add_over_processes(broken) > 0).sum())
-    if broken:
-        log(f"{broken} of {len(dataset)} images were left out")
+    if "masked" not in model["transformer"] and not settings["is_causal"]:
+        seed, blocks = settings["seed"], settings["masked_blocks"]
+        model["transformer"] = train_transformer(
+            hmar.add_masked_branch(model["transformer"], blocks, seed=seed),
+            codec,
+            partial(token_batches, training, "masked", codec, *reading),
+            examples,
+            settings | model["sampling"],
+            out,
+            device,
+        )
+        if settings["masked_passes"]:
+            schedule = sample.masked_schedule(**arguments(sample.masked_schedule, settings))
+            model["sampling"] = model["sampling"] | dict(schedule=schedule)
+        model = save_model(out, model)
+
+    if out and RANK == 0:
+        for path in (Path(out, "checkpoint.pt"), *Path(out).glob("*.tmp")):
+            path.unlink(missing_ok=True)
     return model
-
-
-# ---- the settings of a run
-
-
-def recipe(depth, size, images, classes, is_simple=False, cell=None):
-    """The settings of a run on so many images of size x size pixels, {name: value}.
-
-    Each is an argument of a function with that name, or is read by `run_stages`. They were chosen
-    at depths 2 and 3 and are extrapolated so that depth 16 has the published codes and channels.
-
-    One run was deeper, of depth 4. From depth 8 on nothing was tried, and the laws are those of a
-    first run: at depth 16 7 epochs of ImageNet in batches of 360, with Muon. Published models were
-    trained for 200 epochs and more in batches of 768, by AdamW at 3e-4 (VAR, depth 16), on tokens
-    of a tokenizer that had learned from a perceptual and an adversarial term. Ours has neither
-    there. So whoever wants such quality gives the published tokenizer and sets the batch, the steps
-    and the rates of the stages.
-
-    is_simple: the images are simple drawings. cell: the side in pixels of a latent position, if a
-    tokenizer is given.
-    """
-    relative_depth = depth / 2  # most numbers below were chosen at depth 2
-    is_large = depth >= 8  # from here on the published layers
-    training_images = images - count_held_out(images)
-    has_detail = size >= 48 and not is_large  # images whose detail a small model can learn
-
-    # The tokenizer. With fold, squares of 2 x 2 pixels become channels, which lowers the FD of
-    # reconstructions at 64 pixels from 3.55 to 1.65 for 5 % more time. Every level but the last
-    # halves the sides, and the fold halves them once.
-    fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
-    new_cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
-    halvings = round(math.log2(new_cell // fold))
-    cell = cell or new_cell
-
-    # Sides of scales that grow by a factor of 2 were worse at depth 3.
-    growth = 2 if depth <= 2 else math.sqrt(2)
-
-    # Images seen grow like the parameters, with depth^3 (Hoffmann et al. 2022), and the batch like
-    # the root of the images seen (McCandlish et al. 2018). Larger images have more tokens, so fewer
-    # are needed. The tokenizer sees no image more than 80 times (.4 of 200).
-    seen = min(50_000 * relative_depth**3 * math.sqrt(32 / size), 200 * training_images)
-    batch = 8 * round(2 * relative_depth**1.5)
-    if has_detail:  # fewer images in smaller batches were as good
-        seen *= 0.69
-        batch //= 2
-    shares = dict(tokenizer=0.4 if fold > 1 else 0.35, decoder=0.08, next_scale=1, masked=1 / 11)
-    steps = {name: math.ceil(share * seen / batch) for name, share in shares.items()}
-    if is_simple:
-        steps = {name: math.ceil(0.68 * number) for name, number in steps.items()}
-
-    # The transformer sees none more than 35 times, because its samples become copies of images that
-    # it sees more often (tests/RESULTS.md, section 3).
-    steps["next_scale"] = min(steps["next_scale"], math.ceil(35 * training_images / batch))
-    epochs = steps["next_scale"] * batch / training_images
-
-    # Deep models want a lower rate (HyperP, arXiv 2603.28743); rate * decay * steps stays constant
-    # (Wang and Aitchison 2024).
-    rate = 4e-3 * relative_depth**-0.7
-
-    return dict(
-        # tokenizer.init
-        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(relative_depth))),
-        code_dim=32 if is_large else 16,
-        channels=fold * max(32, 32 * round(10 * depth / 32)),  # the published 160 at depth 16
-        multipliers=(1,) * (halvings + 1) if fold > 1 else (1, 1, 2, 2, 4)[: halvings + 1],
-        residual_blocks=2 if is_large else 1,
-        attention=is_large,
-        fold=fold,
-        # hmar.init. Convolutions lower the loss by .16 nats a token, neighbours by .24 and more.
-        depth=depth,
-        width=None,  # 64 * depth
-        scales=default_scales(size, cell, growth, doubled=not is_simple),
-        gamma=None if is_large else 0.1,
-        convolutions=not is_large,
-        neighbours=not is_large,
-        masked_blocks=(depth + 1) // 2,
-        # The stages.
-        batch=batch,
-        tokenizer_steps=steps["tokenizer"],
-        decoder_steps=steps["decoder"],
-        next_scale_steps=steps["next_scale"],
-        masked_steps=steps["masked"],
-        tokenizer_lr=rate,
-        next_scale_lr=rate,
-        masked_lr=MASKED_RATE * rate,
-        decay=0.05 * relative_depth**-0.8,
-        # Three Newton-Schulz iterations of Muon instead of five save a third of the time, but raise
-        # the FD of photographs by 4 to 14 %, so only simple drawings use three.
-        newton_schulz=3 if is_simple else 5,
-        # So many in each stage. Six at depth 2 took 8 % of the seconds of a run at 64 pixels.
-        evaluations=3 * max(1, depth - 1),
-        label_drop=0.1,
-        # Dropout helps runs that see each image often and harms those that do not: FD of CIFAR-10's
-        # first 1,000 images 3.8 for 4.7 after 15 epochs, of 10,000 5.7 for 5.2 after five.
-        dropout=0.1 if epochs > 8 else 0.0,
-        # The root of the number of tokens helps photographs and harms drawings.
-        loss_weights="lognormal" if is_large else "token" if is_simple else "root",
-        # The perceptual term is not worth its time at 32 pixels. Beside it a texture weight of .5
-        # makes the decoder write flat squares of 2 x 2 pixels; these weights of texture and jumps
-        # do not. At 32 pixels, where it is off, they raise the FD of reconstructions.
-        # In the decoder's stage the spectrum term replaces both, against a lattice of dots. In the
-        # tokenizer's stage it would raise the FD of samples of 64 pixels from 6.5 to 7.2.
-        perceptual=has_detail,
-        texture_weight=0.25 if has_detail else 0.5,
-        jump_weight=0.72 if has_detail else 0.0,
-        spectrum_weight=2.0,
-        # One crop in so many is the central one, which is not resampled if it has the right size.
-        central_every=1 if is_simple else min(16, max(2, 20_000 // images)),
-        # The sampler. Its guidance is weakened where the class decides much, see `weaken_guidance`;
-        # with the published layers that was not tried.
-        **sampling_settings(depth, size, classes),
-        halving_gain=math.inf if is_large else 0.1,
-        # Masked passes of samples, at coarse scales only, as published. With neighbours one ties
-        # on CIFAR-10 at depth 2, lowers its FD by .2 at depth 3, and raises that of photographs by
-        # .2 to .6. A longer masked stage does not help.
-        masked_passes=2 if is_large else 0,
-        refined_tokens=16 if is_large else 25,
-    )
-
-
-# Guidance of the first three rows was chosen by the FD to images that no model saw, see section 3
-# of tests/RESULTS.md. That of the next two is some .7 of what was best when it was weakened token
-# by token, and mask_guidance was only compared in edits. The first row whose depth and side in
-# pixels are not exceeded counts.
-SAMPLING = {  # (depth, side): guidance, mask_guidance, rise, temperature, cooling
-    (2, 32): (4.4, 2.6, 1.0, 0.75, 1.5),
-    (2, math.inf): (2.6, 2.6, 2.0, 0.75, 1.5),
-    (3, 32): (3.2, 1.8, 1.0, 0.75, 1.5),
-    (3, math.inf): (2.6, 1.8, 1.0, 0.75, 1.5),
-    (7, math.inf): (1.8, 1.5, 1.0, 0.75, 1.5),
-    (math.inf, math.inf): (1.5, 1.5, 1.0, 1.0, 1.0),  # not tried
-}
-
-
-def sampling_settings(depth, size, classes):
-    """Keyword arguments of `sample.steps` that suit a model of this recipe.
-
-    A single class has nothing to be guided by: its predictions differ from those without a class
-    only by noise.
-    """
-    fitting = [row for (most, side), row in SAMPLING.items() if depth <= most and size <= side]
-    guidance, mask_guidance, rise, temperature, cooling = fitting[0]
-    if classes == 1:
-        guidance = mask_guidance = 0.0
-    settings = dict(guidance=guidance, mask_guidance=mask_guidance, rise=rise)
-    return settings | dict(temperature=temperature, cooling=cooling, top_k=0, top_p=1.0)
-
-
-def weaken_guidance(sampling, gain, halving_gain):
-    """The settings with both strengths of guidance divided by 1 + (gain / halving_gain)^2.
-
-    gain: by how many nats a token the class lowers the next-scale loss of images held out, see
-        `evaluate_transformer`. Below zero, as after learning a small folder by heart, it changes
-        nothing.
-    halving_gain: the gain at which guidance is halved.
-
-    Guidance makes up for a model that has learned little of the classes, as those of photographs
-    have (a gain of .06 or less). Where the class decides much, as in drawings and letters (.13 to
-    .28), strong guidance would leave the data (tests/RESULTS.md, section 3).
-    """
-    share = 1 / (1 + (max(0.0, gain) / halving_gain) ** 2)
-    names = sampling.keys() & {"guidance", "mask_guidance"}
-    return sampling | {name: share * sampling[name] for name in names}
-
-
-def default_scales(size, cell, growth, doubled=True):
-    """The published scales where they fit, otherwise sides that grow by a factor.
-
-    doubled: the last scale comes twice if its side is at most 8, which sharpens fine grain. The
-        scale before these two has at least 5/8 of their side: when it had half, half of the FD of
-        CIFAR-10 arose where the full side is sampled first (tests/RESULTS.md, section 2).
-    """
-    if cell == 16 and size in hmar.SCALES:
-        return hmar.SCALES[size]
-    latent = size // cell
-    sides = [latent]
-    if doubled and latent <= 8:
-        sides = [round(latent / min(growth, 1.6)), latent, latent]
-    while sides[0] > 1:
-        sides.insert(0, round(sides[0] / growth))
-    return tuple((side, side) for side in sides)
-
-
-# Settings with names that end so are above zero.
-ABOVE_ZERO = "steps", "lr", "batch", "evaluations", "central_every"
-
-
-def replace_settings(settings, changes):
-    """The settings with some of them replaced by name.
-
-    steps and lr stand for those of all stages; the masked stage takes a quarter of the rate. Who
-    sets one of the strengths of guidance gets both as they stand: none is weakened. ValueError for
-    an unknown name, a value of another type, or a number that is not above 0.
-    """
-    changes = dict(changes)
-    for name, value in changes.items():
-        is_number = isinstance(value, int | float)
-        if name.endswith(ABOVE_ZERO) and is_number and not 0 < value < math.inf:
-            raise ValueError(f"{name}: got {value}, expected above 0")
-    if "steps" in changes:
-        steps = changes.pop("steps")
-        changes = {f"{stage}_steps": steps for stage in STEP_COSTS} | changes
-    if "lr" in changes:
-        peak = changes.pop("lr")
-        rates = dict(tokenizer_lr=peak, next_scale_lr=peak, masked_lr=MASKED_RATE * peak)
-        changes = rates | changes
-    if changes.keys() & {"guidance", "mask_guidance"}:
-        changes = dict(halving_gain=math.inf) | changes
-
-    for name, value in changes.items():
-        if name not in settings:
-            raise ValueError(f"{name}: no such setting, expected one of {', '.join(settings)}")
-        kinds = (float, int) if type(settings[name]) is float else (type(settings[name]),)
-        if settings[name] is not None and type(value) not in kinds:
-            raise ValueError(f"{name}: got {value!r}, expected a value like {settings[name]!r}")
-    return settings | changes
-
-
-def arguments(function, settings):
-    """The settings that are arguments of a function, by name."""
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in settings.items() if name in names}
-
-
-def count_held_out(images):
-    """How many of so many images are never trained on: those of an evaluation, and no more."""
-    return max(1, min(EVALUATED, images // 20))
 
 
 # ---- the tokenizer's loop
 
+REVIVE_EVERY = 20  # steps from one replacement of codes that were never chosen to the next
+REVIVE_UNTIL = 0.8  # share of the steps; later codes get time to settle
+COARSE_EVERY = 4  # every fourth image of a batch is decoded from coarse scales too
+
 
 def train_tokenizer(
-    codec,
-    batches,
-    held_out,
-    scales,
-    *,
-    steps,
-    lr,
-    decay=0.05,
-    newton_schulz=5,
-    evaluations=6,
-    decoder_only=False,
-    seed=0,
-    later=0,
-    out=None,
-    device="cpu",
-    dtype=torch.float32,
-    stop=None,
-    **terms,
+    codec, batches, held_out, terms, settings, out=None, device="cpu", *, decoder_only=False
 ):
     """Returns the codec, trained so that its first scales, however many, decode to an image too.
 
@@ -489,235 +179,132 @@ def train_tokenizer(
     batches: an iterator of (images uint8 (B, 3, H, W), anything), or a function that returns the
         iterator of the steps after a number of steps, such as `crop_batches`. Each of several
         processes gets its own share of a batch.
-    held_out: images uint8 (n, 3, H, W) to evaluate on, `evaluations` times, for the log alone.
-    steps: their number. lr: the peak of the learning rate. decay: weight decay of Muon.
-    newton_schulz: iterations of Muon.
+    held_out: images uint8 (n, 3, H, W) to evaluate on, for the log alone.
+    terms: weights and other keyword arguments of `tokenizer.training_loss`.
     decoder_only: trains nothing but the decoder and post_quant_conv, so that images keep their
         tokens; the stage is called "decoder" then.
-    later: the work of later stages, in steps of this one; only for the time left that is printed.
-    out: the run folder, in which a stage goes on from its checkpoint; a stage that is to begin anew
-        needs another. None: nothing is written.
-    stop: an event after which the stage saves and raises KeyboardInterrupt.
-    terms: texture_weight, jump_weight, spectrum_weight, hue_variance and perceptual_layers of
-        `tokenizer.training_loss`.
+    settings, out, device: as for `Stage`.
     """
-    stage = "decoder" if decoder_only else "tokenizer"
+    scales = settings["scales"]
+    name, parts = "tokenizer", codec.keys()
+    if decoder_only:
+        name, parts = "decoder", ("post_quant_conv", "decoder")
+    stage = Stage(name, {part: codec[part] for part in parts}, settings, out, device)
     codec = pytree.tree_map(torch.Tensor.detach, sample.to_device(codec, device))
-    names = DECODER if decoder_only else codec.keys()
-    trained = trainable({name: codec[name] for name in names}, device)
-    leaves, codes = pytree.tree_leaves(trained), len(codec["codebook"])
-    state = new_state(trained, decay, newton_schulz, asked=[steps, lr, seed])
-    state["chosen"] = torch.zeros(codes, dtype=torch.int64, device=device)  # since the last revival
-    out = out and Path(out)
-    clock = begin_stage(out, stage, state, steps, later)
-    pixels = held_out[0, 0].numel()
-    at_once = images_a_micro_batch(pixels, tokenizer_bytes(codec, pixels, dtype), device)
-    loss_of = compiled(tokenizer.training_loss, device)
-    batches = iter(batches(state["step"]) if callable(batches) else batches)
+    chosen = torch.zeros(len(codec["codebook"]), dtype=torch.int64, device=device)
+    chosen = stage.keep("chosen", chosen)  # how often each code was chosen since the last revival
+    loss_of = stage.compiled(tokenizer.training_loss)
     held_out = to_unit(held_out.to(device))
-    window, save_at = [], time.monotonic() + SAVE_SECONDS
 
-    while state["step"] < steps:
-        step = state["step"] = state["step"] + 1
-        images, _ = next(batches)  # (b, 3, H, W), this process's share of the batch
-        batch = world() * len(images)
-        positions = own_share(torch.arange(batch))  # of these images in the whole batch
-        generator = generator_of(seed, stage, step)
-        last_scales = torch.randint(len(scales) - 1, (batch,), generator=generator)[positions]
+    for step, (images, _) in stage.each(batches):
+        batch = WORLD * len(images)  # images are this process's share of the batch
+        generator = generator_of(stage.seed, name, step)
+        last_scales = torch.randint(len(scales) - 1, (batch,), generator=generator)
+        last_scales[torch.arange(batch) % COARSE_EVERY > 0] = -1  # these are decoded whole only
 
-        report, tokens, residuals = {}, [], []
-        for part, places, last in micro_batches(at_once, images, positions, last_scales):
-            coarse = (places % COARSE_EVERY == 0).nonzero()[:, 0]  # also decoded from coarse scales
-            part, coarse, stops = send((part, coarse, last[coarse]), device)
+        tokens, residuals = [], []
+        for share, pixels, last in stage.micro_batches(images, own_share(last_scales)):
+            coarse = (last >= 0).nonzero()[:, 0]  # the images that coarse scales show, too
             result = loss_of(
-                tokenizer.cast(codec | trained, dtype),
-                to_unit(part),
+                tokenizer.cast(codec | stage.tree, stage.dtype),
+                to_unit(pixels.to(device)),
                 scales,
-                coarse,
-                stops,
+                coarse.to(device, non_blocking=True),
+                last[coarse].to(device, non_blocking=True),
                 is_transposed=step % 2 == 0,  # against stripes, see `tokenizer.training_loss`
                 images_per_coarse=batch / math.ceil(batch / COARSE_EVERY),
                 **terms,
             )
-            share = len(part) / len(images)
-            (share * result["loss"]).backward()
-            add_to_report(report, share, {name: result[name] for name in TOKENIZER_REPORT})
-            tokens.append(result["tokens"])
+            reported = "loss", "error", "coarse", "quantisation"
+            stage.backward(share, {name: result[name] for name in reported})
+            tokens += [x.flatten() for x in result["tokens"]]
             residuals.append(result["residuals"])
-
-        average_gradients(leaves)
-        report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
-        optimizer_step(state["optimizers"], learning_rate(step, steps, lr))
+        stage.update()
 
         if not decoder_only:
-            count_chosen(state["chosen"], tokens)
-            if step == 1 or (step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * steps):
+            tokens = torch.cat(tokens)
+            chosen += total(torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens)))
+            if step == 1 or (step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * stage.steps):
                 # At step 1 this initialises the codebook from data.
-                revive_codes(state, residuals, generator_of(seed, "revive", step))
+                vectors = [gather(torch.cat(scale).detach()) for scale in zip(*residuals)]
+                codebook = stage.tree["codebook"].detach()  # which shares its memory
+                generator = generator_of(stage.seed, "revive", step)
+                codebook.copy_(tokenizer.revive_codes(codebook, chosen, vectors, generator))
+                chosen.zero_()
 
-        window.append(report)
-        is_evaluation = step == steps or step % math.ceil(steps / evaluations) == 0
-        is_logged = is_evaluation or step % LOG_EVERY == 0
-        if is_logged:
-            log_numbers(out, stage, step, clock, means(window))
-            window.clear()
-        if is_evaluation:
-            fast = tokenizer.cast(codec | trained, dtype)
-            found = evaluate_tokenizer(fast, held_out, scales) if rank() == 0 else None
-            found = broadcast(found)
-            log_numbers(out, stage, step, clock, {f"held_out_{x}": found[x] for x in found})
-            draw_reconstructions(out, fast, held_out[:8], scales)
-        if is_evaluation or (is_logged and time.monotonic() > save_at):
-            save_at = save_checkpoint(out, stage, state)
-        if is_stopped(stop, step, device):
-            save_and_stop(out, stage, state, report)
+        if stage.is_evaluation:
+            fast = tokenizer.cast(codec | stage.tree, stage.dtype)
+            numbers, rows = evaluate_tokenizer(fast, held_out, scales)
+            stage.log(numbers)
+            names = ["original", *(f"after {h}x{w}" for h, w in scales)]
+            stage.draw("reconstructions", rows, names)
 
-    return codec | pytree.tree_map(torch.Tensor.detach, trained)
-
-
-def count_chosen(chosen, tokens):
-    """Adds to chosen (codes,) how often each code was chosen in a batch, in all processes.
-
-    tokens: a list over micro-batches of tuples over scales of tokens (b, n_k).
-    """
-    tokens = torch.cat([x.flatten() for x in itertools.chain(*tokens)])
-    counts = torch.zeros_like(chosen).index_add_(0, tokens, torch.ones_like(tokens))
-    chosen.add_(add_over_processes(counts))
-
-
-@torch.no_grad()
-def revive_codes(state, residuals, generator):
-    """Replaces codes that were never chosen by residuals, in place, and sets the counts to zero.
-
-    residuals: a list over micro-batches of tuples over scales of residuals (b, n_k, code_dim).
-    """
-    codebook = state["tree"]["codebook"]
-    by_scale = [gather(torch.cat(parts)) for parts in zip(*residuals)]
-    codebook.copy_(tokenizer.revive_codes(codebook, state["chosen"], by_scale, generator))
-    state["chosen"].zero_()
+    return codec | pytree.tree_map(torch.Tensor.detach, stage.tree)
 
 
 # ---- the transformer's loop
 
 
-def train_transformer(
-    params,
-    codec,
-    batches,
-    held_out,
-    *,
-    steps,
-    lr,
-    decay=0.05,
-    newton_schulz=5,
-    evaluations=6,
-    label_drop=0.1,
-    dropout=0.0,
-    loss_weights="token",
-    halving_gain=math.inf,
-    seed=0,
-    later=0,
-    classes=(),
-    sampling=None,
-    out=None,
-    device="cpu",
-    dtype=torch.float32,
-    stop=None,
-):
+def train_transformer(params, codec, batches, held_out, settings, out=None, device="cpu"):
     """Returns the transformer, trained to predict tokens from those of coarser scales (HMAR).
 
     params: a tree of `hmar.init`. If it has a masked branch, that alone is trained, to predict
         hidden tokens from the others of their scale too (HMAR, stage two).
     codec: the tokenizer of the tokens; it stays as it is.
-    batches: an iterator of (labels (B,) or vectors (B, C), tokens int64 (B, L)), or a function that
-        returns the iterator of the steps after a number of steps, such as `token_batches`.
+    batches: as for `train_tokenizer`, of (labels (B,) or vectors (B, C), tokens int64 (B, L)). A
+        share label_drop of the labels becomes the null class, of vectors classes[-1], which stays
+        as it is.
     held_out: (labels (n,), tokens (n, L)) to evaluate on.
-    label_drop: the share of labels that become the null class. Vectors become classes[-1], which
-        stays as it is. dropout: as in `hmar.features`; if it is not 0, each step seeds
-        torch's own random generator.
-    loss_weights: of `hmar.scale_weights`; the masked stage weighs all hidden tokens equally.
-    classes, sampling, halving_gain: names (numbers without them), settings, and how far their
-        guidance is weakened (`weaken_guidance`), for the grid of samples that is drawn into `out`.
-    The other arguments are those of `train_tokenizer`.
+    settings, out, device: as for `Stage`. If dropout is not 0, each step seeds torch's own random
+        generator. The samples that are drawn into `out` are guided as `weaken_guidance` says.
     """
-    is_masked = "masked" in params
-    stage, scales = "masked" if is_masked else "next-scale", hmar.scale_sizes(params)
-    codec = sample.to_device(codec, device)
-    weights = hmar.scale_weights(scales, loss_weights).to(device)  # (L,)
-    embeddings = params["classes"].to(device)
-    # The masked stage trains its branch alone. The rest is cast once.
+    is_masked, scales = "masked" in params, hmar.scale_sizes(params)
+    name = "masked" if is_masked else "next-scale"
     params = pytree.tree_map(torch.Tensor.detach, params)
-    trained = trainable(dict(masked=params["masked"]) if is_masked else params, device)
-    frozen = sample.to_device(hmar.cast(params, dtype), device) if is_masked else {}
-    leaves = pytree.tree_leaves(trained)
-    state = new_state(trained, decay, newton_schulz, asked=[steps, lr, seed])
-    pixels = math.prod(sample.image_size(params, codec))
-    at_once = images_a_micro_batch(pixels, transformer_bytes(params, dtype), device)
-    loss_of = compiled(transformer_loss, device)
-    out = out and Path(out)
-    clock = begin_stage(out, stage, state, steps, later)
-    batches = iter(batches(state["step"]) if callable(batches) else batches)
+    stage = Stage(
+        name, dict(masked=params["masked"]) if is_masked else params, settings, out, device
+    )
+    frozen = sample.to_device(hmar.cast(params, stage.dtype), device)  # what is not trained
+    codec, embeddings = sample.to_device((codec, params["classes"]), device)
+    weights = hmar.scale_weights(scales, settings["loss_weights"]).to(device)  # (L,)
+    loss_of = stage.compiled(transformer_loss)
     if is_masked:  # always the same masks
         masks = draw_masks(len(held_out[0]), scales, generator_of("held-out mask"), ratio=0.5)
         held_out = *held_out, masks
-    window, save_at = [], time.monotonic() + SAVE_SECONDS
 
-    while state["step"] < steps:
-        step = state["step"] = state["step"] + 1
-        labels, tokens = next(batches)  # (b,), (b, L), this process's share of the batch
-        batch = world() * len(tokens)
-        positions = own_share(torch.arange(batch))  # of these images in the whole batch
-        generator = generator_of(seed, stage, step)
-        is_dropped = torch.rand(batch, generator=generator)[positions] < label_drop
-        labels = drop_labels(labels, *send([is_dropped], labels.device), embeddings)
-        examples = labels, tokens
+    for step, (labels, tokens) in stage.each(batches):
+        batch = WORLD * len(tokens)  # tokens are this process's share of the batch
+        generator = generator_of(stage.seed, name, step)
+        is_dropped = own_share(torch.rand(batch, generator=generator) < settings["label_drop"])
+        is_dropped = is_dropped.to(labels.device, non_blocking=True)
+        examples = [drop_labels(labels, is_dropped, embeddings), tokens]
         if is_masked:
-            examples = labels, tokens, draw_masks(batch, scales, generator)[positions]
+            examples.append(own_share(draw_masks(batch, scales, generator)))
 
-        if dropout:
-            torch.manual_seed(seed_of(seed, stage, step, "dropout", rank()))
-        report = {}
-        for part in micro_batches(at_once, *examples):
-            fast = frozen | hmar.cast(trained, dtype)  # anew: backward frees the graph of a cast
-            if is_masked:  # found on the CPU, where the mask is; a GPU would have to be waited for
-                part = *part, hmar.hidden_positions(params, part[2])
-            result = loss_of(fast, codec, weights, *send(part, device), dropout=dropout)
-            share = len(part[0]) / len(tokens)
-            (share * result["loss"]).backward()
-            add_to_report(report, share, result)
+        if settings["dropout"]:
+            generator = generator_of(stage.seed, name, step, "dropout", RANK)
+            torch.manual_seed(generator.initial_seed())
+        for share, *part in stage.micro_batches(*examples):
+            fast = frozen | hmar.cast(stage.tree, stage.dtype)  # anew: backward frees its graph
+            part = [x.to(device, non_blocking=True) for x in part]
+            result = loss_of(fast, codec, weights, *part, dropout=settings["dropout"])
+            stage.backward(share, result)
+        stage.update()
 
-        average_gradients(leaves)
-        report["gradient"] = nn.utils.clip_grad_norm_(leaves, CLIP)
-        optimizer_step(state["optimizers"], learning_rate(step, steps, lr))
-
-        window.append(report)
-        is_evaluation = step == steps or step % math.ceil(steps / evaluations) == 0
-        is_logged = is_evaluation or step % LOG_EVERY == 0
-        if is_logged:
-            log_numbers(out, stage, step, clock, means(window))
-            window.clear()
-        if is_evaluation:
-            fast = frozen | hmar.cast(trained, dtype)
-            found = broadcast(evaluate_transformer(fast, codec, weights, held_out))
-            log_numbers(out, stage, step, clock, found)
+        if stage.is_evaluation:
+            fast = frozen | hmar.cast(stage.tree, stage.dtype)
+            found = evaluate_transformer(fast, codec, weights, held_out)
+            stage.log(found)
             gain = found.get("class_gain", 0.0)  # in the masked stage, guidance is weakened already
-            weakened = weaken_guidance(sampling or {}, gain, halving_gain)
-            draw_samples(out, stage, fast, codec, classes, weakened)
-        if is_evaluation or (is_logged and time.monotonic() > save_at):
-            save_at = save_checkpoint(out, stage, state)
-        if is_stopped(stop, step, device):
-            save_and_stop(out, stage, state, report)
+            draw_samples(stage, fast, codec, weaken_guidance(settings, gain))
 
-    return params | pytree.tree_map(torch.Tensor.detach, trained)
+    return params | pytree.tree_map(torch.Tensor.detach, stage.tree)
 
 
-def transformer_loss(
-    params, codec, weights, labels, tokens, mask=None, hidden_at=None, *, dropout=0.0
-):
+def transformer_loss(params, codec, weights, labels, tokens, mask=None, *, dropout=0.0):
     """{"loss": the mean loss in nats a token, ...} of labels (B,), tokens (B, L).
 
     weights (L,) are those of tokens; with a mask (B, L - len_0), the loss is that of hidden tokens.
-    hidden_at: as for `hmar.losses`.
     """
     scales = hmar.scale_sizes(params)
     inputs = tokenizer.next_scale_inputs(codec, tokens, scales)
@@ -726,10 +313,9 @@ def transformer_loss(
         by_scale = [scale.mean() for scale in losses.split(tokenizer.lengths(scales))]
         return dict(loss=(losses * weights).sum(), scale_losses=torch.stack(by_scale))
 
-    zeroed = None if hmar.hidden_tokens_leak(params) else mask
+    zeroed = None if "leak" in params["masked"] else mask
     own_inputs = tokenizer.masked_inputs(codec, tokens, scales, zeroed)
-    shown = inputs, own_inputs, mask, hidden_at
-    losses = hmar.losses(params, labels, tokens, *shown, dropout=dropout)  # (M,)
+    losses = hmar.losses(params, labels, tokens, inputs, own_inputs, mask, dropout=dropout)  # (M,)
     # The divisor is a constant, the expected number of hidden tokens, so that the losses of
     # micro-batches add up to the loss of the batch.
     return dict(loss=losses.sum() / (0.5 * mask.numel()))
@@ -752,184 +338,516 @@ def draw_masks(count, scales, generator, ratio=None):
     return torch.rand(count, tokens, generator=generator) < ratio
 
 
-def new_transformer(flags, plan):
-    """The tree that the next-scale stage begins with: an untrained one, or that of init."""
-    settings, classes = plan["settings"], plan["classes"]
-    sizes = arguments(hmar.init, settings) | dict(classes=len(classes), seed=flags["seed"])
-    if not flags["init"]:
-        return hmar.init(**sizes, causal=plan["is_causal"])
+def new_transformer(settings, init=None):
+    """The tree that the next-scale stage begins with: untrained, or that of the model init."""
+    classes = settings["classes"]
+    sizes = arguments(hmar.init, settings) | dict(classes=len(classes))
+    if init is None:
+        return hmar.init(**sizes, causal=settings["is_causal"])
 
     # All blocks of the next-scale branch become the trunk again, and a masked branch is left out.
-    params = part_of(flags["init"], "transformer")
-    branch = params["next_scale"]
-    params = params | dict(trunk=params["trunk"] + branch["blocks"])
-    params["next_scale"] = branch | dict(blocks=[])
+    branch = init["transformer"]["next_scale"]
+    trunk = init["transformer"]["trunk"] + branch["blocks"]
+    params = init["transformer"] | dict(trunk=trunk, next_scale=branch | dict(blocks=[]))
     params.pop("masked", None)
     if hmar.scale_sizes(params) != settings["scales"]:
         params = hmar.resize_positions(params, settings["scales"])
-    names = as_model(flags["init"]).get("classes") or classes
-    if names != classes or len(params["classes"]) != len(classes) + 1:
+    if init.get("classes", classes) != classes or len(params["classes"]) != len(classes) + 1:
         width = params["classes"].shape[1]
         params["classes"] = hmar.init(**sizes | dict(depth=1, width=width))["classes"]
         log(f"--init: has other classes, so the embeddings of these {len(classes)} are new")
     return params
 
 
-# ---- evaluation and pictures
+# ---- the settings of a run
+
+
+def resolve(dataset, asked, model):
+    """All settings of a run, {name: value}: those of `recipe`, some of them replaced.
+
+    asked: the settings that are arguments of `train`; steps stands for those of all stages. Who
+    sets one of the strengths of guidance gets both as they stand: none is weakened. model: the
+    parts that are given, see `begin_run`.
+
+    ValueError for an unknown name, a value of another type or outside its range, and where settings
+    do not fit each other, the data or the given parts.
+    """
+    asked = {name: value for name, value in asked.items() if value is not None}
+    above_zero = "size", "depth", "steps", "lr", "batch", "evaluations", "every", "gain", "top_p"
+    for name, value in asked.items():
+        least = 1e-9 if name.endswith(above_zero) else 0
+        most = dict(label_drop=0.999, dropout=0.999, top_p=1.0).get(name, math.inf)
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise ValueError(f"{name}: got {value}, expected {least:g} to {most:g}")
+
+    # A given model decides some of the settings.
+    given, cell = {}, None
+    if asked.keys() & {"tokenizer", "init"}:
+        cell = tokenizer.downsampling(model["tokenizer"])
+        given |= zip(("codes", "code_dim"), model["tokenizer"]["codebook"].shape)
+    if "init" in asked:
+        params = model.get("init", model)["transformer"]
+        sample.check_codes(params, model["tokenizer"])
+        given |= dict(depth=hmar.block_count(params), is_causal="causal" in params)
+        own_scales = hmar.scale_sizes(params)
+        own_size = cell * own_scales[-1][0]
+        asked = dict(size=own_size) | asked
+        asked = (dict(scales=own_scales) if asked["size"] == own_size else {}) | asked
+    for name in asked.keys() & given.keys():
+        if asked[name] != given[name]:
+            raise ValueError(f"{name}: got {asked[name]}, but the given model has {given[name]}")
+
+    classes = [str(name) for name in getattr(dataset, "classes", ["images"])]
+    asked = dict(size=64, depth=2, is_simple=False, tokenizer=None, init=None) | asked | given
+    size, depth, is_simple = asked["size"], asked["depth"], asked["is_simple"]
+    images = len(hold_out(dataset)[0])
+    settings = recipe(depth, size, images, len(classes), is_simple, cell)
+    settings |= dict(classes=classes, is_simple=is_simple)
+    settings |= {name: asked.pop(name) for name in ("tokenizer", "init")}
+
+    if asked.keys() & {"guidance", "mask_guidance"}:
+        asked = dict(halving_gain=math.inf) | asked
+    if "steps" in asked:
+        steps = asked.pop("steps")
+        asked = {name: steps for name in settings if name.endswith("_steps")} | asked
+    for name, value in asked.items():
+        if name not in settings:
+            raise ValueError(f"{name}: no such setting, expected one of {', '.join(settings)}")
+        default = settings[name]
+        kinds = (float, int) if type(default) is float else (type(default),)
+        if default is not None and type(value) not in kinds:
+            raise ValueError(f"{name}: got {value!r}, expected a value like {default!r}")
+    settings |= asked
+
+    # What a later stage would fail on.
+    cell = cell or settings["fold"] * 2 ** (len(settings["multipliers"]) - 1)
+    scales, side, blocks = settings["scales"], size // cell, settings["masked_blocks"]
+    if size % cell or size < 2 * cell:
+        raise ValueError(f"--size: got {size}, expected a multiple of {cell}, {2 * cell} or more")
+    tokenizer.check_scales(scales)
+    if scales[-1] != (side, side):
+        raise ValueError(f"scales: got {scales}, expected the last to be {side} x {side}")
+    if not 1 <= blocks <= settings["depth"]:
+        raise ValueError(f"masked_blocks: got {blocks}, expected 1 to {settings['depth']}")
+    hmar.scale_weights(scales, settings["loss_weights"])
+    return settings
+
+
+def recipe(depth, size, images, classes, is_simple=False, cell=None):
+    """The settings of a run that trains on so many images of size x size pixels, {name: value}.
+
+    Each is an argument of a function with that name, or is read by a stage. They were chosen at
+    depths 2 and 3. From depth 8 on nothing was tried: the laws are those of a first run, with the
+    published layers, and depth 16 has the published codes and channels. What published quality
+    takes stands in tests/RESULTS.md.
+
+    is_simple: the images are simple drawings. cell: the side in pixels of a latent position, if a
+    tokenizer is given.
+    """
+    relative_depth = depth / 2  # most numbers below were chosen at depth 2
+    is_large = depth >= 8
+    has_detail = size >= 48 and not is_large  # images whose detail a small model can learn
+
+    # The tokenizer. With fold, squares of 2 x 2 pixels become channels. Every level but the last
+    # halves the sides, and the fold halves them once.
+    fold = 2 if not is_large and (size >= 48 or depth <= 2) else 1
+    new_cell = min(16, max(4, 2 ** math.ceil(math.log2(size / 16))))  # a 16th of the side, 4 to 16
+    halvings = round(math.log2(new_cell // fold))
+    growth = 2 if depth <= 2 else math.sqrt(2)  # of the sides of scales
+
+    # Images seen grow like the parameters, with depth^3 (Hoffmann et al. 2022), and the batch like
+    # the root of the images seen (McCandlish et al. 2018). Larger images have more tokens, so fewer
+    # are needed. The tokenizer sees no image more than 80 times (.4 of 200).
+    seen = min(50_000 * relative_depth**3 * math.sqrt(32 / size), 200 * images)
+    batch = 8 * round(2 * relative_depth**1.5)
+    if has_detail:  # fewer images in smaller batches were as good
+        seen *= 0.69
+        batch //= 2
+    shares = dict(tokenizer=0.4 if fold > 1 else 0.35, decoder=0.08, next_scale=1, masked=1 / 11)
+    steps = {f"{name}_steps": math.ceil(share * seen / batch) for name, share in shares.items()}
+    if is_simple:
+        steps = {name: math.ceil(0.68 * number) for name, number in steps.items()}
+
+    # The transformer sees none more than 35 times, because its samples become copies of images that
+    # it sees more often (tests/RESULTS.md, section 3).
+    most = math.ceil(35 * images / batch)
+    steps["next_scale_steps"] = min(steps["next_scale_steps"], most)
+    epochs = steps["next_scale_steps"] * batch / images
+
+    settings = dict(size=size, flip=False, is_causal=False, seed=0, dtype=None, depth=depth)
+    settings |= dict(  # of tokenizer.init; depth 16 has the published codes and channels
+        codes=min(4096, 2 ** round(8 + 4 / 3 * math.log2(relative_depth))),
+        channels=fold * max(32, 32 * round(10 * depth / 32)),
+        multipliers=(1,) * (halvings + 1) if fold > 1 else (1, 1, 2, 2, 4)[: halvings + 1],
+    )
+    settings |= dict(code_dim=16, residual_blocks=1, attention=False, fold=fold)
+    settings |= dict(scales=default_scales(size, cell or new_cell, growth, not is_simple))
+    settings |= dict(width=None, gamma=0.1, convolutions=True, neighbours=True)  # of hmar.init
+    settings |= dict(masked_blocks=(depth + 1) // 2, loss_weights="root", label_drop=0.1)
+
+    # Deep models want a lower rate (HyperP, arXiv 2603.28743); rate * decay * steps stays constant
+    # (Wang and Aitchison 2024). Dropout helps runs that see each image often and harms others.
+    settings |= steps | dict(batch=batch, micro_batch=None, newton_schulz=5)
+    settings |= dict(lr=4e-3 * relative_depth**-0.7, decay=0.05 * relative_depth**-0.8)
+    settings |= dict(dropout=0.1 if epochs > 8 else 0.0, evaluations=3 * max(1, depth - 1))
+    settings |= dict(central_every=min(16, max(2, 20_000 // images)))  # see `Crops`
+
+    # The perceptual term is not worth its time at 32 pixels. Beside it the decoder would write flat
+    # squares of 2 x 2 pixels; these weights of texture and jumps prevent them. In the decoder's
+    # stage the spectrum term takes the place of both.
+    settings |= dict(perceptual=has_detail, spectrum_weight=2.0)
+    settings |= dict(texture_weight=0.25 if has_detail else 0.5)
+    settings |= dict(jump_weight=0.72 if has_detail else 0.0)
+
+    # The sampler. A single class has nothing to be guided by: its predictions differ from those
+    # without a class only by noise. Scales of more than refined_tokens have no masked pass.
+    limits = [row for row in SAMPLING if depth <= row[0] and size <= row[1]]
+    strengths = zip(("guidance", "mask_guidance", "rise"), SAMPLING[limits[0]])
+    settings |= strengths
+    settings |= {} if classes > 1 else dict(guidance=0.0, mask_guidance=0.0)
+    settings |= dict(temperature=0.75, cooling=1.5, top_k=0, top_p=1.0, halving_gain=0.1)
+    settings |= dict(masked_passes=0, refined_tokens=25)
+    if is_simple:
+        settings |= dict(newton_schulz=3, loss_weights="token", central_every=1)
+    if is_large:
+        settings |= dict(code_dim=32, residual_blocks=2, attention=True)
+        settings |= dict(gamma=None, convolutions=False, neighbours=False, loss_weights="lognormal")
+        settings |= dict(temperature=1.0, cooling=1.0, halving_gain=math.inf)
+        settings |= dict(masked_passes=2, refined_tokens=16)
+    return settings | dict(classes=[str(number) for number in range(classes)])
+
+
+# The first row whose depth and side in pixels are not exceeded counts. Guidance of the first three
+# was chosen by the FD to images that no model saw, that of the next two by an earlier rule
+# (tests/RESULTS.md, section 3). mask_guidance was only compared in edits.
+SAMPLING = {  # (depth, side): guidance, mask_guidance, rise
+    (2, 32): (4.4, 2.6, 1.0),
+    (2, math.inf): (2.6, 2.6, 2.0),
+    (3, 32): (3.2, 1.8, 1.0),
+    (3, math.inf): (2.6, 1.8, 1.0),
+    (7, math.inf): (1.8, 1.5, 1.0),
+    (math.inf, math.inf): (1.5, 1.5, 1.0),  # not tried
+}
+
+
+def weaken_guidance(settings, gain):
+    """The sampler's settings, both strengths of guidance divided by 1 + (gain / halving_gain)^2.
+
+    gain: by how many nats a token the class lowers the next-scale loss of images held out, see
+        `evaluate_transformer`. Below zero, as after learning a small folder by heart, it changes
+        nothing.
+
+    Guidance makes up for a model that has learned little of the classes. Where the class decides
+    much, as in drawings, strong guidance would leave the data (tests/RESULTS.md, section 3).
+    """
+    share = 1 / (1 + (max(0.0, gain) / settings["halving_gain"]) ** 2)
+    sampling = {name: settings[name] for name in sample.SETTINGS}
+    return sampling | {x: share * sampling[x] for x in ("guidance", "mask_guidance")}
+
+
+def default_scales(size, cell, growth, doubled=True):
+    """The published scales where they fit, otherwise sides that grow by a factor.
+
+    doubled: the last scale comes twice if its side is at most 8, which sharpens fine grain. The
+        scale before these two has at least 5/8 of their side (tests/RESULTS.md, section 2).
+    """
+    if cell == 16 and size in hmar.SCALES:
+        return hmar.SCALES[size]
+    latent = size // cell
+    sides = [latent]
+    if doubled and latent <= 8:
+        sides = [round(latent / min(growth, 1.6)), latent, latent]
+    while sides[0] > 1:
+        sides.insert(0, round(sides[0] / growth))
+    return tuple((side, side) for side in sides)
+
+
+def arguments(function, settings):
+    """The settings that are arguments of a function, by name."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in settings.items() if name in names}
 
 
 @torch.no_grad()
 def evaluate_tokenizer(codec, images, scales):
-    """{name: number or list} for held-out images (B, 3, H, W) in [-1, 1].
+    """({name: number or list}, rows of images) for held-out images (B, 3, H, W) in [-1, 1].
 
-    error: the squared error. psnr: in dB, after each scale. perplexity: of the codes of each scale,
-    the exponential of their entropy.
+    held_out_error: the squared error. held_out_psnr: in dB, after each scale. held_out_perplexity:
+    of the codes of each scale, the exponential of their entropy. The rows are the first eight
+    images, then the same decoded after each scale.
     """
-    errors, counts = [], torch.zeros(len(scales), len(codec["codebook"]))
+    decoded, counts = [], torch.zeros(len(scales), len(codec["codebook"]))
     for part in images.split(sample.images_at_once(images[0, 0].numel())):
         features = tokenizer.encode_features(codec, part)
         _, tokens, f_hats = zip(*tokenizer.quantise(codec, features, scales))
-        decoded = torch.stack([tokenizer.decode_features(codec, f_hat) for f_hat in f_hats])
-        errors.append((decoded - part).square().mean((2, 3, 4)))  # (S, B)
+        decoded.append(torch.stack([tokenizer.decode_features(codec, x) for x in f_hats]))
         for k, chosen in enumerate(tokens):
             counts[k] += torch.bincount(chosen.flatten().cpu(), minlength=counts.shape[1])
 
-    errors = torch.cat(errors, 1)
-    psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean(1).tolist()
+    decoded = torch.cat(decoded, 1)  # (S, B, 3, H, W)
+    errors = (decoded - images).square().mean((2, 3, 4))  # (S, B)
+    psnr = (10 * torch.log10(4 / errors.clamp(min=1e-10))).mean(1)
     share = counts.double() / counts.sum(1, keepdim=True)
-    perplexity = torch.special.entr(share).sum(1).exp().tolist()
-    return dict(error=errors[-1].mean().item(), psnr=psnr, perplexity=perplexity)
+    numbers = dict(held_out_error=errors[-1].mean().item(), held_out_psnr=psnr.tolist())
+    numbers["held_out_perplexity"] = torch.special.entr(share).sum(1).exp().tolist()
+    return numbers, [images[:8], *decoded[:, :8]]
 
 
+@torch.no_grad()
 def evaluate_transformer(params, codec, weights, examples):
     """{"held_out_loss": float, "class_gain": float} of examples, in nats a token.
 
     examples: labels (n,) or vectors (n, C), tokens (n, L), perhaps a mask. weights: of tokens (L,).
     held_out_loss: the mean of `transformer_loss`. class_gain, without a mask: by how much the class
-        lowers it.
+    lowers it.
     """
-    loss = mean_loss(params, codec, weights, examples)
-    if len(examples) == 3:
+    labels, tokens, *mask = sample.to_device(examples, weights.device)
+    size = sample.images_at_once(math.prod(sample.image_size(params, codec)))
+
+    def mean_loss(labels):
+        losses = 0.0
+        for part in zip(*(x.split(size) for x in (labels, tokens, *mask))):
+            loss = transformer_loss(params, codec, weights, *part)["loss"].item()
+            losses += len(part[0]) * loss
+        return losses / len(labels)
+
+    loss = mean_loss(labels)
+    if mask:
         return dict(held_out_loss=loss)
-    labels, tokens = examples
-    all_of_them = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    null = drop_labels(labels, all_of_them, params["classes"])
-    without_class = mean_loss(params, codec, weights, (null, tokens))
+    everywhere = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    without_class = mean_loss(drop_labels(labels, everywhere, params["classes"]))
     return dict(held_out_loss=loss, class_gain=without_class - loss)
 
 
-@torch.no_grad()
-def mean_loss(params, codec, weights, examples):
-    """The mean of `transformer_loss` over the examples of `evaluate_transformer`."""
-    total, pixels = 0.0, math.prod(sample.image_size(params, codec))
-    for part in micro_batches(sample.images_at_once(pixels), *examples):
-        result = transformer_loss(params, codec, weights, *sample.to_device(part, weights.device))
-        total += len(part[0]) / len(examples[0]) * result["loss"].item()
-    return total
-
-
-@torch.no_grad()
-def draw_reconstructions(out, codec, images, scales):
-    """Writes samples/reconstructions.png: images (n, 3, H, W), then the same after each scale."""
-    if out is None or rank() > 0:
-        return
-    features = tokenizer.encode_features(codec, images)
-    f_hats = [f_hat for _, _, f_hat in tokenizer.quantise(codec, features, scales)]
-    rows = [images, *(tokenizer.decode_features(codec, f_hat) for f_hat in f_hats)]
-    names = ["original", *(f"after {h}x{w}" for h, w in scales)]
-    save_picture(out / "samples/reconstructions.png", sample.sheet(rows, names))
-
-
-def draw_samples(out, stage, params, codec, classes, sampling):
-    """Writes samples/STAGE.png, a grid with eight samples of each of the first ten classes.
+def draw_samples(stage, params, codec, sampling):
+    """Writes a grid with eight samples of each of the first ten classes of a stage.
 
     In the masked stage each scale has a masked pass, whatever the model's own schedule is.
     """
-    if out is None or rank() > 0:
-        return
-    classes = classes or [str(label) for label in range(len(params["classes"]) - 1)]
-    if not classes:  # conditions are vectors
-        return
-    labels = torch.arange(min(10, len(classes))).repeat_interleave(8)
-    model = dict(tokenizer=codec, transformer=params, classes=classes, sampling=sampling or {})
-    passes = 1 if "masked" in params else 0
-    schedule = sample.masked_schedule(hmar.scale_sizes(params), passes)
-    images = sample.generate(model, labels, schedule=schedule)
-    save_picture(out / f"samples/{stage}.png", sample.sheet(images.split(8), classes[:10]))
+    classes = stage.settings["classes"]
+    if stage.out and RANK == 0 and classes:  # there are none if conditions are vectors
+        labels = torch.arange(min(10, len(classes))).repeat_interleave(8)
+        model = dict(tokenizer=codec, transformer=params, classes=classes, sampling=sampling)
+        schedule = sample.masked_schedule(hmar.scale_sizes(params), int("masked" in params))
+        images = sample.generate(model, labels, schedule=schedule)
+        stage.draw(stage.name, images.split(8), classes[:10])
 
 
-def save_picture(path, picture):
-    """Writes a picture and prints its name."""
-    path.parent.mkdir(exist_ok=True)
-    picture.save(path)
-    log(f"{path} is written")
+# ---- what both loops use
+
+LOG_EVERY = 50  # steps
+SAVE_SECONDS = 300  # between checkpoints, beside those at evaluations
+CLIP = 1.0  # largest norm of the gradient
 
 
-# ---- what both loops use: state, optimizers, log, checkpoints
+class Stage:
+    """What a loop has beside its batches and its loss: parameters, optimizers, log, checkpoints.
 
+        for step, batch in stage.each(batches):
+            for share, *part in stage.micro_batches(*batch):
+                stage.backward(share, dict(loss=loss_of(stage.tree, *part)))
+            stage.update()
 
-def trainable(tree, device):
-    """A copy of the tree on a device, whose leaves are parameters."""
-    return pytree.tree_map(lambda leaf: nn.Parameter(leaf.detach().to(device, copy=True)), tree)
-
-
-def new_state(tree, decay, newton_schulz, asked=()):
-    """All that a stage changes and a checkpoint saves: {name: number, tree or optimizers}.
-
-    Whatever a loop adds to it is saved and restored too. asked: numbers that must be those of the
-    checkpoint from which a stage goes on.
+    name: tokenizer, decoder, next-scale or masked, or any other for which settings has steps.
+    tree: the tensors that it trains; stage.tree has copies, as parameters.
+    settings: those of `recipe`. micro_batch: the images that pass the networks together; None: on a
+        CPU so few that they fit its caches, on a GPU all that this process has of a batch.
+    out: the run folder, in which a stage goes on from its checkpoint; a stage that is to begin anew
+        needs another. None: nothing is written.
     """
-    optimizers = new_optimizers(tree, decay, newton_schulz)
-    return dict(step=0, asked=[*asked], tree=tree, optimizers=optimizers)
+
+    def __init__(self, name, tree, settings, out=None, device="cpu"):
+        self.name, self.settings, self.seed = name, settings, settings["seed"]
+        self.steps = settings[f"{name.replace('-', '_')}_steps"]
+        self.lr = settings["lr"] * (MASKED_RATE if name == "masked" else 1)
+        self.out, self.device = out and Path(out), torch.device(device)
+        self.dtype = sample.find_dtype(settings["dtype"], self.device)
+        self.extra, self.saved = {}, {}
+        if self.out and (self.out / "checkpoint.pt").exists():
+            path = self.out / "checkpoint.pt"
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            self.saved = saved if saved["stage"] == name else {}
+        self.step = self.first_step = self.saved.get("step", 0)
+
+        # The structure is the tree's own: with the checkpoint's keys, which are other objects, the
+        # bytes of model.pt would change.
+        leaves = pytree.tree_leaves(self.saved.pop("tree", tree))
+        self.leaves = [nn.Parameter(leaf.detach().to(device, copy=True)) for leaf in leaves]
+        self.tree = pytree.tree_unflatten(self.leaves, pytree.tree_structure(tree))
+        optimizers = new_optimizers(self.tree, settings["decay"], settings["newton_schulz"])
+        self.optimizers = [self.keep(type(x).__name__, x) for x in optimizers]
+
+        if self.out and RANK == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+        self.report, self.window = {}, []  # numbers of a step, of the steps since the last line
+        self.begun, self.save_at = time.monotonic(), time.monotonic() + SAVE_SECONDS
+        millions = sum(leaf.numel() for leaf in self.leaves) / 1e6
+        log(f"{name}: {millions:.3g} M parameters, {self.steps} steps, {self.step} done")
+
+    def keep(self, name, value):
+        """Returns value, a tensor, module or optimizer, in the state that the checkpoint has of it.
+
+        It is in stage.extra, which checkpoints save.
+        """
+        saved = self.saved.pop(name, None)
+        if torch.is_tensor(value) and saved is not None:
+            value.copy_(saved)
+        elif saved is not None:
+            value.load_state_dict(saved)
+        self.extra[name] = value
+        return value
+
+    def each(self, batches):
+        """Yields (step, batch) of the steps that are left; saves between two, also after Ctrl-C.
+
+        batches: an iterator, or a function that returns that of the steps after a number of steps.
+        """
+        batches = iter(batches(self.step) if callable(batches) else batches)
+        evaluation_every = math.ceil(self.steps / self.settings["evaluations"])
+        with catch_interrupt() as stop:
+            while self.step < self.steps:
+                self.step += 1
+                self.is_evaluation = self.step == self.steps or self.step % evaluation_every == 0
+                self.is_logged = self.is_evaluation or self.step % LOG_EVERY == 0
+                yield self.step, next(batches)
+
+                if self.is_evaluation or (self.is_logged and time.monotonic() > self.save_at):
+                    self.save()
+                # Several processes decide together, in every tenth step, whether they stop.
+                is_stopped = WORLD == 1 and stop.is_set()
+                if WORLD > 1 and self.step % 10 == 0:
+                    is_stopped = total(torch.tensor(int(stop.is_set()), device=self.device)) > 0
+                if is_stopped:
+                    self.save()
+                    wait_for_all()  # torchrun may end all processes when one ends
+                    rest = "the same command goes on from there" if self.out else "nothing is saved"
+                    raise KeyboardInterrupt(f"stopped at step {self.step} of {self.name}; {rest}")
+
+    def micro_batches(self, *tensors):
+        """Yields (share of the batch, part of each tensor (B, ...)) of the micro-batches."""
+        size = self.settings["micro_batch"]
+        if size is None and self.device.type == "cpu":
+            size = sample.images_at_once(self.settings["size"] ** 2)
+        images = len(tensors[0])
+        count = math.ceil(images / (size or images))
+        for parts in zip(*(tensor.tensor_split(count) for tensor in tensors)):
+            yield len(parts[0]) / images, *parts
+
+    def compiled(self, function):
+        """A loss, whose elementwise operators are fused on a GPU; on a CPU, the function itself."""
+        return torch.compile(function) if self.device.type == "cuda" else function
+
+    def backward(self, share, numbers):
+        """Adds the gradient of a micro-batch, which is this share of a batch, and its numbers."""
+        (share * numbers["loss"]).backward()
+        for name, number in numbers.items():
+            self.report[name] = self.report.get(name, 0) + share * number.detach()
+
+    def update(self):
+        """A step of the optimizers, with gradients averaged over the processes; and a log line."""
+        for leaf in self.leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        if WORLD > 1:
+            gradients = [leaf.grad for leaf in self.leaves]
+            mean = total(nn.utils.parameters_to_vector(gradients)) / WORLD
+            nn.utils.vector_to_parameters(mean, gradients)
+        norm = self.report["gradient"] = nn.utils.clip_grad_norm_(self.leaves, CLIP)
+        is_read = self.device.type == "cpu" or self.is_logged  # otherwise a GPU would be waited for
+        if is_read and not norm.isfinite():
+            text = f"{self.name}, step {self.step}: the loss or gradient is not finite"
+            raise FloatingPointError(f"{text}; a lower --lr may help")
+        optimizer_step(self.optimizers, learning_rate(self.step, self.steps, self.lr))
+        self.window.append(self.report)
+        self.report = {}
+        if self.is_logged:
+            numbers = {}
+            for name in self.window[0]:
+                mean = torch.stack([report[name] for report in self.window]).mean(0)
+                numbers[name] = (total(mean) / WORLD).tolist()
+            self.window = []
+            self.log(numbers)
+
+    def log(self, numbers):
+        """Prints numbers and the time left of the stage; adds a line to metrics.jsonl.
+
+        After a kill some steps have two lines; the later one counts.
+        """
+        if self.out and RANK == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(dict(stage=self.name, step=self.step) | numbers) + "\n")
+        pace = (time.monotonic() - self.begun) / (self.step - self.first_step)  # seconds a step
+        left = datetime.timedelta(seconds=round(pace * (self.steps - self.step)))
+        words = "  ".join(f"{name} {x:.4g}" for name, x in numbers.items() if isinstance(x, float))
+        log(f"{self.name} {self.step}/{self.steps}  {left} left  {words}")
+
+    def draw(self, name, rows, names):
+        """Writes rows of images (n, 3, H, W) beside their names as RUN/samples/NAME.png."""
+        if self.out and RANK == 0:
+            path = self.out / f"samples/{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            sample.sheet(rows, names).save(path)
+            log(f"{path} is written")
+
+    def save(self):
+        """Replaces RUN/checkpoint.pt. Saving takes at most a thirtieth of the time."""
+        begun = time.monotonic()
+        if self.out:
+            state = dict(stage=self.name, step=self.step)
+            state["tree"] = pytree.tree_map(torch.Tensor.detach, self.tree)
+            for name, value in self.extra.items():
+                state[name] = value if torch.is_tensor(value) else value.state_dict()
+            write_file(self.out / "checkpoint.pt", partial(torch.save, state))
+        now = time.monotonic()
+        self.save_at = now + max(SAVE_SECONDS, 30 * (now - begun))
 
 
-def begin_stage(out, stage, state, steps, later):
-    """Restores the state from a checkpoint of the stage, if there is one; returns a clock.
+@contextlib.contextmanager
+def catch_interrupt():
+    """Yields an event that Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
 
-    The clock is for `log_numbers`: {"begun" (seconds), "done", "steps", "later" (steps)}.
-    """
-    if out is not None and rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    load_checkpoint(out, stage, state)
-    leaves = pytree.tree_leaves(state["tree"])
-    millions = sum(leaf.numel() for leaf in leaves) / 1e6
-    log(f"{stage}: {millions:.3g} M parameters, {steps} steps, {state['step']} done")
-    return dict(begun=time.monotonic(), done=state["step"], steps=steps, later=later)
+    def handle(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop.set()
+        print("stopping after this step; once more stops at once", file=sys.stderr)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handle) if is_main else None
+    try:
+        yield stop
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+
+
+# ---- optimizers
+
+MATRICES = {"qkv", "project", "expand", "contract"}  # keys of the matrices that Muon trains
 
 
 def new_optimizers(tree, decay, newton_schulz=5):
     """[Muon for matrices and convolutions (Jordan et al. 2024), AdamW for all other leaves].
 
-    Muon multiplies in bf16 where the processor has it, whatever the dtype of the stage is.
+    Embeddings, heads, modulation, depthwise convolutions and vectors are AdamW's. Muon multiplies
+    in bf16 where the processor has it, whatever the dtype of the stage is.
     """
     matrices, others = [], []
     for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-        (matrices if is_matrix(path, leaf) else others).append(leaf)
+        names = {getattr(entry, "key", None) for entry in path}
+        is_matrix = leaf.shape[1] > 1 if leaf.ndim == 4 else leaf.ndim == 2 and names & MATRICES
+        (matrices if is_matrix else others).append(leaf)
     dtype = sample.find_dtype(None, pytree.tree_leaves(tree)[0].device)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)
     return [Muon(matrices, decay, newton_schulz, dtype), adamw]
 
 
-MATRICES = {"qkv", "project", "expand", "contract"}  # keys of the matrices that Muon trains
-
-
-def is_matrix(path, leaf):
-    """Whether Muon trains a leaf: full convolutions and the MATRICES of blocks and neighbours.
-
-    All else (embeddings, heads, modulation, depthwise convolutions, vectors) is AdamW's.
-    """
-    if leaf.ndim == 4:
-        return leaf.shape[1] > 1
-    return leaf.ndim == 2 and any(getattr(entry, "key", None) in MATRICES for entry in path)
-
-
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon, to the bit, but in any dtype and for convolutions (Jordan et al. 2024).
 
-    torch's version always multiplies in bf16, which takes 20 times as long as fp32 on a processor
-    without bf16. A convolution is a matrix with a row for each output channel. Matrices of one
-    shape are updated together, in up to half of the time. Steps are scaled to the size of AdamW's:
-    both use one rate (Liu et al. 2025).
+    A convolution is a matrix with a row for each output channel. Matrices of one shape are updated
+    together, in up to half of the time; of several processes each computes a share of them. Steps
+    are scaled to the size of AdamW's: both use one rate (Liu et al. 2025).
     """
 
     def __init__(self, leaves, decay, newton_schulz, dtype):
@@ -941,7 +859,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        (group,) = self.param_groups
+        rate = self.param_groups[0]["lr"]
         for shape, leaves in self.stacks.items():
             state = self.state[leaves[0]]
             gradients = torch.stack([leaf.grad.flatten(1) for leaf in leaves])
@@ -949,11 +867,13 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(gradients)
             momentum = state["momentum"].lerp_(gradients, 1 - 0.95)
             updates = gradients.lerp(momentum, 0.95).to(self.dtype)  # Nesterov's
-            updates = shared_orthogonalize(updates, self.newton_schulz)
+
+            padded = F.pad(updates, (0, 0, 0, 0, 0, -len(updates) % WORLD))
+            updates = gather(orthogonalize(own_share(padded), self.newton_schulz))
             scale = 0.2 * math.sqrt(max(shape))
             for leaf, update in zip(leaves, updates):
-                leaf.mul_(1 - group["lr"] * self.decay)
-                leaf.add_(update.view_as(leaf), alpha=-group["lr"] * scale)
+                leaf.mul_(1 - rate * self.decay)
+                leaf.add_(update.view_as(leaf), alpha=-rate * scale)
 
 
 def orthogonalize(matrices, iterations):
@@ -968,23 +888,17 @@ def orthogonalize(matrices, iterations):
     return x.mT if is_tall else x
 
 
-def shared_orthogonalize(matrices, iterations):
-    """`orthogonalize`, of which each of several processes computes a part."""
-    if world() == 1:
-        return orthogonalize(matrices, iterations)
-    share = math.ceil(len(matrices) / world())
-    padded = F.pad(matrices, (0, 0, 0, 0, 0, share * world() - len(matrices)))
-    part = orthogonalize(padded[rank() * share :][:share], iterations)
-    return gather(part.contiguous())[: len(matrices)]
-
-
 def optimizer_step(optimizers, rate):
     """A step of each optimizer at this learning rate; then the gradients are cleared."""
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
+
+
+COOL_DOWN = 0.6  # share of a stage's steps at its end, while the learning rate falls to zero
+WARM_UP = 0.06  # share at its beginning, while it rises to its peak
+MASKED_RATE = 1 / 4  # learning rate of the masked stage, relative to the others
 
 
 def learning_rate(step, steps, peak):
@@ -996,235 +910,61 @@ def learning_rate(step, steps, peak):
     return peak * min(1, step / (WARM_UP * steps), left / COOL_DOWN)
 
 
-# What autograd keeps of an image, in numbers of the dtype: for each pixel and channel of the
-# tokenizer's first level; for each token, channel and block of the transformer. Counted of the
-# published sizes in bf16, with some more for dropout (`tests/benchmark.py count`).
-TOKENIZER_NUMBERS, TRANSFORMER_NUMBERS = 100, 30
-
-
-def tokenizer_bytes(codec, pixels, dtype):
-    """Bytes that autograd keeps of an image with so many pixels."""
-    channels = len(codec["encoder"]["conv_in"]["bias"])
-    return TOKENIZER_NUMBERS * pixels * channels * dtype.itemsize
-
-
-def transformer_bytes(params, dtype):
-    """Bytes that autograd keeps of an image."""
-    tokens, width = sum(tokenizer.lengths(hmar.scale_sizes(params))), params["classes"].shape[1]
-    return TRANSFORMER_NUMBERS * tokens * width * hmar.block_count(params) * dtype.itemsize
-
-
-def images_a_micro_batch(pixels, image_bytes, device, free=None):
-    """Images in a micro-batch: on a CPU few, which fit its caches; on a GPU what its memory takes.
-
-    A GPU waits for Python if there is too little to do. So what autograd keeps of a micro-batch may
-    take half of its free memory. The rest is for gradients, for what the optimizers allocate in
-    their first step, and for temporary tensors of operators.
-
-    image_bytes: what autograd keeps of an image. free: free bytes of the device; None: as it says.
-    """
-    if torch.device(device).type != "cuda":
-        return sample.images_at_once(pixels)
-    if free is None:
-        torch.cuda.empty_cache()  # what an earlier stage has used counts as free
-        free, _ = torch.cuda.mem_get_info(device)
-    return max(1, free // 2 // image_bytes)
-
-
-def compiled(function, device):
-    """A loss, compiled for a GPU; on a CPU, the function itself.
-
-    Most memory traffic of a step on a GPU is that of elementwise operators, which the compiler
-    fuses. With TORCH_COMPILE_DISABLE=1 in the environment torch does not compile.
-    """
-    return torch.compile(function) if torch.device(device).type == "cuda" else function
-
-
-def send(tensors, device):
-    """[tensor, ...] on a device. A GPU copies from pinned memory, and nothing waits for it."""
-    if torch.device(device).type == "cuda":
-        tensors = [tensor.pin_memory() if tensor.is_cpu else tensor for tensor in tensors]
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
-
-
-def micro_batches(images_at_once, *tensors):
-    """Yields tuples of parts of the tensors (B, ...), of at most so many images each."""
-    count = math.ceil(len(tensors[0]) / images_at_once)
-    yield from zip(*(tensor.tensor_split(count) for tensor in tensors))
-
-
-def add_to_report(report, share, result):
-    """Adds the numbers of a micro-batch, which is this share of a batch, to those of the step."""
-    for name, number in result.items():
-        report[name] = report.get(name, 0) + share * number.detach()
-
-
-def means(window):
-    """{name: number or list}: reports of several steps, averaged over them and the processes."""
-    found = {}
-    for name in window[0]:
-        mean = torch.stack([report[name] for report in window]).mean(0)
-        found[name] = (add_over_processes(mean) / world()).tolist()
-    return found
-
-
-def log_numbers(out, stage, step, clock, numbers):
-    """Prints numbers and the time left, of the stage and of the run; adds a line to metrics.jsonl.
-
-    FloatingPointError if a number is not finite. After a kill some steps may have two lines; the
-    later one counts.
-    """
-    check_finite(stage, step, numbers)
-    if out is not None and rank() == 0:
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(dict(stage=stage, step=step) | numbers) + "\n")
-
-    pace = (time.monotonic() - clock["begun"]) / max(1, step - clock["done"])  # seconds per step
-    left = clock["steps"] - step
-    stage_left = datetime.timedelta(seconds=round(pace * left))
-    run_left = datetime.timedelta(seconds=round(pace * (left + clock["later"])))
-    words = "  ".join(f"{name} {x:.4g}" for name, x in numbers.items() if isinstance(x, float))
-    log(f"{stage} {step}/{clock['steps']}  {stage_left} left, of the run {run_left}  {words}")
-
-
-def check_finite(stage, step, numbers):
-    """FloatingPointError if one of the numbers, or of lists of them, is not finite."""
-    if not all(np.isfinite(x).all() for x in numbers.values()):
-        text = "the loss or gradient is not finite; a lower --lr may help"
-        raise FloatingPointError(f"{stage}, step {step}: {text}")
-
-
-def save_checkpoint(out, stage, state):
-    """Replaces RUN/checkpoint.pt; returns the time at which the next one is due.
-
-    Saving takes at most a thirtieth of the time.
-    """
-    begun = time.monotonic()
-    if out is not None:
-        saved = pytree.tree_map(saved_leaf, state)
-        write_file(out / "checkpoint.pt", partial(torch.save, dict(stage=stage, state=saved)))
-    now = time.monotonic()
-    return now + max(SAVE_SECONDS, 30 * (now - begun))
-
-
-def saved_leaf(leaf):
-    """What a checkpoint holds of a leaf of the state: a number, a tensor or a state dict."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf.detach()
-    return leaf.state_dict() if hasattr(leaf, "state_dict") else leaf
-
-
-@torch.no_grad()
-def restored_leaf(leaf, saved):
-    """A leaf of the state, changed in place to what a checkpoint holds of it.
-
-    A number, which cannot be changed in place, is replaced by the saved one.
-    """
-    if isinstance(leaf, torch.Tensor):
-        return leaf.copy_(saved)
-    if hasattr(leaf, "state_dict"):
-        # Copied, because Windows cannot replace a file that is mapped into memory.
-        leaf.load_state_dict(pytree.tree_map_only(torch.Tensor, torch.clone, saved))
-        return leaf
-    return saved
-
-
-def load_checkpoint(out, stage, state):
-    """Restores the state, in place, if RUN/checkpoint.pt is of this stage.
-
-    ValueError if that was asked for other steps, another rate or seed.
-    """
-    path = None if out is None else out / "checkpoint.pt"
-    if path is None or not path.exists():
-        return
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if saved["stage"] == stage:
-        if saved["state"]["asked"] != state["asked"]:
-            raise ValueError(f"out: {path} is of a stage with other steps, lr or seed")
-        state.update(pytree.tree_map(restored_leaf, state, saved["state"]))
-
-
-def is_stopped(stop, step, device):
-    """Whether Ctrl-C came. Several processes decide it together, in every tenth step."""
-    if stop is None or world() == 1:
-        return stop is not None and stop.is_set()
-    if step % 10:
-        return False
-    return add_over_processes(torch.tensor(int(stop.is_set()), device=device)).item() > 0
-
-
-def save_and_stop(out, stage, state, report):
-    """Saves a checkpoint and raises KeyboardInterrupt; called after Ctrl-C, between two steps."""
-    check_finite(stage, state["step"], dict(gradient=report["gradient"].item()))
-    save_checkpoint(out, stage, state)
-    wait_for_all()  # torchrun may end all processes when one ends
-    text = "the same command goes on from there" if out else "nothing is saved without a folder"
-    raise KeyboardInterrupt(f"stopped at step {state['step']} of {stage}; {text}")
-
-
-@contextlib.contextmanager
-def catch_interrupt():
-    """Yields an event that Ctrl-C sets; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGINT, partial(handle_interrupt, stop))
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def handle_interrupt(stop, *_):
-    """The handler of Ctrl-C."""
-    if stop.is_set():
-        raise KeyboardInterrupt("stopped")
-    stop.set()
-    print("stopping after this step; once more stops at once", file=sys.stderr)
-
-
-# ---- the perceptual network
-
-
-def learn_perceptual_layers(crops, steps, *, seed, device, dtype, workers=None):
+def learn_perceptual_layers(crops, settings, device):
     """Layers for `tokenizer.perceptual_error`: those of a small classifier of the training images.
 
     If there is a single class, it learns which of four quarter-turns an image was given (Gidaris et
     al. 2018). Trained in seconds, and again when a run goes on.
     """
+    seed, dtype = settings["seed"], sample.find_dtype(settings["dtype"], device)
+    steps = min(400, settings["tokenizer_steps"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = nn.ModuleList()
-        for inputs, width in itertools.pairwise(PERCEPTUAL_WIDTHS):
+        for inputs, width in itertools.pairwise((3, 32, 64, 96, 128)):
             convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
             net.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
-        net.append(nn.Linear(PERCEPTUAL_WIDTHS[-1], crops.classes if crops.classes > 1 else 4))
+        net.append(nn.Linear(width, crops.classes if crops.classes > 1 else 4))
     *layers, head = net.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
 
     batch = min(32, max(4, 2**17 // crops.size**2))  # fewer images above 64 pixels
     log(f"tokenizer: first the perceptual network, {steps} steps of {batch} images")
-    reading = dict(seed=seed, batch=batch, device=device, workers=workers)
-    batches = crop_batches(crops, 0, stage="perceptual", **reading, is_shared=False)
+    keys = crop_keys(len(crops), "perceptual", settings | dict(batch=batch), done=0)
     for step in range(1, steps + 1):
-        images, labels = next(batches)
-        pixels = to_unit(images)
+        images, labels = torch.utils.data.default_collate([crops[key] for key in next(keys)])
         if crops.classes == 1:
             generator = generator_of(seed, "turns", step)
             labels = torch.randint(4, (batch,), generator=generator)
-            turned = [image.rot90(turn, (1, 2)) for image, turn in zip(pixels, labels.tolist())]
-            pixels, labels = torch.stack(turned), labels.to(device)
+            pairs = zip(images, labels.tolist())
+            images = torch.stack([image.rot90(turn, (1, 2)) for image, turn in pairs])
         with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
-            *_, features = tokenizer.feature_maps(layers, pixels)
+            *_, features = tokenizer.feature_maps(layers, to_unit(images.to(device)))
             scores = head(features.mean((2, 3)))
-        F.cross_entropy(scores, labels).backward()
+        F.cross_entropy(scores, labels.to(device)).backward()
         optimizer_step([optimizer], learning_rate(step, steps, 3e-3))
     net.eval().requires_grad_(False).to(dtype)
     return [lambda x, layer=layer: layer(x.to(dtype)) for layer in layers]
 
 
 # ---- data: crops of any dataset, in batches; tokens of crops
+
+EVALUATED = 128  # images held out for evaluations, at most a twentieth of all
+ENCODED_TOGETHER = 4  # batches
+
+
+def hold_out(dataset):
+    """([index of an image to train on, ...], [index of one that is held out, ...]).
+
+    A twentieth is held out, by a hash of its name or index. Seeds and images that come later do not
+    change it, so that a run with --init holds out no image that the given model has learned.
+    """
+    names = getattr(dataset, "names", range(len(dataset)))
+    numbers = [hashlib.sha256(f"held out {name}".encode()).hexdigest() for name in names]
+    order = sorted(range(len(names)), key=numbers.__getitem__)
+    is_low = [numbers[index] < f"{2**16 // 20:04x}" for index in order[:EVALUATED]]
+    count = max(1, sum(is_low))
+    return order[count:], order[:count]
 
 
 class Crops(torch.utils.data.Dataset):
@@ -1234,9 +974,10 @@ class Crops(torch.utils.data.Dataset):
     central crop. If flip, half of the central crops and half of the others are mirrored.
     """
 
-    def __init__(self, dataset, indices, *, size, seed, flip=False, classes=1, central_every=1):
-        self.dataset, self.indices, self.size, self.seed = dataset, indices, size, seed
-        self.flip, self.classes, self.central_every = flip, classes, central_every
+    def __init__(self, dataset, indices, settings):
+        self.dataset, self.indices = dataset, indices
+        self.size, self.seed, self.flip = settings["size"], settings["seed"], settings["flip"]
+        self.central_every, self.classes = settings["central_every"], len(settings["classes"])
         self.is_broken = torch.zeros(len(indices), dtype=torch.bool).share_memory_()  # by workers
 
     def __len__(self):
@@ -1261,17 +1002,31 @@ class Crops(torch.utils.data.Dataset):
                 continue
             index = self.indices[other]
             try:
-                image, label = self.dataset[index]
+                image, label = read_item(self.dataset, index)
             except OSError as error:
                 self.is_broken[other] = True
                 print(f"left out: {error}", file=sys.stderr)
                 continue
             if not 0 <= label < self.classes:
-                got = f"label {label} of image {index}"
-                expected = f"0 to {self.classes - 1}; the list dataset.classes has the names"
-                raise ValueError(f"dataset: got {got}, expected {expected}")
-            return sample.convert_to_rgb(image), int(label), index
+                got = f"label {label} of image {index}, expected 0 to {self.classes - 1}"
+                raise ValueError(f"dataset: got {got}; dataset.classes has the names")
+            return sample.convert_to_rgb(image), label, index
         raise OSError(f"dataset: none of the images {self.indices[:5]} can be read")
+
+
+def read_item(dataset, index):
+    """(PIL image, int) of a dataset. ValueError if it returns something else."""
+    item = dataset[index]
+    try:
+        image, label = item
+        label = operator.index(label)  # of int, numpy's integers and tensors of them
+        image.getbands()
+    except (AttributeError, TypeError, ValueError) as error:
+        parts = item if isinstance(item, tuple | list) else [item]
+        found = ", ".join(type(part).__name__ for part in parts)
+        text = f"item {index} is ({found}), expected (PIL image, int)"
+        raise ValueError(f"dataset: {text}") from error
+    return image, label
 
 
 def crop(image, size, seed=None):
@@ -1292,17 +1047,22 @@ def crop(image, size, seed=None):
     return image.resize((size, size), Image.LANCZOS, box=box, reducing_gap=2.0)
 
 
-def crop_batches(crops, done, *, stage, batch, seed, device, workers=None, is_shared=True):
+def central_crops(crops):
+    """The central crops of the first images: uint8 (n, 3, size, size), labels (n,)."""
+    pairs = [crops[row, 0] for row in range(min(EVALUATED, len(crops)))]
+    return torch.utils.data.default_collate(pairs)
+
+
+def crop_batches(crops, stage, settings, device, workers, done):
     """Yields (images uint8 (b, 3, size, size), labels (b,)) of the steps after `done` steps.
 
-    b is this process's share of the batch, or all of it if not is_shared.
+    b is this process's share of the batch.
     """
     is_gpu = torch.device(device).type == "cuda"
-    workers = min(8, os.cpu_count()) * is_gpu if workers is None else workers
     loader = torch.utils.data.DataLoader(
         crops,
-        batch_sampler=crop_keys(len(crops), done, stage, batch, seed, is_shared),
-        num_workers=workers,
+        batch_sampler=map(own_share, crop_keys(len(crops), stage, settings, done)),
+        num_workers=min(8, os.cpu_count()) * is_gpu if workers is None else workers,
         pin_memory=is_gpu,
         worker_init_fn=ignore_interrupt,
         generator=torch.Generator(),  # otherwise a number is drawn from torch's own
@@ -1311,15 +1071,15 @@ def crop_batches(crops, done, *, stage, batch, seed, device, workers=None, is_sh
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def crop_keys(count, done, stage, batch, seed, is_shared=True):
+def crop_keys(count, stage, settings, done):
     """Yields [(row, number of its crop), ...] of the steps after `done`: a row once an epoch."""
+    seed, batch = settings["seed"], settings["batch"]
     for step in itertools.count(done + 1):
         generator = generator_of(seed, stage, step, "crops")
-        numbers = torch.randint(2**31, (batch,), generator=generator)
+        numbers = torch.randint(2**31, (batch,), generator=generator).tolist()
         places = range((step - 1) * batch, step * batch)
         rows = [epoch_order(seed, place // count, count)[place % count] for place in places]
-        keys = [*zip(rows, numbers.tolist())]
-        yield own_share(torch.tensor(keys)).tolist() if is_shared else keys
+        yield [*zip(rows, numbers)]
 
 
 @lru_cache(2)
@@ -1333,31 +1093,20 @@ def ignore_interrupt(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def central_crops(crops, count=EVALUATED):
-    """The central crops of the first images: uint8 (n, 3, size, size), labels (n,)."""
-    pairs = [crops[row, 0] for row in range(min(count, len(crops)))]
-    return torch.utils.data.default_collate(pairs)
-
-
-def token_batches(crops, codec, scales, done, **reading):
+def token_batches(crops, stage, codec, settings, device, workers, done):
     """Yields (labels (b,), tokens (b, L)) of `crop_batches`; codec is on the same device.
 
     ENCODED_TOGETHER batches pass the encoder together, always the same ones: it takes less time,
     and by rounding a token may depend on what is encoded with it.
     """
     skipped = done % ENCODED_TOGETHER
-    batches = crop_batches(crops, done - skipped, **reading)
+    batches = crop_batches(crops, stage, settings, device, workers, done - skipped)
     while True:
         images, labels = zip(*itertools.islice(batches, ENCODED_TOGETHER))
-        tokens = encode_crops(codec, torch.cat(images), scales).split([len(x) for x in images])
+        tokens = encode_crops(codec, torch.cat(images), settings["scales"])
+        tokens = tokens.split([len(x) for x in images])
         yield from [*zip(labels, tokens)][skipped:]
         skipped = 0
-
-
-def encode_held_out(codec, crops, scales):
-    """(labels (n,), tokens (n, L)) of the central crops of the first images."""
-    images, labels = central_crops(crops)
-    return labels, encode_crops(codec, images.to(codec["codebook"].device), scales)
 
 
 def encode_crops(codec, images, scales):
@@ -1375,88 +1124,242 @@ def to_unit(images):
 
 def generator_of(*key):
     """A generator whose seed is a hash of where it is used: (seed, stage, step, ...)."""
-    return torch.Generator().manual_seed(seed_of(*key))
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def seed_of(*key):
-    """A hash of where random numbers are used, 0 to 2^56."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+# ---- here the method ends; the run folder
 
 
-# ---- here the method ends; two small datasets: a folder of images, drawings of shapes
+def begin_run(dataset, out, asked):
+    """(settings, model) of a new run, or of that in the folder, whose settings args.json has.
+
+    asked: the settings that are arguments of `train`. model: names of classes, settings of the
+    sampler, and the parts that there are: those that are given (a tokenizer; init, a model), and
+    the results of stages that have ended.
+
+    ValueError if the run in the folder has other settings or data, or if the folder holds something
+    else, which must not be overwritten.
+    """
+    out, sources = out and Path(out), {name: asked.get(name) for name in ("tokenizer", "init")}
+    asked = asked | {name: describe(source) for name, source in sources.items()}
+
+    before = None
+    if out and any(path.suffix != ".tmp" for path in out.glob("*")):  # those are of a killed run
+        path = out / "args.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if "data" not in before:
+            raise ValueError(f"--out: {out} is neither empty nor a run of train.py")
+    is_same = before is not None and all(before[name] == asked[name] for name in sources)
+    if is_same and (out / "model.pt").exists():
+        model = sample.load_model(out)  # it has the given parts, so their files may have gone
+    else:
+        model = load_given(**sources)
+
+    settings = resolve(dataset, asked, model)
+    if settings["batch"] % WORLD:
+        got = f"got {settings['batch']}, expected a multiple of the {WORLD} processes"
+        raise ValueError(f"--batch: {got}")
+    now = settings | dict(images=len(dataset), data=fingerprint(dataset))
+    if len(settings["classes"]) == 1:
+        now["classes"] = []  # a single class has the name of the folder, which may be moved
+    text = json.dumps(now, indent=1)
+    if before is not None:
+        changed = [name for name, value in json.loads(text).items() if before.get(name) != value]
+        words = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
+        if changed:
+            text = f"{out} was begun with other settings or data ({words})"
+            raise ValueError(f"--out: {text}; name another folder, or remove this one")
+
+    wait_for_all()  # all have read the folder before the first writes there
+    if out and before is None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / "args.json", lambda file: file.write(text.encode()))
+    if "sampling" not in model:  # nothing was trained yet
+        sampling = weaken_guidance(settings, gain=0.0)
+        model = dict(classes=settings["classes"], sampling=sampling) | model
+        model = save_model(out, model) if "tokenizer" in model else model
+    return settings, model
 
 
-class Cached:
+def load_given(tokenizer=None, init=None):
+    """The parts of models, or of their files, with which a run begins: {"tokenizer", "init"}.
+
+    ValueError if a model lacks the part.
+    """
+    given = {}
+    for source, part in ((init, "transformer"), (tokenizer or init, "tokenizer")):
+        if source:
+            model = source if isinstance(source, dict) else sample.load_model(source)
+            if part not in model:
+                raise ValueError(f"{describe(source)}: has no {part}")
+            given |= {part: model[part]} if part == "tokenizer" else dict(init=model)
+    return given
+
+
+def describe(source):
+    """What stands in args.json for a model or its file."""
+    if not isinstance(source, dict):
+        return source and str(source)
+    digest = hashlib.sha256()
+    for leaf in pytree.tree_leaves(source):
+        if torch.is_tensor(leaf):
+            digest.update(leaf.detach().cpu().float().numpy().tobytes())
+    return f"a model in memory ({digest.hexdigest()[:16]})"
+
+
+def fingerprint(dataset):
+    """A hash that tells a dataset from others: its own, or one of a few labels and images.
+
+    If one of the images is not the same twice, because it is augmented at random, none counts.
+    """
+    if hasattr(dataset, "fingerprint"):
+        return dataset.fingerprint()
+    labels, images, again = [], [], []
+    for index in range(0, len(dataset), math.ceil(len(dataset) / 16)):
+        with contextlib.suppress(OSError):  # an image that cannot be read is left out later
+            (image, label), (other, _) = read_item(dataset, index), read_item(dataset, index)
+            labels.append(label)
+            images.append(hashlib.sha256(image.tobytes()).hexdigest())
+            again.append(hashlib.sha256(other.tobytes()).hexdigest())
+    counted = labels, images if images == again else []
+    return hashlib.sha256(repr(counted).encode()).hexdigest()[:16]
+
+
+def save_model(out, model):
+    """Writes RUN/model.pt and returns the model on the CPU.
+
+    It is read again, so that a stage begins with the same objects whether or not the run was
+    stopped before it: then the files are equal to the byte.
+    """
+    model = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), model)
+    if out:
+        write_file(Path(out, "model.pt"), partial(torch.save, model))
+        wait_for_all()
+        model = sample.load_model(out)
+    return model
+
+
+def write_file(path, write):
+    """Replaces a file by what write(file) writes, as a whole or not at all; first process only."""
+    if RANK == 0:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+            os.replace(temporary, path)
+        except RuntimeError as error:  # torch.save's, if the disk is full
+            raise OSError(f"{path}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def log(line):
+    """Prints a line in the first process."""
+    if RANK == 0:
+        print(line, flush=True)
+
+
+# ---- several processes
+
+
+def start_processes(name):
+    """The device of this name, after the processes that torchrun started have found each other."""
+    device = sample.find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # TF32 would choose other tokens
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        wait_for_all()  # none may end, because of wrong flags, before all are connected
+    return device
+
+
+def wait_for_all():
+    """Returns when all processes have come here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def own_share(batch):
+    """This process's share of a list or tensor (B, ...) that all processes have."""
+    return batch[RANK * len(batch) // WORLD : (RANK + 1) * len(batch) // WORLD]
+
+
+def total(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(tensor):
+    """The tensors (n, ...) of all processes, one after another."""
+    if WORLD == 1:
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(WORLD)]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+# ---- two datasets: a folder of images, drawings of shapes
+
+CACHE_BYTES = 2**29  # of decoded images that a process keeps in memory
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Cached(torch.utils.data.Dataset):
     """A dataset that keeps images that were read, as long as their pixels fit in CACHE_BYTES."""
 
-    def __init__(self, count):
-        self.count, self.places, self.used, self.pixels = count, {}, 0, None
-
-    def __getstate__(self):
-        """What is sent to processes that read images: all but the cache."""
-        return self.__dict__ | dict(places={}, used=0, pixels=None)
+    def __init__(self, labels, classes):
+        self.labels, self.classes, self.images, self.used = labels, classes, {}, 0
 
     def __len__(self):
-        return self.count
+        return len(self.labels)
 
     def __getitem__(self, index):
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        if index in self.places:
-            pixels, size, label = self.places[index]
-            return Image.frombytes("RGB", size, pixels.tobytes()), label
-
-        image, label = self.read(index)
-        pixels = np.asarray(image).ravel()
-        end = self.used + len(pixels)
-        if end <= CACHE_BYTES:
-            if self.pixels is None:
-                # One block, which takes no memory before it is written. Thousands of small ones
-                # would lie between the large tensors and keep the heap from being used again.
-                self.pixels = np.empty(CACHE_BYTES, np.uint8)
-            self.pixels[self.used : end] = pixels
-            self.places[index] = self.pixels[self.used : end], image.size, label
-            self.used = end
+        label, image = self.labels[index], self.images.get(index)
+        if image is None:
+            image = self.read(index)
+            self.used += 3 * image.width * image.height
+            if self.used <= CACHE_BYTES:
+                self.images[index] = image
         return image, label
 
 
 class Folder(Cached):
-    """The images below a folder: a sub-folder for each class, or images alone, which are one class.
+    """The images below a folder: a class for each sub-folder, and one for images directly in it.
 
     Links are followed, and names that begin with a dot are passed over. Images of deeper folders
     belong to the class. size: large images may be reduced, but not below twice this size. `names`
-    and `labels` list the images, `classes` the names of the classes. ValueError if there are no
-    images, or images beside sub-folders of images.
+    and `labels` list the images, `classes` the names of the classes. ValueError if there are none.
     """
 
     def __init__(self, folder, size=None):
-        self.folder, self.size = Path(folder), size
+        self.folder, self.size, found = Path(folder), size, []
         if not self.folder.is_dir():
             raise ValueError(f"--data: there is no folder {folder}")
-        images = image_names(self.folder)
-        if not images:
+        for root, folders, names in os.walk(folder, followlinks=True):
+            place = Path(root).resolve()
+            # A link to a folder around it would be a loop.
+            inner = {x for x in folders if not place.is_relative_to((place / x).resolve())}
+            folders[:] = [name for name in inner if name[0] != "."]
+            images = [x for x in names if x[0] != "." and x.lower().endswith(SUFFIXES)]
+            found += [Path(root, name).relative_to(folder).parts for name in images]
+        if not found:
             raise ValueError(f"--data: no images found in {folder} ({', '.join(SUFFIXES)})")
-        is_flat = len(images[0]) == 1
-        for parts in images:
-            if (len(parts) == 1) != is_flat:
-                names = f"{'/'.join(images[0])} and {'/'.join(parts)}"
-                raise ValueError(
-                    f"--data: {folder} has images beside sub-folders of images: {names}"
-                )
 
-        self.classes = sorted({parts[0] for parts in images})
-        if is_flat:
-            self.classes = [self.folder.resolve().name]
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self.names = ["/".join(parts) for parts in images]
-        self.labels = [0 if is_flat else numbers[parts[0]] for parts in images]
-        super().__init__(len(images))
+        found.sort()
+        self.names = ["/".join(parts) for parts in found]
+        own = self.folder.resolve().name
+        owners = [parts[0] if len(parts) > 1 else own for parts in found]
+        classes = sorted({*owners})
+        super().__init__([classes.index(owner) for owner in owners], classes)
 
     def read(self, index):
         path = self.folder / self.names[index]
         try:
-            shortest = self.size and 2 * self.size
-            return sample.read_image(path, shortest), self.labels[index]
+            return sample.read_image(path, self.size and 2 * self.size)
         except Exception as error:  # Pillow's decoders raise errors of many kinds
             raise OSError(f"{path}: {error}") from error
 
@@ -1469,39 +1372,19 @@ class Folder(Cached):
         return digest.hexdigest()[:16]
 
 
-def image_names(folder):
-    """[(..., name), ...]: the parts of the names of all images below a folder, sorted.
+class Drawings(Cached):
+    """The built-in drawings: `draw_shape` of 0 to 20,499."""
 
-    Folders of images inside a class, and sub-folders without any image, are printed. A loop of
-    links ends where it reaches a folder that it came from.
-    """
-    parents, found, visited = {str(folder): {os.path.realpath(folder)}}, [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        parts = Path(root).relative_to(folder).parts
-        visited.add(parts[:1])
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in list(folders):
-            path = os.path.join(root, name)
-            real = os.path.realpath(path)
-            if real in parents[root]:
-                folders.remove(name)
-            parents[path] = parents[root] | {real}
-        for name in names:
-            if name[0] != "." and name.lower().endswith(SUFFIXES):
-                found.append((*parts, name))
+    def __init__(self, size=32):
+        super().__init__([index % len(SHAPES) for index in range(20_500)], [*SHAPES])
+        self.size = size
 
-    found.sort()
-    nested = sorted({"/".join(parts[:-1]) for parts in found if len(parts) > 2})
-    empty = sorted({parts[0] for parts in visited if parts} - {parts[0] for parts in found})
-    if nested:
-        text = "their images belong to the class of the first folder"
-        log(f"{folder}: {len(nested)} nested folders, such as {nested[0]}: {text}")
-    if empty:
-        log(f"{folder}: no images in {', '.join(empty[:5])}{', ...' if empty[5:] else ''}")
-    return found
+    def read(self, index):
+        return draw_shape(index, self.size)[0]
 
-
-# ---- the built-in drawings
+    def fingerprint(self):
+        """What stands for a hash of the drawings."""
+        return "drawings"
 
 
 def polygon(points=48, radius=1.0, centre=0.0, start=0.0):
@@ -1568,395 +1451,65 @@ def draw_shape(index, size=32):
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), label
 
 
-class Drawings(Cached):
-    """The built-in data set as a dataset: `draw_shape` of 0 to 20,499."""
-
-    def __init__(self, size=32):
-        super().__init__(20_500)
-        self.size, self.classes = size, [*SHAPES]
-
-    def read(self, index):
-        return draw_shape(index, self.size)
-
-    def fingerprint(self):
-        """What stands for a hash of the data, see `signature`."""
-        return "drawings"
-
-
-# ---- files and processes
-
-
-def write_file(path, write):
-    """Replaces a file by what write(file) writes, as a whole or not at all; first process only."""
-    if rank() == 0:
-        temporary = path.with_name(f"{path.name}.tmp")
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-
-
-def log(line):
-    """Prints a line in the first process."""
-    if rank() == 0:
-        print(line, flush=True)
-
-
-def world():
-    """The number of processes that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank():
-    """The number of this process among them."""
-    return int(os.environ.get("RANK", "0")) if world() > 1 else 0
-
-
-def start_processes(device):
-    """Connects the processes that torchrun started, if there are several; returns the device."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # TF32 would choose other tokens
-    if world() > 1 and not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(minutes=10)  # the longest wait is that for an evaluation
-        torch.distributed.init_process_group(backend, timeout=timeout)
-        wait_for_all()  # none may end, because of wrong flags, before all are connected
-    return device
-
-
-def own_share(batch):
-    """This process's share of a tensor (B, ...) that all processes have."""
-    return batch.tensor_split(world())[rank()]
-
-
-def wait_for_all():
-    """Returns when all processes have come here."""
-    if world() > 1:
-        torch.distributed.barrier()
-
-
-def broadcast(value):
-    """The value of the first process, in all of them."""
-    box = [value]
-    if world() > 1:
-        torch.distributed.broadcast_object_list(box, 0)
-    return box[0]
-
-
-def gather(tensor):
-    """The tensors (n, ...) of all processes, one after another."""
-    if world() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world())]
-    torch.distributed.all_gather(parts, tensor)
-    return torch.cat(parts)
-
-
-def add_over_processes(tensor):
-    """The sum of a tensor over all processes, in place."""
-    if world() > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def average_gradients(leaves):
-    """Averages gradients over the processes, as one vector. Unused leaves get gradients of zero."""
-    for leaf in leaves:
-        if leaf.grad is None:
-            leaf.grad = torch.zeros_like(leaf)
-    if world() > 1:
-        gradients = [leaf.grad for leaf in leaves]
-        total = add_over_processes(nn.utils.parameters_to_vector(gradients))
-        nn.utils.vector_to_parameters(total / world(), gradients)
-
-
-# ---- the run folder
-
-
-def begin_run(dataset, out, flags, changes):
-    """The plan of a new run, or that of the run in the folder; it is stored there in args.json.
-
-    flags: the arguments of `train` from size to dtype, by name. changes: its settings.
-    The plan is a dict: asked (flags and changes), data (a signature), classes (names), is_causal,
-    settings (those of `recipe`, with the changes).
-    ValueError where the arguments do not fit each other, the folder, or the run in it.
-    """
-    out, data = out and Path(out), signature(dataset)
-    models = {x: describe(flags[x]) for x in ("tokenizer", "init") if isinstance(flags[x], dict)}
-    asked = json.loads(json.dumps(flags | models | changes, default=str))
-    plan = read_plan(out)
-    is_new = plan is None
-    if is_new:
-        plan = dict(asked=asked, data=data, **new_plan(dataset, flags, changes))
-    else:
-        check_same(out, plan, asked, data)
-    batch = plan["settings"]["batch"]
-    if batch % world():
-        raise ValueError(f"--batch: got {batch}, expected a multiple of the {world()} processes")
-
-    wait_for_all()  # all have read the folder before the first writes there
-    if is_new and out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(plan, indent=1)
-        write_file(out / "args.json", lambda file: file.write(text.encode()))
-    wait_for_all()
-    return plan
-
-
-def describe(model):
-    """What stands in args.json for a model in memory."""
-    digest = hashlib.sha256()
-    for leaf in pytree.tree_leaves(model):
-        if isinstance(leaf, torch.Tensor):
-            digest.update(leaf.detach().cpu().float().numpy().tobytes())
-    return f"a model in memory ({digest.hexdigest()[:16]})"
-
-
-def class_names(dataset):
-    """[str, ...]; a dataset without names has one class."""
-    return [str(name) for name in getattr(dataset, "classes", ["images"])]
-
-
-def signature(dataset):
-    """What tells a dataset from others: {"images", "classes", "hash"}.
-
-    The hash is the dataset's own `fingerprint()`, or else one of a few labels and images. An image
-    that is not the same twice, because it is augmented at random, does not count.
-    """
-    count, names = len(dataset), class_names(dataset)
-    if count < 2:
-        raise ValueError(f"dataset: got {count} images, expected two or more")
-    if hasattr(dataset, "fingerprint"):
-        digest = dataset.fingerprint()
-    else:
-        digest = hashlib.sha256()
-        for index in range(0, count, math.ceil(count / 16)):
-            with contextlib.suppress(OSError):  # an image that cannot be read is left out later
-                (image, label), (again, _) = dataset[index], dataset[index]
-                digest.update(str(int(label)).encode())
-                digest.update(image.tobytes() if image.tobytes() == again.tobytes() else b"")
-        digest = digest.hexdigest()[:16]
-    # A single class has the folder's name, which may change.
-    return dict(images=count, classes=names if len(names) > 1 else [], hash=digest)
-
-
-def read_plan(out):
-    """The plan in a run folder. None if the folder is missing, empty, or has nothing but a plan.
-
-    ValueError if the folder holds something else, of which nothing must be overwritten.
-    """
-    names = {path.name for path in out.iterdir()} if out and out.exists() else set()
-    names -= {"args.json.tmp"}  # of a run that was killed at once
-    if not names:
-        return None
-    try:
-        plan = json.loads((out / "args.json").read_text())
-        plan["settings"]["scales"] = tuple(map(tuple, plan["settings"]["scales"]))
-        plan = dict(plan, asked=dict(plan["asked"]), data=dict(plan["data"]))
-    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"--out: {out} is neither empty nor a run of train.py") from error
-    return None if names == {"args.json"} else plan
-
-
-def check_same(out, plan, asked, data):
-    """ValueError if the run in the folder was begun with other settings or other data."""
-    for kind, before, now in (("settings", plan["asked"], asked), ("data", plan["data"], data)):
-        names = [name for name in before | now if before.get(name) != now.get(name)]
-        if names:
-            words = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]
-            words = ["other files" if name == "hash" else word for name, word in zip(names, words)]
-            text = f"{out} was begun with other {kind} ({', '.join(words)})"
-            raise ValueError(f"--out: {text}; name another folder, or remove this one")
-
-
-def new_plan(dataset, flags, changes):
-    """{"classes", "is_causal", "settings"} of a new run. ValueError where the flags do not fit."""
-    for name, least in dict(size=1, depth=1, seed=0).items():
-        if flags[name] is not None and flags[name] < least:
-            raise ValueError(f"--{name}: got {flags[name]}, expected {least} or more")
-
-    size, classes, source = flags["size"], class_names(dataset), flags["tokenizer"] or flags["init"]
-    depth, is_causal, cell = flags["depth"] or 2, bool(flags["is_causal"]), None
-    fixed = {"depth"}  # settings that are decided elsewhere: by a flag, by a given model
-    if source:
-        codec = part_of(source, "tokenizer")
-        cell = tokenizer.downsampling(codec)
-        fixed |= inspect.signature(tokenizer.init).parameters.keys()
-        fixed |= {"texture_weight", "jump_weight", "spectrum_weight", "perceptual"}
-        fixed |= {"tokenizer_steps", "tokenizer_lr", "decoder_steps"}
-    if flags["init"]:
-        params = part_of(flags["init"], "transformer")
-        sample.check_codes(params, codec)
-        depth, is_causal = hmar.block_count(params), "causal" in params
-        fixed |= inspect.signature(hmar.init).parameters.keys() - {"scales"}
-        if flags["depth"] not in (None, depth):
-            raise ValueError(f"--depth: got {flags['depth']}, but --init has {depth} blocks")
-        if flags["is_causal"] not in (None, is_causal):
-            asked, found = ("VAR", "HMAR") if flags["is_causal"] else ("HMAR", "VAR")
-            raise ValueError(f"--causal: {asked} is asked for, but --init is {found}")
-    if fixed & changes.keys():
-        raise ValueError(f"--set: {', '.join(sorted(fixed & changes.keys()))} cannot be set here")
-
-    options = depth, size, len(dataset), len(classes), flags["is_simple"]
-    settings = replace_settings(recipe(*options, cell), changes)
-    cell = cell or settings["fold"] * 2 ** (len(settings["multipliers"]) - 1)
-    if size % cell or size < 2 * cell:
-        raise ValueError(f"--size: got {size}, expected a multiple of {cell}, {2 * cell} or more")
-    settings = replace_settings(recipe(*options, cell), changes)  # with the scales for this cell
-    check_settings(settings, size // cell)
-    if source:
-        settings |= dict(zip(("codes", "code_dim"), codec["codebook"].shape))
-    return dict(classes=classes, is_causal=is_causal, settings=settings)
-
-
-def check_settings(settings, side):
-    """ValueError for settings that a later stage would fail on; side: of the latent map."""
-    scales, blocks = settings["scales"], settings["masked_blocks"]
-    tokenizer.check_scales(scales)
-    if len(scales) < 2 or scales[-1] != (side, side):
-        raise ValueError(f"scales: got {scales}, expected two or more, the last {side} x {side}")
-    if settings["loss_weights"] not in hmar.WEIGHTS:
-        got = f"loss_weights: got {settings['loss_weights']}"
-        raise ValueError(f"{got}, expected one of {', '.join(hmar.WEIGHTS)}")
-    if not 1 <= blocks <= settings["depth"]:
-        raise ValueError(f"masked_blocks: got {blocks}, expected 1 to {settings['depth']}")
-    sample.masked_schedule(**arguments(sample.masked_schedule, settings))
-    sample.check_numbers(**arguments(sample.steps, settings))
-
-
-def part_of(source, name):
-    """The tokenizer or the transformer of a model, or of a file of weights. ValueError if none."""
-    model = as_model(source)
-    if name not in model:
-        raise ValueError(f"{'the model' if model is source else source}: has no {name}")
-    return model[name]
-
-
-def as_model(source):
-    """The model itself, or that of a file."""
-    return source if isinstance(source, dict) else sample.load_model(source)
-
-
-def print_plan(flags, plan, out, device, dtype, training, held_out):
-    """Prints what is trained on what."""
-    settings = plan["settings"]
-    kind = "VAR" if plan["is_causal"] else "HMAR"
-    log(
-        f"{out or 'no run folder'}: {kind} of depth {settings['depth']}, {training} images to "
-        f"train on, {held_out} held out, {len(plan['classes'])} classes; {device}, "
-        f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, "
-        f"{world()} processes"
-    )
-    log(f"scales {' '.join(f'{h}x{w}' for h, w in settings['scales'])}")
-    for name in ("tokenizer", "init"):
-        if flags[name]:
-            where = "a model in memory" if isinstance(flags[name], dict) else flags[name]
-            log(f"--{name}: {where}")
-
-
-def later_steps(plan, stage):
-    """The work of the stages after this one, in steps of this one."""
-    names = list(STEP_COSTS)
-    names = names[names.index(stage) + 1 :]
-    if plan["is_causal"]:
-        names = [name for name in names if name != "masked"]
-    work = sum(plan["settings"][f"{name}_steps"] * STEP_COSTS[name] for name in names)
-    return work / STEP_COSTS[stage]
-
-
-def save_model(out, model):
-    """Writes RUN/model.pt and returns the model on the CPU.
-
-    It is read again, so that a stage begins with the same objects whether or not the run was
-    stopped before it: then the files are equal to the byte.
-    """
-    model = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), model)
-    if out is None:
-        return model
-    wait_for_all()
-    write_file(out / "model.pt", partial(torch.save, model))
-    wait_for_all()
-    model = sample.load_model(out)
-    wait_for_all()
-    return model
-
-
 # ---- the command
 
 
 def parser():
-    """The flags of `python train.py`."""
-    top = argparse.ArgumentParser(
-        description="Train HMAR from scratch, on your images or drawings."
-    )
-    add = top.add_argument
-    text = "folder of images, one sub-folder for each class, or images directly in it (default: a "
-    add("--data", help=text + "built-in data set, drawings of ten shapes)")
+    """The flags of `python train.py`; those that are settings have their names."""
+    top = argparse.ArgumentParser(description="Train HMAR on your images, or on drawings.")
+    add, by_the_recipe = top.add_argument, "(default: by the recipe)"
+    add("--data", help="folder of images, or of a folder for each class (default: drawings)")
     add("--size", type=int, help="side of the images in pixels (default: 64; drawings: 32)")
-    text = "transformer blocks; other settings follow from it, the size and the number of images "
-    add("--depth", type=int, help=text + "(default: 2)")
+    add("--depth", type=int, help="transformer blocks; much follows from it (default: 2)")
     add("--out", help="run folder (default: runs/ and the name of the data folder)")
-    add("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
-    text = "training steps, one number for all stages (default: by the recipe)"
-    add("--steps", type=int, help=text)
-    add("--batch", type=int, help="images in a step, over all processes (default: by the recipe)")
-    text = "peak of the learning rate, of which the masked stage takes a quarter (default: by the "
-    add("--lr", type=float, help=text + "recipe)")
+    add("--seed", type=int, help="seed of all randomness (default: 0)")
+    add("--steps", type=int, help=f"training steps of each stage {by_the_recipe}")
+    add("--batch", type=int, help=f"images in a step, over all processes {by_the_recipe}")
+    text = "peak of the learning rate, of which the masked stage takes a quarter"
+    add("--lr", type=float, help=f"{text} {by_the_recipe}")
     text = "replaces other settings of the recipe, such as masked_steps=100 neighbours=False"
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
-    add("--flip", action="store_true", help="mirror every second crop")
+    add("--set", nargs="+", action="extend", type=setting, metavar="NAME=VALUE", help=text)
+    add("--flip", action="store_true", default=None, help="mirror every second crop")
     text = "train VAR instead, for comparison: attend to coarser scales, no masked stage"
-    add("--causal", action="store_true", default=None, help=text)
-    text = "use the tokenizer in this model.pt or published file, and train none"
-    add("--tokenizer", help=text)
-    text = (
-        "continue from this model.pt: keep its tokenizer and depth, train its transformer further"
-    )
-    add("--init", help=text)
-    text = "processes that read images (default: none on a CPU, up to 8 on a GPU)"
-    add("--workers", type=int, help=text)
+    add("--causal", action="store_true", default=None, dest="is_causal", help=text)
+    add("--tokenizer", help="use the tokenizer of this model.pt or published file, and train none")
+    add("--init", help="train the transformer of this model.pt further, with its tokenizer")
+    add("--workers", type=int, help="processes that read images (default: none on a CPU)")
     sample.add_device_flags(top)
     return top
 
 
-def parse_settings(texts):
-    """{name: value} of NAME=VALUE; a value is a Python literal, otherwise a string."""
-    changes = {}
-    for text in texts:
-        name, is_assigned, value = text.partition("=")
-        if not is_assigned:
-            raise ValueError(f"--set: got {text}, expected NAME=VALUE")
-        try:
-            changes[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            changes[name] = value
-    return changes
+def setting(text):
+    """(name, value) of NAME=VALUE; a value is a Python literal, otherwise a string."""
+    name, value = text.split("=", 1)
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(value)
+    return name, value
 
 
 def main(argv=None):
     """The command. SystemExit with a line and status 1 for wrong flags or folders."""
-    args = parser().parse_args(argv)
+    asked = vars(parser().parse_args(argv))
+    names = "data", "out", "device", "workers", "set"
+    data, out, device, workers, changes = (asked.pop(name) for name in names)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not data:
+        asked = dict(is_simple=True) | (dict() if "init" in asked else dict(size=32)) | asked
+    out = Path(out or f"runs/{Path(data or 'shapes').resolve().name}")
     sample.keep_freed_memory()
     with sample.exit_with_a_line("train.py"):
-        size = (64 if args.data else 32) if args.size is None else args.size
-        dataset = Folder(args.data, size) if args.data else Drawings(size)
-        is_simple = isinstance(dataset, Drawings)
-        out = Path(args.out or f"runs/{Path(args.data or 'shapes').resolve().name}")
-        device = start_processes(sample.find_device(args.device))
-        flags = dict(size=size, depth=args.depth, seed=args.seed, flip=args.flip)
-        flags |= dict(is_causal=args.causal, is_simple=is_simple, dtype=args.dtype)
-        flags |= dict(tokenizer=args.tokenizer, init=args.init)
-        changes = {name: getattr(args, name) for name in ("steps", "batch", "lr")}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        plan = begin_run(dataset, out, flags, changes | parse_settings(args.set))
+        dataset = Folder(data) if data else Drawings()
+        device = start_processes(device)
+        settings, model = begin_run(dataset, out, asked | dict(changes or []))
+        dataset.size = settings["size"]
 
     try:
-        run_stages(dataset, flags, plan, out, device, args.workers)
+        run_stages(dataset, settings, model, out, device, workers)
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {error or 'stopped'}")
     log(f"finished; next: python sample.py {out}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ import tokenizer
 import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VAR = sample.PUBLISHED_VAR
+VAR = dict(guidance=1.5, top_k=900, top_p=0.96)  # settings of the published sampler
 SIZES = {256: (4, 8), 512: (1, 8), 1024: (1, 2)}  # pixels -> images and depth; on a card the double
 ROUNDS = 5
 
@@ -344,7 +344,7 @@ def sampling(size, batch, **sizes):
     refuse("ours", [hmar.logits(params["next_scale"], features)], [logits], 1e-4)
 
     fast = hmar.cast(params, sample.find_dtype(None, DEVICE))
-    several = sample.published_schedule(scales)
+    several = sample.published_sampling(params)["schedule"]
     once = [[length] for length in tokenizer.lengths(scales)]
     # autocast keeps the casts of parameters: faster
     published = partial(dense_sample, trainable(with_tanh(params)), codec, labels)
@@ -500,6 +500,11 @@ def optimizer_flops(tree):
     return count_flops(train.new_optimizers(tree, 0)[0].step)
 
 
+def imagenet(depth, size):
+    """The settings of a run on ImageNet, with its number of classes."""
+    return train.recipe(depth, size, 1_281_167, classes=1000) | dict(classes=1000)
+
+
 COSTS = """\
 Computed, on ImageNet: tokenizer with its decoder's / next-scale / masked stage. EFLOP; \
 parameters in millions; hours at 66 TFLOP/s, 40 % of a 24 GB card, 12 bytes a parameter exchanged \
@@ -508,10 +513,10 @@ at 24 GB/s; no evaluations.
 
 
 def print_costs(depths):
-    rows, images = [], 1_281_167  # ImageNet's
+    rows = []
     for depth in depths:
         size = 64 if depth < 8 else 256
-        recipe = train.recipe(depth, size, images, classes=1000)
+        recipe = imagenet(depth, size)
         batch, scales = recipe["batch"], recipe["scales"]
         # The decoder's stage counts as steps of the tokenizer, which take a little longer.
         stages = "tokenizer", "next_scale", "masked"
@@ -611,8 +616,7 @@ def stage_losses(recipe, size, dtype):
         fast = hmar.cast(params | tree if "trunk" in tree else masked | tree, dtype)
         batch = torch.zeros(count).long(), torch.zeros(count, tokens).long()
         if "trunk" not in tree:  # half of the tokens are hidden
-            mask = torch.zeros(count, tokens - first, dtype=torch.bool)
-            batch += mask, torch.arange(count * (tokens - first) // 2)
+            batch += (torch.zeros(count, tokens - first, dtype=torch.bool),)
         return loss(fast, codec, weights, *batch)["loss"]
 
     return {
@@ -622,10 +626,23 @@ def stage_losses(recipe, size, dtype):
     }
 
 
+@contextlib.contextmanager
+def without_a_device():
+    """Fake tensors; half of each mask is True."""
+
+    def positions(mask):  # which fake tensors cannot tell
+        return torch.zeros(mask.numel() // 2, mask.ndim, dtype=torch.int64)
+
+    nonzero = mock.patch.object(torch.Tensor, "nonzero", positions)
+    kernels = mock.patch.object(attention_kernels, "INTERPRETED", True)  # not the CPU's path
+    with FakeTensorMode(), nonzero, kernels:
+        yield
+
+
 def image_bytes(depth, size, dtype, **changes):
     """{stage: bytes that autograd keeps of an image}."""
-    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000) | changes, {}
-    with FakeTensorMode(), mock.patch.object(attention_kernels, "INTERPRETED", True):
+    recipe, found = imagenet(depth, size) | changes, {}
+    with without_a_device():
         for stage, (tree, loss, function) in stage_losses(recipe, size, dtype).items():
             few, many = (saved_bytes(partial(loss, tree, n, function)) for n in (4, 8))
             found[stage] = (many - few) // 4
@@ -634,8 +651,8 @@ def image_bytes(depth, size, dtype, **changes):
 
 def count_launches(depth, size):
     """{stage: operators of a micro-batch of 8 images, forward and backward}."""
-    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000), {}
-    with FakeTensorMode(), mock.patch.object(attention_kernels, "INTERPRETED", True):
+    recipe, found = imagenet(depth, size), {}
+    with without_a_device():
         for stage, (tree, loss, function) in stage_losses(recipe, size, torch.bfloat16).items():
             with Launches() as launches:
                 loss(tree, 8, function).backward()
@@ -645,7 +662,7 @@ def count_launches(depth, size):
 
 def host_times(depth, size):
     """{stage: process ms of a micro-batch with next to no work: mostly Python's and torch's}."""
-    recipe, found = train.recipe(depth, size, 1_281_167, classes=1000), {}
+    recipe, found = imagenet(depth, size), {}
     scales = ((1, 1),) * (len(recipe["scales"]) - 1) + ((2, 2),)
     recipe |= dict(scales=scales, channels=32, codes=16, width=64)
     size = 2 * recipe["fold"] * 2 ** (len(recipe["multipliers"]) - 1)
@@ -668,18 +685,23 @@ def waits_of_loops():
     """{stage: (steps that began, shapes of copies that Python waited for)} of each loop.
 
     They run on meta tensors, of which no number can be read: to try it raises. So a loop that gets
-    to step 4, where numbers are printed here, has not waited for one. Codes are replaced in steps 1
-    and 3. torch's fused AdamW is left out, which has no form for meta tensors.
+    to step 4, where numbers are printed here, has not waited for one. The masked stage stops in its
+    first step, where the number of hidden tokens is read. Codes are replaced in steps 1 and 3.
+    torch's fused AdamW is left out, which has no form for meta tensors.
     """
     codec = tokenizer.init(codes=16, code_dim=8, channels=32, multipliers=(1, 1), residual_blocks=1)
     scales = (1, 1), (2, 2), (4, 4)
     params = hmar.init(depth=2, classes=3, codes=16, code_dim=8, scales=scales, neighbours=True)
     images, labels = torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8).long()
     tokens = torch.zeros(8, 21).long()
-    options = dict(steps=100, lr=1e-3, evaluations=1, device="meta", dtype=torch.bfloat16)
-    transformer = dict(codec=codec, held_out=(labels, tokens), dropout=0.1)
+    settings = train.recipe(2, 8, 100, 3) | dict(scales=scales, dropout=0.1, evaluations=1)
+    settings |= dict(micro_batch=8, dtype="bf16")
+    place = dict(settings=settings, device="meta")
+    transformer = dict(codec=codec, held_out=(labels, tokens), **place)
     loops = {
-        "tokenizer": partial(train.train_tokenizer, codec, held_out=images, scales=scales),
+        "tokenizer": partial(
+            train.train_tokenizer, codec, held_out=images, terms=dict(hue_variance=0.1), **place
+        ),
         "next-scale": partial(train.train_transformer, params, **transformer),
         "masked": partial(train.train_transformer, hmar.add_masked_branch(params), **transformer),
     }
@@ -701,23 +723,23 @@ def waits_of_loops():
         # which does not know meta tensors
         patch(mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()))
         for stage, loop in loops.items():
-            with Launches() as launches, contextlib.suppress(NotImplementedError):
-                loop(batches=batches(stage, launches), **options)
+            with Launches() as launches, contextlib.suppress(RuntimeError):
+                loop(batches=batches(stage, launches))
     return found
 
 
 def state_bytes(depth):
     """{what: bytes a parameter on the device} of the next-scale stage."""
-    recipe = train.recipe(depth, 256, 1_281_167, classes=1000)
+    recipe = imagenet(depth, 256)
     with FakeTensorMode():
         tree, _, _ = stage_losses(recipe, 256, torch.bfloat16)["next-scale"]
-        state = train.new_state(tree, 0.0, 5)
+        optimizers = train.new_optimizers(tree, 0.0)
         for leaf in pytree.tree_leaves(tree):
             leaf.grad = torch.zeros_like(leaf)
         parts = dict(weights=tree, gradients=[leaf.grad for leaf in pytree.tree_leaves(tree)])
-        train.optimizer_step(state["optimizers"], 1e-3)
+        train.optimizer_step(optimizers, 1e-3)
         parts["cast"] = hmar.cast(tree, torch.bfloat16)
-        parts["momenta"] = [list(x.state.values()) for x in state["optimizers"]]
+        parts["momenta"] = [list(x.state.values()) for x in optimizers]
         total = count_numbers(tree)
         known, found = set(), {}
         for name, part in parts.items():
@@ -730,37 +752,24 @@ def state_bytes(depth):
 
 def print_counts(depth, size):
     """What a GPU of eight takes and waits for, by stage."""
-    recipe = train.recipe(depth, size, 1_281_167, classes=1000)
-    batch, free = recipe["batch"] // 8, 72 * 2**30  # images of a process, bytes of 80 GB
+    recipe = imagenet(depth, size)
+    batch = recipe["batch"] // 8  # images of a process, which pass the networks together
     print(f"Depth {depth}, {size} pixels, {batch} images a step in each of eight processes.\n")
     launches, waits = count_launches(depth, size), waits_of_loops()
     narrow, wide = (image_bytes(depth, size, dtype) for dtype in (torch.bfloat16, torch.float32))
-    sizes = assumed_bytes(recipe, size)
     times = host_times(depth, size)
     rows = []
     for stage, count in launches.items():
-        at_once = [sample.images_at_once(size**2)]
-        at_once.append(train.images_a_micro_batch(size**2, sizes[stage], "cuda", free))
-        parts = " -> ".join(str(math.ceil(batch / number)) for number in at_once)
-        mib = [kept[stage] / 2**20 for kept in (narrow, wide, {stage: sizes[stage]})]
+        mib = [kept[stage] / 2**20 for kept in (narrow, wide)]
+        gib = batch * mib[0] / 2**10
         copies = f"{len(waits[stage][1])} in {waits[stage][0]} steps"
-        rows.append((parts, count, *mib, copies, times[stage], stage))
-    words = "micro-batches a step", "operators of one", "MiB an image: bf16", "fp32", "assumed"
+        rows.append((count, *mib, gib, copies, times[stage], stage))
+    words = "operators of a micro-batch", "MiB an image: bf16", "fp32", "GiB of all in bf16"
     words += "copies waited for", "ms with next to no work"
     print_table((*words, "stage"), rows)
     print("\nOf these copies, the tokenizer's are of the numbers of dead codes, in two steps of 4.")
     print("Bytes a parameter in the next-scale stage:", end=" ")
     print(", ".join(f"{name} {number:.2f}" for name, number in state_bytes(depth).items()))
-
-
-def assumed_bytes(recipe, size):
-    """{stage: bytes of an image by which the loops choose their micro-batches, in bf16}."""
-    with torch.device("meta"):
-        codec = tokenizer.init(**train.arguments(tokenizer.init, recipe))
-        params = hmar.init(**train.arguments(hmar.init, recipe))
-    first = train.tokenizer_bytes(codec, size**2, torch.bfloat16)
-    second = train.transformer_bytes(params, torch.bfloat16)
-    return {"tokenizer": first, "next-scale": second, "masked": second}
 
 
 # ---- a rehearsal of several GPUs: processes on this CPU, of which some are killed

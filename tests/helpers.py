@@ -1,7 +1,6 @@
 """What several test files use: random trees, comparisons, plain re-derivations."""
 
 import contextlib
-import functools
 import inspect
 import itertools
 import re
@@ -112,21 +111,23 @@ def small_codec(**options):
 def tree(scales=((1, 1), (2, 2), (2, 3)), masked=1, own_input=True, random=True, **options):
     """A transformer with 16 channels a head and a masked branch of `masked` blocks, none if 0.
 
-    own_input: False for a tree with the published leaves and activation. random: in float64, with
-    leaves far from initial values and temperatures around their limit.
+    own_input: False for a published tree: its activation, and a masked branch that leaks and has no
+    input weight of its own. random: in float64, with leaves far from initial values and
+    temperatures around their limit.
     """
     sizes = dict(depth=2, classes=3, codes=5, code_dim=4, heads=2, seed=0) | options
     params = hmar.init(**sizes, scales=scales, width=16 * sizes["heads"])
     if masked:
-        params = hmar.add_masked_branch(params, masked, own_input)
-    params = params if own_input else benchmark.with_tanh(params)
-    if not random:
-        return params
+        params = hmar.add_masked_branch(params, masked)
+    if random:
+        params = scrambled(params, sizes["seed"])
+        for name, leaf in named_leaves(params).items():
+            if "temperature" in name:
+                leaf.copy_(2.5 + 10 * leaf.abs())
 
-    params = scrambled(params, sizes["seed"])
-    for name, leaf in named_leaves(params).items():
-        if "temperature" in name:
-            leaf.copy_(2.5 + 10 * leaf.abs())
+    params = params if own_input else benchmark.with_tanh(params)
+    if masked and not own_input:
+        params["masked"] |= dict(own_input=params["input"]["weight"], leak={})
     return params
 
 
@@ -170,6 +171,14 @@ class NumberedImages:
         return Image.fromarray(pixels), self.labels[index]
 
 
+class Listed(list):
+    """A dataset of a list of (image, label)."""
+
+    def __init__(self, items, classes):
+        super().__init__(items)
+        self.classes = classes
+
+
 @contextlib.contextmanager
 def stages_that_only_read(read=0):
     """Yields a list, to which each stage adds its arguments by name; no stage trains.
@@ -179,7 +188,6 @@ def stages_that_only_read(read=0):
     found = []
 
     def stand_in(stage):
-        @functools.wraps(stage)  # `train` asks for its arguments
         def called(*arguments, **options):
             found.append(inspect.signature(stage).bind(*arguments, **options).arguments)
             list(itertools.islice(found[-1]["batches"](0), read))
@@ -192,11 +200,18 @@ def stages_that_only_read(read=0):
         yield found
 
 
-def stages_of(dataset, read=0, **options):
+def stages_of(dataset, out=None, read=0, **options):
     """What `train` passes to each stage, as [{argument: value}, ...]; see above."""
     with stages_that_only_read(read) as found:
-        train.train(dataset, **options)
+        train.train(dataset, out, **options)
     return found
+
+
+def settings_of(steps=1, *, depth=1, size=16, classes=3, **changes):
+    """All settings of a run on 60 images, with so many steps in each stage."""
+    stages = "tokenizer", "decoder", "next_scale", "masked"
+    settings = train.recipe(depth, size, 60, classes) | dict(dtype="fp32", dropout=0.0)
+    return settings | {f"{stage}_steps": steps for stage in stages} | changes
 
 
 def state_dict(tree, names):
@@ -235,7 +250,11 @@ def published(params):
         "mlp.contract": "ffn.fc2",
     }
     rows = torch.cat([grid.flatten(0, 1) for grid in params["positions"]])
-    state = state_dict(params | dict(positions=rows), names)
+    theirs = params | dict(positions=rows)
+    if is_combined:
+        branch = params["masked"].items()
+        theirs["masked"] = {name: leaf for name, leaf in branch if name != "own_input"}
+    state = state_dict(theirs, names)
     for name, leaf in list(state.items()):
         if name in ("pos_start", "pos_1LC", "mask_embed.weight"):
             state[name] = leaf[None]

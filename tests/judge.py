@@ -301,7 +301,11 @@ def model_of(run, flags=()):
     """(model, settings that flags of sample.py replace in it) of a run folder."""
     model = sample.load_model(run)
     args = sample.parser().parse_args([str(run), *flags])
-    return model, sample.overrides_of_flags(args, model["transformer"])
+    settings = {name: x for name, x in vars(args).items() if name in sample.SETTINGS}
+    if "mask_steps" in args:
+        scales = hmar.scale_sizes(model["transformer"])
+        settings["schedule"] = sample.masked_schedule(scales, args.mask_steps)
+    return model, settings
 
 
 DRAW = """import pathlib, re, sys, time, sample

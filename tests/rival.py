@@ -107,7 +107,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(x)).float()
 
 
-def fit(model, crops, seconds, seed):
+def fit(model, crops, settings, seconds):
     """(model with averaged weights, steps), when the process has taken so many seconds."""
     tree = dict(model.named_parameters())
     leaves = [torch.nn.Parameter(leaf.detach().clone()) for leaf in tree.values()]
@@ -117,7 +117,7 @@ def fit(model, crops, seconds, seed):
     adamw = torch.optim.AdamW(vectors, betas=(0.9, 0.95), weight_decay=0, fused=True)
     dtype = sample.find_dtype(None, torch.device("cpu"))
     optimizers = [train.Muon(matrices, 0, 5, dtype), adamw]
-    batches = train.crop_batches(crops, 0, stage="unet", batch=BATCH, seed=seed, device="cpu")
+    batches = train.crop_batches(crops, "unet", settings | dict(batch=BATCH), "cpu", None, 0)
     average, step, start = None, 0, time.process_time()
     while (left := (seconds - time.process_time()) / (seconds - start)) > 0:
         images, labels = next(batches)
@@ -192,21 +192,16 @@ def edit_flow(model, images, mask, labels, noise, steps, guidance, density, inte
 
 
 def training_crops(args, is_photographs):
-    """The images that train.py trains on, of --train or of its data."""
+    """The images that train.py trains on, of --train or of its data, and its settings."""
     if args.data is None:
         dataset = train.Drawings()
     else:
         dataset = train.Folder(args.train or Path(args.data, "train" if is_photographs else ""))
-    order = torch.randperm(len(dataset), generator=train.generator_of(args.seed, "rows")).tolist()
-    images, classes = len(dataset), len(dataset.classes)
-    settings = train.recipe(2, args.size, images, classes, is_simple=args.data is None)
-    own = dict(size=args.size, seed=args.seed, classes=classes)
-    return train.Crops(
-        dataset,
-        order[train.count_held_out(images) :],
-        central_every=settings["central_every"],
-        **own,
-    )
+    indices, _ = train.hold_out(dataset)
+    classes = len(dataset.classes)
+    settings = train.recipe(2, args.size, len(indices), classes, is_simple=args.data is None)
+    settings |= dict(seed=args.seed)
+    return train.Crops(dataset, indices, settings), settings
 
 
 def run(args):
@@ -216,8 +211,8 @@ def run(args):
     is_photographs = args.kind in judge.PHOTOGRAPHS
 
     # training
-    crops = training_crops(args, is_photographs)
-    count = crops.classes
+    crops, settings = training_crops(args, is_photographs)
+    count = len(settings["classes"])
     torch.manual_seed(args.seed)
     model = UNet(args.size, count, args.channels, args.dropout).to(
         memory_format=torch.channels_last
@@ -225,7 +220,7 @@ def run(args):
     if args.model and Path(args.model).exists():
         model.load_state_dict(torch.load(args.model, weights_only=True))
     else:
-        model, steps = fit(model, crops, args.seconds, args.seed)
+        model, steps = fit(model, crops, settings, args.seconds)
         print(f"{steps} steps, {steps * BATCH / len(crops):.1f} epochs in {args.seconds:g} s")
         if args.model:
             torch.save(model.state_dict(), args.model)

@@ -1,9 +1,12 @@
-"""Data: shapes, files, folders, crops, batches; what belongs together, what is held out; judge."""
+"""Data: shapes, files, folders, datasets, crops, batches; what belongs together; the judge."""
 
 import io
 import itertools
+import math
+import multiprocessing
 import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -12,10 +15,22 @@ import judge  # puts the repository on the path
 import numpy as np
 import pytest
 import torch
-from helpers import NumberedImages, failure, normal, refused, small_codec, stages_of
+import torch.nn.functional as F
+from helpers import (
+    Listed,
+    NumberedImages,
+    contents,
+    failure,
+    normal,
+    refused,
+    settings_of,
+    small_codec,
+    stages_of,
+    stages_that_only_read,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 import hmar
 import tokenizer
@@ -52,9 +67,9 @@ def save(folder, name, image):
     image.save(Path(folder, name))
 
 
-def crops_of(*images, size=16, seed=0, **options):
+def crops_of(*images, **changes):
     pairs = [(image, 0) for image in images]
-    return train.Crops(pairs, range(len(pairs)), size=size, seed=seed, **options)
+    return train.Crops(pairs, range(len(pairs)), settings_of(**dict(central_every=1) | changes))
 
 
 @given(st.integers(0, 2**40), st.integers(8, 80))
@@ -125,7 +140,7 @@ def test_damaged_and_truncated_files_are_read_or_left_out(name, damage, length):
     Path("damaged", name).write_bytes(content[: length % len(content)] if not damage else content)
     save("damaged", "zebra.png", RED)
     dataset = train.Folder("damaged")
-    crops = train.Crops(dataset, [0, 1], size=8, seed=0)
+    crops = train.Crops(dataset, [0, 1], settings_of(size=8))
     pixels, label = crops[0, 1]
     assert pixels.shape == (3, 8, 8) and label == 0
     if crops.is_broken[0]:
@@ -157,7 +172,7 @@ def test_every_kind_of_file_becomes_the_same_rgb(name):
 # Folders
 
 
-def test_a_sub_folder_is_a_class(capsys):
+def test_a_sub_folder_is_a_class_and_so_are_images_beside_it():
     kept = ["cat/4.bmp", "cat/5.gif", "cat/6.png", "cat/deep/3.webp", "dog/1.PNG", "dog/2.png"]
     for data, names in (("one", kept), ("two", kept[::-1])):  # in whatever order they came
         for name in names:
@@ -166,7 +181,6 @@ def test_a_sub_folder_is_a_class(capsys):
         save("two", name, RED)
     Path("two/notes.txt").write_text("no image")
     os.makedirs("two/empty/deeper")
-    os.makedirs("two/void")
 
     def read(data):
         """Class names, [(number, label), ...]."""
@@ -175,14 +189,12 @@ def test_a_sub_folder_is_a_class(capsys):
             (image.getpixel((8, 8))[0] // 40, label) for image, label in dataset
         ]
 
-    names, pairs = read("two")
-    said = capsys.readouterr().out
-    assert names == ["cat", "dog"] and pairs == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
-    assert "two: 1 nested folders, such as cat/deep" in said  # named once
-    assert "two: no images in empty, void\n" in said and ".git" not in said
-    assert read("one") == (names, pairs)
+    expected = ["cat", "dog"], [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
+    assert read("one") == read("two") == expected
     assert read("one/dog/") == (["dog"], [(4, 0), (5, 0)])  # images alone are one class
-    assert "no images" not in capsys.readouterr().out
+    save("one", "6.png", flat("black"))
+    names, pairs = read("one")
+    assert names == ["cat", "dog", "one"] and (0, 2) in pairs
 
 
 def test_links_are_followed_and_loops_of_them_end():
@@ -205,16 +217,13 @@ BAD_FOLDERS = """
 none  --data: there is no folder none
 file.png  --data: there is no folder file.png
 empty  --data: no images found in empty
-one  dataset: got 1 images, expected two or more
-both  both has images beside sub-folders of images: a.png and cat/b.png
 broken  none of the images
 """
 
 
 @pytest.mark.parametrize("line", BAD_FOLDERS.strip().splitlines())
 def test_a_folder_without_images_is_refused_in_a_line(line, capfd):
-    names = "broken/a.png broken/b.png both/a.png both/cat/b.png both/cat/c.png both/dog/d.png"
-    for name in [*names.split(), "empty/a.txt", "one/a.png", "file.png"]:
+    for name in ("broken/a.png", "broken/b.png", "empty/a.txt", "file.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("text")
     folder, message = line.split("  ")
@@ -246,23 +255,109 @@ def test_images_are_read_from_disk_once_while_there_is_memory(monkeypatch):
         dataset[2]
 
 
-def test_a_fingerprint_is_of_names_and_bytes_not_of_the_place():
-    for name in ("data", "bytes", "names"):
-        for number in range(12):
-            save(name, f"cat/{number}.png", flat((20 * number, 0, 0)))
-    shutil.copytree("data", "moved")
-    save("bytes", "cat/0.png", flat((0, 0, 1)))
-    os.rename("names/cat/9.png", "names/cat/99.png")
-    prints = [train.Folder(x).fingerprint() for x in ("data", "moved", "bytes", "names")]
-    assert prints[0] == prints[1] and len({*prints}) == 3
+def write_images(folder, count=12, classes=("cat", "dog"), shift=0):
+    """So many images in sub-folders, in turns; without classes in the folder itself."""
+    for index in range(count):
+        name = f"{classes[index % len(classes)] if classes else ''}/{index:02d}.png"
+        save(folder, name.strip("/"), train.draw_shape(index + shift, 16)[0])
+    return folder
+
+
+def test_other_data_are_refused_and_moved_data_go_on():
+    def begin(data, out="run"):
+        """The line with which a run on a folder fails, or None. No stage trains."""
+        flags = "--size", 16, "--depth", 1, "--device", "cpu", "--dtype", "fp32"
+        with stages_that_only_read():
+            return failure(train.main, *flags, "--data", data, "--out", out)
+
+    assert begin(write_images("data1")) is None
+    shutil.move("data1", "moved")
+    assert begin("moved") is None
+    assert begin("data1") == "train.py: --data: there is no folder data1"
+    os.symlink("moved", "link")
+    assert begin("link") is None
+    others = {
+        "images 12 -> 13": write_images("count", 13),
+        "['cat', 'dog'] -> ['cat', 'dogs']": write_images("names", classes=("cat", "dogs")),
+        "(data ": write_images("bytes", shift=1),
+        "data ": write_images("files"),
+        "classes": write_images("flat", classes=()),
+    }
+    os.rename("files/cat/02.png", "files/cat/020.png")
+    before = contents("run")
+    for what, folder in others.items():
+        printed = begin(folder)
+        assert printed.startswith("train.py: --out: run was begun with other settings or data (")
+        assert what in printed and "\n" not in printed
+    assert contents("run") == before
+
+    assert begin("flat", "flat run") is None  # a flat folder may be moved, too
+    shutil.move("flat", "flat moved")
+    assert begin("flat moved", "flat run") is None
+    assert "(data " in begin(write_images("flat", classes=(), shift=2), "flat run")
+
+
+# Datasets
+
+
+WRONG_ITEMS = [
+    (lambda image, label: torch.zeros(3, 16, 16), "Tensor"),
+    (lambda image, label: dict(image=image, label=label), "dict"),
+    (lambda image, label: None, "None"),
+    (lambda image, label: (np.asarray(image), label), "ndarray"),
+    (lambda image, label: (image, "cat"), "str"),
+    (lambda image, label: (image, None), "None"),
+    (lambda image, label: (image, 0.9), "float"),
+    (lambda image, label: (image, 3), "label 3"),
+    (lambda image, label: (image, -1), "label -1"),
+]
+
+
+@pytest.mark.parametrize("index", [0, 5])  # an image whose bytes are hashed, and another one
+@pytest.mark.parametrize("change, found", WRONG_ITEMS)
+def test_an_item_that_is_no_image_with_its_label_is_refused(index, change, found):
+    numbered = NumberedImages(40)
+    dataset = Listed([numbered[i] for i in range(40)], numbered.classes)
+    dataset[index] = change(*dataset[index])
+    with pytest.raises(ValueError, match=rf"\b{index}\b.*expected") as error:
+        train.train(dataset, **SMALL, steps=1)
+    message = str(error.value)
+    assert found in message and ("label" in found or "(PIL image, int)" in message)
+
+
+class Mirrored(NumberedImages):
+    """Its images are mirrored at random."""
+
+    random = np.random.default_rng(0)
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return ImageOps.mirror(image) if self.random.random() < 0.5 else image, label
+
+
+class Augmented(NumberedImages):
+    """Its images are never the same twice."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return Image.fromarray(np.asarray(image) ^ np.uint8(len(self.read) % 256)), label
+
+
+@pytest.mark.parametrize("kind", [NumberedImages, Mirrored, Augmented])
+def test_a_run_goes_on_with_its_dataset_and_refuses_others(kind):
+    dataset, other, more = kind(40), kind(40), kind(41)
+    for _ in range(20):  # it begins, and goes on
+        stages_of(dataset, "run", **SMALL)
+    begun = "run was begun with other settings or data"
+    other.labels = other.labels[1:] + other.labels[:1]
+    refused(f"{begun} .data ", stages_of, other, "run", **SMALL)
+    refused(f"{begun} .*images 40 -> 41", stages_of, more, "run", **SMALL)
+    refused(f"{begun} .label_drop 0.1 -> 0.3", stages_of, dataset, "run", **SMALL, label_drop=0.3)
+    if kind is NumberedImages:
+        refused(f"{begun} .data ", stages_of, kind(40, noise=3), "run", **SMALL)
 
 
 # Crops
-
-
-def test_a_twentieth_is_held_out_but_no_more_than_are_evaluated():
-    counts = [train.count_held_out(count) for count in (2, 80, 1000, 4000, 9000, 10**6)]
-    assert counts == [1, 4, 50, 128, 128, 128]
 
 
 @given(st.integers(16, 200), st.integers(16, 200), st.integers(0, 99))
@@ -301,11 +396,9 @@ def test_other_crops_move_and_zoom_independently():
 
 def test_a_crop_is_a_function_of_seed_image_and_number():
     dataset = NumberedImages(8)
-    options = dict(size=16, classes=3, central_every=1000)
-    crops, (alone, other) = (
-        train.Crops(dataset, [5, 2, 7], seed=3, **options),
-        [train.Crops(dataset, [7], seed=seed, **options) for seed in (3, 4)],
-    )
+    settings = settings_of(central_every=1000, seed=3)
+    crops, alone = (train.Crops(dataset, rows, settings) for rows in ([5, 2, 7], [7]))
+    other = train.Crops(dataset, [7], settings | dict(seed=4))
     pixels = crops[2, 9][0]
     assert torch.equal(alone[0, 9][0], pixels) and torch.equal(crops[2, 9][0], pixels)
     for different in (other[0, 9], crops[2, 10], crops[1, 9]):
@@ -332,7 +425,7 @@ def test_a_broken_image_is_named_once_and_another_of_its_split_takes_its_place(c
     Image.new("L", (100, 100)).save("data/07.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # a decompression bomb
     training, held_out = (
-        train.Crops(train.Folder("data"), rows, size=16, seed=0)
+        train.Crops(train.Folder("data"), rows, settings_of(classes=1))
         for rows in ([2, 3, 4, 5, 7, 9, 39], [0, 1, 3, 6])
     )
 
@@ -347,17 +440,7 @@ def test_a_broken_image_is_named_once_and_another_of_its_split_takes_its_place(c
     assert training.is_broken.sum() == 5 and held_out.is_broken.sum() == 1
 
 
-def test_a_run_counts_the_images_that_were_left_out(capsys):
-    for number in range(24):
-        save("data", f"{number:02d}.png", flat((9 * number, 0, 0)))
-    for number in (3, 14):
-        Path(f"data/{number:02d}.png").write_text("text")
-    stages_of(train.Folder("data"), read=4, **SMALL)
-    said = capsys.readouterr()
-    assert "2 of 24 images were left out" in said.out and said.err.count("left out: data/") == 2
-
-
-def test_the_data_of_a_run_may_have_images_that_cannot_be_read(capsys):
+def test_the_data_of_a_run_may_have_images_that_cannot_be_read(capfd):
     class Gaps(NumberedImages):
         def __getitem__(self, index):
             if index % 3 == 0:
@@ -366,17 +449,12 @@ def test_the_data_of_a_run_may_have_images_that_cannot_be_read(capsys):
 
     for number in range(24):
         save("data", f"{number:02d}.png", flat((9 * number, 0, 0)))
+    Path("data/03.png").write_text("text")
     os.remove("data/00.png")
     os.symlink("nowhere", "data/00.png")
-    for dataset, count in ((Gaps(24), 8), (train.Folder("data"), 1)):
+    for dataset, count in ((Gaps(24), 8), (train.Folder("data"), 2)):
         stages_of(dataset, read=6, **SMALL)
-        assert f"{count} of 24 images were left out" in capsys.readouterr().out
-
-
-def test_what_a_dataset_must_not_return_is_refused():
-    for label in (-1, 3):
-        crops = train.Crops([(RED, label)], [0], size=16, seed=0, classes=3)
-        refused(f"label {label} of image 0, expected 0 to 2", crops.__getitem__, (0, 0))
+        assert capfd.readouterr().err.count("left out: ") == count
 
 
 # What a stage is fed, as `train` feeds it
@@ -417,9 +495,9 @@ def test_the_tokenizer_learns_crops_of_training_images(seed):
     stage, *_ = stages_of(dataset, seed=seed, **SMALL)
     held_out = numbers_of(stage["held_out"])
     training = [i for i in range(40) if i not in held_out]
-    assert len({*held_out}) == 2 and all(
-        torch.equal(image, crop_of(number)) for image, number in zip(stage["held_out"], held_out)
-    )
+    assert 1 <= len({*held_out}) == len(held_out) <= 5
+    for image, number in zip(stage["held_out"], held_out):
+        assert torch.equal(image, crop_of(number))
 
     dataset.read.clear()
     batches = list(itertools.islice(stage["batches"](0), 7 * 24))
@@ -429,6 +507,9 @@ def test_the_tokenizer_learns_crops_of_training_images(seed):
     numbers = numbers_of(images)
     assert labels.tolist() == [dataset.labels[number] for number in numbers]
     check_epochs(numbers, training)
+    other, *_ = stages_of(dataset, seed=seed + 1, **SMALL)
+    others = torch.cat([images for images, _ in itertools.islice(other["batches"](0), 7)])
+    assert numbers[:35] != numbers_of(others)
 
     crops = {number: set() for number in training}
     is_central = []
@@ -461,7 +542,7 @@ def test_labels_and_tokens_belong_together(number):
     labels, tokens = (torch.cat(parts) for parts in zip(*batches))
     numbers = [index_of[tuple(row)] for row in tokens.tolist()]
     assert labels.tolist() == [dataset.labels[index] for index in numbers]
-    assert numbers == dataset.read and len({*held_out}) == 2
+    assert numbers == dataset.read
     check_epochs(numbers, [i for i in range(40) if i not in held_out])
     for ours, theirs in zip(stage["batches"](9), batches[9:18]):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
@@ -476,7 +557,7 @@ def test_tokens_are_of_many_crops_and_each_stage_has_its_own():
         rows = torch.cat([tokens for _, tokens in batches]).tolist()
         seen.append({*zip(dataset.read, map(tuple, rows))})
         crops = Counter(index for index, _ in seen[-1])
-        assert len(crops) == 38 and min(crops.values()) > 16
+        assert len(crops) == 40 - len(stage["held_out"][0]) and min(crops.values()) > 16
     assert len(seen[0] & seen[1]) < 0.2 * len(seen[0])
 
 
@@ -487,67 +568,161 @@ def test_drawings_are_learned_as_they_are():
         assert torch.equal(image, crop_of(number))
 
 
-def test_the_seed_decides_what_is_held_out():
-    found = []
-    for seed in (0, 0, 1):
-        stage, *_ = stages_of(NumberedImages(40), seed=seed, **SMALL)
-        found.append(numbers_of(stage["held_out"]))
-    assert found[0] == found[1] and {*found[0]} != {*found[2]}
+class Reading:
+    """Keeps the indices of images that were read."""
+
+    indices = frozenset()
+
+    def __getitem__(self, index):
+        self.indices = self.indices | {index}
+        return super().__getitem__(index)
+
+
+class Many(Reading, Listed):
+    """So many images that are alike."""
+
+    def __init__(self, count):
+        super().__init__([(RED, 0)] * count, ["red"])
+
+
+class ReadFolder(Reading, train.Folder):
+    pass
+
+
+def trained_and_held_out(dataset, **options):
+    """Indices, or names of files, of the images that a stage learns and of all others."""
+    stage, *_ = stages_of(dataset, **SMALL | dict(batch=50) | options)
+    dataset.indices = frozenset()
+    list(itertools.islice(stage["batches"](0), math.ceil(len(dataset) / 50)))
+    names = getattr(dataset, "names", range(len(dataset)))
+    trained = {names[index] for index in dataset.indices}
+    held_out = {*names} - trained
+    assert len(held_out) == len(stage["held_out"])
+    return trained, held_out
+
+
+@pytest.mark.parametrize("count", [3, 30, 300, 3000])
+def test_no_seed_and_no_later_image_holds_out_what_was_trained_on(count):
+    trained, held_out = trained_and_held_out(Many(count))
+    assert 1 <= len(held_out) <= min(128, max(1, count / 8))
+    assert count < 300 or len(held_out) > count / 40
+    for more, seed in ((0, 1), (1, 0), (count // 5, 2), (2 * count, 0)):
+        _, others = trained_and_held_out(Many(count + more), seed=seed)
+        assert others and not others & trained
+        assert more or others == held_out
+
+
+def test_files_that_come_later_do_not_hold_out_what_was_trained_on():
+    write_images("data", 60)
+    trained, _ = trained_and_held_out(ReadFolder("data"))
+    write_images("data", 60, ("ant", "bee"))  # before them in the order of the names
+    _, held_out = trained_and_held_out(ReadFolder("data"), seed=1)
+    assert held_out and not held_out & trained
 
 
 def test_a_run_reads_training_images_once_an_epoch_and_held_out_ones_to_evaluate():
     dataset = NumberedImages(40)
-    options = dict(SMALL, batch=38, steps=4, evaluations=2)  # four epochs a stage
+    trained = 40 - len(stages_of(dataset, **SMALL)[0]["held_out"])
+    dataset.read.clear()
+    options = dict(SMALL, batch=trained, steps=4, evaluations=2)  # four epochs a stage
     train.train(dataset, channels=32, **options)
     first = Counter(range(0, 40, 3))  # these tell the data from others, and are read twice
     times = Counter(dataset.read) - first - first
     # Also for the variance of hues; and the held-out ones once for the tokenizer, and
     # once for the transformer.
-    assert Counter(times.values()) == {1 + 4 + 4 + 4 + 4: 38, 1 + 1: 2}
+    assert Counter(times.values()) == {1 + 4 + 4 + 4 + 4: trained, 1 + 1: 40 - trained}
 
 
-def test_workers_read_the_same_batches():
-    crops = train.Crops(NumberedImages(12), range(12), size=16, seed=0, classes=3, central_every=2)
-    reading = dict(stage="tokenizer", batch=5, seed=0, device=CPU)
+def test_workers_read_the_same_batches_and_live_on_after_ctrl_c():
+    settings = settings_of(batch=5, central_every=2)
+    crops = train.Crops(NumberedImages(12), range(12), settings)
     ours, theirs = (
-        list(itertools.islice(train.crop_batches(crops, 3, workers=workers, **reading), 6))
-        for workers in (0, 2)
+        train.crop_batches(crops, "tokenizer", settings, CPU, workers, 3) for workers in (0, 2)
     )
-    for one, other in zip(ours, theirs):
-        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    for step in range(12):
+        for one, other in zip(next(ours), next(theirs)):
+            assert torch.equal(one, other)
+        if step == 2:  # both have begun
+            workers = multiprocessing.active_children()
+            assert len(workers) == 2
+            for worker in workers:
+                os.kill(worker.pid, signal.SIGINT)
 
 
 def test_workers_say_which_images_are_broken(capfd):
     for number in range(4):
         save("data", f"{number}.png", flat((60 * number, 0, 0)))
     Path("data/2.png").write_text("text")
-    crops = train.Crops(train.Folder("data"), range(4), size=16, seed=0)
-    reading = dict(stage="tokenizer", batch=4, seed=0, device=CPU, workers=1)
-    batches = list(itertools.islice(train.crop_batches(crops, 0, **reading), 3))
-    assert crops.is_broken.tolist() == [False, False, True, False]
+    settings = settings_of(batch=4, classes=1)
+    crops = train.Crops(train.Folder("data"), range(4), settings)
+    batches = train.crop_batches(crops, "tokenizer", settings, CPU, 1, 0)
+    for images, _ in itertools.islice(batches, 3):
+        assert sorted(images[:, 0, 0, 0].tolist()) == [0, 60, 180, 180]
     assert capfd.readouterr().err.count("left out: data/2.png") == 1
-    assert all(sorted(images[:, 0, 0, 0].tolist()) == [0, 60, 180, 180] for images, _ in batches)
 
 
 @given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 4), st.integers(0, 9))
-def test_each_key_is_of_one_process(count, share, processes, done):
+def test_each_crop_is_of_one_process(count, share, processes, done):
     """Of each step the processes have equal shares, in the order in which one process has them."""
-    given = count, done, "masked", share * processes, 5
+    settings = settings_of(batch=share * processes)
+    crops = train.Crops(NumberedImages(count), range(count), settings)
 
-    def steps_of(rank, size):
-        with mock.patch.dict(os.environ, WORLD_SIZE=str(size), RANK=str(rank)):
-            keys = [*itertools.islice(train.crop_keys(*given), 4)]
-            whole = [*itertools.islice(train.crop_keys(*given, is_shared=False), 4)]
-        return [[tuple(key) for key in step] for step in keys], whole
+    def batches_of(rank, size, done):
+        with mock.patch.multiple(train, WORLD=size, RANK=rank):
+            batches = train.crop_batches(crops, "masked", settings, CPU, 0, done)
+            return [images for images, _ in itertools.islice(batches, 3)]
 
-    (alone, whole), *_ = steps_of(0, 1), None
-    shares = [steps_of(rank, processes) for rank in range(processes)]
-    assert all(found == whole for _, found in shares)
-    for step, expected in enumerate(alone):
-        parts = [own[step] for own, _ in shares]
-        assert {len(part) for part in parts} == {share} and [*itertools.chain(*parts)] == expected
-    earlier = [*itertools.islice(train.crop_keys(count, 0, *given[2:]), done + 1)]
-    assert [tuple(key) for key in earlier[done]] == alone[0]
+    whole = batches_of(0, 1, 0)
+    shares = [batches_of(rank, processes, 0) for rank in range(processes)]
+    for expected, *parts in zip(whole, *shares, strict=True):
+        assert {len(part) for part in parts} == {share}
+        assert torch.equal(torch.cat(parts), expected)
+    later = batches_of(0, 1, done)
+    assert done > 2 or torch.equal(later[0], whole[done])
+
+
+# The perceptual network, which learns from them first
+
+
+def perceptual_losses(dataset, steps, classes):
+    """Losses of the perceptual network while it learns, [(scores, labels), ...] and its layers."""
+    settings = settings_of(steps, size=24, classes=classes, central_every=1)
+    crops = train.Crops(dataset, range(len(dataset)), settings)
+    with mock.patch.object(F, "cross_entropy", wraps=F.cross_entropy) as losses:
+        layers = train.learn_perceptual_layers(crops, settings, CPU)
+    pairs = [call.args for call in losses.call_args_list]
+    return [F.cross_entropy(*pair).item() for pair in pairs], pairs, layers
+
+
+def test_the_perceptual_network_learns_classes():
+    """Afterwards its norms are fixed, and no random number of torch's own is used up."""
+    labels = np.random.default_rng(0).integers(3, size=30).tolist()
+    dataset = [(Image.new("RGB", (30, 24), 3 * (100 * label,)), label) for label in labels]
+    before = torch.get_rng_state()
+    values, _, layers = perceptual_losses(dataset, 60, classes=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.mean(values[-5:]) < 0.5 * np.mean(values[:5])  # of wrong labels it learns nothing
+    x = torch.randn(8, 3, 24, 24)
+    whole, half = (layers[0](part) for part in (x, x[:4]))
+    assert torch.allclose(whole[:4], half, atol=1e-6) and not whole.requires_grad
+    again = perceptual_losses(dataset, 60, classes=3)[2]  # when a run goes on
+    assert torch.equal(again[0](x), whole)
+
+
+def test_without_classes_the_perceptual_network_learns_quarter_turns():
+    dataset = [(train.draw_shape(10 * i + 8, 24)[0], 0) for i in range(30)]  # arrows
+    values, pairs, _ = perceptual_losses(dataset, 150, classes=1)
+    assert np.mean(values[-5:]) < 0.7 * np.log(4) < np.mean(values[:5])
+    turns = torch.cat([labels for _, labels in pairs])
+    assert turns.bincount(minlength=4).min() > 1000
+
+
+def test_photographs_have_a_perceptual_network():
+    dataset = Listed([(train.draw_shape(i, 48)[0], i % 10) for i in range(40)], train.SHAPES)
+    for size, changes, layers in ((48, {}, 4), (48, dict(perceptual=False), 0), (32, {}, 0)):
+        stages = stages_of(dataset, **SMALL | dict(size=size, tokenizer_steps=3), **changes)
+        found = [len(stage["terms"].get("perceptual_layers", ())) for stage in stages[:2]]
+        assert found == [layers] * 2
 
 
 # The judge

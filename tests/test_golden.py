@@ -7,7 +7,7 @@ computed with them, and the names and shapes of published checkpoints.
 import benchmark
 import pytest
 import torch
-from helpers import GOLDEN, refused
+from helpers import GOLDEN, leaves_equal, refused
 from torch.utils import _pytree as pytree
 
 import hmar
@@ -142,13 +142,51 @@ def shapes(tree):
 def test_the_published_layouts_load(golden):
     with torch.device("meta"):
         codec, params = tokenizer.init(), hmar.init(depth=16)
-        combined = hmar.add_masked_branch(params, blocks=8, own_input=False)
+        combined = hmar.add_masked_branch(params, blocks=8)
     assert shapes(tokenizer.from_published(layout(golden, "vqvae"))) == shapes(codec)
     for kind, ours in dict(var=params, nsp=params, hmar=combined).items():
         state = layout(golden, kind)
         params = hmar.from_published(state)
         assert ("causal" in params) == (kind == "var")
         params.pop("causal", None)
+        if kind == "hmar":
+            assert params["masked"].pop("leak") == {}
+            assert params["masked"]["own_input"] is params["input"]["weight"]
         assert shapes(params) == shapes(benchmark.with_tanh(ours)), kind
     # stage two's: loaded as VAR it would sample rubbish
-    refused("not a transformer's", hmar.from_published, layout(golden, "mp"))
+    refused("^state_dict: 16 blocks, .* in branches", hmar.from_published, layout(golden, "mp"))
+
+
+def used(golden, name, state):
+    """Loads one of the golden state dicts and uses all of it."""
+    vq, labels = golden["vq"], golden["labels"]
+    if name == "vqvae":
+        codec = tokenizer.from_published(state)
+        return tokenizer.decode(codec, tokenizer.encode(codec, golden["images"], SCALES), SCALES)
+
+    params = hmar.from_published(state, SCALES)
+    hmar.logits(params["next_scale"], hmar.features(params, labels, vq["ns_input"]))
+    if name == "hmar":
+        mask = torch.arange(29).expand(2, 29) % 2 == 0
+        x = hmar.features(params, labels, vq["ns_input"], vq["mask_input"], mask)
+        hmar.logits(params["masked"], x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_published_tokenizer_of_any_dtype_loads_in_fp32(golden, dtype):
+    state = {name: leaf.to(dtype) for name, leaf in golden["state"]["vqvae"].items()}
+    rounded = pytree.tree_map(lambda leaf: leaf.to(dtype).float(), golden["codec"])
+    assert leaves_equal(tokenizer.from_published(state), rounded)
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "var", "nsp", "hmar"])
+def test_each_entry_that_is_missing_raises(golden, kind):
+    """When it is loaded or when it is first used."""
+    state = golden["state"][kind]
+    used(golden, kind, state)
+    unused = (*hmar.BUFFERS, "ema_vocab_hit_SV")
+    for name in state:
+        if not name.endswith(unused):
+            other = {key: leaf for key, leaf in state.items() if key != name}
+            with pytest.raises((KeyError, TypeError, ValueError)):
+                used(golden, kind, other)
