@@ -300,10 +300,11 @@ def wave_logits(branch, size, x, tokens):
     A branch without neighbours predicts all positions at once. With neighbours there is a wave for
     each value of column + 2 row, see NEIGHBOURS.
     """
-    row, column = torch.meshgrid(*map(torch.arange, size), indexing="ij")
-    waves = column + 2 * row if "neighbours" in branch else torch.zeros_like(row)
-    for wave in waves.unique():
-        positions = (waves == wave).flatten().nonzero()[:, 0].to(tokens.device)
+    places = [divmod(position, size[1]) for position in range(math.prod(size))]  # (row, column)
+    waves = [column + 2 * row if "neighbours" in branch else 0 for row, column in places]
+    for wave in sorted({*waves}):
+        positions = [position for position, its_wave in enumerate(waves) if its_wave == wave]
+        positions = torch.tensor(positions, device=tokens.device)
         near = neighbour_tokens(branch, tokens, [size])[:, positions]  # (B, m, 6)
         yield positions, logits(branch, x[..., positions, :], near)
 
@@ -339,9 +340,8 @@ def scale_weights(scales, kind):
     powers = dict(token=1.0, root=0.5, scale=0.0)
     if kind == "lognormal":
         sides = (counts / counts[-1]).sqrt().flip(0)
-        spread = sides.std() if len(sides) > 1 else 0
-        z = ((sides - sides.mean()) / spread).nan_to_num()  # 0 if all scales have one size
-        mass = torch.exp(-0.5 * z.square())
+        z = (sides - sides.mean()) / sides.std(correction=min(1, len(sides) - 1))
+        mass = torch.exp(-0.5 * z.nan_to_num().square())  # z is 0 / 0 if all scales have one size
     elif kind in powers:
         mass = counts ** powers[kind]
     else:

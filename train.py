@@ -80,7 +80,7 @@ def train(dataset, out=None, *, device=None, workers=None, **asked):
     return run_stages(dataset, settings, model, out, device, workers)
 
 
-def run_stages(dataset, settings, model, out=None, device="cpu", workers=None):
+def run_stages(dataset, settings, model, out, device, workers):
     """Runs the stages whose results are not yet in the model; returns the whole model.
 
     settings, model: those of `begin_run`. A model has a draft (the tokenizer before its decoder's
@@ -372,7 +372,8 @@ def resolve(dataset, asked, model):
     ValueError for an unknown name, a value of another type or outside its range, and where settings
     do not fit each other, the data or the given parts.
     """
-    asked = {name: value for name, value in asked.items() if value is not None}
+    flags = "size", "depth", "is_causal", "is_simple", "tokenizer", "init", "dtype"
+    asked = {name: x for name, x in asked.items() if x is not None or name not in flags}
     above_zero = "size", "depth", "steps", "lr", "batch", "evaluations", "every", "gain", "top_p"
     for name, value in asked.items():
         least = 1e-9 if name.endswith(above_zero) else 0
@@ -425,8 +426,8 @@ def resolve(dataset, asked, model):
     if size % cell or size < 2 * cell:
         raise ValueError(f"--size: got {size}, expected a multiple of {cell}, {2 * cell} or more")
     tokenizer.check_scales(scales)
-    if scales[-1] != (side, side):
-        raise ValueError(f"scales: got {scales}, expected the last to be {side} x {side}")
+    if len(scales) < 2 or scales[-1] != (side, side):
+        raise ValueError(f"scales: got {scales}, expected two or more, the last {side} x {side}")
     if not 1 <= blocks <= settings["depth"]:
         raise ValueError(f"masked_blocks: got {blocks}, expected 1 to {settings['depth']}")
     hmar.scale_weights(scales, settings["loss_weights"])
@@ -675,7 +676,7 @@ class Stage:
         self.leaves = [nn.Parameter(leaf.detach().to(device, copy=True)) for leaf in leaves]
         self.tree = pytree.tree_unflatten(self.leaves, pytree.tree_structure(tree))
         optimizers = new_optimizers(self.tree, settings["decay"], settings["newton_schulz"])
-        self.optimizers = [self.keep(type(x).__name__, x) for x in optimizers]
+        self.optimizers = [self.keep(f"{name} {type(x).__name__}", x) for x in optimizers]
 
         if self.out and RANK == 0:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -689,7 +690,9 @@ class Stage:
 
         It is in stage.extra, which checkpoints save.
         """
-        saved = self.saved.pop(name, None)
+        if name in self.extra:
+            raise ValueError(f"keep: {name} is kept already")
+        saved = self.saved.get("extra", {}).pop(name, None)
         if torch.is_tensor(value) and saved is not None:
             value.copy_(saved)
         elif saved is not None:
@@ -793,10 +796,10 @@ class Stage:
         """Replaces RUN/checkpoint.pt. Saving takes at most a thirtieth of the time."""
         begun = time.monotonic()
         if self.out:
-            state = dict(stage=self.name, step=self.step)
-            state["tree"] = pytree.tree_map(torch.Tensor.detach, self.tree)
+            tree = pytree.tree_map(torch.Tensor.detach, self.tree)
+            state = dict(stage=self.name, step=self.step, tree=tree, extra={})
             for name, value in self.extra.items():
-                state[name] = value if torch.is_tensor(value) else value.state_dict()
+                state["extra"][name] = value if torch.is_tensor(value) else value.state_dict()
             write_file(self.out / "checkpoint.pt", partial(torch.save, state))
         now = time.monotonic()
         self.save_at = now + max(SAVE_SECONDS, 30 * (now - begun))
@@ -959,7 +962,7 @@ def hold_out(dataset):
     A twentieth is held out, by a hash of its name or index. Seeds and images that come later do not
     change it, so that a run with --init holds out no image that the given model has learned.
     """
-    names = getattr(dataset, "names", range(len(dataset)))
+    names = dataset.names if isinstance(dataset, Folder) else range(len(dataset))
     numbers = [hashlib.sha256(f"held out {name}".encode()).hexdigest() for name in names]
     order = sorted(range(len(names)), key=numbers.__getitem__)
     is_low = [numbers[index] < f"{2**16 // 20:04x}" for index in order[:EVALUATED]]

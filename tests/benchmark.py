@@ -459,7 +459,8 @@ def tokenizer_flops(codec, size, scales):
     images = torch.empty(count, 3, size, size)
 
     def step():
-        tokenizer.training_loss(codec, images, scales, *torch.tensor([[0], [0]]))["loss"].backward()
+        given = codec, images, scales, *torch.tensor([[0], [0]])
+        tokenizer.training_loss(*given, hue_variance=0.1)["loss"].backward()
 
     works = step, lambda: tokenizer.encode_features(codec, images)
     return [count_flops(work) // count for work in works]
@@ -610,7 +611,8 @@ def stage_losses(recipe, size, dtype):
     def first_loss(tree, count, loss):
         images, coarse = torch.zeros(count, 3, size, size), torch.zeros(count // 4).long()
         cast = tokenizer.cast(tree, dtype)
-        return loss(cast, images, scales, coarse, coarse, images_per_coarse=4.0)["loss"]
+        options = dict(images_per_coarse=4.0, hue_variance=0.1)
+        return loss(cast, images, scales, coarse, coarse, **options)["loss"]
 
     def second_loss(tree, count, loss):
         fast = hmar.cast(params | tree if "trunk" in tree else masked | tree, dtype)

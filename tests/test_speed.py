@@ -44,7 +44,7 @@ def small(scales=SCALES, depth=3, masked=1):
 def loss(name, params, *batch):
     """A stage's, of a batch from `batch_of`."""
     if name == "tokenizer":
-        return tokenizer.training_loss(params, *batch)["loss"]
+        return tokenizer.training_loss(params, *batch, hue_variance=0.1)["loss"]
     return hmar.losses(params, *batch).mean()
 
 
@@ -167,7 +167,7 @@ def test_compiled_losses_are_those_of_the_loops(name):
             images = torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1
             coarse = torch.arange(0, count, 2)
             given = tokenizer.cast(tree, torch.bfloat16), images, SCALES, coarse, coarse % 2
-            options = dict(jump_weight=0.2, spectrum_weight=0.2)
+            options = dict(jump_weight=0.2, spectrum_weight=0.2, hue_variance=0.1)
             options |= dict(perceptual_layers=layers, is_transposed=count == 7)
             function = tokenizer.training_loss
         else:

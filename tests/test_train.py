@@ -506,11 +506,13 @@ def test_a_second_optimizer_is_saved_and_goes_on(last):
         train_both("cut", last)
     cut = train_both("cut")
     assert cut.first_step == last
+    refused("other is kept already", cut.keep, "other", torch.zeros(1))
     saved = [torch.load(f"{name}/checkpoint.pt", weights_only=True) for name in ("cut", "whole")]
-    assert saved[0].keys() == saved[1].keys() >= {"discriminator", "other", "margin", "Muon"}
+    names = {"discriminator", "other", "margin", "both Muon", "both AdamW"}
+    assert saved[0]["extra"].keys() == saved[1]["extra"].keys() == names
     leaves = [pytree.tree_leaves(state) for state in saved]
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*leaves, strict=True))
-    assert difference(cut.tree, whole.tree) == 0 != saved[0]["margin"]
+    assert difference(cut.tree, whole.tree) == 0 != saved[0]["extra"]["margin"]
     maps = Path("/proc/self/maps")  # Windows replaces no file that is mapped into memory
     assert not maps.exists() or f"{Path('cut').resolve()}/checkpoint.pt" not in maps.read_text()
     assert train.Stage("next-scale", whole.tree, settings_of(), "cut").step == 0  # of another stage
@@ -844,7 +846,7 @@ def test_dead_codes_are_replaced_at_first_and_every_twentieth_step_until_the_las
             assert near.any(0).all()  # each is a vector that was quantised
             revived[step] = near[0].float().mean()  # the share of those of the first scale
             chosen.zero_()
-        assert torch.equal(state["chosen"], chosen.long())
+        assert torch.equal(state["extra"]["chosen"], chosen.long())
         before = codebook
     assert [*revived] == [1, 20] and max(revived.values()) < 0.5
 
