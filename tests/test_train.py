@@ -594,7 +594,7 @@ def test_four_processes_are_one_and_go_on_when_one_is_killed():
         assert difference(*(model[name] for model in models)) < 2e-3, name
 
     first, second, *others = start_several(4, "cut", *flags)
-    interrupted(second, "tokenizer", first)  # they stop together, although one has got Ctrl-C
+    interrupted(second, "tokenizer 8/24", first)  # they stop together, although one has got Ctrl-C
     for process in others:
         ended(process, 1)
     stop = r"train.py: stopped at step (\d+) of (\S+); the same command goes on from there"
@@ -1087,7 +1087,7 @@ REFUSED = """
 --seed -1  seed: got -1, expected 0 to
 --tokenizer none.pt  none.pt
 --init none.pt  none.pt
---init text.pt  text.pt: no weights
+--init text.pt  text.pt: expected published weights
 --out text.pt  text.pt
 --set nothing=1  nothing: no such setting, expected one of
 --set codes=many  codes: got 'many', expected a value like
@@ -1103,7 +1103,8 @@ REFUSED = """
 --set masked_steps=0  masked_steps: got 0, expected
 --set evaluations=0  evaluations: got 0, expected
 --set central_every=0  central_every: got 0, expected
---set scales=((1,1),(3,3))  scales: got ((1, 1), (3, 3)), expected the last to be 4 x 4
+--set scales=((1,1),(3,3))  scales: got ((1, 1), (3, 3)), expected two or more, the last 4 x 4
+--set scales=((2,2),(1,1),(4,4))  scales: got ((2, 2), (1, 1), (4, 4)), expected
 --set loss_weights=none  none
 --set masked_blocks=9  masked_blocks: got 9, expected 1 to
 --set masked_passes=-1  masked_passes: got -1
