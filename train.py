@@ -6,8 +6,7 @@
 
 A stage is one loop. The seed and the number of a step decide its batch and its random numbers. So a
 run that was killed goes on from its last checkpoint to the same weights, bit for bit if it is one
-process on a CPU with the same number of threads. Crops are made when they are needed, and nothing
-is prepared.
+process on a CPU with the same number of threads. Crops are made on the fly.
 
 `train` runs all stages on a dataset. Each stage can be called alone, too, on trees of tensors, an
 iterator of batches and settings. The tokenizer is trained without an adversarial loss.
@@ -115,7 +114,7 @@ def run_stages(dataset, settings, model, out, device, workers):
             model.pop("draft"),
             partial(crop_batches, training, "decoder", *reading),
             images,
-            # The spectrum term stands in the place of the others.
+            # The spectrum term replaces the others.
             terms | dict(texture_weight=0.0, spectrum_weight=settings["spectrum_weight"]),
             *place,
             decoder_only=True,
@@ -438,9 +437,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     """The settings of a run that trains on so many images of size x size pixels, {name: value}.
 
     Each is an argument of a function with that name, or is read by a stage. They were chosen at
-    depths 2 and 3. From depth 8 on nothing was tried: the laws are those of a first run, with the
-    published layers, and depth 16 has the published codes and channels. What published quality
-    takes stands in tests/RESULTS.md.
+    depths 2 and 3 and are extrapolated: from depth 8 on, with the published layers, nothing was
+    tried; depth 16 has the published codes and channels (tests/RESULTS.md, section 8).
 
     is_simple: the images are simple drawings. cell: the side in pixels of a latent position, if a
     tokenizer is given.
@@ -458,7 +456,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 
     # Images seen grow like the parameters, with depth^3 (Hoffmann et al. 2022), and the batch like
     # the root of the images seen (McCandlish et al. 2018). Larger images have more tokens, so fewer
-    # are needed. The tokenizer sees no image more than 80 times (.4 of 200).
+    # are needed. The tokenizer sees no image more than 80 times, which are .4 of 200.
     seen = min(50_000 * relative_depth**3 * math.sqrt(32 / size), 200 * images)
     batch = 8 * round(2 * relative_depth**1.5)
     if has_detail:  # fewer images in smaller batches were as good
@@ -793,16 +791,14 @@ class Stage:
             log(f"{path} is written")
 
     def save(self):
-        """Replaces RUN/checkpoint.pt. Saving takes at most a thirtieth of the time."""
-        begun = time.monotonic()
+        """Replaces RUN/checkpoint.pt."""
         if self.out:
             tree = pytree.tree_map(torch.Tensor.detach, self.tree)
             state = dict(stage=self.name, step=self.step, tree=tree, extra={})
             for name, value in self.extra.items():
                 state["extra"][name] = value if torch.is_tensor(value) else value.state_dict()
             write_file(self.out / "checkpoint.pt", partial(torch.save, state))
-        now = time.monotonic()
-        self.save_at = now + max(SAVE_SECONDS, 30 * (now - begun))
+        self.save_at = time.monotonic() + SAVE_SECONDS
 
 
 @contextlib.contextmanager

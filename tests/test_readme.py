@@ -50,6 +50,14 @@ def test_what_is_named_and_linked_is_there():
         assert hasattr(sys.modules[module], name), name
 
 
+def test_the_places_to_change_are_at_their_lines():
+    places = re.findall(r"`(\w+)\.(\w+)` \(line\s(\d+)\)", README)
+    assert len(places) == 3
+    for module, name, line in places:
+        source = (ROOT / f"{module}.py").read_text().splitlines()
+        assert source[int(line) - 1].startswith(f"def {name}("), name
+
+
 def test_readme_example_runs():
     *_, example, _ = blocks("python")
     printed = python("-c", example, cwd=ROOT)
