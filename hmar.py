@@ -9,7 +9,7 @@ embedding. At each later scale it is the map that the coarser scales add up to, 
 scale (`tokenizer.next_scale_inputs`). Attention stays inside a scale, so sampling needs no cache:
 the Markov property. In a causal tree, which is VAR's, a scale attends to all coarser ones too.
 The masked branch shares the first blocks, the trunk, and also sees the visible tokens of its own
-scale. `features` is the transformer, `logits` its head, `losses` what it is trained by.
+scale. `features` is the transformer, `logits` its head, `losses` its training loss.
 
 A model, `params`, is a tree of tensors, and its shapes are the configuration. The keys inside of
 input, a block, a modulation, a head and neighbours are argument names of the function that computes
@@ -22,8 +22,8 @@ with them; the keys above are read by name in `features`, `condition`, `embed_in
     masked {blocks, modulation, head, mask_embedding (C,), own_input}, if there is such a branch
     block {modulation, attention, mlp {expand, contract}}
 
-Some keys are optional. What a tree has decides what is computed. An empty dict, {}, is a flag: to
-be there is to be set.
+Some keys are optional. What a tree has decides what is computed. An empty dict, {}, is a flag:
+its presence means true.
 
     causal {}                 at the top: the tree is VAR's
     depthwise                 in a block: a 3 x 3 convolution of each channel of each scale's map
@@ -358,7 +358,7 @@ def scale_sizes(params):
 
 
 def block_count(params):
-    """The number of blocks that a token passes through."""
+    """The depth: the number of blocks between input and head."""
     return len(params["trunk"]) + len(params["next_scale"]["blocks"])
 
 
@@ -453,7 +453,7 @@ def init(
             contract=affine(2 * width, width, 0.02),
         )
     if causal:
-        params["causal"] = {}  # has no tensors, so that casts and optimizers pass it by
+        params["causal"] = {}  # has no tensors, so casts and optimizers ignore it
     return params
 
 

@@ -287,7 +287,7 @@ def seeds_of_images(seed, count):
 def class_numbers(labels, names):
     """A tensor of labels: numbers or vectors as they are, names of classes as their numbers.
 
-    A text that is no class's name may be its number.
+    Digits that name no class are the number of one.
     """
     if torch.is_tensor(labels):
         return labels

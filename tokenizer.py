@@ -114,7 +114,7 @@ def nearest(codebook, vectors):
     """Index (...) of the code (V, code_dim) nearest to each vector (..., code_dim), by L2 norm."""
     codebook = codebook.to(vectors.dtype)
     squares = codebook.square().sum(1)  # the vector's own square is the same for all codes
-    # So many vectors at a time that their products with all codes take at most 128 MiB in fp32.
+    # The products of so many vectors with all codes take at most 128 MiB in fp32.
     parts = vectors.flatten(0, -2).split(max(1, 2**25 // len(codebook)))
     with torch.autocast(vectors.device.type, enabled=False):
         indices = [torch.argmin(squares - 2 * part @ codebook.T, -1) for part in parts]
@@ -308,7 +308,7 @@ def training_loss(
     jump_weight: weight of `jumps`, because flat squares of 2 x 2 pixels, which the perceptual term
     prefers, have the right texture too.
     spectrum_weight: weight of `spectrum`. Even then a decoder writes all detail in a few
-    frequencies, which is seen as a lattice of dots.
+    frequencies, which is visible as a lattice of dots.
     perceptual_layers: as for `perceptual_error`; without any, this term is zero.
     is_transposed: the layers see both images with rows and columns exchanged. A small network
     prefers some directions, and the decoder would answer with stripes if they were always the same.

@@ -58,7 +58,7 @@ def train(dataset, out=None, *, device=None, workers=None, **asked):
     device: a name, see `sample.find_device`.
     workers: processes that read images. None: none on a CPU, up to eight on a GPU.
 
-    All other arguments are settings. These decide what `recipe` makes of the others:
+    All other arguments are settings. The defaults of the others depend on these:
 
     size: side in pixels of the square crops that are learned, 64 by default.
     depth: transformer blocks. None: 2, or those of init.
@@ -250,9 +250,8 @@ def train_transformer(params, codec, batches, held_out, settings, out=None, devi
     params: a tree of `hmar.init`. If it has a masked branch, that alone is trained, to predict
         hidden tokens from the others of their scale too (HMAR, stage two).
     codec: the tokenizer of the tokens; it stays as it is.
-    batches: as for `train_tokenizer`, of (labels (B,) or vectors (B, C), tokens int64 (B, L)). A
-        share label_drop of the labels becomes the null class, of vectors classes[-1], which stays
-        as it is.
+    batches: as for `train_tokenizer`, of (labels (B,) or vectors (B, C), tokens int64 (B, L)).
+        With probability label_drop a label becomes the null class, a vector classes[-1].
     held_out: (labels (n,), tokens (n, L)) to evaluate on.
     settings, out, device: as for `Stage`. If dropout is not 0, each step seeds torch's own random
         generator. The samples that are drawn into `out` are guided as `weaken_guidance` says.
@@ -467,8 +466,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
     if is_simple:
         steps = {name: math.ceil(0.68 * number) for name, number in steps.items()}
 
-    # The transformer sees none more than 35 times, because its samples become copies of images that
-    # it sees more often (tests/RESULTS.md, section 3).
+    # The transformer has at most 35 epochs, because with more its samples become copies of images
+    # (tests/RESULTS.md, section 3).
     most = math.ceil(35 * images / batch)
     steps["next_scale_steps"] = min(steps["next_scale_steps"], most)
     epochs = steps["next_scale_steps"] * batch / images
@@ -493,7 +492,7 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 
     # The perceptual term is not worth its time at 32 pixels. Beside it the decoder would write flat
     # squares of 2 x 2 pixels; these weights of texture and jumps prevent them. In the decoder's
-    # stage the spectrum term takes the place of both.
+    # stage the spectrum term replaces both.
     settings |= dict(perceptual=has_detail, spectrum_weight=2.0)
     settings |= dict(texture_weight=0.25 if has_detail else 0.5)
     settings |= dict(jump_weight=0.72 if has_detail else 0.0)
@@ -903,7 +902,7 @@ MASKED_RATE = 1 / 4  # learning rate of the masked stage, relative to the others
 def learning_rate(step, steps, peak):
     """Warm-up, constant, then linear to zero (Hägele et al. 2024).
 
-    Falling to zero does what an average of the weights (EMA) is for, so none is kept.
+    The fall to zero replaces an average of the weights (EMA).
     """
     left = 1 - (step - 1) / steps
     return peak * min(1, step / (WARM_UP * steps), left / COOL_DOWN)
@@ -1151,7 +1150,7 @@ def begin_run(dataset, out, asked):
             raise ValueError(f"--out: {out} is neither empty nor a run of train.py")
     is_same = before is not None and all(before[name] == asked[name] for name in sources)
     if is_same and (out / "model.pt").exists():
-        model = sample.load_model(out)  # it has the given parts, so their files may have gone
+        model = sample.load_model(out)  # it has the given parts, so their files may be gone
     else:
         model = load_given(**sources)
 
@@ -1170,7 +1169,7 @@ def begin_run(dataset, out, asked):
             text = f"{out} was begun with other settings or data ({words})"
             raise ValueError(f"--out: {text}; name another folder, or remove this one")
 
-    wait_for_all()  # all have read the folder before the first writes there
+    wait_for_all()  # until all have read the folder; then the first writes there
     if out and before is None:
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / "args.json", lambda file: file.write(text.encode()))
