@@ -356,7 +356,7 @@ def _backward_kernel(
 # capabilities 8.0 to 10.0 (`tests/benchmark.py kernels`); not measured on a GPU yet.
 TILES = {
     2: {
-        64: dict(output=(64, 64, 4, 3), dq=(64, 64, 4, 3), dkv=(64, 32, 4, 2)),
+        64: dict(output=(64, 64, 4, 3), dq=(64, 64, 4, 3), dkv=(64, 32, 8, 2)),
         128: dict(output=(64, 32, 4, 3), dq=(64, 32, 4, 3), dkv=(64, 32, 8, 2)),
         256: dict(output=(64, 32, 8, 2), dq=(32, 32, 8, 2), dkv=(32, 32, 8, 2)),
     },
