@@ -61,11 +61,11 @@ def train(dataset, out=None, *, device=None, workers=None, **asked):
     All other arguments are settings. The defaults of the others depend on these:
 
     size: side in pixels of the square crops that are learned, 64 by default.
-    depth: transformer blocks. None: 2, or those of init.
+    depth: transformer blocks, 2 by default or those of init.
     is_simple: says that the images are simple drawings, which need fewer steps and scales, and no
         random crops.
-    tokenizer: a model or its file, whose tokenizer is used; none is trained then.
-    init: a model or its file, whose transformer is trained further; its tokenizer is used unless
+    tokenizer: a model's file, whose tokenizer is used; none is trained then.
+    init: a model's file, whose transformer is trained further; its tokenizer is used unless
         `tokenizer` is given.
 
     Any other name replaces an entry of `recipe`, such as seed, flip, is_causal (which trains VAR),
@@ -76,15 +76,6 @@ def train(dataset, out=None, *, device=None, workers=None, **asked):
     """
     device = start_processes(device)
     settings, model = begin_run(dataset, out, asked)
-    return run_stages(dataset, settings, model, out, device, workers)
-
-
-def run_stages(dataset, settings, model, out, device, workers):
-    """Runs the stages whose results are not yet in the model; returns the whole model.
-
-    settings, model: those of `begin_run`. A model has a draft (the tokenizer before its decoder's
-    stage), then in its place a tokenizer, then a transformer, then the transformer's masked branch.
-    """
     scales, classes = settings["scales"], settings["classes"]
     dtype = sample.find_dtype(settings["dtype"], device)
     training, held_out = (Crops(dataset, part, settings) for part in hold_out(dataset))
@@ -93,6 +84,8 @@ def run_stages(dataset, settings, model, out, device, workers):
     log(f"{len(training)} images of {len(classes)} classes to train on, {len(held_out)} held out")
     reading, place = (settings, device, workers), (settings, out, device)
 
+    # The model tells which stages have ended: it has a draft (the tokenizer before its decoder's
+    # stage), then in its place a tokenizer, then a transformer, then its masked branch.
     if "tokenizer" not in model:
         images, _ = central_crops(training)
         terms = dict(hue_variance=tokenizer.measure_hue_variance(to_unit(images)))
@@ -370,8 +363,6 @@ def resolve(dataset, asked, model):
     ValueError for an unknown name, a value of another type or outside its range, and where settings
     do not fit each other, the data or the given parts.
     """
-    flags = "size", "depth", "is_causal", "is_simple", "tokenizer", "init", "dtype"
-    asked = {name: x for name, x in asked.items() if x is not None or name not in flags}
     above_zero = "size", "depth", "steps", "lr", "batch", "evaluations", "every", "gain", "top_p"
     for name, value in asked.items():
         least = 1e-9 if name.endswith(above_zero) else 0
@@ -381,10 +372,10 @@ def resolve(dataset, asked, model):
 
     # A given model decides some of the settings.
     given, cell = {}, None
-    if asked.keys() & {"tokenizer", "init"}:
+    if asked["tokenizer"] or asked["init"]:
         cell = tokenizer.downsampling(model["tokenizer"])
         given |= zip(("codes", "code_dim"), model["tokenizer"]["codebook"].shape)
-    if "init" in asked:
+    if asked["init"]:
         params = model.get("init", model)["transformer"]
         sample.check_codes(params, model["tokenizer"])
         given |= dict(depth=hmar.block_count(params), is_causal="causal" in params)
@@ -397,7 +388,7 @@ def resolve(dataset, asked, model):
             raise ValueError(f"{name}: got {asked[name]}, but the given model has {given[name]}")
 
     classes = [str(name) for name in getattr(dataset, "classes", ["images"])]
-    asked = dict(size=64, depth=2, is_simple=False, tokenizer=None, init=None) | asked | given
+    asked = dict(size=64, depth=2, is_simple=False) | asked | given
     size, depth, is_simple = asked["size"], asked["depth"], asked["is_simple"]
     images = len(hold_out(dataset)[0])
     settings = recipe(depth, size, images, len(classes), is_simple, cell)
@@ -623,7 +614,7 @@ def draw_samples(stage, params, codec, sampling):
     In the masked stage each scale has a masked pass, whatever the model's own schedule is.
     """
     classes = stage.settings["classes"]
-    if stage.out and RANK == 0 and classes:  # there are none if conditions are vectors
+    if stage.out and classes:  # there are none if conditions are vectors
         labels = torch.arange(min(10, len(classes))).repeat_interleave(8)
         model = dict(tokenizer=codec, transformer=params, classes=classes, sampling=sampling)
         schedule = sample.masked_schedule(hmar.scale_sizes(params), int("masked" in params))
@@ -658,11 +649,11 @@ class Stage:
         self.name, self.settings, self.seed = name, settings, settings["seed"]
         self.steps = settings[f"{name.replace('-', '_')}_steps"]
         self.lr = settings["lr"] * (MASKED_RATE if name == "masked" else 1)
-        self.out, self.device = out and Path(out), torch.device(device)
+        self.device = torch.device(device)
         self.dtype = sample.find_dtype(settings["dtype"], self.device)
         self.extra, self.saved = {}, {}
-        if self.out and (self.out / "checkpoint.pt").exists():
-            path = self.out / "checkpoint.pt"
+        if out and Path(out, "checkpoint.pt").exists():
+            path = Path(out, "checkpoint.pt")
             saved = torch.load(path, map_location=self.device, weights_only=True)
             self.saved = saved if saved["stage"] == name else {}
         self.step = self.first_step = self.saved.get("step", 0)
@@ -675,7 +666,8 @@ class Stage:
         optimizers = new_optimizers(self.tree, settings["decay"], settings["newton_schulz"])
         self.optimizers = [self.keep(f"{name} {type(x).__name__}", x) for x in optimizers]
 
-        if self.out and RANK == 0:
+        self.out = Path(out) if out and RANK == 0 else None  # only the first process writes
+        if self.out:
             self.out.mkdir(parents=True, exist_ok=True)
         self.report, self.window = {}, []  # numbers of a step, of the steps since the last line
         self.begun, self.save_at = time.monotonic(), time.monotonic() + SAVE_SECONDS
@@ -687,8 +679,6 @@ class Stage:
 
         It is in stage.extra, which checkpoints save.
         """
-        if name in self.extra:
-            raise ValueError(f"keep: {name} is kept already")
         saved = self.saved.get("extra", {}).pop(name, None)
         if torch.is_tensor(value) and saved is not None:
             value.copy_(saved)
@@ -713,13 +703,8 @@ class Stage:
 
                 if self.is_evaluation or (self.is_logged and time.monotonic() > self.save_at):
                     self.save()
-                # Several processes decide together, in every tenth step, whether they stop.
-                is_stopped = WORLD == 1 and stop.is_set()
-                if WORLD > 1 and self.step % 10 == 0:
-                    is_stopped = total(torch.tensor(int(stop.is_set()), device=self.device)) > 0
-                if is_stopped:
+                if stop.is_set():
                     self.save()
-                    wait_for_all()  # torchrun may end all processes when one ends
                     rest = "the same command goes on from there" if self.out else "nothing is saved"
                     raise KeyboardInterrupt(f"stopped at step {self.step} of {self.name}; {rest}")
 
@@ -773,7 +758,7 @@ class Stage:
 
         After a kill some steps have two lines; the later one counts.
         """
-        if self.out and RANK == 0:
+        if self.out:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(dict(stage=self.name, step=self.step) | numbers) + "\n")
         pace = (time.monotonic() - self.begun) / (self.step - self.first_step)  # seconds a step
@@ -783,7 +768,7 @@ class Stage:
 
     def draw(self, name, rows, names):
         """Writes rows of images (n, 3, H, W) beside their names as RUN/samples/NAME.png."""
-        if self.out and RANK == 0:
+        if self.out:
             path = self.out / f"samples/{name}.png"
             path.parent.mkdir(exist_ok=True)
             sample.sheet(rows, names).save(path)
@@ -802,7 +787,8 @@ class Stage:
 
 @contextlib.contextmanager
 def catch_interrupt():
-    """Yields an event that Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    """Yields an event that Ctrl-C sets; a second Ctrl-C interrupts at once, as the first does
+    where several processes wait for each other."""
     stop = threading.Event()
 
     def handle(*_):
@@ -810,12 +796,12 @@ def catch_interrupt():
         stop.set()
         print("stopping after this step; once more stops at once", file=sys.stderr)
 
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, handle) if is_main else None
+    is_handled = WORLD == 1 and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handle) if is_handled else None
     try:
         yield stop
     finally:
-        if is_main:
+        if is_handled:
             signal.signal(signal.SIGINT, before)
 
 
@@ -948,7 +934,6 @@ def learn_perceptual_layers(crops, settings, device):
 # ---- data: crops of any dataset, in batches; tokens of crops
 
 EVALUATED = 128  # images held out for evaluations, at most a twentieth of all
-ENCODED_TOGETHER = 4  # batches
 
 
 def hold_out(dataset):
@@ -1092,19 +1077,9 @@ def ignore_interrupt(_):
 
 
 def token_batches(crops, stage, codec, settings, device, workers, done):
-    """Yields (labels (b,), tokens (b, L)) of `crop_batches`; codec is on the same device.
-
-    ENCODED_TOGETHER batches pass the encoder together, always the same ones: it takes less time,
-    and by rounding a token may depend on what is encoded with it.
-    """
-    skipped = done % ENCODED_TOGETHER
-    batches = crop_batches(crops, stage, settings, device, workers, done - skipped)
-    while True:
-        images, labels = zip(*itertools.islice(batches, ENCODED_TOGETHER))
-        tokens = encode_crops(codec, torch.cat(images), settings["scales"])
-        tokens = tokens.split([len(x) for x in images])
-        yield from [*zip(labels, tokens)][skipped:]
-        skipped = 0
+    """Yields (labels (b,), tokens (b, L)) of `crop_batches`; codec is on the same device."""
+    for images, labels in crop_batches(crops, stage, settings, device, workers, done):
+        yield labels, encode_crops(codec, images, settings["scales"])
 
 
 def encode_crops(codec, images, scales):
@@ -1140,7 +1115,7 @@ def begin_run(dataset, out, asked):
     else, which must not be overwritten.
     """
     out, sources = out and Path(out), {name: asked.get(name) for name in ("tokenizer", "init")}
-    asked = asked | {name: describe(source) for name, source in sources.items()}
+    sources = {name: source and str(source) for name, source in sources.items()}
 
     before = None
     if out and any(path.suffix != ".tmp" for path in out.glob("*")):  # those are of a killed run
@@ -1148,13 +1123,12 @@ def begin_run(dataset, out, asked):
         before = json.loads(path.read_text()) if path.exists() else {}
         if "data" not in before:
             raise ValueError(f"--out: {out} is neither empty nor a run of train.py")
-    is_same = before is not None and all(before[name] == asked[name] for name in sources)
-    if is_same and (out / "model.pt").exists():
+    if before and sources.items() <= before.items() and (out / "model.pt").exists():
         model = sample.load_model(out)  # it has the given parts, so their files may be gone
     else:
         model = load_given(**sources)
 
-    settings = resolve(dataset, asked, model)
+    settings = resolve(dataset, asked | sources, model)
     if settings["batch"] % WORLD:
         got = f"got {settings['batch']}, expected a multiple of the {WORLD} processes"
         raise ValueError(f"--batch: {got}")
@@ -1180,30 +1154,19 @@ def begin_run(dataset, out, asked):
     return settings, model
 
 
-def load_given(tokenizer=None, init=None):
-    """The parts of models, or of their files, with which a run begins: {"tokenizer", "init"}.
+def load_given(tokenizer, init):
+    """The parts with which a run begins, of model files: {"tokenizer": a tree, "init": a model}.
 
-    ValueError if a model lacks the part.
+    ValueError if a file lacks its part.
     """
     given = {}
-    for source, part in ((init, "transformer"), (tokenizer or init, "tokenizer")):
-        if source:
-            model = source if isinstance(source, dict) else sample.load_model(source)
+    for path, part in ((init, "transformer"), (tokenizer or init, "tokenizer")):
+        if path:
+            model = sample.load_model(path)
             if part not in model:
-                raise ValueError(f"{describe(source)}: has no {part}")
+                raise ValueError(f"{path}: has no {part}")
             given |= {part: model[part]} if part == "tokenizer" else dict(init=model)
     return given
-
-
-def describe(source):
-    """What stands in args.json for a model or its file."""
-    if not isinstance(source, dict):
-        return source and str(source)
-    digest = hashlib.sha256()
-    for leaf in pytree.tree_leaves(source):
-        if torch.is_tensor(leaf):
-            digest.update(leaf.detach().cpu().float().numpy().tobytes())
-    return f"a model in memory ({digest.hexdigest()[:16]})"
 
 
 def fingerprint(dataset):
@@ -1380,10 +1343,6 @@ class Drawings(Cached):
     def read(self, index):
         return draw_shape(index, self.size)[0]
 
-    def fingerprint(self):
-        """What stands for a hash of the drawings."""
-        return "drawings"
-
 
 def polygon(points=48, radius=1.0, centre=0.0, start=0.0):
     """The corners (points, 2) of a regular polygon around (centre, 0); y points down."""
@@ -1491,18 +1450,19 @@ def main(argv=None):
     names = "data", "out", "device", "workers", "set"
     data, out, device, workers, changes = (asked.pop(name) for name in names)
     asked = {name: value for name, value in asked.items() if value is not None}
+    asked |= dict(changes or [])
     if not data:
         asked = dict(is_simple=True) | (dict() if "init" in asked else dict(size=32)) | asked
     out = Path(out or f"runs/{Path(data or 'shapes').resolve().name}")
     sample.keep_freed_memory()
     with sample.exit_with_a_line("train.py"):
         dataset = Folder(data) if data else Drawings()
-        device = start_processes(device)
-        settings, model = begin_run(dataset, out, asked | dict(changes or []))
+        start_processes(device)
+        settings, _ = begin_run(dataset, out, asked)  # what it refuses is told in a line
         dataset.size = settings["size"]
 
     try:
-        run_stages(dataset, settings, model, out, device, workers)
+        train(dataset, out, device=device, workers=workers, **asked)
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error or 'stopped'}")
     log(f"finished; next: python sample.py {out}")

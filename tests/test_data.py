@@ -529,7 +529,8 @@ def test_labels_and_tokens_belong_together(number):
     """Of images of one colour all crops are alike, so that their tokens tell which image it is."""
     dataset, codec = NumberedImages(40, noise=0), token_codec()
     images = torch.stack([crop_of(i, noise=0) for i in range(40)])
-    stage = stages_of(dataset, tokenizer=dict(tokenizer=codec), **SMALL)[number - 1]
+    torch.save(dict(tokenizer=codec), "codec.pt")
+    stage = stages_of(dataset, tokenizer="codec.pt", **SMALL)[number - 1]
     tokens = tokenizer.encode(codec, train.to_unit(images), hmar.scale_sizes(stage["params"]))
     index_of = {tuple(row): index for index, row in enumerate(tokens.tolist())}
     assert len(index_of) == 40
@@ -550,7 +551,8 @@ def test_labels_and_tokens_belong_together(number):
 
 def test_tokens_are_of_many_crops_and_each_stage_has_its_own():
     dataset, codec = NumberedImages(40), token_codec()
-    stages, seen = stages_of(dataset, tokenizer=dict(tokenizer=codec), **SMALL), []
+    torch.save(dict(tokenizer=codec), "codec.pt")
+    stages, seen = stages_of(dataset, tokenizer="codec.pt", **SMALL), []
     for stage in stages:
         dataset.read.clear()
         batches = itertools.islice(stage["batches"](0), 7 * 24)
