@@ -341,7 +341,7 @@ def report(judge, held_out, run, flags=()):
     scales = hmar.scale_sizes(model["transformer"])
     parts = [tokenizer.encode(codec, part, scales) for part in few.split(64)]
     decoded = torch.cat([tokenizer.decode(codec, tokens, scales) for tokens in parts])
-    kept = train.evaluate_tokenizer(codec, few, scales)
+    kept, _ = train.evaluate_tokenizer(codec, few, scales)
 
     log = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
     evaluations = [x for x in log if x["stage"] == "next-scale" and "held_out_loss" in x]
@@ -360,8 +360,8 @@ def report(judge, held_out, run, flags=()):
         power_reconstructions=power(decoded) / real_power,
         seconds=seconds,
         peak_mb=peak_mb,
-        psnr=kept["psnr"],
-        perplexity=kept["perplexity"],
+        psnr=kept["held_out_psnr"],
+        perplexity=kept["held_out_perplexity"],
     )
 
 
