@@ -1117,7 +1117,7 @@ def begin_run(dataset, out, asked):
     out, sources = out and Path(out), {name: asked.get(name) for name in ("tokenizer", "init")}
     sources = {name: source and str(source) for name, source in sources.items()}
 
-    before = None
+    before = {}
     if out and any(path.suffix != ".tmp" for path in out.glob("*")):  # those are of a killed run
         path = out / "args.json"
         before = json.loads(path.read_text()) if path.exists() else {}
@@ -1136,15 +1136,14 @@ def begin_run(dataset, out, asked):
     if len(settings["classes"]) == 1:
         now["classes"] = []  # a single class has the name of the folder, which may be moved
     text = json.dumps(now, indent=1)
-    if before is not None:
-        changed = [name for name, value in json.loads(text).items() if before.get(name) != value]
+    changed = [name for name, x in json.loads(text).items() if before and before.get(name) != x]
+    if changed:
         words = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
-        if changed:
-            text = f"{out} was begun with other settings or data ({words})"
-            raise ValueError(f"--out: {text}; name another folder, or remove this one")
+        text = f"{out} was begun with other settings or data ({words})"
+        raise ValueError(f"--out: {text}; name another folder, or remove this one")
 
     wait_for_all()  # until all have read the folder; then the first writes there
-    if out and before is None:
+    if out and not before:
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / "args.json", lambda file: file.write(text.encode()))
     if "sampling" not in model:  # nothing was trained yet
@@ -1422,8 +1421,7 @@ def parser():
     add("--seed", type=int, help="seed of all randomness (default: 0)")
     add("--steps", type=int, help=f"training steps of each stage {by_the_recipe}")
     add("--batch", type=int, help=f"images in a step, over all processes {by_the_recipe}")
-    text = "peak of the learning rate, of which the masked stage takes a quarter"
-    add("--lr", type=float, help=f"{text} {by_the_recipe}")
+    add("--lr", type=float, help=f"peak of the learning rate {by_the_recipe}")
     text = "replaces other settings of the recipe, such as masked_steps=100 neighbours=False"
     add("--set", nargs="+", action="extend", type=setting, metavar="NAME=VALUE", help=text)
     add("--flip", action="store_true", default=None, help="mirror every second crop")
