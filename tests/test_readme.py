@@ -67,7 +67,7 @@ def test_readme_example_runs():
 def test_readme_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for index in range(24):
-        folder = Path("my_images", ("bird", "cat", "dog", "fish")[index % 4])
+        folder = Path("my_images", ("cat", "dog", "heart", "star")[index % 4])
         folder.mkdir(parents=True, exist_ok=True)
         train.draw_shape(index)[0].save(folder / f"{index}.png")
     train.draw_shape(3)[0].save("photo.png")
@@ -85,7 +85,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         command.main([*flags, *more.split()])
     for example in blocks("python"):
         exec(example, {})  # noqa: S102
-    written = ["pets.png", "sampled/000000-bird.png", "growing.gif", "samples.npz"]
+    written = ["pets.png", "sampled/000000-cat.png", "growing.gif", "samples.npz"]
     written += [f"runs/{name}/model.pt" for name in ("more", "paper", "own")]
     for path in written:
         assert Path(path).is_file(), path
