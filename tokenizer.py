@@ -381,8 +381,7 @@ def jumps(images):
         places = squares[..., ::2], squares[..., 1::2]  # inside squares and between them
         return torch.cat([F.avg_pool2d(x, (4, 2), ceil_mode=True) for x in places], 1)
 
-    rows, columns = [along_rows(lines) for lines in (images, images.mT)]
-    return (torch.cat([rows, columns.mT], 1) + 1e-4).sqrt()
+    return (torch.cat([along_rows(images), along_rows(images.mT).mT], 1) + 1e-4).sqrt()
 
 
 def spectrum(images):

@@ -84,14 +84,15 @@ def train(dataset, out=None, *, device=None, workers=None, **asked):
     log(f"{len(training)} images of {len(classes)} classes to train on, {len(held_out)} held out")
     reading, place = (settings, device, workers), (settings, out, device)
 
+    images, labels = central_crops(held_out)
+
     # The model tells which stages have ended: it has a draft (the tokenizer before its decoder's
     # stage), then in its place a tokenizer, then a transformer, then its masked branch.
     if "tokenizer" not in model:
-        images, _ = central_crops(training)
-        terms = dict(hue_variance=tokenizer.measure_hue_variance(to_unit(images)))
+        pixels, _ = central_crops(training)
+        terms = dict(hue_variance=tokenizer.measure_hue_variance(to_unit(pixels)))
         if settings["perceptual"]:
             terms["perceptual_layers"] = learn_perceptual_layers(training, settings, device)
-        images, _ = central_crops(held_out)
 
         if "draft" not in model:
             model["draft"] = train_tokenizer(
@@ -115,7 +116,6 @@ def train(dataset, out=None, *, device=None, workers=None, **asked):
         model = save_model(out, model)
 
     codec = sample.to_device(tokenizer.cast(model["tokenizer"], dtype), device)
-    images, labels = central_crops(held_out)
     examples = labels, encode_crops(codec, images.to(device), scales)
 
     if "transformer" not in model:
@@ -185,7 +185,7 @@ def train_tokenizer(
     codec = pytree.tree_map(torch.Tensor.detach, sample.to_device(codec, device))
     chosen = torch.zeros(len(codec["codebook"]), dtype=torch.int64, device=device)
     chosen = stage.keep("chosen", chosen)  # how often each code was chosen since the last revival
-    loss_of = stage.compiled(tokenizer.training_loss)
+    loss_of = torch.compile(tokenizer.training_loss, disable=stage.device.type != "cuda")
     held_out = to_unit(held_out.to(device))
 
     for step, (images, _) in stage.each(batches):
@@ -258,7 +258,7 @@ def train_transformer(params, codec, batches, held_out, settings, out=None, devi
     frozen = sample.to_device(hmar.cast(params, stage.dtype), device)  # what is not trained
     codec, embeddings = sample.to_device((codec, params["classes"]), device)
     weights = hmar.scale_weights(scales, settings["loss_weights"]).to(device)  # (L,)
-    loss_of = stage.compiled(transformer_loss)
+    loss_of = torch.compile(transformer_loss, disable=stage.device.type != "cuda")
     if is_masked:  # always the same masks
         masks = draw_masks(len(held_out[0]), scales, generator_of("held-out mask"), ratio=0.5)
         held_out = *held_out, masks
@@ -490,9 +490,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 
     # The sampler. A single class has nothing to be guided by: its predictions differ from those
     # without a class only by noise. Scales of more than refined_tokens have no masked pass.
-    limits = [row for row in SAMPLING if depth <= row[0] and size <= row[1]]
-    strengths = zip(("guidance", "mask_guidance", "rise"), SAMPLING[limits[0]])
-    settings |= strengths
+    row = next(row for row in SAMPLING if depth <= row[0] and size <= row[1])
+    settings |= zip(("guidance", "mask_guidance", "rise"), SAMPLING[row])
     settings |= {} if classes > 1 else dict(guidance=0.0, mask_guidance=0.0)
     settings |= dict(temperature=0.75, cooling=1.5, top_k=0, top_p=1.0, halving_gain=0.1)
     settings |= dict(masked_passes=0, refined_tokens=25)
@@ -717,10 +716,6 @@ class Stage:
         count = math.ceil(images / (size or images))
         for parts in zip(*(tensor.tensor_split(count) for tensor in tensors)):
             yield len(parts[0]) / images, *parts
-
-    def compiled(self, function):
-        """A loss, whose elementwise operators are fused on a GPU; on a CPU, the function itself."""
-        return torch.compile(function) if self.device.type == "cuda" else function
 
     def backward(self, share, numbers):
         """Adds the gradient of a micro-batch, which is this share of a batch, and its numbers."""
@@ -1118,11 +1113,13 @@ def begin_run(dataset, out, asked):
     sources = {name: source and str(source) for name, source in sources.items()}
 
     before = {}
-    if out and any(path.suffix != ".tmp" for path in out.glob("*")):  # those are of a killed run
-        path = out / "args.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+    files = {path.name for path in out.glob("*") if path.suffix != ".tmp"} if out else set()
+    if files:  # others than those of a killed run
+        before = json.loads((out / "args.json").read_text()) if "args.json" in files else {}
         if "data" not in before:
             raise ValueError(f"--out: {out} is neither empty nor a run of train.py")
+        if files == {"args.json"}:  # nothing was trained, so the settings may change
+            before = {}
     if before and sources.items() <= before.items() and (out / "model.pt").exists():
         model = sample.load_model(out)  # it has the given parts, so their files may be gone
     else:
@@ -1341,6 +1338,9 @@ class Drawings(Cached):
 
     def read(self, index):
         return draw_shape(index, self.size)[0]
+
+    def fingerprint(self):
+        return "drawings"
 
 
 def polygon(points=48, radius=1.0, centre=0.0, start=0.0):

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -357,6 +358,23 @@ def test_a_run_goes_on_with_its_dataset_and_refuses_others(kind):
         refused(f"{begun} .data ", stages_of, kind(40, noise=3), "run", **SMALL)
 
 
+def test_a_run_that_ended_before_its_first_stage_may_begin_with_other_settings():
+    numbered = NumberedImages(40)
+    dataset = Listed([numbered[i] for i in range(40)], ["ant"])
+    refused("label 1 of image", stages_of, dataset, "run", **SMALL)
+    dataset.classes = numbered.classes
+    stages_of(dataset, "run", **SMALL)
+    assert json.loads(Path("run/args.json").read_text())["classes"] == ["ant", "bee", "cow"]
+
+
+def test_drawings_have_the_size_that_is_asked_for():
+    with stages_that_only_read(read=1) as found:
+        train.main(["--size", "64", "--batch", "32", "--device", "cpu"])
+    dataset = found[0]["batches"].args[0].dataset
+    assert all(dataset[i][0].size == (64, 64) for i in range(0, 20_500, 41))
+    stages_of(train.Drawings(64), "runs/shapes", size=64, batch=32, is_simple=True, device="cpu")
+
+
 # Crops
 
 
@@ -630,9 +648,8 @@ def test_a_run_reads_training_images_once_an_epoch_and_held_out_ones_to_evaluate
     train.train(dataset, channels=32, **options)
     first = Counter(range(0, 40, 3))  # these tell the data from others, and are read twice
     times = Counter(dataset.read) - first - first
-    # Also for the variance of hues; and the held-out ones once for the tokenizer, and
-    # once for the transformer.
-    assert Counter(times.values()) == {1 + 4 + 4 + 4 + 4: trained, 1 + 1: 40 - trained}
+    # Those to train on once more, for the variance of hues.
+    assert Counter(times.values()) == {1 + 4 + 4 + 4 + 4: trained, 1: 40 - trained}
 
 
 def test_workers_read_the_same_batches_and_live_on_after_ctrl_c():

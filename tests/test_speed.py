@@ -194,13 +194,23 @@ def test_compiled_losses_are_those_of_the_loops(name):
 
 
 def test_losses_are_compiled_on_a_gpu_alone():
-    stage = train.Stage(
-        "tokenizer", dict(qkv=torch.zeros(1, 1), bias=torch.zeros(1)), settings_of()
-    )
-    assert stage.compiled(torch.square) is torch.square
-    stage.device = torch.device("cuda:1")
-    with mock.patch.object(torch, "compile", lambda function: (function, "compiled")):
-        assert stage.compiled(torch.square) == (torch.square, "compiled")
+    on_cpu, on_gpu = torch.device("cpu"), torch.device("cuda:1")
+    for device in (on_cpu, on_gpu):
+        stage = mock.Mock(device=device, dtype=torch.float32, tree=CODEC, each=lambda _: [])
+        with (
+            mock.patch.object(train, "Stage", lambda *_, stage=stage: stage),
+            mock.patch.object(torch, "compile") as compiled,
+        ):
+            images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+            train.train_tokenizer(CODEC, [], images, {}, settings_of())
+            params, examples = tree(SCALES, masked=0), (torch.zeros(1), torch.zeros(1, 21))
+            stage.tree = params
+            train.train_transformer(params, CODEC, [], examples, settings_of())
+        assert [x.args[0] for x in compiled.mock_calls] == [
+            tokenizer.training_loss,
+            train.transformer_loss,
+        ]
+        assert all(x.kwargs["disable"] == (device == on_cpu) for x in compiled.mock_calls)
 
 
 # ---- what a GPU waits for, and holds
