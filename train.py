@@ -904,7 +904,7 @@ def learn_perceptual_layers(crops, settings, device):
             convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
             net.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
         net.append(nn.Linear(width, crops.classes if crops.classes > 1 else 4))
-    *layers, head = net.to(device)
+    *layers, head = net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
 
     batch = min(32, max(4, 2**17 // crops.size**2))  # fewer images above 64 pixels

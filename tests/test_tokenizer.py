@@ -233,7 +233,7 @@ def test_the_loss_is_the_sum_of_its_terms(is_transposed):
     layers = torch.nn.ModuleList()
     for inputs, outputs in ((3, 4), (4, 5)):
         parts = torch.nn.Conv2d(inputs, outputs, 3, padding=1), torch.nn.BatchNorm2d(outputs)
-        layers.append(torch.nn.Sequential(*parts, torch.nn.ReLU()).eval())
+        layers.append(torch.nn.Sequential(*parts, torch.nn.SiLU()).eval())  # no zero vectors
     codec = small_codec(attention=False, fold=2, seed=7)
     images = normal(10, 3, 16, 16).tanh().float()
     coarse, stops = torch.tensor([0, 4, 8]), torch.tensor([2, 0, 1])
