@@ -847,7 +847,7 @@ class Muon(torch.optim.Optimizer):
             momentum = state["momentum"].lerp_(gradients, 1 - 0.95)
             updates = gradients.lerp(momentum, 0.95).to(self.dtype)  # Nesterov's
 
-            padded = F.pad(updates, (0, 0, 0, 0, 0, -len(updates) % WORLD))
+            padded = F.pad(updates, (0, 0, 0, 0, 0, -len(updates) % WORLD))  # for equal shares
             updates = gather(orthogonalize(own_share(padded), self.newton_schulz))
             scale = 0.2 * math.sqrt(max(shape))
             for leaf, update in zip(leaves, updates):
@@ -938,9 +938,9 @@ def hold_out(dataset):
     change it, so that a run with --init holds out no image that the given model has learned.
     """
     names = dataset.names if isinstance(dataset, Folder) else range(len(dataset))
-    numbers = [hashlib.sha256(f"held out {name}".encode()).hexdigest() for name in names]
+    numbers = [int(hashlib.sha256(f"held out {name}".encode()).hexdigest(), 16) for name in names]
     order = sorted(range(len(names)), key=numbers.__getitem__)
-    is_low = [numbers[index] < f"{2**16 // 20:04x}" for index in order[:EVALUATED]]
+    is_low = [numbers[index] < 2**256 // 20 for index in order[:EVALUATED]]
     count = max(1, sum(is_low))
     return order[count:], order[:count]
 
