@@ -483,8 +483,8 @@ def recipe(depth, size, images, classes, is_simple=False, cell=None):
 
     # The perceptual term is not worth its time at 32 pixels. Beside it the decoder would write flat
     # squares of 2 x 2 pixels; these weights of texture and jumps prevent them. In the decoder's
-    # stage the spectrum term replaces both.
-    settings |= dict(perceptual=has_detail, spectrum_weight=2.0)
+    # stage the spectrum term replaces both; in drawings a larger weight roughens what is flat.
+    settings |= dict(perceptual=has_detail, spectrum_weight=0.25 if is_simple else 2.0)
     settings |= dict(texture_weight=0.25 if has_detail else 0.5)
     settings |= dict(jump_weight=0.72 if has_detail else 0.0)
 

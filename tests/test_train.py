@@ -689,8 +689,9 @@ def test_numbers_that_were_chosen_by_trials(line):
     expected = dict(zip(COLUMNS, map(float, expected.split()), strict=True))
     assert {name: settings[name] for name in COLUMNS} == pytest.approx(expected, rel=1e-3)
     chosen = dict(label_drop=0.1, gamma=0.1, masked_passes=0, temperature=0.75, cooling=1.5)
-    weights = (0.25, 0.72, 2.0) if size > 32 else (0.5, 0.0, 2.0)
-    chosen |= zip(("texture_weight", "jump_weight", "spectrum_weight"), weights)
+    weights = (0.25, 0.72) if size > 32 else (0.5, 0.0)
+    chosen |= zip(("texture_weight", "jump_weight"), weights)
+    chosen |= dict(spectrum_weight=0.25 if is_simple else 2.0)
     chosen |= dict(perceptual=size > 32, loss_weights="token" if is_simple else "root")
     assert {name: settings[name] for name in chosen} == chosen
 
